@@ -1,0 +1,184 @@
+#include "loaded_model.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <torch/csrc/jit/serialization/import.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "failure.h"
+
+namespace llmcache::bench {
+namespace {
+
+/// The tensors of a module's result, tuples opened. Throws Failure for anything else.
+void collect(const c10::IValue& value, std::vector<at::Tensor>& tensors) {
+  if (value.isTensor()) {
+    tensors.push_back(value.toTensor());
+  } else if (value.isTuple()) {
+    for (const c10::IValue& element : value.toTupleRef().elements()) collect(element, tensors);
+  } else if (!value.isNone()) {
+    throw Failure(fmt::format("the model returns a {}, expected a tensor or a tuple of tensors", value.tagKind()));
+  }
+}
+
+std::vector<at::Tensor> tensors_of(const c10::IValue& value) {
+  std::vector<at::Tensor> tensors;
+  collect(value, tensors);
+  return tensors;
+}
+
+double sum_of_squares(const at::Tensor& tensor) {
+  const at::Tensor values = tensor.scalar_type() == at::kDouble ? tensor : tensor.to(at::kFloat);
+  return values.square().sum(at::kDouble).item<double>();
+}
+
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+}  // namespace
+
+std::string one_line(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  std::string text = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+  // TorchScript prints the traceback first, the reason behind it.
+  const auto reason = text.rfind("RuntimeError: ");
+  if (reason != std::string::npos) text = text.substr(reason);
+  text = text.substr(0, text.find('\n'));
+  std::replace_if(
+      text.begin(), text.end(), [](unsigned char c) { return c < ' '; }, ' ');
+  return text;
+}
+
+LoadedModel::LoadedModel(const ModelFile& file) : file_(file) {
+  try {
+    module_ = torch::jit::load(file_.path.string(), at::kCPU);
+  } catch (const std::exception& error) {
+    throw Failure(fmt::format("model {}: cannot be loaded as TorchScript ({}); export it again", file_.path.string(),
+                              one_line(error)));
+  }
+  find_inputs();
+  try {
+    find_token_outputs();
+  } catch (const Failure& error) {
+    throw Failure(fmt::format("model {}: {}", file_.name, error.what()));
+  } catch (const std::exception& error) {
+    throw Failure(fmt::format("model {}: fails on its first ids ({})", file_.name, one_line(error)));
+  }
+}
+
+void LoadedModel::find_inputs() {
+  const auto method = module_.find_method("forward");
+  if (!method) throw Failure(fmt::format("model {}: it has no method forward; export it again", file_.name));
+  const auto& arguments = method->function().getSchema().arguments();
+  for (std::size_t i = 1; i < arguments.size(); ++i) {  // 0 is self
+    const std::string& name = arguments[i].name();
+    if (i == 1) {
+      inputs_.push_back(Input::kIds);
+    } else if (contains(name, "mask")) {
+      inputs_.push_back(Input::kMask);
+    } else if (contains(name, "token_type") || contains(name, "segment")) {
+      inputs_.push_back(Input::kZeros);
+    } else if (arguments[i].default_value()) {
+      break;  // the rest is optional
+    } else {
+      throw Failure(
+          fmt::format("model {}: input {} is '{}', expected input_ids, attention_mask and perhaps "
+                      "token_type_ids; wrap the model in a module that takes these",
+                      file_.name, i, name));
+    }
+  }
+  if (inputs_.empty()) throw Failure(fmt::format("model {}: its forward takes no inputs", file_.name));
+}
+
+void LoadedModel::find_token_outputs() {
+  // An output that is as wide as the input, for two widths, has one entry a token.
+  const std::vector<std::int32_t> ids(3, 0);
+  for (const std::size_t width : {std::size_t{2}, ids.size()}) {
+    const auto outputs = tensors_of(plain(inputs({std::span(ids).first(width)})));
+    if (token_output_.empty()) token_output_.assign(outputs.size(), true);
+    if (outputs.size() != token_output_.size()) throw Failure("it returns a varying number of tensors");
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      const bool as_wide = outputs[i].dim() >= 2 && outputs[i].size(1) == static_cast<std::int64_t>(width);
+      token_output_[i] = token_output_[i] && as_wide;
+    }
+  }
+}
+
+WrapCost LoadedModel::wrap(const Options& options) {
+  WrapCost cost{.model = file_.name, .weights = file_.weights, .granularity = {}, .notes = {}};
+  cost.resident_before = resident_bytes();
+  try {
+    cache_ = std::make_unique<Cache>(module_, options);
+  } catch (const std::exception& error) {
+    throw Failure(
+        fmt::format("model {}: cannot be wrapped ({}); --mode nocache runs it plain", file_.name, one_line(error)));
+  }
+  cost.resident_after = resident_bytes();
+  const ModelProfile& profile = cache_->profile();
+  cost.granularity = to_string(profile.granularity);
+  cost.notes = profile.notes;
+  cost.wrap_ms = profile.wrap_ms;
+  cost.weight_bytes = static_cast<std::int64_t>(profile.weight_bytes);
+  return cost;
+}
+
+Inputs LoadedModel::inputs(const Rows& rows) const {
+  std::size_t width = 0;
+  for (const auto& row : rows) width = std::max(width, row.size());
+  const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != width; });
+  const bool masked = std::find(inputs_.begin(), inputs_.end(), Input::kMask) != inputs_.end();
+  if (padded && !masked) {
+    throw Failure(
+        fmt::format("model {}: it takes no attention mask, and the workload has sequences of different "
+                    "lengths in one request",
+                    file_.name));
+  }
+  const auto batch = static_cast<std::int64_t>(rows.size());
+  const at::Tensor ids = at::zeros({batch, static_cast<std::int64_t>(width)}, at::kLong);
+  const at::Tensor mask = at::zeros_like(ids);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * width);
+    std::fill_n(mask.data_ptr<std::int64_t>() + row * width, rows[row].size(), std::int64_t{1});
+  }
+  Inputs values;
+  for (const Input input : inputs_) {
+    values.emplace_back(input == Input::kIds ? ids : input == Input::kMask ? mask : at::zeros_like(ids));
+  }
+  return values;
+}
+
+c10::IValue LoadedModel::plain(const Inputs& inputs) {
+  const at::NoGradGuard no_grad;
+  return module_.forward(inputs);
+}
+
+double LoadedModel::divergence(const c10::IValue& reference, const c10::IValue& other, const Rows& rows) const {
+  const at::NoGradGuard no_grad;
+  const auto a = tensors_of(reference);
+  const auto b = tensors_of(other);
+  double difference = 0;
+  double norm = 0;
+  const auto compare = [&](const at::Tensor& x, const at::Tensor& y) {
+    difference += sum_of_squares(x.is_floating_point() ? x - y : x.to(at::kDouble) - y.to(at::kDouble));
+    norm += sum_of_squares(x);
+  };
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (a[i].sizes() != b[i].sizes()) return std::numeric_limits<double>::infinity();
+    if (!token_output_.at(i)) {
+      compare(a[i], b[i]);
+      continue;
+    }
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      const auto r = static_cast<std::int64_t>(row);
+      const auto tokens = static_cast<std::int64_t>(rows[row].size());
+      compare(a[i][r].narrow(0, 0, tokens), b[i][r].narrow(0, 0, tokens));
+    }
+  }
+  if (norm == 0) return difference == 0 ? 0 : std::numeric_limits<double>::infinity();
+  return std::sqrt(difference / norm);
+}
+
+}  // namespace llmcache::bench

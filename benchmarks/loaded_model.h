@@ -1,0 +1,64 @@
+// A TorchScript model as the benchmark runs it: plain, and wrapped in a LayerCache.
+#pragma once
+
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/jit/api/module.h>
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "llmcache/llmcache.h"
+#include "model_files.h"
+#include "records.h"
+
+namespace llmcache::bench {
+
+/// The sequences of one request: their ids.
+using Rows = std::vector<std::span<const std::int32_t>>;
+
+using Cache = LayerCache<torch::jit::Module>;
+
+/// One line about `error`; TorchScript's errors have many.
+std::string one_line(const std::exception& error);
+
+class LoadedModel {
+ public:
+  /// Loads the module on the CPU and runs it on a few ids. Throws Failure.
+  explicit LoadedModel(const ModelFile& file);
+
+  /// Wraps the module: the weights are shared with the plain one. Throws Failure.
+  WrapCost wrap(const Options& options);
+
+  /// The module's inputs for a request: padded on the right to its longest sequence. Ids and mask
+  /// by position and name; token types are 0.
+  [[nodiscard]] Inputs inputs(const Rows& rows) const;
+
+  /// The plain module, without gradients.
+  c10::IValue plain(const Inputs& inputs);
+
+  /// Set by wrap().
+  [[nodiscard]] Cache& cache() { return *cache_; }
+  [[nodiscard]] bool wrapped() const { return cache_ != nullptr; }
+
+  /// Relative L2 distance of all outputs together, of real tokens only where an output has one entry
+  /// a token: ||other - reference|| / ||reference||. Infinite where the shapes differ.
+  [[nodiscard]] double divergence(const c10::IValue& reference, const c10::IValue& other, const Rows& rows) const;
+
+ private:
+  enum class Input { kIds, kMask, kZeros };
+
+  void find_inputs();
+  void find_token_outputs();
+
+  ModelFile file_;
+  torch::jit::Module module_;
+  std::vector<Input> inputs_;
+  std::vector<bool> token_output_;  ///< one an output: its second dimension is the token
+  std::unique_ptr<Cache> cache_;
+};
+
+}  // namespace llmcache::bench

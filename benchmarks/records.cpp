@@ -1,0 +1,130 @@
+#include "records.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <system_error>
+
+#include "failure.h"
+
+namespace llmcache::bench {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
+Json text(const std::string& value) { return value.empty() ? Json(nullptr) : Json(value); }
+
+template <class T>
+Json maybe(const std::optional<T>& value) {
+  return value ? Json(*value) : Json(nullptr);
+}
+
+double number_from(const Json& json) { return json.is_null() ? kNotMeasured : json.get<double>(); }
+std::string text_from(const Json& json) { return json.is_null() ? std::string() : json.get<std::string>(); }
+
+}  // namespace
+
+Json to_json(const Record& r, const Versions& versions) {
+  return {{"model", r.model},
+          {"weights", r.weights},
+          {"workload", r.workload},
+          {"mode", r.mode},
+          {"fidelity", text(r.fidelity)},
+          {"threads", r.threads},
+          {"requests", r.requests},
+          {"requests_available", r.requests_available},
+          {"sequences", r.sequences},
+          {"tokens", r.tokens},
+          {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
+          {"latency_ms",
+           {{"mean", number(r.latency_ms.mean)},
+            {"p50", number(r.latency_ms.p50)},
+            {"p95", number(r.latency_ms.p95)},
+            {"p99", number(r.latency_ms.p99)}}},
+          {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
+          {"speedup_median", number(r.speedup_median)},
+          {"hit_rate", number(r.hit_rate)},
+          {"divergence",
+           {{"mean", number(r.divergence.mean)}, {"p95", number(r.divergence.p95)}, {"max", number(r.divergence.max)}}},
+          {"cache_bytes", r.cache_bytes},
+          {"zipf", maybe(r.zipf)},
+          {"shuffle", maybe(r.shuffle)},
+          {"source", r.source},
+          {"versions",
+           {{"llmcache", versions.llmcache},
+            {"torch", versions.torch},
+            {"compiler", versions.compiler},
+            {"model_torch", text(r.model_torch)},
+            {"model_transformers", text(r.model_transformers)}}}};
+}
+
+Record record_from_json(const Json& json) {
+  Record r;
+  r.model = json.at("model").get<std::string>();
+  r.weights = json.at("weights").get<std::string>();
+  r.workload = json.at("workload").get<std::string>();
+  r.mode = json.at("mode").get<std::string>();
+  r.fidelity = text_from(json.at("fidelity"));
+  r.threads = json.at("threads").get<int>();
+  r.requests = json.at("requests").get<std::int64_t>();
+  r.requests_available = json.at("requests_available").get<std::int64_t>();
+  r.sequences = json.at("sequences").get<std::int64_t>();
+  r.tokens = json.at("tokens").get<std::int64_t>();
+  r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
+  const Json& latency = json.at("latency_ms");
+  r.latency_ms = {.mean = number_from(latency.at("mean")),
+                  .p50 = number_from(latency.at("p50")),
+                  .p95 = number_from(latency.at("p95")),
+                  .p99 = number_from(latency.at("p99"))};
+  r.speedup_vs_nocache = number_from(json.at("speedup_vs_nocache"));
+  r.speedup_median = number_from(json.at("speedup_median"));
+  r.hit_rate = number_from(json.at("hit_rate"));
+  const Json& divergence = json.at("divergence");
+  r.divergence = {.mean = number_from(divergence.at("mean")),
+                  .p95 = number_from(divergence.at("p95")),
+                  .max = number_from(divergence.at("max"))};
+  r.cache_bytes = json.at("cache_bytes").get<std::int64_t>();
+  if (!json.at("zipf").is_null()) r.zipf = json.at("zipf").get<double>();
+  if (!json.at("shuffle").is_null()) r.shuffle = json.at("shuffle").get<std::uint64_t>();
+  r.source = json.at("source").get<std::string>();
+  r.model_torch = text_from(json.at("versions").at("model_torch"));
+  r.model_transformers = text_from(json.at("versions").at("model_transformers"));
+  return r;
+}
+
+Json results_json(const Machine& machine, const Versions& versions, const std::string& command,
+                  const std::vector<Record>& records) {
+  Json list = Json::array();
+  for (const Record& record : records) list.push_back(to_json(record, versions));
+  return {{"schema", 1},
+          {"machine", {{"cpu", machine.cpu}, {"cores", machine.cores}, {"memory_gib", number(machine.memory_gib)}}},
+          {"command", command},
+          {"records", std::move(list)}};
+}
+
+void write_atomically(const std::filesystem::path& path, const std::string& content) {
+  std::filesystem::path temporary = path;
+  temporary += fmt::format(".{}.tmp", ::getpid());
+  std::error_code error;
+  {
+    std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+    out << content;
+    out.flush();
+    if (!out) {
+      std::filesystem::remove(temporary, error);
+      throw Failure(fmt::format("{}: cannot be written; check folder, permissions and space", path.string()));
+    }
+  }
+  std::filesystem::rename(temporary, path, error);
+  if (error) {
+    const std::string reason = error.message();
+    std::filesystem::remove(temporary, error);
+    throw Failure(fmt::format("{}: cannot be written ({})", path.string(), reason));
+  }
+}
+
+}  // namespace llmcache::bench

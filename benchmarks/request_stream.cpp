@@ -1,0 +1,71 @@
+#include "request_stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <random>
+
+namespace llmcache::bench {
+namespace {
+
+using Generator = std::mt19937_64;  // its sequence is fixed by the standard, unlike the distributions
+
+/// Uniform in [0, bound).
+std::uint64_t below(Generator& generator, std::uint64_t bound) {
+  const std::uint64_t limit = std::numeric_limits<std::uint64_t>::max() / bound * bound;
+  std::uint64_t value = generator();
+  while (value >= limit) value = generator();
+  return value % bound;
+}
+
+/// Uniform in [0, 1).
+double unit(Generator& generator) { return static_cast<double>(generator() >> 11) * 0x1p-53; }
+
+}  // namespace
+
+std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  Generator generator(seed);
+  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[below(generator, i)]);
+  return order;
+}
+
+std::vector<std::int64_t> zipf_ranks(std::int64_t ranks, std::int64_t draws, double exponent, std::uint64_t seed) {
+  std::vector<double> cumulative(static_cast<std::size_t>(ranks));
+  double sum = 0;
+  for (std::size_t k = 0; k < cumulative.size(); ++k) {
+    sum += std::pow(static_cast<double>(k + 1), -exponent);
+    cumulative[k] = sum;
+  }
+  Generator generator(seed);
+  std::vector<std::int64_t> drawn(static_cast<std::size_t>(draws));
+  for (std::int64_t& rank : drawn) {
+    const auto place = std::upper_bound(cumulative.begin(), cumulative.end(), unit(generator) * sum);
+    rank = std::min(static_cast<std::int64_t>(place - cumulative.begin()), ranks - 1);
+  }
+  return drawn;
+}
+
+Stream make_stream(const TokenFile& file, const StreamOptions& options) {
+  Stream stream{.requests = {}, .shuffle = options.shuffle, .zipf = options.zipf};
+  if (!stream.shuffle && file.grouped_by_label()) stream.shuffle = 0;
+
+  std::vector<std::int64_t> order(static_cast<std::size_t>(file.requests()));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  if (stream.shuffle) order = shuffled(file.requests(), *stream.shuffle);
+
+  if (options.zipf) {
+    const std::int64_t draws = options.limit.value_or(file.requests());
+    for (const std::int64_t rank : zipf_ranks(file.requests(), draws, *options.zipf, stream.shuffle.value_or(0))) {
+      stream.requests.push_back(order[static_cast<std::size_t>(rank)]);
+    }
+    return stream;
+  }
+  if (options.limit && *options.limit < file.requests()) order.resize(static_cast<std::size_t>(*options.limit));
+  stream.requests = std::move(order);
+  return stream;
+}
+
+}  // namespace llmcache::bench

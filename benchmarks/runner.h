@@ -1,0 +1,29 @@
+// Runs the chosen models on the chosen workloads and measures.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "records.h"
+#include "selection.h"
+
+namespace llmcache::bench {
+
+struct Results {
+  std::vector<Record> records;
+  std::vector<WrapCost> wraps;
+  std::vector<std::string> failures;  ///< one line each; what was measured before is in `records`
+};
+
+/// Time budget in seconds of one model on one workload; infinite if there is none.
+double cell_seconds(const Arguments& arguments, std::size_t cells);
+
+/// Sets the number of threads of the process and runs everything, a model at a time. A model that
+/// fails is reported and the others go on. Shows progress on stderr.
+Results run(const Arguments& arguments, const std::vector<Selected>& selected);
+
+/// Versions of library, LibTorch and compiler.
+Versions versions();
+
+}  // namespace llmcache::bench

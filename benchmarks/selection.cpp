@@ -1,0 +1,180 @@
+#include "selection.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <system_error>
+
+#include "failure.h"
+#include "table.h"
+
+namespace llmcache::bench {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no text is made for it
+constexpr const char* kSample = "sample";
+constexpr const char* kSuffix = ".safetensors";
+
+std::string joined(const std::set<std::string>& names) {
+  return names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "));
+}
+
+bool is_path(const std::string& model) { return model.find('/') != std::string::npos || model.ends_with(".pt"); }
+
+std::vector<ModelFile> chosen_models(const Arguments& arguments) {
+  std::vector<ModelFile> models;
+  const auto add = [&](const fs::path& path) {
+    ModelFile model = read_model_file(path);
+    if (model.tokenizer.empty()) model.tokenizer = arguments.tokenizer;
+    models.push_back(std::move(model));
+  };
+  const auto in_folder = [&](const std::string& name) { return arguments.models_folder / (name + ".pt"); };
+  if (arguments.models.empty()) {
+    for (const std::string& name : model_names(arguments.models_folder)) {
+      add(in_folder(name));
+      if (models.back().tokenizer.empty() || models.back().tokenizer == kTinyTokenizer) models.pop_back();
+    }
+    if (models.empty()) {
+      throw Failure(
+          fmt::format("no full-size model in {}; export one (tools/export_models.py), or name one with "
+                      "--model",
+                      arguments.models_folder.string()));
+    }
+    return models;
+  }
+  for (const std::string& name : arguments.models) {
+    if (is_path(name)) {
+      add(name);
+    } else {
+      const auto names = model_names(arguments.models_folder);
+      if (std::find(names.begin(), names.end(), name) == names.end()) {
+        throw Failure(fmt::format("no model '{}' in {}; found: {}", name, arguments.models_folder.string(),
+                                  joined({names.begin(), names.end()})));
+      }
+      add(in_folder(name));
+    }
+    if (models.back().tokenizer.empty()) {
+      throw Failure(fmt::format("model {} has no sidecar {}.json that names its tokenizer; give --tokenizer NAME", name,
+                                fs::path(models.back().path).replace_extension().string()));
+    }
+  }
+  return models;
+}
+
+/// Workloads for one tokenizer, in the order asked for.
+std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector<WorkloadFile>& all,
+                                   const ModelFile& model) {
+  std::vector<WorkloadFile> fitting;
+  std::copy_if(all.begin(), all.end(), std::back_inserter(fitting),
+               [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
+  if (arguments.workloads.empty()) {
+    if (fitting.size() > 1) std::erase_if(fitting, [](const WorkloadFile& file) { return file.workload == kSample; });
+    if (fitting.empty() && !arguments.models.empty()) {
+      throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
+                                model.tokenizer, kSuffix, arguments.data_folder.string()));
+    }
+    return fitting;
+  }
+  std::vector<WorkloadFile> wanted;
+  for (const std::string& name : arguments.workloads) {
+    const auto found =
+        std::find_if(fitting.begin(), fitting.end(), [&](const WorkloadFile& file) { return file.workload == name; });
+    if (found != fitting.end()) {
+      wanted.push_back(*found);
+    } else if (!arguments.models.empty()) {
+      std::set<std::string> names;
+      for (const WorkloadFile& file : fitting) names.insert(file.workload);
+      throw Failure(fmt::format("no workload '{}' for model {}: expected {}/{}.{}{}; found for that tokenizer: {}",
+                                name, model.name, arguments.data_folder.string(), name, model.tokenizer, kSuffix,
+                                joined(names)));
+    }
+  }
+  return wanted;
+}
+
+}  // namespace
+
+std::vector<WorkloadFile> workload_files(const fs::path& folder) {
+  std::error_code error;
+  std::vector<WorkloadFile> files;
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    const auto dot = name.find('.');
+    const std::string rest = dot == std::string::npos ? "" : name.substr(dot + 1);
+    if (!rest.ends_with(kSuffix)) continue;
+    files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - std::string(kSuffix).size()), entry->path()});
+  }
+  if (error) {
+    throw Failure(fmt::format("data folder {}: {}; prepare the data there, or name another with --data",
+                              folder.string(), error.message()));
+  }
+  std::sort(files.begin(), files.end(), [](const auto& a, const auto& b) { return a.path < b.path; });
+  return files;
+}
+
+std::vector<Selected> select(const Arguments& arguments) {
+  const std::vector<WorkloadFile> all = workload_files(arguments.data_folder);
+  for (const std::string& name : arguments.workloads) {
+    std::set<std::string> names;
+    for (const WorkloadFile& file : all) names.insert(file.workload);
+    if (!names.contains(name)) {
+      throw Failure(
+          fmt::format("no workload '{}' in {}; found: {}", name, arguments.data_folder.string(), joined(names)));
+    }
+  }
+  std::map<fs::path, std::shared_ptr<const TokenFile>> read;
+  std::vector<Selected> selected;
+  for (ModelFile& model : chosen_models(arguments)) {
+    Selected one{.model = std::move(model), .workloads = {}};
+    for (const WorkloadFile& file : matching(arguments, all, one.model)) {
+      auto& tokens = read[file.path];
+      if (!tokens) tokens = std::make_shared<const TokenFile>(read_token_file(file.path));
+      if (tokens->tokenizer != one.model.tokenizer || tokens->workload != file.workload) {
+        throw Failure(
+            fmt::format("{}: its metadata says workload '{}' and tokenizer '{}', unlike its name; prepare "
+                        "the data again",
+                        file.path.string(), tokens->workload, tokens->tokenizer));
+      }
+      if (one.model.vocabulary > 0) check_vocabulary(*tokens, one.model.vocabulary, file.path.string());
+      one.workloads.push_back(tokens);
+    }
+    if (!one.workloads.empty()) selected.push_back(std::move(one));
+  }
+  if (selected.empty()) {
+    std::set<std::string> names;
+    for (const WorkloadFile& file : all) names.insert(file.path.filename().string());
+    throw Failure(fmt::format("no token file in {} fits a model in {}; found: {}; prepare the data",
+                              arguments.data_folder.string(), arguments.models_folder.string(), joined(names)));
+  }
+  return selected;
+}
+
+std::string list_files(const Arguments& arguments) {
+  Table models({"model", "weights", "tokenizer", "dtype", "max tokens"}, 4);
+  for (const std::string& name : model_names(arguments.models_folder)) {
+    try {
+      const ModelFile model = read_model_file(arguments.models_folder / (name + ".pt"));
+      models.add({name, model.weights, model.tokenizer.empty() ? "unknown" : model.tokenizer, model.dtype,
+                  fmt::format("{}", model.max_tokens)});
+    } catch (const Failure& failure) {
+      models.add({name, failure.what(), "", "", ""});
+    }
+  }
+  Table workloads({"workload", "tokenizer", "source", "order", "requests", "sequences", "tokens"}, 4);
+  for (const WorkloadFile& file : workload_files(arguments.data_folder)) {
+    try {
+      const TokenFile tokens = read_token_file(file.path);
+      workloads.add({file.workload, file.tokenizer, tokens.source, tokens.order, fmt::format("{}", tokens.requests()),
+                     fmt::format("{}", tokens.sequences()), fmt::format("{}", tokens.tokens.size())});
+    } catch (const Failure& failure) {
+      workloads.add({file.workload, file.tokenizer, failure.what(), "", "", "", ""});
+    }
+  }
+  return fmt::format("{}\n{}", models.text(), workloads.text());
+}
+
+}  // namespace llmcache::bench

@@ -1,0 +1,30 @@
+// Tables of text for people.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "records.h"
+
+namespace llmcache::bench {
+
+class Table {
+ public:
+  /// The first `left` columns are aligned to the left, the others to the right.
+  Table(std::vector<std::string> headers, std::size_t left);
+  /// `cells` must have one entry a header.
+  void add(std::vector<std::string> cells);
+  [[nodiscard]] std::string text() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+  std::size_t left_;
+};
+
+/// The results, one line a record; models with random weights say so on every line.
+std::string results_table(const std::vector<Record>& records);
+
+/// What wrapping each model cost, and why it allows no more than it does.
+std::string wrap_table(const std::vector<WrapCost>& costs);
+
+}  // namespace llmcache::bench

@@ -1,0 +1,17 @@
+# LibTorch comes from Torch_DIR or CMAKE_PREFIX_PATH; everything else from Debian packages.
+find_package(Torch 2.4 QUIET)
+if(NOT Torch_FOUND)
+  message(FATAL_ERROR
+    "LibTorch was not found. Say where it is: -DTorch_DIR=<libtorch>/share/cmake/Torch, or, with a pip-installed "
+    "PyTorch, -DCMAKE_PREFIX_PATH=\"$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')\".")
+endif()
+find_package(fmt 9 REQUIRED)
+find_path(LLMCACHE_XXHASH_INCLUDE xxhash.h REQUIRED)
+add_library(llmcache_xxhash INTERFACE)
+target_include_directories(llmcache_xxhash SYSTEM INTERFACE ${LLMCACHE_XXHASH_INCLUDE})
+target_compile_definitions(llmcache_xxhash INTERFACE XXH_INLINE_ALL)
+
+# LibTorch as a system library: its headers raise no warnings in our code.
+add_library(llmcache_torch INTERFACE)
+target_include_directories(llmcache_torch SYSTEM INTERFACE "$<BUILD_INTERFACE:${TORCH_INCLUDE_DIRS}>")
+target_link_libraries(llmcache_torch INTERFACE "$<BUILD_INTERFACE:${TORCH_LIBRARIES}>")

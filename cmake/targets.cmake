@@ -1,0 +1,12 @@
+# llmcache_own_code(TARGET): warnings, and the chosen sanitizers, for code of this repository.
+function(llmcache_own_code target)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
+  if(LLMCACHE_WERROR)
+    target_compile_options(${target} PRIVATE -Werror)
+  endif()
+  if(LLMCACHE_SANITIZE)
+    target_compile_options(${target} PRIVATE -fsanitize=${LLMCACHE_SANITIZE} -fno-omit-frame-pointer
+                                             -fno-sanitize-recover=all)
+    target_link_options(${target} PUBLIC -fsanitize=${LLMCACHE_SANITIZE})
+  endif()
+endfunction()

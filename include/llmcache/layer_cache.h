@@ -1,0 +1,104 @@
+// LayerCache: wraps a loaded transformer, keeps what it computed, runs what it must.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/ivalue.h>
+
+#include "llmcache/error.h"
+#include "llmcache/execute/sequence_state.h"
+#include "llmcache/match/plan.h"
+#include "llmcache/model/layered_model.h"
+#include "llmcache/model/profile.h"
+#include "llmcache/options.h"
+#include "llmcache/report.h"
+
+namespace llmcache {
+
+/// The part of LayerCache that does not depend on the type of the model.
+///
+/// Thread safety: every member may be called from many threads at once. Calls of forward() run the
+/// model in parallel; only look-up and insertion are serialised.
+class LayerCacheBase {
+ public:
+  LayerCacheBase(const LayerCacheBase&) = delete;
+  LayerCacheBase& operator=(const LayerCacheBase&) = delete;
+
+  /// Runs the model on `inputs` and returns what the model itself would return, within the
+  /// request's fidelity. Runs without gradients. Inputs are not modified; nothing returned aliases
+  /// a cached tensor. Where a batch is packed or a row comes from the cache, output entries at
+  /// padding positions are zero (the plain model leaves arbitrary values there).
+  ///
+  /// `inputs`: integral or bool tensors `[batch, tokens]` on the model's device, in the order of the
+  /// model's own forward; optional inputs may be left out or None.
+  ///
+  /// Throws Error: kInvalidInput (wrong number, type, rank, shape, device), kInvalidOptions,
+  /// kNotAvailable (a fidelity of a later version), kModelChanged, kModelFailed (the model's own
+  /// error, nested). The cache is then as it was before the call.
+  c10::IValue forward(const Inputs& inputs, const RequestOptions& options = {});
+
+  /// Runs exactly `plan`, looking nothing up and keeping nothing: the hook by which partial
+  /// recomputation is tested and timed. `donors` are numbered as the plan numbers them. If `capture`
+  /// is given it receives one state a sequence of the plan, in its order.
+  ///
+  /// Throws Error as forward(), and kNotAvailable if the model's granularity does not allow the
+  /// plan, kInvalidOptions if plan, inputs and donors do not fit together.
+  c10::IValue forward_plan(const Inputs& inputs, const Plan& plan,
+                           const std::vector<std::shared_ptr<const SequenceState>>& donors = {},
+                           std::vector<std::shared_ptr<const SequenceState>>* capture = nullptr);
+
+  /// The plan that forward() would run for `inputs` if nothing was known: every real token through
+  /// every layer. Throws Error(kInvalidInput), also where the mask has holes.
+  [[nodiscard]] Plan full_plan(const Inputs& inputs) const;
+
+  /// What the latest call of forward() or forward_plan() on this cache did that was made by the
+  /// calling thread and returned; an empty report if there was none.
+  [[nodiscard]] ForwardReport last_report() const;
+  [[nodiscard]] Stats stats() const;
+  [[nodiscard]] const ModelProfile& profile() const noexcept;
+  [[nodiscard]] const Options& options() const noexcept;
+
+  /// Drops every entry of every tenant. Running calls are not disturbed; what they compute is kept.
+  void clear();
+
+ protected:
+  LayerCacheBase(std::unique_ptr<Model> model, Options options);
+  ~LayerCacheBase();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// How a model type is turned into a Model. The primary template takes any LayeredModel; an adapter
+/// for another kind of model (a TorchScript module, say) specialises it.
+template <class M>
+struct ModelTraits {
+  static_assert(LayeredModel<M>,
+                "LayerCache<M>: M must satisfy llmcache::LayeredModel (embed, layers, layer, head, device, dtype, "
+                "digest), or llmcache::ModelTraits<M> must be specialised");
+  static std::unique_ptr<Model> wrap(M model, const Options&) {
+    return std::make_unique<LayeredModelAdapter<M>>(std::move(model));
+  }
+};
+
+/// Wraps a loaded model. See LayerCacheBase for everything it can do.
+///
+/// The model is wrapped, not copied: weights are shared with the caller's object, which keeps
+/// working by itself. Constructing finds the chain of layers, probes it with a few tiny forwards and
+/// checks the result (profile() tells); it throws Error(kUnsupportedModel) with the reason where the
+/// model cannot be wrapped, and Error(kInvalidOptions).
+///
+///     llmcache::LayerCache cache(torch::jit::load("gpt2.pt"), {.capacity_bytes = 512u << 20});
+///     torch::IValue out = cache.forward({input_ids, attention_mask});
+template <class M>
+class LayerCache : public LayerCacheBase {
+ public:
+  explicit LayerCache(M model, Options options = {})
+      : LayerCacheBase((options.validate(), ModelTraits<M>::wrap(std::move(model), options)), options) {}
+};
+
+}  // namespace llmcache

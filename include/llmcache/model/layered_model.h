@@ -1,0 +1,116 @@
+// What LayerCache needs of a model: the LayeredModel concept, and the interface that the library's
+// own code works with.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+
+#include "llmcache/model/profile.h"
+#include "llmcache/model/token_level.h"
+
+namespace llmcache {
+
+/// Positional inputs of a model. Input tensors are token-level: integral or bool, `[batch, tokens]`.
+using Inputs = std::vector<c10::IValue>;
+
+/// What flows through a model: the hidden state, and whatever else its layers and head need
+/// (masks, position tables). Movable; belongs to one running request.
+struct Activations {
+  at::Tensor hidden;              ///< `[batch, tokens, hidden]`
+  std::shared_ptr<void> context;  ///< the model's own; untouched by the library
+};
+
+/// A transformer as LayerCache sees it. All members are const and may be called from many threads
+/// at once; they may throw anything derived from std::exception.
+///
+///  - embed(inputs): everything before the first layer.
+///  - layers(): their number, constant.
+///  - layer(i, activations): runs layer i in place, on `activations.hidden`.
+///  - head(activations): everything behind the last layer; returns what the model returns.
+///  - device(), dtype(): of the weights.
+///  - digest(): text that differs between models whose structure or weights differ.
+///
+/// If the model also has `input_spec()` (see InputSpec), that says what it takes; otherwise it takes
+/// input_ids and an optional attention_mask, and is probed with the ids 0 and 1 only.
+///
+/// Such a model runs whole layers. A head() of one tensor, or of a tuple of tensors, each with the
+/// batch as its first dimension, lets the library keep and find single rows.
+template <class M>
+concept LayeredModel = requires(const M& model, const Inputs& inputs, Activations& activations, std::int64_t i) {
+  { model.embed(inputs) } -> std::convertible_to<Activations>;
+  { model.layers() } -> std::convertible_to<std::int64_t>;
+  { model.layer(i, activations) } -> std::same_as<void>;
+  { model.head(activations) } -> std::convertible_to<c10::IValue>;
+  { model.device() } -> std::convertible_to<at::Device>;
+  { model.dtype() } -> std::convertible_to<at::ScalarType>;
+  { model.digest() } -> std::convertible_to<std::string>;
+};
+
+/// What a model takes, as far as its adapter knows before it is probed.
+struct InputSpec {
+  std::vector<std::string> names;        ///< one an input
+  std::vector<bool> optional;            ///< input may be None or left out
+  std::vector<std::int64_t> vocabulary;  ///< rows of the embedding the input selects from directly; 0: none
+};
+
+/// Type-erased model. Thread safety: const members may be called from many threads at once.
+class Model {
+ public:
+  virtual ~Model() = default;
+
+  [[nodiscard]] virtual Activations embed(const Inputs& inputs) const = 0;
+  [[nodiscard]] virtual std::int64_t layers() const = 0;
+  virtual void layer(std::int64_t i, Activations& activations) const = 0;
+  [[nodiscard]] virtual c10::IValue head(Activations& activations) const = 0;
+  [[nodiscard]] virtual at::Device device() const = 0;
+  [[nodiscard]] virtual at::ScalarType dtype() const = 0;
+  [[nodiscard]] virtual std::string digest() const = 0;
+
+  /// Inputs as declared by the model. Unless it says otherwise: input_ids, and attention_mask, which
+  /// may be left out.
+  [[nodiscard]] virtual InputSpec input_spec() const;
+  /// The model as its users call it, for checking; null result means: embed, layers, head in turn.
+  [[nodiscard]] virtual c10::IValue plain(const Inputs& inputs) const;
+  /// Throws Error(kModelChanged) if weights, dtype, device or mode are not those it was wrapped
+  /// with. Called once a request: cheap.
+  virtual void check_unchanged() const {}
+  /// Token-level operation, or null where the model only runs whole layers.
+  [[nodiscard]] virtual const TokenLevelModel* token_level() const { return nullptr; }
+  /// Fills what the adapter knows: layers_path, layers, hidden_argument, attention, inputs, notes,
+  /// dtype, device, weight_bytes, digest.
+  virtual void describe(ModelProfile& profile) const;
+};
+
+/// Makes any LayeredModel a Model. Holds the model by value.
+template <LayeredModel M>
+class LayeredModelAdapter final : public Model {
+ public:
+  explicit LayeredModelAdapter(M model) : model_(std::move(model)) {}
+
+  Activations embed(const Inputs& inputs) const override { return model_.embed(inputs); }
+  std::int64_t layers() const override { return model_.layers(); }
+  void layer(std::int64_t i, Activations& activations) const override { model_.layer(i, activations); }
+  c10::IValue head(Activations& activations) const override { return model_.head(activations); }
+  at::Device device() const override { return model_.device(); }
+  at::ScalarType dtype() const override { return model_.dtype(); }
+  std::string digest() const override { return model_.digest(); }
+  InputSpec input_spec() const override {
+    if constexpr (requires(const M& model) { { model.input_spec() } -> std::convertible_to<InputSpec>; }) {
+      return model_.input_spec();
+    } else {
+      return Model::input_spec();
+    }
+  }
+
+ private:
+  M model_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,32 @@
+#include "bank/memory.h"
+
+namespace llmcache {
+
+bool MemoryAccount::try_reserve(std::size_t bytes) noexcept {
+  std::size_t used = used_.load();
+  do {
+    if (bytes > limit_ || used > limit_ - bytes) return false;
+  } while (!used_.compare_exchange_weak(used, used + bytes));
+  const std::size_t now = used + bytes;
+  std::size_t peak = peak_.load();
+  while (peak < now && !peak_.compare_exchange_weak(peak, now)) {
+  }
+  return true;
+}
+
+void* AccountedResource::do_allocate(std::size_t bytes, std::size_t alignment) {
+  if (!account_.try_reserve(bytes)) throw std::bad_alloc();
+  try {
+    return std::pmr::new_delete_resource()->allocate(bytes, alignment);
+  } catch (...) {
+    account_.release(bytes);
+    throw;
+  }
+}
+
+void AccountedResource::do_deallocate(void* pointer, std::size_t bytes, std::size_t alignment) {
+  std::pmr::new_delete_resource()->deallocate(pointer, bytes, alignment);
+  account_.release(bytes);
+}
+
+}  // namespace llmcache

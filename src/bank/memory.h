@@ -1,0 +1,46 @@
+// Counting what a bank holds, and refusing to hold more.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <memory_resource>
+#include <new>
+
+namespace llmcache {
+
+/// Bytes in use against a fixed limit. Thread-safe. Whoever takes bytes reserves them first, so the
+/// limit holds at every moment, not only between operations.
+class MemoryAccount {
+ public:
+  explicit MemoryAccount(std::size_t limit) : limit_(limit) {}
+  MemoryAccount(const MemoryAccount&) = delete;
+  MemoryAccount& operator=(const MemoryAccount&) = delete;
+
+  /// False, and nothing taken, if the limit would be passed.
+  bool try_reserve(std::size_t bytes) noexcept;
+  void release(std::size_t bytes) noexcept { used_.fetch_sub(bytes); }
+
+  [[nodiscard]] std::size_t limit() const noexcept { return limit_; }
+  [[nodiscard]] std::size_t used() const noexcept { return used_.load(); }
+  [[nodiscard]] std::size_t peak() const noexcept { return peak_.load(); }
+
+ private:
+  const std::size_t limit_;
+  std::atomic<std::size_t> used_{0};
+  std::atomic<std::size_t> peak_{0};
+};
+
+/// Memory for containers, counted in an account; throws std::bad_alloc at its limit.
+class AccountedResource final : public std::pmr::memory_resource {
+ public:
+  explicit AccountedResource(MemoryAccount& account) : account_(account) {}
+
+ private:
+  void* do_allocate(std::size_t bytes, std::size_t alignment) override;
+  void do_deallocate(void* pointer, std::size_t bytes, std::size_t alignment) override;
+  [[nodiscard]] bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+
+  MemoryAccount& account_;
+};
+
+}  // namespace llmcache

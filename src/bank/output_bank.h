@@ -1,0 +1,96 @@
+// Whole outputs of single sequences, found by everything that went into them.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <memory_resource>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "bank/memory.h"
+
+namespace llmcache {
+
+/// The output tensors of one sequence: batch dimension 1, token dimension cut to its real tokens.
+class OutputEntry {
+ public:
+  OutputEntry(std::string_view key, std::vector<at::Tensor> tensors, bool exact, std::size_t tensor_bytes,
+              MemoryAccount& account, std::pmr::memory_resource* memory)
+      : key_(key, memory), tensors_(tensors.begin(), tensors.end(), memory), exact_(exact),
+        tensor_bytes_(tensor_bytes), account_(account) {}
+  ~OutputEntry() {
+    tensors_.clear();
+    account_.release(tensor_bytes_);
+  }
+  OutputEntry(const OutputEntry&) = delete;
+  OutputEntry& operator=(const OutputEntry&) = delete;
+
+  [[nodiscard]] std::string_view key() const noexcept { return key_; }
+  [[nodiscard]] const std::pmr::vector<at::Tensor>& tensors() const noexcept { return tensors_; }
+  /// True if the model ran as it is when this was computed, false if it was packed.
+  [[nodiscard]] bool exact() const noexcept { return exact_; }
+
+ private:
+  std::pmr::string key_;
+  std::pmr::vector<at::Tensor> tensors_;
+  bool exact_;
+  std::size_t tensor_bytes_;  ///< reserved before the tensors were made, released with them
+  MemoryAccount& account_;
+};
+
+/// Bank of OutputEntry with a byte capacity and least-recently-used eviction. Thread-safe; look-up,
+/// insertion and eviction are O(1) on average. Keys are compared byte by byte; the hash only finds.
+///
+/// An entry that is evicted while somebody still copies from it counts until he is done. Entries
+/// must not outlive the bank.
+class OutputBank {
+ public:
+  explicit OutputBank(std::size_t capacity_bytes);
+
+  /// The entry, made the most recently used one; null if there is none, or if `exact` is asked for
+  /// and the entry is not.
+  std::shared_ptr<const OutputEntry> find(std::string_view key, bool exact);
+
+  /// Keeps copies of `tensors`. An entry of the same key stays, unless it is not exact and this one
+  /// is. Never fails: what finds no room is counted as rejected.
+  void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact);
+
+  void clear();
+
+  struct Counters {
+    std::uint64_t insertions = 0;
+    std::uint64_t evictions = 0;
+    std::uint64_t rejected = 0;
+    std::uint64_t entries = 0;
+    std::size_t bytes = 0;
+    std::size_t peak_bytes = 0;
+  };
+  [[nodiscard]] Counters counters() const;
+
+ private:
+  struct Hash {
+    std::size_t operator()(std::string_view key) const noexcept;
+  };
+  using Recency = std::pmr::list<std::shared_ptr<const OutputEntry>>;
+
+  bool make_room(std::size_t bytes);
+  bool evict_oldest();
+  void erase(Recency::iterator it);
+
+  MemoryAccount account_;
+  AccountedResource memory_;
+  mutable std::mutex mutex_;
+  Recency recency_;  ///< most recently used first
+  std::pmr::unordered_map<std::string_view, Recency::iterator, Hash> index_;
+  std::uint64_t insertions_ = 0;
+  std::uint64_t evictions_ = 0;
+  std::uint64_t rejected_ = 0;
+};
+
+}  // namespace llmcache

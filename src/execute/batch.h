@@ -1,0 +1,36 @@
+// The inputs of one call, checked, and where the real tokens of each row are.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "llmcache/match/plan.h"
+#include "llmcache/model/layered_model.h"
+
+namespace llmcache {
+
+struct RowSpan {
+  std::int64_t first = 0;   ///< position of the first real token
+  std::int64_t tokens = 0;  ///< real tokens
+};
+
+struct Batch {
+  Inputs inputs;             ///< one entry for every input the model declares
+  std::int64_t rows = 0;
+  std::int64_t width = 0;    ///< tokens a row, padding included
+  std::vector<RowSpan> spans;
+  bool padded = false;       ///< some row has fewer real tokens than the width
+  bool right_padded = true;  ///< every row begins with a real token
+  bool contiguous = true;    ///< the real tokens of every row stand side by side
+  std::int64_t tokens = 0;   ///< real tokens of all rows
+
+  /// Every real token through every layer.
+  [[nodiscard]] Plan full_plan(std::int32_t layers) const;
+  /// The batch made of some of the rows, in that order.
+  [[nodiscard]] Batch select(const std::vector<std::int64_t>& chosen) const;
+};
+
+/// Throws Error(kInvalidInput) that says what was found and what is expected.
+Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device);
+
+}  // namespace llmcache

@@ -1,0 +1,321 @@
+#include "execute/engine.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+
+#include "execute/clock.h"
+
+namespace llmcache {
+namespace {
+
+/// Active tokens of every sequence in one layer, ascending.
+using ActiveSets = std::vector<std::vector<std::int64_t>>;
+
+ActiveSets active_in(const Plan& plan, std::int32_t layer) {
+  ActiveSets sets;
+  for (const SequencePlan& sequence : plan.sequences) {
+    auto& set = sets.emplace_back();
+    for (const TokenRange& range : sequence.ranges) {
+      if (layer < range.first_layer || layer >= range.last_layer) continue;
+      for (std::int64_t t = range.begin; t < range.end; ++t) set.push_back(t);
+    }
+  }
+  return sets;
+}
+
+PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device device) {
+  PackedLayout layout;
+  layout.batch = plan.batch;
+  layout.width = plan.width;
+  std::vector<std::int64_t> position;
+  std::vector<std::int64_t> flat;
+  const auto options = at::TensorOptions().dtype(at::kLong);
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    const SequencePlan& sequence = plan.sequences[i];
+    if (active[i].empty()) continue;
+    PackedSequence packed{sequence.row, sequence.first, sequence.tokens, layout.rows,
+                          static_cast<std::int64_t>(active[i].size()), {}};
+    if (packed.rows != packed.tokens) packed.active = at::tensor(active[i], options).to(device);
+    for (const std::int64_t t : active[i]) {
+      position.push_back(sequence.first + t);
+      flat.push_back(sequence.row * plan.width + sequence.first + t);
+    }
+    layout.rows += packed.rows;
+    layout.sequences.push_back(std::move(packed));
+  }
+  layout.position = at::tensor(position, options).to(device);
+  layout.flat_index = at::tensor(flat, options).to(device);
+  return layout;
+}
+
+/// Index among plan.sequences of each sequence of the layout.
+std::vector<std::size_t> listed(const ActiveSets& active) {
+  std::vector<std::size_t> indices;
+  for (std::size_t i = 0; i < active.size(); ++i) {
+    if (!active[i].empty()) indices.push_back(i);
+  }
+  return indices;
+}
+
+const SequenceState* donor_of(const SequencePlan& sequence, const Donors& donors) {
+  return sequence.donor < 0 ? nullptr : donors[static_cast<std::size_t>(sequence.donor)].get();
+}
+
+/// A sequence's tokens along `dim`: active ones from `fresh` (in order), the others from `cached`.
+at::Tensor merge(const SequencePlan& sequence, std::int32_t layer, const at::Tensor& fresh, const at::Tensor& cached,
+                 std::int64_t dim) {
+  std::vector<at::Tensor> pieces;
+  std::int64_t used = 0;
+  for (const TokenRange& range : sequence.ranges) {
+    const std::int64_t n = range.end - range.begin;
+    if (layer >= range.first_layer && layer < range.last_layer) {
+      pieces.push_back(fresh.narrow(dim, used, n));
+      used += n;
+    } else {
+      pieces.push_back(cached.narrow(dim, range.donor_begin, n));
+    }
+  }
+  return pieces.size() == 1 ? pieces[0] : at::cat(pieces, dim);
+}
+
+/// Puts the sequences' results side by side along `dim`, token by token in memory.
+at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim) {
+  if (parts.size() == 1) return std::move(parts[0]);
+  for (at::Tensor& part : parts) part = part.movedim(dim, 0);
+  return at::cat(parts, 0).movedim(0, dim);
+}
+
+class PackedExecution {
+ public:
+  PackedExecution(const Model& model, const Plan& plan, const Donors& donors, bool capture)
+      : model_(*model.token_level()), plan_(plan), donors_(donors), device_(model.device()) {
+    if (!capture) return;
+    for (const SequencePlan& sequence : plan.sequences) {
+      auto& state = captured_.emplace_back(std::make_shared<SequenceState>());
+      state->tokens = sequence.tokens;
+      state->hidden.resize(static_cast<std::size_t>(plan.layers) + 1);
+      state->keys.resize(static_cast<std::size_t>(plan.layers));
+    }
+  }
+
+  c10::IValue run(const Activations& embedded, ForwardReport& report) {
+    report.layer_ms.assign(static_cast<std::size_t>(plan_.layers), 0.0);
+    embedded_ = embedded.hidden;
+    Stopwatch clock;
+    for (std::int32_t l = 0; l < plan_.layers; ++l) {
+      if (enter(l, embedded)) run_layer(l);
+      report.layer_ms[static_cast<std::size_t>(l)] = clock.lap();
+    }
+    gather_final(embedded);
+    auto result = run_->head();
+    report.head_ms = clock.lap();
+    return result;
+  }
+
+  Donors captured() && {
+    return Donors(std::make_move_iterator(captured_.begin()), std::make_move_iterator(captured_.end()));
+  }
+
+ private:
+  /// Makes the active rows of layer l current; false if nobody is active.
+  bool enter(std::int32_t l, const Activations& embedded) {
+    auto active = active_in(plan_, l);
+    if (run_ && active == active_) return layout_.rows > 0;
+    auto layout = make_layout(plan_, active, device_);
+    if (layout.rows > 0) {
+      if (!run_) {
+        run_ = model_.start(embedded, layout);
+        bool all_from_embedding = true;
+        for (const SequencePlan& sequence : plan_.sequences) {
+          for (const TokenRange& range : sequence.ranges) {
+            if (range.first_layer > 0 && range.first_layer <= l && l < range.last_layer) all_from_embedding = false;
+          }
+        }
+        if (!all_from_embedding) run_->set_rows(layout, hidden_rows(l, active, {}));
+      } else {
+        run_->set_rows(layout, hidden_rows(l, active, run_->hidden()));
+      }
+    }
+    active_ = std::move(active);
+    layout_ = std::move(layout);
+    listed_ = listed(active_);
+    return layout_.rows > 0;
+  }
+
+  /// Hidden states that enter layer l for `active`, from the rows of the layer before (`previous`,
+  /// in the order of active_), the embedding, or a donor. `[1, rows, hidden]`
+  at::Tensor hidden_rows(std::int32_t l, const ActiveSets& active, const at::Tensor& previous) {
+    std::vector<at::Tensor> pieces;
+    std::int64_t offset = 0;
+    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
+      const SequencePlan& sequence = plan_.sequences[i];
+      const auto& before = i < active_.size() ? active_[i] : std::vector<std::int64_t>{};
+      for (const TokenRange& range : sequence.ranges) {
+        if (active[i].empty() || l < range.first_layer || l >= range.last_layer) continue;
+        const std::int64_t n = range.end - range.begin;
+        if (l > range.first_layer) {  // was active in the layer before, and its range is in one piece there
+          const auto at = std::lower_bound(before.begin(), before.end(), range.begin) - before.begin();
+          pieces.push_back(previous.narrow(1, offset + at, n));
+        } else if (l == 0) {
+          pieces.push_back(embedded_.narrow(0, sequence.row, 1).narrow(1, sequence.first + range.begin, n));
+        } else {
+          const auto& state = donor_of(sequence, donors_)->hidden[static_cast<std::size_t>(l)];
+          pieces.push_back(state.narrow(1, range.donor_begin, n));
+        }
+      }
+      offset += static_cast<std::int64_t>(before.size());
+    }
+    return at::cat(pieces, 1);
+  }
+
+  void run_layer(std::int32_t l) {
+    capture_hidden(l);
+    for (std::int64_t s = 0; s < model_.sites(l); ++s) {
+      const SiteTensors tensors = run_->before(l, s);
+      const auto& query_dims = model_.query_dims(l, s);
+      const auto& key_dims = model_.key_dims(l, s);
+      std::vector<at::Tensor> parts;
+      parts.reserve(listed_.size());
+      for (std::size_t q = 0; q < listed_.size(); ++q) {
+        const PackedSequence& packed = layout_.sequences[q];
+        const SequencePlan& sequence = plan_.sequences[listed_[q]];
+        const bool alone = packed.rows == layout_.rows;
+        SiteTensors own;
+        for (std::size_t i = 0; i < tensors.queries.size(); ++i) {
+          own.queries.push_back(alone ? tensors.queries[i]
+                                      : tensors.queries[i].narrow(query_dims[i], packed.offset, packed.rows));
+        }
+        for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
+          auto fresh = alone ? tensors.keys[i] : tensors.keys[i].narrow(key_dims[i], packed.offset, packed.rows);
+          if (packed.active.defined()) {
+            const auto& keys = donor_of(sequence, donors_)->keys[static_cast<std::size_t>(l)];
+            fresh = merge(sequence, l, fresh, keys[static_cast<std::size_t>(s)][i], key_dims[i]);
+          }
+          own.keys.push_back(std::move(fresh));
+        }
+        parts.push_back(run_->attend(l, s, q, own));
+        if (!captured_.empty()) {
+          auto& kept = captured_[listed_[q]]->keys[static_cast<std::size_t>(l)].emplace_back();
+          for (const at::Tensor& key : own.keys) kept.push_back(key.clone());
+        }
+      }
+      run_->after(l, s, join(parts, model_.output_dim(l, s)));
+    }
+    run_->finish(l);
+  }
+
+  void capture_hidden(std::int32_t l) {
+    if (captured_.empty()) return;
+    for (std::size_t q = 0; q < listed_.size(); ++q) {
+      const PackedSequence& packed = layout_.sequences[q];
+      if (packed.active.defined()) continue;  // not all tokens have a state here
+      captured_[listed_[q]]->hidden[static_cast<std::size_t>(l)] =
+          run_->hidden().narrow(1, packed.offset, packed.rows).clone();
+    }
+  }
+
+  /// Completes the final states from the donors and makes all real tokens the current rows.
+  void gather_final(const Activations& embedded) {
+    ActiveSets all;
+    for (const SequencePlan& sequence : plan_.sequences) {
+      auto& set = all.emplace_back();
+      for (std::int64_t t = 0; t < sequence.tokens; ++t) set.push_back(t);
+    }
+    const auto layout = make_layout(plan_, all, device_);
+    if (!run_ || active_ != all) {
+      std::vector<at::Tensor> pieces;
+      std::int64_t offset = 0;
+      for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
+        const SequencePlan& sequence = plan_.sequences[i];
+        const auto rows = static_cast<std::int64_t>(active_[i].size());
+        const auto* donor = donor_of(sequence, donors_);
+        const at::Tensor fresh = rows > 0 ? run_->hidden().narrow(1, offset, rows) : at::Tensor();
+        const at::Tensor cached = donor != nullptr ? donor->hidden.back() : at::Tensor();
+        pieces.push_back(merge(sequence, plan_.layers - 1, fresh, cached, 1));
+        offset += rows;
+      }
+      auto hidden = at::cat(pieces, 1);
+      if (!run_) run_ = model_.start(embedded, layout);
+      run_->set_rows(layout, std::move(hidden));
+    }
+    if (captured_.empty()) return;
+    for (std::size_t i = 0; i < layout.sequences.size(); ++i) {
+      const PackedSequence& packed = layout.sequences[i];
+      captured_[i]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
+    }
+  }
+
+  const TokenLevelModel& model_;
+  const Plan& plan_;
+  const Donors& donors_;
+  at::Device device_;
+  std::unique_ptr<TokenRun> run_;
+  at::Tensor embedded_;
+  ActiveSets active_;
+  PackedLayout layout_;
+  std::vector<std::size_t> listed_;
+  std::vector<std::shared_ptr<SequenceState>> captured_;
+};
+
+}  // namespace
+
+std::size_t SequenceState::bytes() const {
+  std::size_t total = 0;
+  for (const at::Tensor& state : hidden) {
+    if (state.defined()) total += state.nbytes();
+  }
+  for (const auto& layer : keys) {
+    for (const auto& site : layer) {
+      for (const at::Tensor& key : site) total += key.nbytes();
+    }
+  }
+  return total;
+}
+
+std::vector<SequenceReport> count_tokens(const Plan& plan) {
+  std::vector<SequenceReport> reports(static_cast<std::size_t>(plan.batch));
+  for (auto& report : reports) report.layers.resize(static_cast<std::size_t>(plan.layers));
+  for (const SequencePlan& sequence : plan.sequences) {
+    auto& report = reports[static_cast<std::size_t>(sequence.row)];
+    report.tokens = sequence.tokens;
+    report.source = sequence.computes_all(plan.layers) ? Source::kComputed : Source::kPartial;
+    for (const TokenRange& range : sequence.ranges) {
+      const auto n = static_cast<std::int32_t>(range.end - range.begin);
+      for (std::int32_t l = 0; l < plan.layers; ++l) {
+        auto& layer = report.layers[static_cast<std::size_t>(l)];
+        (l >= range.first_layer && l < range.last_layer ? layer.computed : layer.reused) += n;
+      }
+    }
+  }
+  return reports;
+}
+
+c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardReport& report) {
+  report.execution = Execution::kDense;
+  Stopwatch clock;
+  Activations activations = model.embed(inputs);
+  report.embed_ms = clock.lap();
+  for (std::int64_t l = 0; l < model.layers(); ++l) {
+    model.layer(l, activations);
+    report.layer_ms.push_back(clock.lap());
+  }
+  auto result = model.head(activations);
+  report.head_ms = clock.lap();
+  return result;
+}
+
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
+                           Donors* capture, ForwardReport& report) {
+  report.execution = Execution::kPacked;
+  Stopwatch clock;
+  const Activations embedded = model.embed(inputs);
+  report.embed_ms = clock.lap();
+  PackedExecution execution(model, plan, donors, capture != nullptr);
+  auto result = execution.run(embedded, report);
+  report.sequences = count_tokens(plan);
+  if (capture != nullptr) *capture = std::move(execution).captured();
+  return result;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,211 @@
+#include "execute/self_check.h"
+
+#include <ATen/ATen.h>
+#include <fmt/core.h>
+
+#include "execute/batch.h"
+#include "execute/engine.h"
+#include "llmcache/error.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+namespace {
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;
+  if (!at::isFloatingType(a.scalar_type())) return at::equal(a, b);
+  const auto nan = a.isnan();
+  return at::equal(nan, b.isnan()) && at::equal(a.masked_fill(nan, 0), b.masked_fill(nan, 0));
+}
+
+class Checker {
+ public:
+  Checker(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+          ModelProfile& profile)
+      : model_(model), vocabulary_(vocabulary), spec_(spec), profile_(profile) {}
+
+  void run() {
+    whole_layers();
+    const TokenLevelModel* token_level = model_.token_level();
+    if (token_level == nullptr) return;
+    profile_.head_tokenwise = token_level->head_tokenwise();
+    if (!profile_.rows_independent) {
+      note(profile_.per_row_output ? "a sequence's output depends on the rest of its batch"
+                                   : "the result is not made of one entry a sequence");
+      return;
+    }
+    if (!packed()) return;
+    profile_.granularity = Granularity::kPacked;
+    if (token_level->partial() && partial()) profile_.granularity = Granularity::kTokens;
+  }
+
+ private:
+  using Spans = std::vector<RowSpan>;
+
+  void note(const std::string& why) { profile_.notes.push_back("token-level reuse is not available: " + why); }
+
+  Inputs inputs(const Spans& spans, std::int64_t width, std::int64_t seed) const {
+    auto made = probe_inputs(vocabulary_, model_.device(), static_cast<std::int64_t>(spans.size()), width, seed);
+    if (profile_.mask_argument < 0) return made;
+    auto mask = made[static_cast<std::size_t>(profile_.mask_argument)].toTensor().zero_();
+    for (std::size_t i = 0; i < spans.size(); ++i) {
+      mask[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
+    }
+    return made;
+  }
+
+  Plan plan(const Spans& spans, std::int64_t width) const {
+    Batch batch;
+    batch.rows = static_cast<std::int64_t>(spans.size());
+    batch.width = width;
+    batch.spans = spans;
+    return batch.full_plan(static_cast<std::int32_t>(model_.layers()));
+  }
+
+  /// Whole layers against the plain model, bit by bit; short sequences too, whose sizes could be
+  /// mistaken for constants.
+  void whole_layers() {
+    const std::int64_t shapes[][2] = {{2, 5}, {1, 1}, {1, 2}, {1, 3}, {3, 8}, {1, 40}};
+    for (const auto& shape : shapes) {
+      const auto given = probe_inputs(vocabulary_, model_.device(), shape[0], shape[1], 3);
+      c10::IValue plain;
+      try {
+        plain = model_.plain(given);
+      } catch (const std::exception&) {
+        continue;  // the model itself does not take this shape
+      }
+      std::string why;
+      try {
+        const auto want = tensors_of(plain);
+        const auto got = tensors_of(run_dense(model_, given));
+        if (want.size() != got.size()) why = "another number of tensors";
+        for (std::size_t i = 0; why.empty() && i < want.size(); ++i) {
+          if (!same_bits(want[i], got[i])) why = "another result";
+        }
+      } catch (const std::exception& error) {
+        why = error.what();
+      }
+      if (!why.empty()) {
+        throw Error(ErrorCode::kUnsupportedModel,
+                    fmt::format("cut at its layers, the model does not do what it does whole (batch {}, {} tokens): {}",
+                                shape[0], shape[1], why));
+      }
+    }
+  }
+
+  bool agrees(const c10::IValue& got, const c10::IValue& want, const Spans& spans, std::int64_t width) const {
+    for (std::size_t i = 0; i < spans.size(); ++i) {
+      const auto row = static_cast<std::int64_t>(i);
+      const auto a = row_of(got, spec_, row, spans[i].first, spans[i].tokens, width);
+      const auto b = row_of(want, spec_, row, spans[i].first, spans[i].tokens, width);
+      if (a.size() != b.size()) return false;
+      for (std::size_t k = 0; k < a.size(); ++k) {
+        if (!nearly_equal(a[k], b[k])) return false;
+      }
+    }
+    return true;
+  }
+
+  /// Packed against plain on one ragged batch. Empty if they agree, else what is wrong.
+  std::string packed_differs(const Spans& spans, std::int64_t width, std::int64_t seed) const {
+    const auto given = inputs(spans, width, seed);
+    c10::IValue plain;
+    try {
+      plain = model_.plain(given);
+    } catch (const std::exception&) {
+      return {};
+    }
+    try {
+      ForwardReport report;
+      const auto got = execute_packed(model_, given, plan(spans, width), {}, nullptr, report);
+      if (!agrees(got, plain, spans, width)) return "packed rows give another result than the plain model";
+      if (spans.size() < 2) return {};
+      // What other sequences hold must not be seen at all: bit for bit.
+      auto others = inputs(spans, width, seed + 1);
+      const auto ids = static_cast<std::size_t>(profile_.ids_argument);
+      others[ids].toTensor()[0].copy_(given[ids].toTensor()[0]);
+      const auto again = execute_packed(model_, others, plan(spans, width), {}, nullptr, report);
+      const auto a = row_of(got, spec_, 0, spans[0].first, spans[0].tokens, width);
+      const auto b = row_of(again, spec_, 0, spans[0].first, spans[0].tokens, width);
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        if (!same_bits(a[i], b[i])) return "packed sequences see each other";
+      }
+      return {};
+    } catch (const std::exception& error) {
+      return fmt::format("the packed model raised: {}", first_line(error.what()));
+    }
+  }
+
+  static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+  bool packed() {
+    struct Case {
+      Spans spans;
+      std::int64_t width;
+    };
+    std::vector<Case> cases{{{{0, 5}}, 5}, {{{0, 4}, {0, 4}}, 4}};
+    if (profile_.mask_argument >= 0) {
+      cases.push_back({{{0, 5}, {0, 2}, {0, 7}, {0, 1}}, 7});
+      cases.push_back({{{0, 3}, {0, 8}, {0, 3}}, 8});
+      cases.push_back({{{0, 33}, {0, 12}}, 40});
+    }
+    for (std::size_t i = 0; i < cases.size(); ++i) {
+      const auto why = packed_differs(cases[i].spans, cases[i].width, static_cast<std::int64_t>(i) * 5);
+      if (why.empty()) continue;
+      note(why);
+      return false;
+    }
+    if (profile_.mask_argument < 0) return true;
+    const auto why = packed_differs({{3, 3}, {0, 6}, {5, 1}}, 6, 77);
+    profile_.left_padding = why.empty();
+    if (!why.empty()) profile_.notes.push_back("left-padded batches are not packed: " + why);
+    return true;
+  }
+
+  /// Some tokens recomputed, the others taken from a run on the same input: the same result.
+  bool partial() {
+    const Spans spans{{0, 9}, {0, 6}};
+    const std::int64_t width = 9;
+    const bool mask = profile_.mask_argument >= 0;
+    const Spans used = mask ? spans : Spans{{0, 9}, {0, 9}};
+    const auto layers = static_cast<std::int32_t>(model_.layers());
+    try {
+      const auto given = inputs(used, width, 21);
+      Donors donors;
+      ForwardReport report;
+      const auto full = execute_packed(model_, given, plan(used, width), {}, &donors, report);
+      const std::vector<std::vector<std::int64_t>> actives[] = {
+          {{8}, {5}}, {{1, 4, 5}, {0}}, {{}, {2, 3}}, {{0, 1, 2}, {0, 1, 2, 3, 4, 5}}};
+      for (const auto& active : actives) {
+        Plan part{2, width, layers, {}};
+        for (std::int32_t i = 0; i < 2; ++i) {
+          const auto& span = used[static_cast<std::size_t>(i)];
+          part.sequences.push_back(compute_some(i, 0, span.tokens, layers, active[static_cast<std::size_t>(i)], i));
+        }
+        const auto got = execute_packed(model_, given, part, donors, nullptr, report);
+        if (!agrees(got, full, used, width)) {
+          note("recomputing some tokens gives another result than computing all");
+          return false;
+        }
+      }
+    } catch (const std::exception& error) {
+      note(fmt::format("recomputing some tokens raised: {}", first_line(error.what())));
+      return false;
+    }
+    return true;
+  }
+
+  const Model& model_;
+  const std::vector<std::int64_t>& vocabulary_;
+  const OutputSpec& spec_;
+  ModelProfile& profile_;
+};
+
+}  // namespace
+
+void self_check(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+                ModelProfile& profile) {
+  Checker(model, vocabulary, spec, profile).run();
+}
+
+}  // namespace llmcache

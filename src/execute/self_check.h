@@ -1,0 +1,15 @@
+// Before the first real call: does the wrapped model do what the plain one does?
+#pragma once
+
+#include "llmcache/model/layered_model.h"
+#include "model/probe.h"
+
+namespace llmcache {
+
+/// Compares whole-layer, packed and partial execution with the plain model on tiny batches, fills
+/// granularity, head_tokenwise and left_padding of `profile` with what agrees, and says in its notes
+/// what does not. Throws Error(kUnsupportedModel) if not even whole layers agree bit by bit.
+void self_check(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+                ModelProfile& profile);
+
+}  // namespace llmcache

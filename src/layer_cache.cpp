@@ -1,0 +1,402 @@
+#include "llmcache/layer_cache.h"
+
+#include <atomic>
+#include <exception>
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <fmt/core.h>
+
+#include "bank/output_bank.h"
+#include "execute/batch.h"
+#include "execute/clock.h"
+#include "execute/engine.h"
+#include "execute/self_check.h"
+#include "model/probe.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+namespace {
+
+/// The latest report of each cache that this thread used. Entries of caches that are gone are
+/// dropped at the next call.
+class ThreadReports {
+ public:
+  void set(const std::shared_ptr<const int>& cache, ForwardReport report) {
+    std::erase_if(reports_, [](const Slot& slot) { return slot.cache.expired(); });
+    for (Slot& slot : reports_) {
+      if (slot.cache.lock() == cache) {
+        slot.report = std::move(report);
+        return;
+      }
+    }
+    reports_.push_back({cache, std::move(report)});
+  }
+  [[nodiscard]] ForwardReport get(const std::shared_ptr<const int>& cache) const {
+    for (const Slot& slot : reports_) {
+      if (slot.cache.lock() == cache) return slot.report;
+    }
+    return {};
+  }
+
+ private:
+  struct Slot {
+    std::weak_ptr<const int> cache;
+    ForwardReport report;
+  };
+  std::vector<Slot> reports_;
+};
+
+ThreadReports& thread_reports() {
+  thread_local ThreadReports reports;
+  return reports;
+}
+
+void append(std::string& key, const void* data, std::size_t bytes) {
+  key.append(static_cast<const char*>(data), bytes);
+}
+void append(std::string& key, std::int64_t number) { append(key, &number, sizeof(number)); }
+
+/// Runs the model; what it raises becomes Error(kModelFailed) with the original nested.
+template <class Run>
+auto run_model(Run run) {
+  try {
+    return run();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    std::throw_with_nested(Error(ErrorCode::kModelFailed, error.what()));
+  }
+}
+
+}  // namespace
+
+struct LayerCacheBase::Impl {
+  Impl(std::unique_ptr<Model> wrapped, Options chosen)
+      : model(std::move(wrapped)), options(std::move(chosen)), inputs(model->input_spec()),
+        bank(options.capacity_bytes) {
+    const c10::NoGradGuard no_grad;
+    Stopwatch clock;
+    model->describe(profile);
+    output = probe(*model, inputs.vocabulary, options.mask_argument, profile);
+    self_check(*model, inputs.vocabulary, output, profile);
+    all_per_token = std::all_of(output.leaves.begin(), output.leaves.end(),
+                                [](const TokenDims& dims) { return dims.tokens >= 0; });
+    // The structure of a result, to be filled when nothing has to be run.
+    if (keeps_rows()) {
+      skeleton = map_tensors(model->plain(probe_inputs(inputs.vocabulary, model->device(), 1, 5)),
+                             [](const at::Tensor& t) { return t.new_empty({0}); });
+    }
+    profile.wrap_ms += clock.lap();
+  }
+
+  [[nodiscard]] bool keeps_rows() const { return profile.rows_independent && profile.per_row_output; }
+
+  /// Packing answers each row for itself, whatever the padding around it. Otherwise the padding is
+  /// part of the key.
+  [[nodiscard]] bool ignores_padding() const { return profile.granularity != Granularity::kWholeLayers; }
+
+  [[nodiscard]] bool packs(const Batch& batch) const {
+    return batch.padded && batch.contiguous && batch.tokens > 0 && profile.granularity != Granularity::kWholeLayers &&
+           (batch.right_padded || profile.left_padding);
+  }
+
+  /// Everything that decides a row's output, byte by byte.
+  std::string row_key(const Batch& batch, const std::vector<at::Tensor>& on_cpu, std::int64_t row,
+                      const std::string& tenant) const {
+    const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
+    const bool cut = ignores_padding() && batch.contiguous;
+    const std::int64_t first = cut ? span.first : 0;
+    const std::int64_t count = cut ? span.tokens : batch.width;
+    std::string key;
+    append(key, static_cast<std::int64_t>(tenant.size()));
+    key += tenant;
+    append(key, first);
+    append(key, count);
+    for (std::size_t i = 0; i < on_cpu.size(); ++i) {
+      if (!on_cpu[i].defined()) {
+        key.push_back(static_cast<char>(-1));
+        continue;
+      }
+      key.push_back(static_cast<char>(on_cpu[i].scalar_type()));
+      if (cut && static_cast<int>(i) == profile.mask_argument) continue;  // all ones within the span
+      const auto size = static_cast<std::int64_t>(on_cpu[i].element_size());
+      append(key, static_cast<const char*>(on_cpu[i].const_data_ptr()) + (row * batch.width + first) * size,
+             static_cast<std::size_t>(count * size));
+    }
+    return key;
+  }
+
+  /// A result for all rows: known ones from their entries, the others from `computed`, which has one
+  /// row for each of `missing`. Padding is zero.
+  c10::IValue assemble(const Batch& batch, const std::vector<std::shared_ptr<const OutputEntry>>& known,
+                       const std::vector<std::int64_t>& missing, const c10::IValue& computed) const {
+    const auto fresh = missing.empty() ? std::vector<at::Tensor>{} : tensors_of(computed);
+    std::size_t leaf = 0;
+    return map_tensors(skeleton, [&](const at::Tensor&) {
+      const TokenDims& dims = output.leaves[leaf];
+      at::Tensor all;
+      const auto sample = [&]() -> at::Tensor {
+        for (const auto& entry : known) {
+          if (entry) return entry->tensors()[leaf];
+        }
+        return fresh[leaf];
+      }();
+      auto shape = sample.sizes().vec();
+      shape[static_cast<std::size_t>(dims.batch)] = batch.rows;
+      if (dims.tokens >= 0) shape[static_cast<std::size_t>(dims.tokens)] = batch.width;
+      all = at::empty(shape, sample.options());
+      if (batch.padded) all.zero_();
+      for (std::int64_t row = 0; row < batch.rows; ++row) {
+        const auto& entry = known[static_cast<std::size_t>(row)];
+        if (!entry) continue;
+        auto target = all.narrow(dims.batch, row, 1);
+        const auto& kept = entry->tensors()[leaf];
+        if (dims.tokens >= 0) {
+          const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
+          const bool whole = kept.size(dims.tokens) == batch.width;
+          target = target.narrow(dims.tokens, whole ? 0 : span.first, kept.size(dims.tokens));
+        }
+        target.copy_(kept);
+      }
+      for (std::size_t i = 0; i < missing.size(); ++i) {
+        all.narrow(dims.batch, missing[i], 1).copy_(fresh[leaf].narrow(dims.batch, static_cast<std::int64_t>(i), 1));
+      }
+      ++leaf;
+      return all;
+    });
+  }
+
+  c10::IValue forward(const Inputs& given, const RequestOptions& request, ForwardReport& report);
+
+  std::unique_ptr<Model> model;
+  Options options;
+  InputSpec inputs;
+  ModelProfile profile;
+  OutputSpec output;
+  bool all_per_token = false;
+  c10::IValue skeleton;
+  OutputBank bank;
+  std::shared_ptr<const int> identity = std::make_shared<const int>(0);
+  std::atomic<std::uint64_t> requests{0}, sequences{0}, hits{0}, tokens{0}, tokens_computed{0}, padding_skipped{0};
+};
+
+c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOptions& request, ForwardReport& report) {
+  const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
+  Options{fidelity, 0, {}, {}}.validate();
+  model->check_unchanged();
+  const Batch batch = check_batch(given, inputs, profile, model->device());
+  const auto layers = static_cast<std::int32_t>(model->layers());
+  report.sequences = count_tokens(batch.full_plan(layers));
+
+  Stopwatch clock;
+  const bool exact = fidelity == Fidelity::kIdentical;
+  const bool keep = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0;
+  std::vector<std::string> keys(static_cast<std::size_t>(batch.rows));
+  std::vector<std::shared_ptr<const OutputEntry>> known(static_cast<std::size_t>(batch.rows));
+  std::vector<std::int64_t> missing;
+  if (keep) {
+    std::vector<at::Tensor> on_cpu;
+    for (const c10::IValue& input : batch.inputs) {
+      on_cpu.push_back(input.isTensor() ? input.toTensor().cpu().contiguous() : at::Tensor());
+    }
+    bool any_known = false;
+    for (std::int64_t row = 0; row < batch.rows; ++row) {
+      const auto i = static_cast<std::size_t>(row);
+      if (batch.spans[i].tokens == 0) continue;
+      keys[i] = row_key(batch, on_cpu, row, request.tenant);
+      known[i] = bank.find(keys[i], exact);
+      any_known = any_known || known[i];
+    }
+    for (std::int64_t row = 0; row < batch.rows; ++row) {
+      const auto i = static_cast<std::size_t>(row);
+      const bool only_padding = batch.spans[i].tokens == 0 && all_per_token && any_known;
+      if (!known[i] && !only_padding) missing.push_back(row);
+      if (!known[i]) continue;
+      report.sequences[i].source = Source::kIdentical;
+      report.sequences[i].similarity = 1;
+      for (LayerTokens& layer : report.sequences[i].layers) std::swap(layer.computed, layer.reused);
+    }
+  } else {
+    for (std::int64_t row = 0; row < batch.rows; ++row) missing.push_back(row);
+  }
+  report.lookup_ms = clock.lap();
+
+  c10::IValue result;
+  const bool all_missing = static_cast<std::int64_t>(missing.size()) == batch.rows;
+  std::int64_t computed_tokens = 0;
+  std::int64_t skipped = 0;
+  bool packed = false;
+  if (all_missing || !missing.empty()) {
+    const Batch part = all_missing ? batch : batch.select(missing);
+    packed = !exact && packs(part);
+    computed_tokens = part.tokens;
+    result = run_model([&] {
+      auto own = std::move(report.sequences);
+      auto output_value = packed ? execute_packed(*model, part.inputs, part.full_plan(layers), {}, nullptr, report)
+                                 : execute_dense(*model, part.inputs, report);
+      report.sequences = std::move(own);
+      return output_value;
+    });
+    if (packed) skipped = part.rows * part.width - part.tokens;
+  }
+  clock.lap();
+  const bool computed_any = !missing.empty() || all_missing;
+  if (keep && computed_any) {
+    const auto leaves = tensors_of(result);
+    for (std::size_t m = 0; m < missing.size(); ++m) {
+      const auto i = static_cast<std::size_t>(missing[m]);
+      if (keys[i].empty()) continue;
+      const RowSpan& span = batch.spans[i];
+      const bool cut = ignores_padding() && batch.contiguous;
+      bank.insert(keys[i],
+                  row_of(result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
+                         cut ? span.tokens : batch.width, batch.width),
+                  !packed);
+    }
+  }
+  if (!all_missing) result = assemble(batch, known, missing, result);
+  report.store_ms = clock.lap();
+
+  std::uint64_t found = 0;
+  for (const auto& entry : known) found += entry ? 1 : 0;
+  requests += 1;
+  sequences += static_cast<std::uint64_t>(batch.rows);
+  hits += found;
+  tokens += static_cast<std::uint64_t>(batch.tokens);
+  tokens_computed += static_cast<std::uint64_t>(computed_tokens);
+  padding_skipped += static_cast<std::uint64_t>(skipped);
+  return result;
+}
+
+LayerCacheBase::LayerCacheBase(std::unique_ptr<Model> model, Options options)
+    : impl_(std::make_unique<Impl>(std::move(model), std::move(options))) {}
+
+LayerCacheBase::~LayerCacheBase() = default;
+
+c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& options) {
+  const c10::NoGradGuard no_grad;
+  Stopwatch clock;
+  ForwardReport report;
+  auto result = impl_->forward(inputs, options, report);
+  report.total_ms = clock.lap();
+  thread_reports().set(impl_->identity, std::move(report));
+  return result;
+}
+
+c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan, const Donors& donors,
+                                         Donors* capture) {
+  const c10::NoGradGuard no_grad;
+  Stopwatch clock;
+  const Model& model = *impl_->model;
+  const ModelProfile& profile = impl_->profile;
+  model.check_unchanged();
+  const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
+  const auto invalid = [](const std::string& what) { throw Error(ErrorCode::kInvalidOptions, "plan: " + what); };
+  plan.validate(donors.size());
+  if (plan.batch != batch.rows || plan.width != batch.width || plan.layers != model.layers()) {
+    invalid(fmt::format("made for batch {}, width {}, {} layers; these inputs and this model have {}, {}, {}", plan.batch,
+                        plan.width, plan.layers, batch.rows, batch.width, model.layers()));
+  }
+  if (profile.granularity == Granularity::kWholeLayers || model.token_level() == nullptr) {
+    throw Error(ErrorCode::kNotAvailable, "this model runs whole layers only; its profile says why");
+  }
+  std::vector<char> named(static_cast<std::size_t>(batch.rows), 0);
+  bool whole = true;
+  bool constant = true;
+  for (const SequencePlan& sequence : plan.sequences) {
+    const RowSpan& span = batch.spans[static_cast<std::size_t>(sequence.row)];
+    if (sequence.first != span.first || sequence.tokens != span.tokens) {
+      invalid(fmt::format("row {} has {} real tokens from position {}, the plan says {} from {}", sequence.row,
+                          span.tokens, span.first, sequence.tokens, sequence.first));
+    }
+    named[static_cast<std::size_t>(sequence.row)] = 1;
+    whole = whole && sequence.computes_all(plan.layers);
+    const SequenceState* donor = sequence.donor < 0 ? nullptr : donors[static_cast<std::size_t>(sequence.donor)].get();
+    if (sequence.donor >= 0 && donor == nullptr) invalid(fmt::format("donor {} is null", sequence.donor));
+    for (const TokenRange& range : sequence.ranges) {
+      if (range.first_layer == 0 && range.last_layer == plan.layers) continue;
+      if (range.first_layer != 0 || range.last_layer != 0) constant = false;
+      const std::int64_t end = range.donor_begin + range.end - range.begin;
+      const auto has_layer = [&](std::int32_t l) {
+        return donor->keys.size() == static_cast<std::size_t>(plan.layers) &&
+               !donor->keys[static_cast<std::size_t>(l)].empty();
+      };
+      const auto has_hidden = [&](std::int32_t l) {
+        return donor->hidden.size() == static_cast<std::size_t>(plan.layers) + 1 &&
+               donor->hidden[static_cast<std::size_t>(l)].defined();
+      };
+      if (end > donor->tokens) {
+        invalid(fmt::format("row {}: tokens up to {} of a donor of {}", sequence.row, end, donor->tokens));
+      }
+      if (range.first_layer > 0 && range.first_layer < range.last_layer && !has_hidden(range.first_layer)) {
+        invalid(fmt::format("row {}: its donor has no hidden state before layer {}", sequence.row, range.first_layer));
+      }
+      if (range.last_layer < plan.layers && !has_hidden(plan.layers)) {
+        invalid(fmt::format("row {}: its donor has no final state", sequence.row));
+      }
+      for (std::int32_t l = 0; l < plan.layers; ++l) {
+        if (l >= range.first_layer && l < range.last_layer) continue;
+        bool needed = false;
+        for (const TokenRange& other : sequence.ranges) {
+          needed = needed || (l >= other.first_layer && l < other.last_layer);
+        }
+        if (needed && !has_layer(l)) invalid(fmt::format("row {}: its donor has no keys of layer {}", sequence.row, l));
+      }
+    }
+  }
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    if (!named[static_cast<std::size_t>(row)] && batch.spans[static_cast<std::size_t>(row)].tokens > 0) {
+      invalid(fmt::format("row {} has real tokens, but no sequence", row));
+    }
+  }
+  if (plan.sequences.empty()) invalid("no sequence");
+  if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
+  if (!batch.right_padded && !profile.left_padding) {
+    throw Error(ErrorCode::kNotAvailable, "this model's left-padded batches are not packed; its profile says why");
+  }
+  if (!whole && profile.granularity != Granularity::kTokens) {
+    throw Error(ErrorCode::kNotAvailable, "this model runs whole sequences only; its profile says why");
+  }
+  if (!constant && !model.token_level()->self_contained()) {
+    throw Error(ErrorCode::kNotAvailable, "this model's layers need the same tokens throughout; its profile says why");
+  }
+  ForwardReport report;
+  auto result =
+      run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
+  report.total_ms = clock.lap();
+  thread_reports().set(impl_->identity, std::move(report));
+  return result;
+}
+
+Plan LayerCacheBase::full_plan(const Inputs& inputs) const {
+  const Batch batch = check_batch(inputs, impl_->inputs, impl_->profile, impl_->model->device());
+  if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
+  return batch.full_plan(static_cast<std::int32_t>(impl_->model->layers()));
+}
+
+ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(impl_->identity); }
+
+Stats LayerCacheBase::stats() const {
+  Stats stats;
+  stats.requests = impl_->requests;
+  stats.sequences = impl_->sequences;
+  stats.identical_hits = impl_->hits;
+  stats.tokens = impl_->tokens;
+  stats.tokens_computed = impl_->tokens_computed;
+  stats.padding_skipped = impl_->padding_skipped;
+  const auto counters = impl_->bank.counters();
+  stats.insertions = counters.insertions;
+  stats.evictions = counters.evictions;
+  stats.rejected = counters.rejected;
+  stats.entries = counters.entries;
+  stats.bytes = counters.bytes;
+  stats.peak_bytes = counters.peak_bytes;
+  return stats;
+}
+
+const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->profile; }
+const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
+void LayerCacheBase::clear() { impl_->bank.clear(); }
+
+}  // namespace llmcache

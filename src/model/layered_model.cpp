@@ -1,0 +1,28 @@
+#include "llmcache/model/layered_model.h"
+
+#include "model/probe.h"
+
+namespace llmcache {
+
+c10::IValue Model::plain(const Inputs& inputs) const { return run_dense(*this, inputs); }
+
+InputSpec Model::input_spec() const {
+  InputSpec spec;
+  spec.names.resize(2);
+  spec.names[0] = "input_ids";
+  spec.names[1] = "attention_mask";
+  spec.optional = {false, true};
+  spec.vocabulary = {2, 0};
+  return spec;
+}
+
+void Model::describe(ModelProfile& profile) const {
+  profile.layers = layers();
+  profile.inputs = input_spec().names;
+  profile.dtype = dtype();
+  profile.device = device().str();
+  profile.digest = digest();
+  profile.notes.emplace_back("token-level reuse is not available: the model offers whole layers only");
+}
+
+}  // namespace llmcache

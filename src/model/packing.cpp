@@ -1,0 +1,64 @@
+#include "model/packing.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+
+namespace llmcache {
+
+at::Tensor pack_rows(const at::Tensor& tensor, const TokenDims& dims, const PackedLayout& layout) {
+  if (dims.merged >= 0) return tensor.index_select(dims.merged, layout.flat_index);
+  if (dims.batch < 0) {
+    // The same for all rows of the batch: one entry a position.
+    return tensor.index_select(dims.tokens, layout.position);
+  }
+  const auto moved = tensor.movedim({dims.batch, dims.tokens}, {0, 1});
+  // A dimension of one row is shared by the whole batch only if the label said so; here it is real.
+  const auto rows = moved.flatten(0, 1).index_select(0, layout.flat_index);
+  return rows.unsqueeze(0).movedim({0, 1}, {dims.batch, dims.tokens});
+}
+
+at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const PackedLayout& layout) {
+  const auto rows = dims.merged >= 0 ? packed.movedim(dims.merged, 0)
+                                     : packed.movedim({dims.batch, dims.tokens}, {0, 1}).select(0, 0);
+  auto shape = rows.sizes().vec();
+  shape[0] = layout.batch * layout.width;
+  auto all = at::empty(shape, rows.options());
+  // Sequences are in the order of the batch: fill the gaps between them with zeros.
+  std::int64_t filled = 0;
+  for (const PackedSequence& sequence : layout.sequences) {
+    const std::int64_t begin = sequence.row * layout.width + sequence.first;
+    if (begin > filled) all.narrow(0, filled, begin - filled).zero_();
+    all.narrow(0, begin, sequence.tokens).copy_(rows.narrow(0, sequence.offset, sequence.tokens));
+    filled = begin + sequence.tokens;
+  }
+  if (filled < shape[0]) all.narrow(0, filled, shape[0] - filled).zero_();
+  if (dims.merged >= 0) return all.movedim(0, dims.merged);
+  shape.erase(shape.begin());
+  shape.insert(shape.begin(), {layout.batch, layout.width});
+  return all.view(shape).movedim({0, 1}, {dims.batch, dims.tokens});
+}
+
+double rounding_tolerance(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return 1e-10;
+    case at::kBFloat16: return 6e-2;
+    case at::kHalf: return 1e-2;
+    default: return 5e-5;
+  }
+}
+
+bool nearly_equal(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;
+  if (a.numel() == 0) return true;
+  if (!at::isFloatingType(b.scalar_type())) return at::equal(a, b);
+  const auto nan = b.isnan();
+  if (!at::equal(a.isnan(), nan)) return false;
+  const auto x = a.to(at::kDouble).masked_fill(nan, 0.0);
+  const auto y = b.to(at::kDouble).masked_fill(nan, 0.0);
+  if (x.isinf().any().item<bool>() || y.isinf().any().item<bool>()) return at::equal(x, y);
+  const double scale = std::max(y.abs().max().item<double>(), 1e-3);
+  return (x - y).abs().max().item<double>() <= rounding_tolerance(b.scalar_type()) * scale;
+}
+
+}  // namespace llmcache

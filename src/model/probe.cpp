@@ -1,0 +1,209 @@
+#include "model/probe.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+#include <fmt/core.h>
+
+#include "llmcache/error.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+namespace {
+
+/// Largest absolute difference of two results, position `skip` (if any) of their tokens left out.
+double difference(const c10::IValue& a, const c10::IValue& b, const OutputSpec& spec, std::int64_t skip_from,
+                  std::int64_t skip_to) {
+  const auto left = tensors_of(a);
+  const auto right = tensors_of(b);
+  if (left.size() != right.size()) return 1e30;
+  double largest = 0;
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    auto x = left[i].to(at::kDouble);
+    auto y = right[i].to(at::kDouble);
+    if (x.sizes() != y.sizes()) return 1e30;
+    const int tokens = i < spec.leaves.size() ? spec.leaves[i].tokens : -1;
+    if (tokens >= 0 && skip_to > skip_from) {
+      const auto n = x.size(tokens);
+      const auto keep = [&](const at::Tensor& t) {
+        return at::cat({t.narrow(tokens, 0, skip_from), t.narrow(tokens, skip_to, n - skip_to)}, tokens);
+      };
+      x = keep(x);
+      y = keep(y);
+    }
+    if (x.numel() == 0) continue;
+    largest = std::max(largest, (x - y).nan_to_num(0.0).abs().max().item<double>());
+  }
+  return largest;
+}
+
+OutputSpec output_spec(const Model& model, const std::vector<std::int64_t>& vocabulary) {
+  constexpr std::int64_t kShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
+  std::vector<std::vector<at::Tensor>> seen;
+  OutputSpec spec;
+  spec.per_row = true;
+  for (const auto& shape : kShapes) {
+    bool pure = true;
+    seen.push_back(tensors_of(model.plain(probe_inputs(vocabulary, model.device(), shape[0], shape[1])), &pure));
+    if (!pure || seen.back().size() != seen.front().size()) spec.per_row = false;
+  }
+  if (seen[0].empty()) spec.per_row = false;
+  for (std::size_t i = 0; i < seen[0].size() && seen[1].size() == seen[0].size() && seen[2].size() == seen[0].size();
+       ++i) {
+    TokenDims dims;
+    const auto rank = seen[0][i].dim();
+    for (std::int64_t d = 0; d < rank && seen[1][i].dim() == rank && seen[2][i].dim() == rank; ++d) {
+      const auto matches = [&](auto measure) {
+        for (std::size_t s = 0; s < 3; ++s) {
+          if (seen[s][i].size(d) != measure(kShapes[s][0], kShapes[s][1])) return false;
+        }
+        return true;
+      };
+      if (matches([](auto b, auto) { return b; })) {
+        dims.batch = dims.batch == -1 ? static_cast<int>(d) : -2;
+      } else if (matches([](auto, auto t) { return t; })) {
+        // Pairs of tokens (attention maps) belong to a row, but have no single token dimension.
+        dims.tokens = dims.tokens == -1 ? static_cast<int>(d) : -2;
+      } else if (matches([](auto b, auto t) { return b * t; })) {
+        dims.merged = static_cast<int>(d);
+      } else if (seen[0][i].size(d) != seen[1][i].size(d) || seen[0][i].size(d) != seen[2][i].size(d)) {
+        spec.per_row = false;
+      }
+    }
+    if (dims.batch < 0 || dims.tokens == -2 || dims.merged >= 0) spec.per_row = false;
+    spec.leaves.push_back(dims);
+  }
+  return spec;
+}
+
+Inputs with_id(const Inputs& inputs, int argument, std::int64_t row, std::int64_t position, std::int64_t vocabulary) {
+  Inputs changed = inputs;
+  auto ids = inputs[static_cast<std::size_t>(argument)].toTensor().clone();
+  auto cell = ids[row][position];
+  const auto old = cell.item<std::int64_t>();
+  cell.fill_(old > 0 ? old - 1 : std::min<std::int64_t>(1, std::max<std::int64_t>(vocabulary - 1, 0)));
+  changed[static_cast<std::size_t>(argument)] = ids;
+  return changed;
+}
+
+/// An argument is a padding mask if a token that it marks 0 no longer influences the others.
+bool is_mask(const Model& model, const Inputs& inputs, int argument, const OutputSpec& spec,
+             const ModelProfile& profile, std::int64_t vocabulary) {
+  constexpr std::int64_t kMasked = 2;
+  const auto other = with_id(inputs, profile.ids_argument, 0, kMasked, vocabulary);
+  const double open = difference(model.plain(inputs), model.plain(other), spec, kMasked, kMasked + 1);
+  const auto masked = [&](Inputs given) {
+    auto mask = given[static_cast<std::size_t>(argument)].toTensor().clone();
+    mask[0][kMasked].fill_(0);
+    given[static_cast<std::size_t>(argument)] = mask;
+    return model.plain(given);
+  };
+  const double closed = difference(masked(inputs), masked(other), spec, kMasked, kMasked + 1);
+  return open > 0 && closed <= 1e-3 * open;
+}
+
+}  // namespace
+
+Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
+                    std::int64_t tokens, std::int64_t seed) {
+  Inputs inputs;
+  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
+  for (const std::int64_t rows : vocabulary) {
+    if (rows == 0) {
+      inputs.emplace_back(at::ones({batch, tokens}, options));
+      continue;
+    }
+    // The first ids are often padding and other marks: leave them out where there are enough.
+    const std::int64_t low = std::min<std::int64_t>(rows / 8, 1000);
+    const auto ids = at::arange(batch * tokens, options).add(seed * 31).mul(7919).add(13).remainder(rows - low).add(low);
+    inputs.emplace_back(ids.view({batch, tokens}));
+  }
+  return inputs;
+}
+
+c10::IValue run_dense(const Model& model, const Inputs& inputs) {
+  Activations activations = model.embed(inputs);
+  for (std::int64_t l = 0; l < model.layers(); ++l) model.layer(l, activations);
+  return model.head(activations);
+}
+
+OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary, std::optional<int> mask_argument,
+                 ModelProfile& profile) {
+  const auto ids_vocabulary = vocabulary.at(static_cast<std::size_t>(profile.ids_argument));
+  OutputSpec spec;
+  try {
+    spec = output_spec(model, vocabulary);
+    const auto inputs = probe_inputs(vocabulary, model.device(), 2, 6);
+    const auto first = model.plain(inputs);
+    const auto second = model.plain(inputs);
+    if (difference(first, second, spec, 0, 0) != 0) {
+      throw Error(ErrorCode::kUnsupportedModel,
+                  "the model answers the same inputs differently each time (random numbers, or state kept between "
+                  "calls); such a model cannot be cached");
+    }
+    profile.per_row_output = spec.per_row;
+
+    // Row 0 must not notice what stands in row 1.
+    auto changed = inputs;
+    for (std::int64_t t = 0; t < 6; ++t) changed = with_id(changed, profile.ids_argument, 1, t, ids_vocabulary);
+    const auto third = model.plain(changed);
+    profile.rows_independent = spec.per_row;
+    const auto a = spec.per_row ? row_of(first, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
+    const auto b = spec.per_row ? row_of(third, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      if (!nearly_equal(a[i], b[i])) profile.rows_independent = false;
+    }
+
+    // Causal: final states before the last token do not notice a change of the last token.
+    const auto single = probe_inputs(vocabulary, model.device(), 1, 6);
+    const auto states = [&](const Inputs& given) {
+      Activations activations = model.embed(given);
+      for (std::int64_t l = 0; l < model.layers(); ++l) model.layer(l, activations);
+      return activations.hidden.to(at::kDouble).nan_to_num(0.0);
+    };
+    const auto change = (states(single) - states(with_id(single, profile.ids_argument, 0, 5, ids_vocabulary))).abs();
+    const double own = change.select(1, 5).max().item<double>();
+    const double before = change.narrow(1, 0, 5).max().item<double>();
+    profile.causal = own > 0 && before <= 1e-6 * own;
+
+    if (mask_argument) {
+      if (*mask_argument < -1 || *mask_argument >= static_cast<int>(vocabulary.size()) ||
+          *mask_argument == profile.ids_argument) {
+        throw Error(ErrorCode::kInvalidOptions,
+                    fmt::format("Options.mask_argument is {}; the model has {} inputs, input_ids is number {}",
+                                *mask_argument, vocabulary.size(), profile.ids_argument));
+      }
+      profile.mask_argument = *mask_argument;
+      return spec;
+    }
+    profile.mask_argument = -1;
+    for (std::size_t i = 0; i < vocabulary.size(); ++i) {
+      if (vocabulary[i] != 0 || static_cast<int>(i) == profile.ids_argument) continue;
+      if (is_mask(model, single, static_cast<int>(i), spec, profile, ids_vocabulary)) {
+        profile.mask_argument = static_cast<int>(i);
+        break;
+      }
+    }
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("probing the model with tiny inputs failed: {}", error.what()));
+  }
+  return spec;
+}
+
+std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row,
+                               std::int64_t first, std::int64_t tokens, std::int64_t width) {
+  std::vector<at::Tensor> rows;
+  const auto leaves = tensors_of(result);
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    const TokenDims& dims = spec.leaves.at(i);
+    at::Tensor leaf = leaves[i].narrow(dims.batch, row, 1);
+    if (dims.tokens >= 0 && leaf.size(dims.tokens) == width) leaf = leaf.narrow(dims.tokens, first, tokens);
+    rows.push_back(leaf);
+  }
+  return rows;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,37 @@
+// What a few tiny forwards tell about a model that no name does.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "llmcache/model/layered_model.h"
+#include "model/packing.h"
+
+namespace llmcache {
+
+/// Shape of a model's result: one TokenDims for each tensor in it, in order.
+struct OutputSpec {
+  std::vector<TokenDims> leaves;
+  bool per_row = false;  ///< every tensor has the batch as a dimension, and there is nothing else
+};
+
+/// Deterministic inputs `[batch, tokens]`: ids spread over each embedding, `seed` varies them; ones
+/// where an input selects from no embedding.
+Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
+                    std::int64_t tokens, std::int64_t seed = 0);
+
+/// Runs embed, layers and head in turn.
+c10::IValue run_dense(const Model& model, const Inputs& inputs);
+
+/// Fills causal, rows_independent, per_row_output and mask_argument of `profile`, whose ids_argument
+/// and inputs the adapter has filled. Throws Error(kUnsupportedModel) for a model that answers the
+/// same inputs differently or fails on tiny ones, or if `mask_argument` is out of range.
+OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary, std::optional<int> mask_argument,
+                 ModelProfile& profile);
+
+/// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.
+std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row,
+                               std::int64_t first, std::int64_t tokens, std::int64_t width);
+
+}  // namespace llmcache

@@ -1,0 +1,49 @@
+#include "llmcache/model/profile.h"
+
+#include <c10/core/ScalarType.h>
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+
+namespace llmcache {
+
+const char* to_string(Granularity granularity) noexcept {
+  switch (granularity) {
+    case Granularity::kWholeLayers: return "whole layers";
+    case Granularity::kPacked: return "packed sequences";
+    case Granularity::kTokens: return "tokens";
+  }
+  return "unknown";
+}
+
+std::string ModelProfile::to_string() const {
+  const auto yes = [](bool value) { return value ? "yes" : "no"; };
+  std::string text;
+  text += fmt::format("layers:            {}", layers);
+  text += layers_path.empty() ? "\n" : fmt::format(" at '{}', hidden {}\n", layers_path, hidden);
+  text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}\n", fmt::join(inputs, ", "), ids_argument,
+                      mask_argument, vocabulary);
+  if (!hidden_argument.empty()) text += fmt::format("hidden argument:   {}\n", fmt::join(hidden_argument, " "));
+  std::string kinds;
+  for (const AttentionSite& site : attention) {
+    if (kinds.find(site.kind) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + site.kind;
+  }
+  text += fmt::format("attention sites:   {}{}\n", attention.size(), kinds.empty() ? "" : " (" + kinds + ")");
+  text += fmt::format("causal:            {}\n", yes(causal));
+  text += fmt::format("granularity:       {}{}\n", llmcache::to_string(granularity),
+                      granularity != Granularity::kWholeLayers && mask_argument >= 0
+                          ? (left_padding ? ", right and left padding packed" : ", right padding packed")
+                          : "");
+  text += fmt::format("head:              {}\n", head_tokenwise ? "token-wise" : "on the padded batch");
+  text += fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
+  text += fmt::format("dtype, device:     {}, {}\n", c10::toString(dtype), device);
+  if (weight_bytes > 0) {
+    text += fmt::format("weights:           {:.1f} MB, shared with the caller's module\n",
+                        static_cast<double>(weight_bytes) / 1e6);
+  }
+  text += fmt::format("digest:            {}\n", digest);
+  text += fmt::format("wrapping took:     {:.0f} ms\n", wrap_ms);
+  for (const std::string& note : notes) text += "note:              " + note + "\n";
+  return text;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,118 @@
+// The graph of a TorchScript model, flattened and cut. Internal to model/torchscript*.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include "llmcache/model/layered_model.h"
+
+namespace llmcache::ts {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+/// A chain of layer calls somewhere in the model's call tree.
+struct Chain {
+  std::string path;             ///< of the module that contains the layers
+  std::vector<int> descent;     ///< from the root graph: which CallMethod of each top block to follow
+  std::vector<int> calls;       ///< which CallMethods of the last graph are the layers, in order
+  std::size_t weight_bytes = 0; ///< parameters below the calls; decides between candidates
+};
+
+/// All chains of at least two calls (or the one named by `path`), most promising first.
+/// Throws Error(kUnsupportedModel) if `path` names none.
+std::vector<Chain> find_chains(const Module& module, const std::string& path);
+
+/// The whole model as one graph without calls. Part 0 of its top-level nodes comes before the first
+/// layer, part 1 .. L are the layers, part L+1 comes behind the last.
+struct FlatGraph {
+  std::shared_ptr<Graph> graph;
+  std::int64_t layers = 0;
+  std::unordered_map<const Node*, int> part;              ///< of each top-level node
+  std::vector<std::vector<Value*>> arguments;             ///< of each layer call, without self
+
+  [[nodiscard]] Value* self() const { return graph->inputs()[0]; }
+  [[nodiscard]] Value* input(std::size_t i) const { return graph->inputs()[i + 1]; }
+};
+
+FlatGraph flatten(const Module& module, const Chain& chain);
+
+/// Inputs of a node, and everything that its blocks take from outside.
+std::vector<const Value*> all_inputs(const Node* node);
+
+/// True for constants, attributes of the model and lists of such: cheap to make again where needed.
+bool is_rematerialised(const Value* value, const Value* self);
+
+/// True if the node neither writes to its inputs, nor prints, raises, or draws random numbers.
+bool is_pure(Node* node);
+
+/// How one dimension (or one integer) varies with the shape of the input.
+struct Label {
+  enum class Kind { kConstant, kBatch, kTokens, kBatchTokens, kUnknown };
+  Kind kind = Kind::kUnknown;
+  std::int64_t factor = 1;  ///< the constant itself, or the multiple of batch, tokens, batch x tokens
+
+  bool operator==(const Label&) const = default;
+};
+
+/// What the value of a graph node looks like, found by running it on several shapes.
+struct ValueInfo {
+  enum class Kind { kUnknown, kTensor, kInteger, kOther };
+  Kind kind = Kind::kUnknown;
+  at::ScalarType dtype = at::kFloat;
+  std::vector<Label> dims;  ///< of a tensor
+  Label integer;            ///< of an integer, or of a 0-dimensional integral tensor
+
+  /// Position of the only dimension of that kind, -1 if there is none, -2 if there are several.
+  [[nodiscard]] int only(Label::Kind kind_wanted) const;
+  [[nodiscard]] int count(Label::Kind kind_wanted) const;
+  [[nodiscard]] bool is_tensor() const { return kind == Kind::kTensor; }
+  /// A scalar of any type, a list of integers or None: no tensor data.
+  [[nodiscard]] bool is_scalar() const { return kind != Kind::kTensor || dims.empty(); }
+};
+
+using ValueInfos = std::unordered_map<const Value*, ValueInfo>;
+
+/// Everything that the top-level nodes compute for `inputs`.
+std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, const Module& module,
+                                                      const Inputs& inputs);
+
+/// Labels of all top-level values, from runs on three shapes; `make_inputs(batch, tokens)`.
+template <class MakeInputs>
+ValueInfos label_values(const FlatGraph& flat, const Module& module, MakeInputs make_inputs);
+ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
+
+inline constexpr std::int64_t kLabelShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
+
+template <class MakeInputs>
+ValueInfos label_values(const FlatGraph& flat, const Module& module, MakeInputs make_inputs) {
+  std::vector<std::unordered_map<const Value*, c10::IValue>> runs;
+  for (const auto& shape : kLabelShapes) runs.push_back(run_all(flat, module, make_inputs(shape[0], shape[1])));
+  return label_values_from(runs);
+}
+
+/// Rows of the embedding that each model input selects from directly; 0: none.
+std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module);
+
+/// The tensor behind a chain of attribute look-ups on self; undefined if it is none.
+at::Tensor attribute_tensor(const Value* value, const Value* self, const Module& module);
+
+/// The values that depend on `source` within the top-level nodes.
+std::unordered_set<const Value*> dependants(const FlatGraph& flat, const Value* source);
+
+/// Sizes taken of hidden states are replaced, where no tensor data is involved, by sizes of the
+/// input: tables of positions, biases and causal masks that a layer makes for itself then no longer
+/// depend on the hidden state and can be computed once, before the layers. Returns the dependants
+/// of `hidden` that remain. `infos` is extended by the new values.
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
+                                              ValueInfos& infos);
+
+}  // namespace llmcache::ts

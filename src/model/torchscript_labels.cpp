@@ -1,0 +1,248 @@
+// Labels the values of a flat graph by running it on several input shapes: which dimension is the
+// batch, which the tokens, which follows from both. Nothing is guessed from names or positions.
+#include <algorithm>
+#include <array>
+
+#include <torch/csrc/jit/api/function_impl.h>
+
+#include "llmcache/error.h"
+#include "model/torchscript_graph.h"
+
+namespace llmcache::ts {
+namespace {
+
+namespace prim = c10::prim;
+namespace aten = c10::aten;
+
+/// The rule that explains one number on all three shapes.
+Label explain(const std::array<std::int64_t, 3>& seen) {
+  const auto matches = [&](Label::Kind kind, auto measure) -> std::optional<Label> {
+    const std::int64_t unit = measure(kLabelShapes[0][0], kLabelShapes[0][1]);
+    if (seen[0] == 0 || seen[0] % unit != 0) return std::nullopt;
+    const std::int64_t factor = seen[0] / unit;
+    for (std::size_t i = 0; i < seen.size(); ++i) {
+      if (seen[i] != factor * measure(kLabelShapes[i][0], kLabelShapes[i][1])) return std::nullopt;
+    }
+    return Label{kind, factor};
+  };
+  using Kind = Label::Kind;
+  if (seen[0] == seen[1] && seen[0] == seen[2]) return {Kind::kConstant, seen[0]};
+  if (auto label = matches(Kind::kBatch, [](auto b, auto) { return b; })) return *label;
+  if (auto label = matches(Kind::kTokens, [](auto, auto t) { return t; })) return *label;
+  if (auto label = matches(Kind::kBatchTokens, [](auto b, auto t) { return b * t; })) return *label;
+  return {};
+}
+
+std::optional<std::int64_t> as_integer(const c10::IValue& value) {
+  if (value.isInt()) return value.toInt();
+  if (value.isTensor() && value.toTensor().defined() && value.toTensor().dim() == 0 &&
+      at::isIntegralType(value.toTensor().scalar_type(), false)) {
+    return value.toTensor().item<std::int64_t>();
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+int ValueInfo::only(Label::Kind wanted) const {
+  int found = -1;
+  for (std::size_t i = 0; i < dims.size(); ++i) {
+    if (dims[i].kind != wanted) continue;
+    if (found != -1) return -2;
+    found = static_cast<int>(i);
+  }
+  return found;
+}
+
+int ValueInfo::count(Label::Kind wanted) const {
+  return static_cast<int>(std::count_if(dims.begin(), dims.end(), [&](const Label& l) { return l.kind == wanted; }));
+}
+
+std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, const Module& module,
+                                                      const Inputs& inputs) {
+  auto graph = flat.graph->copy();
+  std::vector<Value*> copied;
+  std::vector<const Value*> originals;
+  auto original = flat.graph->nodes().begin();
+  for (Node* node : graph->nodes()) {
+    for (std::size_t i = 0; i < node->outputs().size(); ++i) {
+      copied.push_back(node->output(i));
+      originals.push_back((*original)->output(i));
+    }
+    ++original;
+  }
+  while (!graph->outputs().empty()) graph->eraseOutput(graph->outputs().size() - 1);
+  Node* tuple = graph->insertNode(graph->createTuple(copied));
+  graph->registerOutput(tuple->output());
+
+  torch::jit::GraphFunction function("llmcache_probe", graph, nullptr, torch::jit::ExecutorExecutionMode::SIMPLE);
+  torch::jit::Stack stack;
+  stack.emplace_back(module._ivalue());
+  stack.insert(stack.end(), inputs.begin(), inputs.end());
+  for (std::size_t i = stack.size(); i < graph->inputs().size(); ++i) stack.emplace_back();
+  function.run(stack);
+
+  std::unordered_map<const Value*, c10::IValue> values;
+  const auto& elements = stack.back().toTupleRef().elements();
+  for (std::size_t i = 0; i < originals.size(); ++i) values.emplace(originals[i], elements[i]);
+  for (std::size_t i = 0; i < inputs.size(); ++i) values.emplace(flat.input(i), inputs[i]);
+  return values;
+}
+
+ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs) {
+  ValueInfos infos;
+  for (const auto& [value, first] : runs.at(0)) {
+    const std::array<const c10::IValue*, 3> seen{&first, &runs.at(1).at(value), &runs.at(2).at(value)};
+    ValueInfo info;
+    info.kind = ValueInfo::Kind::kOther;
+    if (first.isTensor() && first.toTensor().defined()) {
+      info.kind = ValueInfo::Kind::kTensor;
+      info.dtype = first.toTensor().scalar_type();
+      bool same_rank = true;
+      for (const auto* value_seen : seen) {
+        same_rank = same_rank && value_seen->isTensor() && value_seen->toTensor().defined() &&
+                    value_seen->toTensor().dim() == first.toTensor().dim();
+      }
+      if (!same_rank) {
+        info.kind = ValueInfo::Kind::kUnknown;
+      } else {
+        for (std::int64_t d = 0; d < first.toTensor().dim(); ++d) {
+          info.dims.push_back(explain({seen[0]->toTensor().size(d), seen[1]->toTensor().size(d),
+                                       seen[2]->toTensor().size(d)}));
+        }
+      }
+    }
+    if (const auto a = as_integer(*seen[0])) {
+      const auto b = as_integer(*seen[1]);
+      const auto c = as_integer(*seen[2]);
+      if (!first.isTensor()) info.kind = ValueInfo::Kind::kInteger;
+      if (b && c) info.integer = explain({*a, *b, *c});
+    }
+    infos.emplace(value, std::move(info));
+  }
+  return infos;
+}
+
+std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module) {
+  std::vector<std::int64_t> rows(flat.graph->inputs().size() - 1, 0);
+  // Follow each input through changes of shape and type only.
+  std::unordered_map<const Value*, std::size_t> origin;
+  for (std::size_t i = 0; i < rows.size(); ++i) origin[flat.input(i)] = i;
+  static const std::unordered_set<c10::Symbol> kTransparent{
+      aten::view,  aten::reshape, aten::to,     aten::slice,      aten::contiguous, aten::unsqueeze, aten::squeeze,
+      aten::alias, aten::detach,  aten::expand, aten::type_as,    aten::transpose,  aten::flatten,   aten::clone,
+      aten::clamp};
+  for (const Node* node : flat.graph->nodes()) {
+    if (node->kind() == aten::embedding) {
+      const auto from = origin.find(node->input(1));
+      if (from == origin.end()) continue;
+      const auto weight = attribute_tensor(node->input(0), flat.self(), module);
+      if (weight.defined() && weight.dim() == 2) {
+        auto& known = rows[from->second];
+        known = known == 0 ? weight.size(0) : std::min(known, weight.size(0));
+      }
+    } else if (kTransparent.count(node->kind()) && !node->inputs().empty()) {
+      if (const auto from = origin.find(node->input(0)); from != origin.end()) origin[node->output()] = from->second;
+    }
+  }
+  return rows;
+}
+
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
+                                              ValueInfos& infos) {
+  Graph& graph = *flat.graph;
+  Value* ids = flat.input(static_cast<std::size_t>(ids_argument));
+  std::unordered_set<const Value*> dependent{hidden};
+  std::unordered_map<const Value*, Value*> detached;  // dependent scalar -> the same made from the input's shape
+
+  const auto is_scalar = [&](const Value* v) {
+    const auto info = infos.find(v);
+    return info != infos.end() && info->second.is_scalar() && info->second.kind != ValueInfo::Kind::kUnknown;
+  };
+  const auto insert = [&](Node* made, const Node* like, Node* before) {
+    made->insertBefore(before);
+    flat.part[made] = 0;
+    for (std::size_t i = 0; i < made->outputs().size(); ++i) {
+      if (like != nullptr) infos[made->output(i)] = infos[like->output(i)];
+    }
+  };
+  // Everything made here stands before the first node that depends on the hidden state.
+  Node* first_dependent = nullptr;
+  for (Node* node : graph.nodes()) {
+    const auto inputs = all_inputs(node);
+    if (std::find(inputs.begin(), inputs.end(), hidden) != inputs.end()) {
+      first_dependent = node;
+      break;
+    }
+  }
+  if (first_dependent == nullptr) return dependent;
+
+  std::vector<Node*> nodes(graph.nodes().begin(), graph.nodes().end());
+  const auto available_early = [&](const Value* v, Node* before) {
+    return v->node()->kind() == prim::Param || v->node()->isBefore(before);
+  };
+  for (Node* node : nodes) {
+    auto inputs = all_inputs(node);
+    const bool depends =
+        std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; });
+    if (!depends) continue;
+
+    // A size of a hidden state becomes a size of the input.
+    if (node->kind() == aten::size && node->inputs().size() == 2 && infos.count(node->output())) {
+      const Label label = infos[node->output()].integer;
+      std::optional<std::int64_t> dim;
+      if (label.kind == Label::Kind::kBatch && label.factor == 1) dim = 0;
+      if (label.kind == Label::Kind::kTokens && label.factor == 1) dim = 1;
+      if (label.kind == Label::Kind::kConstant) {
+        torch::jit::WithInsertPoint guard(first_dependent);
+        Value* constant = graph.insertConstant(label.factor);
+        flat.part[constant->node()] = 0;
+        infos[constant] = infos[node->output()];
+        detached[node->output()] = constant;
+      } else if (dim) {
+        torch::jit::WithInsertPoint guard(first_dependent);
+        Value* position = graph.insertConstant(*dim);
+        flat.part[position->node()] = 0;
+        infos[position].kind = ValueInfo::Kind::kInteger;
+        Node* size = graph.create(aten::size, {ids, position});
+        size->output()->setType(c10::IntType::get());
+        insert(size, node, first_dependent);
+        detached[node->output()] = size->output();
+      }
+      dependent.insert(node->outputs().begin(), node->outputs().end());
+      continue;
+    }
+    const auto replaceable = [&](const Value* v) { return dependent.count(v) == 0 || detached.count(v) > 0; };
+    const bool all_replaceable = node->blocks().empty() && is_pure(node) &&
+                                 std::all_of(node->inputs().begin(), node->inputs().end(), replaceable);
+    if (!all_replaceable) {
+      dependent.insert(node->outputs().begin(), node->outputs().end());
+      continue;
+    }
+    const bool scalar_result =
+        std::all_of(node->outputs().begin(), node->outputs().end(), [&](const Value* v) { return is_scalar(v); });
+    if (scalar_result) {
+      // Arithmetic on sizes: keep it for whoever works on hidden states, make a second one from the input.
+      Node* twin = graph.createClone(node, [&](Value* v) {
+        const auto found = detached.find(v);
+        return found == detached.end() ? v : found->second;
+      });
+      Node* before = first_dependent;
+      for (const Value* v : twin->inputs()) {
+        if (!available_early(v, before)) before = node;
+      }
+      insert(twin, node, before);
+      for (std::size_t i = 0; i < node->outputs().size(); ++i) detached[node->output(i)] = twin->output(i);
+      dependent.insert(node->outputs().begin(), node->outputs().end());
+    } else {
+      // A table made from sizes alone: it no longer depends on the hidden state.
+      for (std::size_t i = 0; i < node->inputs().size(); ++i) {
+        const auto found = detached.find(node->input(i));
+        if (found != detached.end()) node->replaceInput(i, found->second);
+      }
+    }
+  }
+  return dependent;
+}
+
+}  // namespace llmcache::ts

@@ -1,0 +1,447 @@
+// Whole-layer operation of a TorchScript module: analysis of its graph and the program made from it.
+#include "model/torchscript_model.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <xxhash.h>
+
+#include "llmcache/error.h"
+#include "llmcache/model/torchscript.h"
+#include "model/probe.h"
+
+namespace llmcache::ts {
+namespace {
+
+namespace prim = c10::prim;
+namespace aten = c10::aten;
+
+[[noreturn]] void unsupported(const std::string& why) { throw Error(ErrorCode::kUnsupportedModel, why); }
+
+bool has_training_dropout(const torch::jit::Block* block) {
+  for (const Node* node : block->nodes()) {
+    for (const torch::jit::Block* inner : node->blocks()) {
+      if (has_training_dropout(inner)) return true;
+    }
+    if (node->kind() != aten::dropout && node->kind() != aten::dropout_) continue;
+    if (const auto train = torch::jit::constant_as<bool>(node->input(2)); train && *train) return true;
+  }
+  return false;
+}
+
+bool has_kind(const torch::jit::Block* block, c10::Symbol kind) {
+  for (const Node* node : block->nodes()) {
+    if (node->kind() == kind) return true;
+    for (const torch::jit::Block* inner : node->blocks()) {
+      if (has_kind(inner, kind)) return true;
+    }
+  }
+  return false;
+}
+
+bool is_hidden_like(const ValueInfo& info) {
+  using Kind = Label::Kind;
+  return info.is_tensor() && at::isFloatingType(info.dtype) && info.dims.size() == 3 &&
+         info.dims[0] == Label{Kind::kBatch, 1} && info.dims[1] == Label{Kind::kTokens, 1} &&
+         info.dims[2].kind == Kind::kConstant;
+}
+
+/// Values defined up to `part` and used in part + 1 that look like a hidden state, latest last.
+std::vector<Value*> hidden_candidates(const Analysis& analysis, int part) {
+  std::vector<Value*> found;
+  for (Node* node : analysis.flat.graph->nodes()) {
+    const int defined = analysis.flat.part.at(node);
+    if (part == 0 ? defined != 0 : defined != part) continue;
+    for (Value* output : node->outputs()) {
+      const auto info = analysis.infos.find(output);
+      if (info == analysis.infos.end() || !is_hidden_like(info->second)) continue;
+      const bool crosses = std::any_of(output->uses().begin(), output->uses().end(), [&](const auto& use) {
+        const Node* user = use.user;
+        while (user->owningBlock() != analysis.flat.graph->block()) user = user->owningBlock()->owningNode();
+        if (user->kind() == prim::Return) return part == static_cast<int>(analysis.flat.layers);
+        return analysis.flat.part.at(user) == part + 1;
+      });
+      if (crosses) found.push_back(output);
+    }
+  }
+  return found;
+}
+
+/// Chooses the hidden state at each layer boundary; trims what is no layer from both ends.
+void choose_hidden(Analysis& analysis, bool named) {
+  auto& flat = analysis.flat;
+  std::vector<Value*> chosen;
+  std::vector<std::int64_t> argument;
+  for (int part = 0; part <= flat.layers; ++part) {
+    auto candidates = hidden_candidates(analysis, part);
+    const auto* arguments = part < flat.layers ? &flat.arguments[static_cast<std::size_t>(part)] : nullptr;
+    Value* best = nullptr;
+    std::int64_t position = -1;
+    for (Value* candidate : candidates) {
+      std::int64_t at = -1;
+      if (arguments != nullptr) {
+        const auto it = std::find(arguments->begin(), arguments->end(), candidate);
+        if (it != arguments->end()) at = it - arguments->begin();
+      }
+      // What is handed to the call is the hidden state; among several the latest.
+      if (best == nullptr || at >= 0 || position < 0) {
+        best = candidate;
+        position = at;
+      }
+    }
+    chosen.push_back(best);
+    argument.push_back(position);
+  }
+  const auto width = [&](const Value* v) { return analysis.infos.at(v).dims[2].factor; };
+  int best_begin = 0;
+  int best_end = 0;
+  for (int begin = 0; begin <= flat.layers; ++begin) {
+    if (chosen[static_cast<std::size_t>(begin)] == nullptr) continue;
+    int end = begin;
+    while (end + 1 <= flat.layers && chosen[static_cast<std::size_t>(end) + 1] != nullptr &&
+           width(chosen[static_cast<std::size_t>(end) + 1]) == width(chosen[static_cast<std::size_t>(begin)])) {
+      ++end;
+    }
+    if (end - begin > best_end - best_begin) {
+      best_begin = begin;
+      best_end = end;
+    }
+  }
+  if (best_end - best_begin < (named ? 1 : 2)) {
+    unsupported(fmt::format("the modules called at '{}' do not hand on a hidden state [batch, tokens, hidden]",
+                            analysis.path));
+  }
+  for (auto& [node, part] : flat.part) {
+    part = part <= best_begin ? 0 : part <= best_end ? part - best_begin : best_end - best_begin + 1;
+  }
+  flat.layers = best_end - best_begin;
+  analysis.hidden.assign(chosen.begin() + best_begin, chosen.begin() + best_end + 1);
+  analysis.hidden_argument.assign(argument.begin() + best_begin, argument.begin() + best_end);
+  analysis.width = width(analysis.hidden[0]);
+}
+
+/// What does not depend on hidden states moves in front of the layers.
+void hoist(Analysis& analysis) {
+  auto& flat = analysis.flat;
+  std::unordered_set<const Value*> late;
+  for (Node* node : flat.graph->nodes()) {
+    int& part = flat.part.at(node);
+    if (part == 0) continue;
+    const auto inputs = all_inputs(node);
+    const bool stays = !is_pure(node) || std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) {
+      return analysis.dependent.count(v) > 0 || late.count(v) > 0;
+    });
+    if (stays) {
+      late.insert(node->outputs().begin(), node->outputs().end());
+    } else {
+      part = 0;
+    }
+  }
+}
+
+void refuse_what_cannot_be_wrapped(const Module& module) {
+  if (!module.find_method("forward")) unsupported("the module has no method forward");
+  if (module.hasattr("training") ? module.is_training() : false) {
+    unsupported("the model is in training mode; call eval() before wrapping it");
+  }
+  for (const auto& child : module.named_modules()) {
+    if (child.value.hasattr("training") && child.value.is_training()) {
+      unsupported(fmt::format("module '{}' is in training mode; call eval() before wrapping the model", child.name));
+    }
+  }
+  if (module.children().size() == 0) {
+    unsupported(module.hasattr("training")
+                    ? "the module has no submodules, hence no layers"
+                    : "the module has no submodules: it was frozen (torch::jit::freeze) or has no layers; wrap the "
+                      "module as it was before freezing");
+  }
+}
+
+}  // namespace
+
+std::vector<Node*> Analysis::nodes(std::int64_t part) const {
+  std::vector<Node*> found;
+  for (Node* node : flat.graph->nodes()) {
+    if (flat.part.at(node) == part) found.push_back(node);
+  }
+  return found;
+}
+
+std::vector<const Value*> Analysis::escaping(const std::vector<Node*>& defined) const {
+  const std::unordered_set<const Node*> inside(defined.begin(), defined.end());
+  std::vector<Node*> outside;
+  for (Node* node : flat.graph->nodes()) {
+    if (!inside.count(node)) outside.push_back(node);
+  }
+  outside.push_back(flat.graph->return_node());
+  const auto wanted = external_inputs(flat, outside);
+  const std::unordered_set<const Value*> needed(wanted.begin(), wanted.end());
+  std::vector<const Value*> escaping;
+  for (const Node* node : defined) {
+    for (const Value* output : node->outputs()) {
+      if (needed.count(output)) escaping.push_back(output);
+    }
+  }
+  return escaping;
+}
+
+at::Device device_of(const Module& module) {
+  const auto parameters = module.parameters();
+  return parameters.begin() != parameters.end() ? (*parameters.begin()).device() : at::Device(at::kCPU);
+}
+
+Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens) {
+  return llmcache::probe_inputs(analysis.vocabulary, device_of(analysis.module), batch, tokens);
+}
+
+Analysis analyse(const Module& module, const Options& options) {
+  refuse_what_cannot_be_wrapped(module);
+  const auto& graph = *torch::jit::toGraphFunction(module.get_method("forward").function()).graph();
+  for (std::size_t i = 1; i < graph.inputs().size(); ++i) {
+    const auto type = graph.inputs()[i]->type();
+    if (type->isSubtypeOf(*c10::TensorType::get())) continue;
+    if (type->isSubtypeOf(*c10::OptionalType::ofTensor())) continue;
+    unsupported(fmt::format("input {} of forward ('{}') is a {}; token-level tensors are expected", i - 1,
+                            graph.inputs()[i]->debugName(), type->repr_str()));
+  }
+  auto chains = find_chains(module, options.layers);
+  if (chains.empty()) {
+    unsupported(
+        "no chain of layers was found: forward() calls no two modules of one container, the second fed by the first; "
+        "if there is one layer only, name it in Options.layers");
+  }
+  std::string reasons;
+  for (const Chain& chain : chains) {
+    Analysis analysis{module, flatten(module, chain), {}, {}, {}, {}, 0, chain.path, {}, 0};
+    auto& flat = analysis.flat;
+    if (has_training_dropout(flat.graph->block())) {
+      unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
+    }
+    if (has_kind(flat.graph->block(), prim::SetAttr)) {
+      unsupported("forward() writes to attributes of the module; a model that keeps state between calls cannot be cached");
+    }
+    analysis.vocabulary = input_vocabulary(flat, module);
+    const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
+    if (largest == analysis.vocabulary.end() || *largest == 0) {
+      unsupported("no input selects from an embedding, so none of them can be input_ids");
+    }
+    analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
+    try {
+      analysis.infos = label_values(flat, module, [&](std::int64_t batch, std::int64_t tokens) {
+        return probe_inputs(analysis, batch, tokens);
+      });
+    } catch (const std::exception& error) {
+      unsupported(fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
+                              "token-level: {}",
+                              error.what()));
+    }
+    try {
+      choose_hidden(analysis, !options.layers.empty());
+    } catch (const Error& error) {
+      reasons += std::string(reasons.empty() ? "" : "; ") + error.what();
+      continue;
+    }
+    analysis.dependent = detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos);
+    hoist(analysis);
+    return analysis;
+  }
+  unsupported(reasons);
+}
+
+Program build_program(const Analysis& analysis) {
+  Program program;
+  const auto layers = analysis.flat.layers;
+  const auto embed_nodes = analysis.nodes(0);
+  program.embed = Segment("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots);
+  for (std::int64_t l = 0; l < layers; ++l) {
+    const auto nodes = analysis.nodes(l + 1);
+    program.layers.emplace_back("llmcache_layer_" + std::to_string(l), analysis.flat, nodes, analysis.escaping(nodes),
+                                program.slots);
+  }
+  const std::vector<const Value*> result{analysis.flat.graph->outputs()[0]};
+  program.head = Segment("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots);
+  for (const Value* value : analysis.hidden) program.hidden.push_back(program.slots.of(value));
+
+  program.dead.resize(static_cast<std::size_t>(layers));
+  std::vector<std::int64_t> last(program.slots.size(), -1);
+  for (std::int64_t l = 0; l < layers; ++l) {
+    for (const int slot : program.layers[static_cast<std::size_t>(l)].in()) last[static_cast<std::size_t>(slot)] = l;
+  }
+  for (const int slot : program.head.in()) last[static_cast<std::size_t>(slot)] = layers;
+  for (std::size_t slot = 0; slot < last.size(); ++slot) {
+    if (last[slot] >= 0 && last[slot] < layers) {
+      program.dead[static_cast<std::size_t>(last[slot])].push_back(static_cast<int>(slot));
+    }
+  }
+  return program;
+}
+
+WeightGuard::WeightGuard(const Module& module) : module_(module) {
+  std::unordered_set<const void*> seen;
+  const auto add = [&](const Module& owner, const std::string& prefix) {
+    const auto object = owner._ivalue();
+    const auto type = owner.type();
+    for (std::size_t i = 0; i < type->numAttributes(); ++i) {
+      const auto value = object->getSlot(i);
+      if (!value.isTensor() || !value.toTensor().defined()) continue;
+      const auto tensor = value.toTensor();
+      const bool has_data = tensor.has_storage();
+      const void* data = has_data ? tensor.const_data_ptr() : nullptr;
+      slots_.push_back({object, i, prefix + type->getAttributeName(i), tensor, data, tensor.scalar_type(),
+                        tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version())});
+      if (has_data && seen.insert(tensor.storage().data()).second) bytes_ += tensor.storage().nbytes();
+    }
+  };
+  for (const auto& item : module.named_modules()) add(item.value, item.name.empty() ? "" : item.name + ".");
+}
+
+void WeightGuard::check() const {
+  const auto changed = [](const std::string& what) {
+    throw Error(ErrorCode::kModelChanged, what + " after wrapping; construct a new LayerCache from the module as it is now");
+  };
+  if (module_.hasattr("training") && module_.is_training()) changed("the module was put into training mode");
+  for (const Slot& slot : slots_) {
+    const auto& value = slot.owner->slots()[slot.index];
+    if (!value.isTensor() || value.unsafeToTensorImpl() != slot.tensor.unsafeGetTensorImpl()) {
+      changed("'" + slot.name + "' was replaced");
+    }
+    if (slot.tensor.scalar_type() != slot.dtype) {
+      changed(fmt::format("'{}' was converted from {} to {}", slot.name, c10::toString(slot.dtype),
+                          c10::toString(slot.tensor.scalar_type())));
+    }
+    if (slot.data != nullptr && slot.tensor.const_data_ptr() != slot.data) changed("'" + slot.name + "' was moved");
+    if (!slot.tensor.is_inference() && static_cast<std::uint64_t>(slot.tensor._version()) != slot.version) {
+      changed("'" + slot.name + "' was written to");
+    }
+  }
+}
+
+std::string WeightGuard::digest(const std::string& structure) const {
+  XXH3_state_t* state = XXH3_createState();
+  XXH3_128bits_reset(state);
+  XXH3_128bits_update(state, structure.data(), structure.size());
+  for (const Slot& slot : slots_) {
+    const auto description = fmt::format("{} {} {}\n", slot.name, c10::toString(slot.dtype),
+                                         fmt::join(slot.tensor.sizes().vec(), "x"));
+    XXH3_128bits_update(state, description.data(), description.size());
+    if (slot.data == nullptr || !slot.tensor.is_non_overlapping_and_dense()) continue;
+    const auto on_cpu = slot.tensor.cpu().contiguous();
+    XXH3_128bits_update(state, on_cpu.const_data_ptr(), on_cpu.nbytes());
+  }
+  const auto hash = XXH3_128bits_digest(state);
+  XXH3_freeState(state);
+  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
+}
+
+namespace {
+
+class TorchScriptModel final : public Model {
+ public:
+  explicit TorchScriptModel(std::shared_ptr<const Analysis> analysis)
+      : analysis_(std::move(analysis)),
+        self_(analysis_->module._ivalue()),
+        program_(build_program(*analysis_)),
+        guard_(analysis_->module),
+        digest_(guard_.digest(analysis_->flat.graph->toString(/*print_source_locations=*/false))) {
+    token_level_ = make_token_level(analysis_, program_, sites_, notes_);
+  }
+
+  Activations embed(const Inputs& inputs) const override {
+    auto env = std::make_shared<Env>(program_.slots.size());
+    for (std::size_t i = 0; i + 1 < analysis_->flat.graph->inputs().size(); ++i) {
+      const int slot = program_.slots.find(analysis_->flat.input(i));
+      if (slot >= 0 && i < inputs.size()) (*env)[static_cast<std::size_t>(slot)] = inputs[i];
+    }
+    program_.embed.run(self_, *env);
+    at::Tensor hidden = (*env)[static_cast<std::size_t>(program_.hidden[0])].toTensor();
+    return {std::move(hidden), std::move(env)};
+  }
+
+  std::int64_t layers() const override { return analysis_->flat.layers; }
+
+  void layer(std::int64_t i, Activations& activations) const override {
+    auto& env = *static_cast<Env*>(activations.context.get());
+    const auto l = static_cast<std::size_t>(i);
+    env[static_cast<std::size_t>(program_.hidden[l])] = std::move(activations.hidden);
+    program_.layers[l].run(self_, env);
+    activations.hidden = env[static_cast<std::size_t>(program_.hidden[l + 1])].toTensor();
+    for (const int slot : program_.dead[l]) env[static_cast<std::size_t>(slot)] = {};
+  }
+
+  c10::IValue head(Activations& activations) const override {
+    auto& env = *static_cast<Env*>(activations.context.get());
+    env[static_cast<std::size_t>(program_.hidden.back())] = activations.hidden;
+    program_.head.run(self_, env);
+    return std::move(env[static_cast<std::size_t>(program_.head.out()[0])]);
+  }
+
+  at::Device device() const override { return device_of(analysis_->module); }
+  at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
+  std::string digest() const override { return digest_; }
+
+  InputSpec input_spec() const override {
+    InputSpec spec;
+    const auto& arguments = analysis_->module.get_method("forward").function().getSchema().arguments();
+    for (std::size_t i = 1; i < arguments.size(); ++i) {
+      spec.names.push_back(arguments[i].name());
+      spec.optional.push_back(arguments[i].type()->kind() == c10::TypeKind::OptionalType);
+    }
+    spec.vocabulary = analysis_->vocabulary;
+    return spec;
+  }
+
+  c10::IValue plain(const Inputs& inputs) const override {
+    auto module = analysis_->module;
+    return module.forward(inputs);
+  }
+
+  void check_unchanged() const override { guard_.check(); }
+  const TokenLevelModel* token_level() const override { return token_level_.get(); }
+
+  void describe(ModelProfile& profile) const override {
+    profile.layers_path = analysis_->path;
+    profile.layers = layers();
+    profile.hidden = analysis_->width;
+    profile.hidden_argument = analysis_->hidden_argument;
+    profile.attention = sites_;
+    profile.inputs = input_spec().names;
+    profile.ids_argument = analysis_->ids_argument;
+    profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
+    profile.notes = notes_;
+    profile.dtype = dtype();
+    profile.device = device().str();
+    profile.weight_bytes = guard_.bytes();
+    profile.digest = digest_;
+  }
+
+ private:
+  std::shared_ptr<const Analysis> analysis_;
+  c10::IValue self_;
+  Program program_;
+  WeightGuard guard_;
+  std::string digest_;
+  std::vector<AttentionSite> sites_;
+  std::vector<std::string> notes_;
+  std::unique_ptr<TokenLevelModel> token_level_;
+};
+
+}  // namespace
+}  // namespace llmcache::ts
+
+namespace llmcache {
+
+std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
+  const at::NoGradGuard no_grad;
+  auto analysis = std::make_shared<ts::Analysis>(ts::analyse(module, options));
+  const auto dtype = analysis->infos.at(analysis->hidden[0]).dtype;
+  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
+  }
+  return std::make_unique<ts::TorchScriptModel>(std::move(analysis));
+}
+
+}  // namespace llmcache

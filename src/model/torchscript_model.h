@@ -1,0 +1,81 @@
+// A TorchScript module as a Model. Internal to model/torchscript*.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "llmcache/options.h"
+#include "model/torchscript_segment.h"
+
+namespace llmcache::ts {
+
+/// What analysis of the graph found; shared by whole-layer and token-level operation.
+struct Analysis {
+  Module module;
+  FlatGraph flat;
+  ValueInfos infos;
+  std::unordered_set<const Value*> dependent;  ///< on the hidden state that enters the first layer
+  std::vector<Value*> hidden;                  ///< hidden[l] enters layer l; hidden[L] is the final state
+  std::vector<std::int64_t> hidden_argument;
+  std::int64_t width = 0;                      ///< of the hidden state
+  std::string path;                            ///< of the container of the layers
+  std::vector<std::int64_t> vocabulary;        ///< per input
+  int ids_argument = 0;
+
+  /// Top-level nodes of a part, in order. Part 0 holds all that does not depend on hidden states.
+  [[nodiscard]] std::vector<Node*> nodes(std::int64_t part) const;
+  /// Values of `defined` that are used by nodes outside it or returned.
+  [[nodiscard]] std::vector<const Value*> escaping(const std::vector<Node*>& defined) const;
+};
+
+/// Deterministic token-level inputs for probing: in range for every embedding, masks all ones.
+Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens);
+
+/// Throws Error(kUnsupportedModel) with the reason.
+Analysis analyse(const Module& module, const Options& options);
+
+/// Notices changes of a module's weights: replaced, moved, converted or written to.
+class WeightGuard {
+ public:
+  explicit WeightGuard(const Module& module);
+  /// Throws Error(kModelChanged). Cheap: no tensor data is read.
+  void check() const;
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }  ///< each storage once
+  /// Hash of all weights and of `structure`, 32 hexadecimal digits.
+  [[nodiscard]] std::string digest(const std::string& structure) const;
+
+ private:
+  struct Slot {
+    c10::intrusive_ptr<c10::ivalue::Object> owner;
+    std::size_t index;
+    std::string name;
+    at::Tensor tensor;
+    const void* data;
+    at::ScalarType dtype;
+    std::uint64_t version;
+  };
+  Module module_;
+  std::vector<Slot> slots_;
+  std::size_t bytes_ = 0;
+};
+
+/// Slots of the values that cross between the parts of an analysed model.
+struct Program {
+  Slots slots;
+  Segment embed;
+  std::vector<Segment> layers;
+  Segment head;
+  std::vector<int> hidden;              ///< slot of hidden[l]
+  std::vector<std::vector<int>> dead;   ///< dead[l]: slots that nobody reads after layer l
+};
+
+Program build_program(const Analysis& analysis);
+
+/// Token-level operation of an analysed model; null and a reason if there is none.
+std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis,
+                                                  Program& program, std::vector<AttentionSite>& sites,
+                                                  std::vector<std::string>& notes);
+
+}  // namespace llmcache::ts

@@ -1,0 +1,51 @@
+// Attention sites of a layer: where its graph mixes the tokens of a sequence. Internal to
+// model/torchscript*.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model/torchscript_model.h"
+
+namespace llmcache::ts {
+
+/// What an input of an attention region is, seen from one sequence.
+enum class Role {
+  kQuery,   ///< per token; cut to the active tokens
+  kKey,     ///< per token; covers all tokens of the sequence
+  kSide,    ///< does not depend on hidden states: masks, biases, tables; cut to the sequence
+  kLength,  ///< an integer that follows from batch and tokens
+  kFixed,   ///< anything else; the same for all sequences
+};
+
+struct SiteInput {
+  const Value* value = nullptr;
+  Role role = Role::kFixed;
+  int token_dim = -1;           ///< of query and key inputs
+  int batch_dim = -1;           ///< of side inputs
+  int query_dim = -1;           ///< of side inputs: dimension that runs over active tokens
+  int key_dim = -1;             ///< of side inputs: dimension that runs over all tokens
+  Label length;                 ///< of kLength
+  bool length_of_keys = true;   ///< kLength counts keys, else queries
+};
+
+/// A part of a layer's graph in which tokens meet: scores are made, normalised and applied.
+struct Region {
+  std::vector<Node*> nodes;
+  bool sdpa = false;            ///< exactly one scaled_dot_product_attention
+  std::vector<SiteInput> inputs;
+  const Value* output = nullptr;
+  int output_dim = -1;
+  bool partial = false;         ///< works with fewer queries than keys
+};
+
+/// The nodes of layer `part` that work on hidden states, split at its attention regions:
+/// pieces[0], regions[0], pieces[1], ... Empty optional with a reason if the layer cannot be split.
+struct SplitLayer {
+  std::vector<std::vector<Node*>> pieces;
+  std::vector<Region> regions;
+};
+std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t part, std::string& reason);
+
+}  // namespace llmcache::ts

@@ -1,0 +1,68 @@
+#include "llmcache/report.h"
+
+#include <fmt/core.h>
+
+namespace llmcache {
+
+const char* to_string(Source source) noexcept {
+  switch (source) {
+    case Source::kComputed: return "computed";
+    case Source::kIdentical: return "identical";
+    case Source::kPartial: return "partial";
+  }
+  return "unknown";
+}
+
+const char* to_string(Execution execution) noexcept {
+  switch (execution) {
+    case Execution::kNone: return "none";
+    case Execution::kDense: return "dense";
+    case Execution::kPacked: return "packed";
+  }
+  return "unknown";
+}
+
+double ForwardReport::computed_fraction() const noexcept {
+  double computed = 0;
+  double all = 0;
+  for (const SequenceReport& sequence : sequences) {
+    for (const LayerTokens& layer : sequence.layers) {
+      computed += layer.computed;
+      all += layer.computed + layer.reused;
+    }
+  }
+  return all == 0 ? 0 : computed / all;
+}
+
+std::string ForwardReport::to_string() const {
+  std::string text = fmt::format(
+      "{} execution, {:.2f} ms: look-up {:.3f}, embed {:.2f}, head {:.2f}, store {:.3f}; {:.1f} % of token-layers computed\n",
+      llmcache::to_string(execution), total_ms, lookup_ms, embed_ms, head_ms, store_ms, 100 * computed_fraction());
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const SequenceReport& sequence = sequences[i];
+    std::int64_t computed = 0;
+    std::int64_t reused = 0;
+    for (const LayerTokens& layer : sequence.layers) {
+      computed += layer.computed;
+      reused += layer.reused;
+    }
+    text += fmt::format("  sequence {}: {} tokens, {}, token-layers computed {}, reused {}\n", i, sequence.tokens,
+                        llmcache::to_string(sequence.source), computed, reused);
+  }
+  for (std::size_t l = 0; l < layer_ms.size(); ++l) text += fmt::format("  layer {}: {:.3f} ms\n", l, layer_ms[l]);
+  return text;
+}
+
+double Stats::hit_rate() const noexcept {
+  return sequences == 0 ? 0 : static_cast<double>(identical_hits) / static_cast<double>(sequences);
+}
+
+std::string Stats::to_string() const {
+  return fmt::format(
+      "{} requests, {} sequences, {} identical hits ({:.1f} %); {} tokens, {} computed, {} of padding skipped; "
+      "{} entries in {} bytes (peak {}), {} insertions, {} evictions, {} rejected",
+      requests, sequences, identical_hits, 100 * hit_rate(), tokens, tokens_computed, padding_skipped, entries, bytes,
+      peak_bytes, insertions, evictions, rejected);
+}
+
+}  // namespace llmcache

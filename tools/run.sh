@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# From nothing on a fresh Debian 12 to test results or a benchmark report. See `tools/run.sh help`.
+set -Eeuo pipefail
+
+usage() {
+  cat <<'HELP'
+usage: tools/run.sh test  [ctest arguments]            build everything, run all tests
+       tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
+       tools/run.sh help
+
+Both install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
+the models, prepare the data, configure and build. A second call does only what is missing.
+`bench --model NAME...` and `bench --workload NAME...` export and prepare only those.
+
+Environment:
+  LLMCACHE_BUILD_DIR   where everything goes (default: build, in the repository)
+  LLMCACHE_RAW_DATA    folder with raw data sets (default: ../shared/data beside the repository, if there;
+                       without any, the benchmark uses the sample in data/sample)
+  LLMCACHE_PIP_ARGS    further arguments for pip install, such as an index with CPU builds of torch
+  LLMCACHE_JOBS        compile jobs at once (default: one for each core and 2 GiB of free memory)
+  LLMCACHE_BUILD_TYPE  CMake build type (default: Release)
+  LLMCACHE_CMAKE_ARGS  further arguments for cmake
+  PYTHON               Python 3.11 or newer (default: /usr/bin/python3)
+  Torch_DIR            a LibTorch's share/cmake/Torch (default: that of the virtual environment's torch)
+HELP
+}
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+readonly ROOT
+readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-certificates libeigen3-dev libfmt-dev
+  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev)
+
+BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
+BUILD="$(realpath -m -- "$BUILD")"
+readonly BUILD
+readonly MODELS="$BUILD/models" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$BUILD/cmake"
+readonly VENV="$BUILD/venv"
+readonly VENV_PYTHON="$VENV/bin/python"
+
+STEP="" HINT=""
+
+step() {  # step NAME HINT: what is about to run, and what to do should it fail
+  STEP="$1" HINT="$2"
+  printf '\n== %s\n' "$STEP"
+}
+
+on_exit() {
+  local status=$?
+  if ((status != 0)) && [[ -n $STEP ]]; then
+    printf '\nrun.sh: step failed: %s (exit status %d)\n        %s\n' "$STEP" "$status" "$HINT" >&2
+  fi
+}
+trap on_exit EXIT
+
+die() {
+  HINT="$1"
+  exit 1
+}
+
+# --- steps ----------------------------------------------------------------------------------------
+
+install_packages() {
+  step "Debian packages" "read apt's messages above; with a network problem, try again"
+  if ! command -v dpkg-query >/dev/null; then
+    echo "not a Debian system: expecting the equivalents of ${PACKAGES[*]} to be installed"
+    return
+  fi
+  local package missing=()
+  for package in "${PACKAGES[@]}"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  if ((${#missing[@]} == 0)); then
+    echo "all ${#PACKAGES[@]} are installed, skipped"
+    return
+  fi
+  echo "missing: ${missing[*]}"
+  local sudo=()
+  if ((EUID != 0)); then
+    command -v sudo >/dev/null || die "run as root: apt-get install ${missing[*]}"
+    sudo=(sudo)
+  fi
+  "${sudo[@]}" apt-get update
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} /usr/bin/python3 python3; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+    [[ -z ${PYTHON:-} ]] || break
+  done
+  return 1
+}
+
+make_venv() {
+  step "Python packages" "read pip's messages above; a download that was cut off continues with the next call"
+  local python stamp wanted
+  python="$(find_python)" || die "no Python 3.11 or newer with venv${PYTHON:+ at PYTHON=$PYTHON}; set PYTHON to one"
+  stamp="$VENV/.requirements"
+  wanted="$(cat "$ROOT"/tools/requirements*.txt <("$python" --version) | sha256sum)"
+  if [[ -x $VENV_PYTHON && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    echo "$VENV is up to date, skipped"
+    return
+  fi
+  "$python" -m venv "$VENV"
+  # shellcheck disable=SC2086  # several arguments in one variable
+  "$VENV_PYTHON" -m pip install ${LLMCACHE_PIP_ARGS:-} -r "$ROOT/tools/requirements.txt"
+  # shellcheck disable=SC2086
+  "$VENV_PYTHON" -m pip install ${LLMCACHE_PIP_ARGS:-} --no-deps -r "$ROOT/tools/requirements-nodeps.txt"
+  echo "$wanted" >"$stamp"
+}
+
+export_models() {  # names or groups
+  step "models: $*" "the names are shown by: $VENV_PYTHON tools/export_models.py --list"
+  "$VENV_PYTHON" "$ROOT/tools/export_models.py" --out "$MODELS" --only "$@"
+}
+
+prepare_data() {  # arguments for prepare_data.py
+  step "data" "see the message above; LLMCACHE_RAW_DATA names the folder with the raw data sets"
+  "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --out "$DATA" "$@"
+}
+
+compile_jobs() {
+  local cores free_gib
+  cores="$(nproc)"
+  free_gib="$(awk '/^MemAvailable:/ {print int($2 / 1048576)}' /proc/meminfo)"
+  local by_memory=$((free_gib / 2))
+  ((by_memory >= 1)) || by_memory=1
+  echo "${LLMCACHE_JOBS:-$((cores < by_memory ? cores : by_memory))}"
+}
+
+configure() {
+  step "configure" "see CMake's message above; a torch with CUDA needs the CUDA toolkit: without one, remove
+        $VENV and set LLMCACHE_PIP_ARGS to install a CPU build, or set Torch_DIR"
+  local arguments=(-DCMAKE_BUILD_TYPE="${LLMCACHE_BUILD_TYPE:-Release}" -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$BIN"
+    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DLLMCACHE_BUILD_TESTS=ON -DLLMCACHE_BUILD_BENCHMARKS=ON)
+  if [[ -n ${Torch_DIR:-} ]]; then
+    arguments+=(-DTorch_DIR="$Torch_DIR")
+  else
+    local prefix
+    prefix="$("$VENV_PYTHON" -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+    arguments+=(-DCMAKE_PREFIX_PATH="$prefix")
+  fi
+  if command -v ccache >/dev/null; then
+    arguments+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
+  fi
+  # shellcheck disable=SC2086
+  cmake -S "$ROOT" -B "$CMAKE_DIR" -G Ninja "${arguments[@]}" ${LLMCACHE_CMAKE_ARGS:-}
+}
+
+build() {  # target
+  local count
+  count="$(compile_jobs)"
+  step "build $1 ($count jobs)" "see the compiler's first error above; short of memory? set LLMCACHE_JOBS=1"
+  cmake --build "$CMAKE_DIR" --target "$1" --parallel "$count"
+}
+
+run_tests() {  # arguments for ctest
+  export LLMCACHE_MODELS_DIR="$MODELS" LLMCACHE_DATA_DIR="$DATA" LLMCACHE_BIN_DIR="$BIN" LLMCACHE_PYTHON="$VENV_PYTHON"
+  if (($# == 0)); then
+    step "tests of the Python tools" "run one alone: cd tests/python && $VENV_PYTHON -m unittest -k NAME"
+    (cd "$ROOT/tests/python" && "$VENV_PYTHON" -m unittest)
+  fi
+  step "tests" "run one alone: tools/run.sh test -R NAME"
+  ctest --test-dir "$CMAKE_DIR" --output-on-failure "$@"
+}
+
+run_benchmark() {  # arguments for llmcache-bench
+  step "benchmark" "see the message above; the arguments are shown by: $BIN/llmcache-bench --help"
+  "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" --json "$BUILD/results.json" "$@"
+}
+
+write_report() {
+  step "report" "the figures are in $BUILD/results.json"
+  "$VENV_PYTHON" "$ROOT/tools/report.py" "$BUILD/results.json" -o "$BUILD/report.html"
+  echo "report: $BUILD/report.html"
+}
+
+# --- commands -------------------------------------------------------------------------------------
+
+values_of() {  # values_of --option ARGUMENTS...: the option's values, one a line
+  local option="$1" inside=0 argument
+  shift
+  for argument in "$@"; do
+    case "$argument" in
+      "$option") inside=1 ;;
+      "$option="*) tr ',' '\n' <<<"${argument#*=}" ;;
+      -*) inside=0 ;;
+      *) ((inside == 0)) || tr ',' '\n' <<<"$argument" ;;
+    esac
+  done
+}
+
+setup() {
+  mkdir -p "$BUILD"
+  install_packages
+  make_venv
+}
+
+main_test() {
+  setup
+  export_models tiny zoo minilm
+  prepare_data --only sample
+  configure
+  build all
+  run_tests "$@"
+}
+
+main_bench() {
+  local models workloads
+  # A .pt file of the user's own needs no export.
+  mapfile -t models < <(values_of --model "$@" | grep -v '\.pt$')
+  mapfile -t workloads < <(values_of --workload "$@")
+  [[ " $* " == *" --model"[\ =]* ]] || models=(bench)
+  setup
+  configure
+  build llmcache-bench
+  if [[ " $* " =~ \ (-h|--help|--list|--version)\  ]]; then
+    "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" "$@"
+    return
+  fi
+  ((${#models[@]} == 0)) || export_models "${models[@]}"
+  prepare_data ${workloads[0]:+--only "${workloads[@]}"}
+  run_benchmark "$@"
+  write_report
+}
+
+case "${1:-help}" in
+  test | bench)
+    command="$1"
+    shift
+    "main_$command" "$@"
+    ;;
+  help | -h | --help) usage ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
