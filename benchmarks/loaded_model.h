@@ -42,7 +42,6 @@ class LoadedModel {
 
   /// Set by wrap().
   [[nodiscard]] Cache& cache() { return *cache_; }
-  [[nodiscard]] bool wrapped() const { return cache_ != nullptr; }
 
   /// Relative L2 distance of all outputs together, of real tokens only where an output has one entry
   /// a token: ||other - reference|| / ||reference||. Infinite where the shapes differ.

@@ -122,8 +122,7 @@ class Checker {
       if (spans.size() < 2) return {};
       // What other sequences hold must not be seen at all: bit for bit.
       auto others = inputs(spans, width, seed + 1);
-      const auto ids = static_cast<std::size_t>(profile_.ids_argument);
-      others[ids].toTensor()[0].copy_(given[ids].toTensor()[0]);
+      for (std::size_t i = 0; i < given.size(); ++i) others[i].toTensor()[0].copy_(given[i].toTensor()[0]);
       const auto again = execute_packed(model_, others, plan(spans, width), {}, nullptr, report);
       const auto a = row_of(got, spec_, 0, spans[0].first, spans[0].tokens, width);
       const auto b = row_of(again, spec_, 0, spans[0].first, spans[0].tokens, width);
@@ -132,11 +131,17 @@ class Checker {
       }
       return {};
     } catch (const std::exception& error) {
-      return fmt::format("the packed model raised: {}", first_line(error.what()));
+      return fmt::format("the packed model raised: {}", reason(error));
     }
   }
 
-  static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+  /// TorchScript puts the error itself on the last line, behind the trace; others on the first.
+  static std::string reason(const std::exception& error) {
+    std::string text = error.what();
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    const auto last = text.rfind("RuntimeError: ");
+    return last == std::string::npos ? text.substr(0, text.find('\n')) : text.substr(last);
+  }
 
   bool packed() {
     struct Case {
@@ -189,7 +194,7 @@ class Checker {
         }
       }
     } catch (const std::exception& error) {
-      note(fmt::format("recomputing some tokens raised: {}", first_line(error.what())));
+      note(fmt::format("recomputing some tokens raised: {}", reason(error)));
       return false;
     }
     return true;

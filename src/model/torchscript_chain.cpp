@@ -14,6 +14,7 @@
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/passes/lower_tuples.h>
 #include <torch/csrc/jit/passes/peephole.h>
+#include <torch/csrc/jit/passes/remove_mutation.h>
 
 #include "llmcache/error.h"
 #include "model/torchscript_graph.h"
@@ -182,15 +183,20 @@ Node* insert_marker_before(Node* node, at::ArrayRef<Value*> arguments) {
   return marker;
 }
 
-/// The model is in evaluation mode (checked before): `training` is false wherever it is asked for.
-void fix_training_mode(torch::jit::Block* block) {
+/// Attributes that are numbers, booleans or text (`training` among them) become constants, so that
+/// what depends on them can be decided now. The guard of the weights notices if they change.
+void fix_scalar_attributes(torch::jit::Block* block, const Value* self, const Module& module) {
   for (auto it = block->nodes().begin(); it != block->nodes().end();) {
     Node* node = *it++;
-    for (torch::jit::Block* inner : node->blocks()) fix_training_mode(inner);
-    if (node->kind() != prim::GetAttr || node->s(attr::name) != "training") continue;
-    if (node->output()->type()->kind() != c10::TypeKind::BoolType) continue;
+    for (torch::jit::Block* inner : node->blocks()) fix_scalar_attributes(inner, self, module);
+    if (node->kind() != prim::GetAttr) continue;
+    const auto path = module_path(node->input(0), self, "");
+    const auto owner = path ? module_at(module, *path) : std::nullopt;
+    if (!owner || !owner->hasattr(node->s(attr::name))) continue;
+    const auto value = owner->attr(node->s(attr::name));
+    if (!value.isBool() && !value.isInt() && !value.isDouble() && !value.isString() && !value.isNone()) continue;
     torch::jit::WithInsertPoint guard(node);
-    node->output()->replaceAllUsesWith(node->owningGraph()->insertConstant(false));
+    node->output()->replaceAllUsesWith(node->owningGraph()->insertConstant(value));
     node->destroy();
   }
 }
@@ -235,12 +241,14 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
 
   Graph& graph = *flat.graph;
   torch::jit::Inline(graph);
-  fix_training_mode(graph.block());
+  fix_scalar_attributes(graph.block(), graph.inputs()[0], module);
   auto owner = flat.graph;
   torch::jit::ConstantPropagation(owner);
   torch::jit::PeepholeOptimize(owner, /*disable_shape_peepholes=*/true);
   torch::jit::ConstantPropagation(owner);
   torch::jit::LowerSimpleTuples(owner);
+  // In-place operations on fresh values become ordinary ones: the same numbers, but free to be moved.
+  torch::jit::RemoveTensorMutation(owner);
 
   int part = 0;
   std::vector<Node*> top(graph.nodes().begin(), graph.nodes().end());

@@ -111,8 +111,10 @@ std::unordered_set<const Value*> dependants(const FlatGraph& flat, const Value* 
 /// Sizes taken of hidden states are replaced, where no tensor data is involved, by sizes of the
 /// input: tables of positions, biases and causal masks that a layer makes for itself then no longer
 /// depend on the hidden state and can be computed once, before the layers. Returns the dependants
-/// of `hidden` that remain. `infos` is extended by the new values.
+/// of `hidden` that remain. `infos` is extended by the new values; `detached` gets, for each scalar
+/// that still depends on the hidden state, the same one made from the input.
 std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
-                                              ValueInfos& infos);
+                                              ValueInfos& infos,
+                                              std::unordered_map<const Value*, Value*>& detached);
 
 }  // namespace llmcache::ts

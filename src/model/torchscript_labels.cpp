@@ -132,6 +132,21 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
       aten::view,  aten::reshape, aten::to,     aten::slice,      aten::contiguous, aten::unsqueeze, aten::squeeze,
       aten::alias, aten::detach,  aten::expand, aten::type_as,    aten::transpose,  aten::flatten,   aten::clone,
       aten::clamp};
+  std::unordered_map<const Value*, std::size_t> indirect;  // reached through anything
+  std::vector<std::int64_t> reached(rows.size(), 0);
+  for (std::size_t i = 0; i < rows.size(); ++i) indirect[flat.input(i)] = i;
+  for (const Node* node : flat.graph->nodes()) {
+    for (const Value* value : node->inputs()) {
+      const auto from = indirect.find(value);
+      if (from == indirect.end()) continue;
+      if (node->kind() == aten::embedding && value == node->input(1)) {
+        const auto weight = attribute_tensor(node->input(0), flat.self(), module);
+        if (weight.defined() && weight.dim() == 2) reached[from->second] = std::max(reached[from->second], weight.size(0));
+      }
+      for (const Value* output : node->outputs()) indirect.try_emplace(output, from->second);
+      break;
+    }
+  }
   for (const Node* node : flat.graph->nodes()) {
     if (node->kind() == aten::embedding) {
       const auto from = origin.find(node->input(1));
@@ -145,15 +160,20 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
       if (const auto from = origin.find(node->input(0)); from != origin.end()) origin[node->output()] = from->second;
     }
   }
+  // No input selects directly: the one that reaches the largest embedding after some arithmetic does.
+  if (std::all_of(rows.begin(), rows.end(), [](std::int64_t n) { return n == 0; })) {
+    const auto largest = std::max_element(reached.begin(), reached.end());
+    if (largest != reached.end()) rows[static_cast<std::size_t>(largest - reached.begin())] = *largest;
+  }
   return rows;
 }
 
 std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
-                                              ValueInfos& infos) {
+                                              ValueInfos& infos,
+                                              std::unordered_map<const Value*, Value*>& detached) {
   Graph& graph = *flat.graph;
   Value* ids = flat.input(static_cast<std::size_t>(ids_argument));
   std::unordered_set<const Value*> dependent{hidden};
-  std::unordered_map<const Value*, Value*> detached;  // dependent scalar -> the same made from the input's shape
 
   const auto is_scalar = [&](const Value* v) {
     const auto info = infos.find(v);
@@ -191,8 +211,8 @@ std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidd
     if (node->kind() == aten::size && node->inputs().size() == 2 && infos.count(node->output())) {
       const Label label = infos[node->output()].integer;
       std::optional<std::int64_t> dim;
-      if (label.kind == Label::Kind::kBatch && label.factor == 1) dim = 0;
-      if (label.kind == Label::Kind::kTokens && label.factor == 1) dim = 1;
+      if (label.kind == Label::Kind::kBatch) dim = 0;
+      if (label.kind == Label::Kind::kTokens) dim = 1;
       if (label.kind == Label::Kind::kConstant) {
         torch::jit::WithInsertPoint guard(first_dependent);
         Value* constant = graph.insertConstant(label.factor);
@@ -208,8 +228,36 @@ std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidd
         size->output()->setType(c10::IntType::get());
         insert(size, node, first_dependent);
         detached[node->output()] = size->output();
+        if (label.factor != 1) {
+          Value* factor = graph.insertConstant(label.factor);
+          flat.part[factor->node()] = 0;
+          infos[factor].kind = ValueInfo::Kind::kInteger;
+          Node* product = graph.create(aten::mul, {size->output(), factor});
+          product->output()->setType(c10::IntType::get());
+          insert(product, node, first_dependent);
+          detached[node->output()] = product->output();
+        }
       }
       dependent.insert(node->outputs().begin(), node->outputs().end());
+      continue;
+    }
+    // So do its type, rank and device, which are the same for every request.
+    if ((node->kind() == prim::dtype || node->kind() == aten::dim) && infos.count(node->output()) &&
+        infos[node->output()].integer.kind == Label::Kind::kConstant) {
+      torch::jit::WithInsertPoint guard(first_dependent);
+      Value* constant = graph.insertConstant(infos[node->output()].integer.factor);
+      flat.part[constant->node()] = 0;
+      infos[constant] = infos[node->output()];
+      detached[node->output()] = constant;
+      dependent.insert(node->output());
+      continue;
+    }
+    if (node->kind() == prim::device) {
+      Node* device = graph.create(prim::device, {ids});
+      device->output()->setType(c10::DeviceObjType::get());
+      insert(device, node, first_dependent);
+      detached[node->output()] = device->output();
+      dependent.insert(node->output());
       continue;
     }
     const auto replaceable = [&](const Value* v) { return dependent.count(v) == 0 || detached.count(v) > 0; };
@@ -240,6 +288,32 @@ std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidd
         const auto found = detached.find(node->input(i));
         if (found != detached.end()) node->replaceInput(i, found->second);
       }
+    }
+  }
+  // Work before and behind the layers, and in another layer than the size was taken in, uses the
+  // size of the input.
+  const auto part_of = [&](const Node* node) {
+    while (node->owningBlock() != graph.block()) node = node->owningBlock()->owningNode();
+    const auto found = flat.part.find(node);
+    return found == flat.part.end() ? -1 : found->second;
+  };
+  for (const auto& [original, twin] : detached) {
+    const auto uses = original->uses();
+    const int home = part_of(original->node());
+    for (const auto& use : uses) {
+      const int part = part_of(use.user);
+      if (part == home && part != 0) continue;
+      if (!twin->node()->isBefore(use.user) || use.user == twin->node()) continue;
+      use.user->replaceInput(use.offset, twin);
+    }
+  }
+  // What still depends on the hidden state and stands before the first layer belongs to it.
+  dependent = dependants(flat, hidden);
+  for (Node* node : graph.nodes()) {
+    int& part = flat.part.at(node);
+    const auto inputs = all_inputs(node);
+    if (part == 0 && std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; })) {
+      part = 1;
     }
   }
   return dependent;

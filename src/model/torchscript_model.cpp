@@ -7,11 +7,13 @@
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 #include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
 #include <xxhash.h>
 
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
 #include "model/probe.h"
+#include "model/torchscript_sites.h"
 
 namespace llmcache::ts {
 namespace {
@@ -71,7 +73,7 @@ std::vector<Value*> hidden_candidates(const Analysis& analysis, int part) {
 }
 
 /// Chooses the hidden state at each layer boundary; trims what is no layer from both ends.
-void choose_hidden(Analysis& analysis, bool named) {
+bool choose_hidden(Analysis& analysis, bool named) {
   auto& flat = analysis.flat;
   std::vector<Value*> chosen;
   std::vector<std::int64_t> argument;
@@ -111,8 +113,7 @@ void choose_hidden(Analysis& analysis, bool named) {
     }
   }
   if (best_end - best_begin < (named ? 1 : 2)) {
-    unsupported(fmt::format("the modules called at '{}' do not hand on a hidden state [batch, tokens, hidden]",
-                            analysis.path));
+    return false;
   }
   for (auto& [node, part] : flat.part) {
     part = part <= best_begin ? 0 : part <= best_end ? part - best_begin : best_end - best_begin + 1;
@@ -121,6 +122,21 @@ void choose_hidden(Analysis& analysis, bool named) {
   analysis.hidden.assign(chosen.begin() + best_begin, chosen.begin() + best_end + 1);
   analysis.hidden_argument.assign(argument.begin() + best_begin, argument.begin() + best_end);
   analysis.width = width(analysis.hidden[0]);
+  return true;
+}
+
+/// Drops nodes whose values nobody uses, and all that is known of them.
+void remove_dead(Analysis& analysis) {
+  auto& flat = analysis.flat;
+  auto graph = flat.graph;
+  torch::jit::EliminateDeadCode(graph);
+  const std::unordered_set<const Node*> nodes(graph->nodes().begin(), graph->nodes().end());
+  std::unordered_set<const Value*> values(graph->inputs().begin(), graph->inputs().end());
+  for (const Node* node : nodes) values.insert(node->outputs().begin(), node->outputs().end());
+  std::erase_if(flat.part, [&](const auto& item) { return !nodes.count(item.first); });
+  std::erase_if(analysis.infos, [&](const auto& item) { return !values.count(item.first); });
+  analysis.detached.clear();
+  analysis.dependent = dependants(flat, analysis.hidden[0]);
 }
 
 /// What does not depend on hidden states moves in front of the layers.
@@ -174,6 +190,8 @@ std::vector<const Value*> Analysis::escaping(const std::vector<Node*>& defined) 
   const std::unordered_set<const Node*> inside(defined.begin(), defined.end());
   std::vector<Node*> outside;
   for (Node* node : flat.graph->nodes()) {
+    // Lists and attributes are made again for whoever uses them, which is what counts.
+    if (node->outputs().size() == 1 && is_rematerialised(node->output(), flat.self())) continue;
     if (!inside.count(node)) outside.push_back(node);
   }
   outside.push_back(flat.graph->return_node());
@@ -215,7 +233,10 @@ Analysis analyse(const Module& module, const Options& options) {
   }
   std::string reasons;
   for (const Chain& chain : chains) {
-    Analysis analysis{module, flatten(module, chain), {}, {}, {}, {}, 0, chain.path, {}, 0};
+    Analysis analysis;
+    analysis.module = module;
+    analysis.flat = flatten(module, chain);
+    analysis.path = chain.path;
     auto& flat = analysis.flat;
     if (has_training_dropout(flat.graph->block())) {
       unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
@@ -238,17 +259,20 @@ Analysis analyse(const Module& module, const Options& options) {
                               "token-level: {}",
                               error.what()));
     }
-    try {
-      choose_hidden(analysis, !options.layers.empty());
-    } catch (const Error& error) {
-      reasons += std::string(reasons.empty() ? "" : "; ") + error.what();
+    if (!choose_hidden(analysis, !options.layers.empty())) {
+      reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
       continue;
     }
-    analysis.dependent = detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos);
+    analysis.dependent =
+        detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
+    detach_region_scalars(analysis);
+    remove_dead(analysis);
     hoist(analysis);
     return analysis;
   }
-  unsupported(reasons);
+  unsupported(fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "
+                          "{}'",
+                          reasons));
 }
 
 Program build_program(const Analysis& analysis) {
@@ -286,6 +310,9 @@ WeightGuard::WeightGuard(const Module& module) : module_(module) {
     const auto type = owner.type();
     for (std::size_t i = 0; i < type->numAttributes(); ++i) {
       const auto value = object->getSlot(i);
+      if (value.isBool() || value.isInt() || value.isDouble() || value.isString() || value.isNone()) {
+        scalars_.push_back({object, i, prefix + type->getAttributeName(i), value});
+      }
       if (!value.isTensor() || !value.toTensor().defined()) continue;
       const auto tensor = value.toTensor();
       const bool has_data = tensor.has_storage();
@@ -302,7 +329,12 @@ void WeightGuard::check() const {
   const auto changed = [](const std::string& what) {
     throw Error(ErrorCode::kModelChanged, what + " after wrapping; construct a new LayerCache from the module as it is now");
   };
-  if (module_.hasattr("training") && module_.is_training()) changed("the module was put into training mode");
+  for (const Scalar& scalar : scalars_) {
+    const c10::IValue& now = scalar.owner->slots()[scalar.index];
+    if (now.tagKind() == scalar.value.tagKind() && now == scalar.value) continue;
+    changed(scalar.name == "training" ? "the module was put into training mode"
+                                      : "'" + scalar.name + "' was changed");
+  }
   for (const Slot& slot : slots_) {
     const auto& value = slot.owner->slots()[slot.index];
     if (!value.isTensor() || value.unsafeToTensorImpl() != slot.tensor.unsafeGetTensorImpl()) {

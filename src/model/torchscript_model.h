@@ -17,6 +17,7 @@ struct Analysis {
   FlatGraph flat;
   ValueInfos infos;
   std::unordered_set<const Value*> dependent;  ///< on the hidden state that enters the first layer
+  std::unordered_map<const Value*, Value*> detached;  ///< dependent scalars and their twins made from the input
   std::vector<Value*> hidden;                  ///< hidden[l] enters layer l; hidden[L] is the final state
   std::vector<std::int64_t> hidden_argument;
   std::int64_t width = 0;                      ///< of the hidden state
@@ -36,7 +37,7 @@ Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t t
 /// Throws Error(kUnsupportedModel) with the reason.
 Analysis analyse(const Module& module, const Options& options);
 
-/// Notices changes of a module's weights: replaced, moved, converted or written to.
+/// Notices changes of a module's attributes: replaced, moved, converted or written to.
 class WeightGuard {
  public:
   explicit WeightGuard(const Module& module);
@@ -56,8 +57,15 @@ class WeightGuard {
     at::ScalarType dtype;
     std::uint64_t version;
   };
+  struct Scalar {
+    c10::intrusive_ptr<c10::ivalue::Object> owner;
+    std::size_t index;
+    std::string name;
+    c10::IValue value;
+  };
   Module module_;
   std::vector<Slot> slots_;
+  std::vector<Scalar> scalars_;  ///< numbers, booleans and texts, which were made constants
   std::size_t bytes_ = 0;
 };
 

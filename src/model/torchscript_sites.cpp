@@ -111,7 +111,8 @@ bool describe_inputs(const Analysis& analysis, Region& region, std::string& reas
       for (int d = 0; d < rank; ++d) {
         const Label& label = info.dims[static_cast<std::size_t>(d)];
         if (label.kind != Kind::kTokens && label.kind != Kind::kBatch) continue;
-        if (label.factor != 1) {
+        if (label.kind == Kind::kBatch) input.batch_factor = label.factor;
+        if (label.kind == Kind::kTokens && label.factor != 1) {
           reason = fmt::format("'{}', an input of its attention, has a merged dimension", value->debugName());
           return false;
         }
@@ -138,40 +139,93 @@ bool describe_inputs(const Analysis& analysis, Region& region, std::string& reas
   return true;
 }
 
-}  // namespace
-
-std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t part, std::string& reason) {
-  const auto all = analysis.nodes(part);
-  std::vector<Node*> nodes;
-  for (Node* node : all) {
-    if (node->outputs().size() == 1 && is_rematerialised(node->output(), analysis.flat.self())) continue;
-    if (!is_pure(node)) {
-      reason = fmt::format("it contains {}, which writes in place or has other effects", node->kind().toQualString());
-      return std::nullopt;
-    }
-    if (works_on_hidden(analysis, node)) nodes.push_back(node);
-  }
+/// For each node its region, -1 outside all of them; the number of regions, or -1 if two overlap.
+int find_regions(const Analysis& analysis, const std::vector<Node*>& nodes, std::vector<int>& region_of) {
   const auto reach = reachability(nodes);
-  SplitLayer split;
-  std::vector<int> region_of(nodes.size(), -1);
+  region_of.assign(nodes.size(), -1);
+  int regions = 0;
   for (const auto& core : core_groups(analysis, nodes)) {
-    Region region;
-    const int id = static_cast<int>(split.regions.size());
     for (std::size_t i = 0; i < nodes.size(); ++i) {
       const bool in_core = std::find(core.begin(), core.end(), i) != core.end();
+      // What lies between two nodes of a region belongs to it.
       const bool between =
           std::any_of(core.begin(), core.end(), [&](std::size_t c) { return c < i && reach[c][i]; }) &&
           std::any_of(core.begin(), core.end(), [&](std::size_t c) { return i < c && reach[i][c]; });
       if (!in_core && !between) continue;
-      if (region_of[i] != -1) {
-        reason = "its attention sites are interwoven";
-        return std::nullopt;
-      }
-      region_of[i] = id;
-      region.nodes.push_back(nodes[i]);
+      if (region_of[i] != -1) return -1;
+      region_of[i] = regions;
     }
+    ++regions;
+  }
+  return regions;
+}
+
+/// Nodes of a layer that work on hidden states; lists are left to be made again where they are used.
+std::vector<Node*> hidden_nodes(const Analysis& analysis, std::int64_t part) {
+  std::vector<Node*> nodes;
+  for (Node* node : analysis.nodes(part)) {
+    if (node->outputs().size() == 1 && is_rematerialised(node->output(), analysis.flat.self())) continue;
+    if (works_on_hidden(analysis, node)) nodes.push_back(node);
+  }
+  return nodes;
+}
+
+}  // namespace
+
+void detach_region_scalars(Analysis& analysis) {
+  for (std::int64_t part = 1; part <= analysis.flat.layers; ++part) {
+    const auto nodes = hidden_nodes(analysis, part);
+    std::vector<int> region_of;
+    if (find_regions(analysis, nodes, region_of) <= 0) continue;
+    std::unordered_map<const Node*, int> home;
+    for (std::size_t i = 0; i < nodes.size(); ++i) home[nodes[i]] = region_of[i];
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      if (region_of[i] == -1) continue;
+      for (Value* output : nodes[i]->outputs()) {
+        const auto twin = analysis.detached.find(output);
+        if (twin == analysis.detached.end()) continue;
+        const auto uses = output->uses();
+        for (const auto& use : uses) {
+          // A list is made again for each of its users: look at those.
+          const Node* user = use.user;
+          bool inside = false;
+          if (user->outputs().size() == 1 && is_rematerialised(user->output(), analysis.flat.self())) {
+            for (const auto& list_use : user->output()->uses()) {
+              const auto at = home.find(list_use.user);
+              inside = inside || (at != home.end() && at->second == region_of[i]);
+            }
+          } else {
+            const auto at = home.find(user);
+            inside = at != home.end() && at->second == region_of[i];
+          }
+          if (!inside && twin->second->node()->isBefore(use.user)) use.user->replaceInput(use.offset, twin->second);
+        }
+      }
+    }
+  }
+  analysis.dependent = dependants(analysis.flat, analysis.hidden[0]);
+}
+
+std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t part, std::string& reason) {
+  const auto nodes = hidden_nodes(analysis, part);
+  for (Node* node : analysis.nodes(part)) {
+    if (is_pure(node)) continue;
+    reason = fmt::format("it contains {}, which writes in place or has other effects", node->kind().toQualString());
+    return std::nullopt;
+  }
+  SplitLayer split;
+  std::vector<int> region_of;
+  const int regions = find_regions(analysis, nodes, region_of);
+  if (regions < 0) {
+    reason = "its attention sites are interwoven";
+    return std::nullopt;
+  }
+  split.regions.resize(static_cast<std::size_t>(regions));
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    if (region_of[i] != -1) split.regions[static_cast<std::size_t>(region_of[i])].nodes.push_back(nodes[i]);
+  }
+  for (Region& region : split.regions) {
     region.sdpa = region.nodes.size() == 1 && region.nodes[0]->kind() == kSdpa;
-    split.regions.push_back(std::move(region));
   }
   // Scalars that only a region uses, made from sizes of its per-token inputs, move into it: there
   // they are taken of one sequence, not of all packed rows.
@@ -246,7 +300,9 @@ std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t par
     std::vector<const Value*> outputs;
     for (const Value* value : analysis.escaping(region.nodes)) outputs.push_back(value);
     if (outputs.size() != 1 || region_stage[r] > r + 1) {
-      reason = fmt::format("attention site {} hands on {} values, 1 expected", r, outputs.size());
+      std::string names;
+      for (const Value* output : outputs) names += fmt::format(" {} ({} of {})", output->debugName(), output->node()->kind().toQualString(), output->node()->inputs().empty() ? "" : output->node()->input(0)->debugName());
+      reason = fmt::format("attention site {} hands on {} values, 1 expected:{}", r, outputs.size(), names);
       return std::nullopt;
     }
     region.output = outputs[0];

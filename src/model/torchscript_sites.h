@@ -24,6 +24,7 @@ struct SiteInput {
   Role role = Role::kFixed;
   int token_dim = -1;           ///< of query and key inputs
   int batch_dim = -1;           ///< of side inputs
+  std::int64_t batch_factor = 1;  ///< entries a row of the batch has there (heads merged with batch)
   int query_dim = -1;           ///< of side inputs: dimension that runs over active tokens
   int key_dim = -1;             ///< of side inputs: dimension that runs over all tokens
   Label length;                 ///< of kLength
@@ -39,6 +40,10 @@ struct Region {
   int output_dim = -1;
   bool partial = false;         ///< works with fewer queries than keys
 };
+
+/// Scalars that are made inside an attention region and used outside it are replaced there by their
+/// twins made from the input.
+void detach_region_scalars(Analysis& analysis);
 
 /// The nodes of layer `part` that work on hidden states, split at its attention regions:
 /// pieces[0], regions[0], pieces[1], ... Empty optional with a reason if the layer cannot be split.

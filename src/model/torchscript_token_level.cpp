@@ -389,7 +389,8 @@ bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c
                              inputs[0].role == Role::kQuery && inputs[1].role == Role::kKey &&
                              inputs[2].role == Role::kKey && inputs.size() <= 4;
           if (!plain) site.sdpa.reset();
-          else if (inputs.size() == 4) site.sdpa_mask = 3;
+          else if (inputs.size() == 4 && (inputs[3].role == Role::kSide || inputs[3].role == Role::kFixed)) site.sdpa_mask = 3;
+          else if (inputs.size() == 4) site.sdpa.reset();
           else if (!torch::jit::toIValue(node->input(3)) || !torch::jit::toIValue(node->input(3))->isNone()) site.sdpa.reset();
         }
       }
@@ -446,7 +447,9 @@ const c10::IValue& Run::side_of(const SiteInput& input, int slot, std::size_t q)
   if (!fresh) return it->second;
   const PackedSequence& sequence = layout_.sequences[q];
   at::Tensor side = (*full_)[static_cast<std::size_t>(slot)].toTensor();
-  if (input.batch_dim >= 0) side = side.narrow(input.batch_dim, sequence.row, 1);
+  if (input.batch_dim >= 0) {
+    side = side.narrow(input.batch_dim, sequence.row * input.batch_factor, input.batch_factor);
+  }
   if (input.key_dim >= 0) side = side.narrow(input.key_dim, sequence.first, sequence.tokens);
   if (input.query_dim >= 0) {
     side = side.narrow(input.query_dim, sequence.first, sequence.tokens);
