@@ -36,14 +36,15 @@ constexpr const char* kUsage =
 
   --models DIR   folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's folder]
   --model NAME   which model [$LLMCACHE_MODEL, or bert-base]
-  --pairs N      pairs of plain and cached runs of each benchmark [15]; pass_through runs four times as many
+  --pairs N      pairs of plain and cached runs of each benchmark [15]; miss runs four times as many
 
 miss          128 fresh tokens, bank on: ratio = time of cache / time of plain (the overhead of a miss)
 packed        64/17/5/33 fresh tokens: ratio = plain, padded / packed; ideal = padded tokens / real tokens
 last/A        the last A of 128 tokens recomputed from a captured donor: ratio = plain, all 128 / cache
 identical     128 tokens that are known: ratio = plain / cache
 
-Options of Google Benchmark, which follow, work too; times are milliseconds, one thread.
+Options of Google Benchmark, which follow, work too; times are milliseconds, one thread. Its warning that the library
+was built as DEBUG is about Debian's package of Google Benchmark, which only runs the loop: the clock is our own.
 
 )";
 
@@ -182,7 +183,7 @@ void identical(benchmark::State& state, Bed& bed) {
 
 /// Our own options, taken out of argv.
 struct Settings {
-  std::filesystem::path models = program_folder() / ".." / "models";
+  std::filesystem::path models = (program_folder() / ".." / "models").lexically_normal();
   std::string model = "bert-base";
   int pairs = 15;
 };

@@ -1,11 +1,14 @@
-# LibTorch comes from Torch_DIR or CMAKE_PREFIX_PATH; everything else from Debian packages.
-find_package(Torch 2.4 QUIET)
+# LibTorch comes from Torch_DIR or CMAKE_PREFIX_PATH; everything else from Debian packages. GLOBAL: the targets are
+# seen in a project that has this one as a subdirectory too.
+find_package(Torch 2.4 QUIET GLOBAL)
 if(NOT Torch_FOUND)
   message(FATAL_ERROR
     "LibTorch was not found. Say where it is: -DTorch_DIR=<libtorch>/share/cmake/Torch, or, with a pip-installed "
     "PyTorch, -DCMAKE_PREFIX_PATH=\"$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')\".")
 endif()
-find_package(fmt 9 REQUIRED)
+if(NOT TARGET fmt::fmt-header-only)
+  find_package(fmt 9 REQUIRED GLOBAL)
+endif()
 find_path(LLMCACHE_XXHASH_INCLUDE xxhash.h REQUIRED)
 add_library(llmcache_xxhash INTERFACE)
 target_include_directories(llmcache_xxhash SYSTEM INTERFACE ${LLMCACHE_XXHASH_INCLUDE})

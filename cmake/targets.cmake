@@ -5,8 +5,9 @@ function(llmcache_own_code target)
     target_compile_options(${target} PRIVATE -Werror)
   endif()
   if(LLMCACHE_SANITIZE)
-    target_compile_options(${target} PRIVATE -fsanitize=${LLMCACHE_SANITIZE} -fno-omit-frame-pointer
-                                             -fno-sanitize-recover=all)
+    # Without vptr, a part of undefined: it refers to type information that LibTorch does not export.
+    target_compile_options(${target} PRIVATE -fsanitize=${LLMCACHE_SANITIZE} -fno-sanitize=vptr
+                                             -fno-sanitize-recover=all -fno-omit-frame-pointer)
     target_link_options(${target} PUBLIC -fsanitize=${LLMCACHE_SANITIZE})
   endif()
 endfunction()

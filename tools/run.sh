@@ -4,7 +4,7 @@ set -Eeuo pipefail
 
 usage() {
   cat <<'HELP'
-usage: tools/run.sh test  [ctest arguments]            build everything, run all tests
+usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, then some with sanitizers
        tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
        tools/run.sh help
 
@@ -20,6 +20,7 @@ Environment:
   LLMCACHE_JOBS        compile jobs at once (default: one for each core and 2 GiB of free memory)
   LLMCACHE_BUILD_TYPE  CMake build type (default: Release)
   LLMCACHE_CMAKE_ARGS  further arguments for cmake
+  LLMCACHE_SKIP_SANITIZERS  1: test without AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
   PYTHON               Python 3.11 or newer (default: /usr/bin/python3)
   Torch_DIR            a LibTorch's share/cmake/Torch (default: that of the virtual environment's torch)
 HELP
@@ -37,11 +38,19 @@ readonly MODELS="$BUILD/models" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$
 readonly VENV="$BUILD/venv"
 readonly VENV_PYTHON="$VENV/bin/python"
 
-STEP="" HINT=""
+STEP="" HINT="" STARTED=0
 
 step() {  # step NAME HINT: what is about to run, and what to do should it fail
-  STEP="$1" HINT="$2"
+  end_step
+  STEP="$1" HINT="$2" STARTED=$SECONDS
   printf '\n== %s\n' "$STEP"
+}
+
+end_step() {
+  if [[ -n $STEP ]]; then
+    printf -- '-- %s: %d s\n' "$STEP" $((SECONDS - STARTED))
+  fi
+  STEP=""
 }
 
 on_exit() {
@@ -132,11 +141,12 @@ compile_jobs() {
   echo "${LLMCACHE_JOBS:-$((cores < by_memory ? cores : by_memory))}"
 }
 
-configure() {
-  step "configure" "see CMake's message above; a torch with CUDA needs the CUDA toolkit: without one, remove
+configure() {  # preset, folder, arguments for cmake
+  local preset="$1" folder="$2"
+  shift 2
+  step "configure $preset" "see CMake's message above; a torch with CUDA needs the CUDA toolkit: without one, remove
         $VENV and set LLMCACHE_PIP_ARGS to install a CPU build, or set Torch_DIR"
-  local arguments=(-DCMAKE_BUILD_TYPE="${LLMCACHE_BUILD_TYPE:-Release}" -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$BIN"
-    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DLLMCACHE_BUILD_TESTS=ON -DLLMCACHE_BUILD_BENCHMARKS=ON)
+  local arguments=("$@")
   if [[ -n ${Torch_DIR:-} ]]; then
     arguments+=(-DTorch_DIR="$Torch_DIR")
   else
@@ -144,28 +154,43 @@ configure() {
     prefix="$("$VENV_PYTHON" -c 'import torch; print(torch.utils.cmake_prefix_path)')"
     arguments+=(-DCMAKE_PREFIX_PATH="$prefix")
   fi
-  if command -v ccache >/dev/null; then
-    arguments+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
-  fi
   # shellcheck disable=SC2086
-  cmake -S "$ROOT" -B "$CMAKE_DIR" -G Ninja "${arguments[@]}" ${LLMCACHE_CMAKE_ARGS:-}
+  cmake -S "$ROOT" --preset "$preset" -B "$folder" "${arguments[@]}" ${LLMCACHE_CMAKE_ARGS:-}
 }
 
-build() {  # target
+configure_release() {
+  configure release "$CMAKE_DIR" -DCMAKE_BUILD_TYPE="${LLMCACHE_BUILD_TYPE:-Release}" \
+    -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$BIN"
+}
+
+build() {  # folder, target
   local count
   count="$(compile_jobs)"
-  step "build $1 ($count jobs)" "see the compiler's first error above; short of memory? set LLMCACHE_JOBS=1"
-  cmake --build "$CMAKE_DIR" --target "$1" --parallel "$count"
+  step "build $2 in $1 ($count jobs)" "see the compiler's first error above; short of memory? set LLMCACHE_JOBS=1"
+  cmake --build "$1" --target "$2" --parallel "$count"
 }
 
 run_tests() {  # arguments for ctest
-  export LLMCACHE_MODELS_DIR="$MODELS" LLMCACHE_DATA_DIR="$DATA" LLMCACHE_BIN_DIR="$BIN" LLMCACHE_PYTHON="$VENV_PYTHON"
   if (($# == 0)); then
     step "tests of the Python tools" "run one alone: cd tests/python && $VENV_PYTHON -m unittest -k NAME"
     (cd "$ROOT/tests/python" && "$VENV_PYTHON" -m unittest)
   fi
   step "tests" "run one alone: tools/run.sh test -R NAME"
   ctest --test-dir "$CMAKE_DIR" --output-on-failure "$@"
+}
+
+# Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
+# run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
+run_sanitizer() {  # preset
+  local preset="$1" folder="$BUILD/$1" plain_addresses=()
+  configure "$preset" "$folder"
+  build "$folder" llmcache-tests
+  # ThreadSanitizer's runtime cannot start where the kernel randomises addresses by more bits than it knows of.
+  if command -v setarch >/dev/null && setarch --addr-no-randomize true 2>/dev/null; then
+    plain_addresses=(setarch --addr-no-randomize)
+  fi
+  step "tests with $preset" "the report above says where; LLMCACHE_SKIP_SANITIZERS=1 leaves the sanitizers out"
+  (cd "$ROOT" && "${plain_addresses[@]}" ctest --preset "$preset" --test-dir "$folder")
 }
 
 run_benchmark() {  # arguments for llmcache-bench
@@ -204,9 +229,22 @@ main_test() {
   setup
   export_models tiny zoo minilm
   prepare_data --only sample
-  configure
-  build all
+  configure_release
+  build "$CMAKE_DIR" all
+  export LLMCACHE_MODELS_DIR="$MODELS" LLMCACHE_DATA_DIR="$DATA" LLMCACHE_BIN_DIR="$BIN" LLMCACHE_PYTHON="$VENV_PYTHON"
   run_tests "$@"
+  if (($# > 0)); then
+    return  # only some tests were asked for
+  fi
+  local preset
+  for preset in asan-ubsan tsan; do
+    if [[ ${LLMCACHE_SKIP_SANITIZERS:-0} == 1 ]]; then
+      step "tests with $preset" ""
+      echo "LLMCACHE_SKIP_SANITIZERS=1: skipped"
+    else
+      run_sanitizer "$preset"
+    fi
+  done
 }
 
 main_bench() {
@@ -216,8 +254,8 @@ main_bench() {
   mapfile -t workloads < <(values_of --workload "$@")
   [[ " $* " == *" --model"[\ =]* ]] || models=(bench)
   setup
-  configure
-  build llmcache-bench
+  configure_release
+  build "$CMAKE_DIR" llmcache-bench
   if [[ " $* " =~ \ (-h|--help|--list|--version)\  ]]; then
     "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" "$@"
     return
@@ -233,6 +271,8 @@ case "${1:-help}" in
     command="$1"
     shift
     "main_$command" "$@"
+    end_step
+    printf '\nrun.sh %s: done in %d s\n' "$command" "$SECONDS"
     ;;
   help | -h | --help) usage ;;
   *)
