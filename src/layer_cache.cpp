@@ -57,6 +57,21 @@ void append(std::string& key, const void* data, std::size_t bytes) {
 }
 void append(std::string& key, std::int64_t number) { append(key, &number, sizeof(number)); }
 
+/// Are these the key-side tensors of layer l, over `tokens` tokens?
+bool fits(const TokenLevelModel& model, const std::vector<std::vector<at::Tensor>>& sites, std::int64_t l,
+          std::int64_t tokens) {
+  if (static_cast<std::int64_t>(sites.size()) != model.sites(l)) return false;
+  for (std::size_t s = 0; s < sites.size(); ++s) {
+    const auto& dims = model.key_dims(l, static_cast<std::int64_t>(s));
+    if (sites[s].size() != dims.size()) return false;
+    for (std::size_t i = 0; i < dims.size(); ++i) {
+      const at::Tensor& key = sites[s][i];
+      if (!key.defined() || key.dim() <= dims[i] || key.size(dims[i]) != tokens) return false;
+    }
+  }
+  return true;
+}
+
 /// Runs the model; what it raises becomes Error(kModelFailed) with the original nested.
 template <class Run>
 auto run_model(Run run) {
@@ -113,16 +128,16 @@ struct LayerCacheBase::Impl {
     key += tenant;
     append(key, first);
     append(key, count);
+    // Padding in front is part of it: ids there may decide positions. Padding behind is not.
     for (std::size_t i = 0; i < on_cpu.size(); ++i) {
       if (!on_cpu[i].defined()) {
         key.push_back(static_cast<char>(-1));
         continue;
       }
       key.push_back(static_cast<char>(on_cpu[i].scalar_type()));
-      if (cut && static_cast<int>(i) == profile.mask_argument) continue;  // all ones within the span
       const auto size = static_cast<std::int64_t>(on_cpu[i].element_size());
-      append(key, static_cast<const char*>(on_cpu[i].const_data_ptr()) + (row * batch.width + first) * size,
-             static_cast<std::size_t>(count * size));
+      append(key, static_cast<const char*>(on_cpu[i].const_data_ptr()) + row * batch.width * size,
+             static_cast<std::size_t>((first + count) * size));
     }
     return key;
   }
@@ -320,13 +335,15 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
       const std::int64_t end = range.donor_begin + range.end - range.begin;
       const auto has_layer = [&](std::int32_t l) {
         return donor->keys.size() == static_cast<std::size_t>(plan.layers) &&
-               !donor->keys[static_cast<std::size_t>(l)].empty();
+               fits(*model.token_level(), donor->keys[static_cast<std::size_t>(l)], l, donor->tokens);
       };
       const auto has_hidden = [&](std::int32_t l) {
-        return donor->hidden.size() == static_cast<std::size_t>(plan.layers) + 1 &&
-               donor->hidden[static_cast<std::size_t>(l)].defined();
+        if (donor->hidden.size() != static_cast<std::size_t>(plan.layers) + 1) return false;
+        const at::Tensor& state = donor->hidden[static_cast<std::size_t>(l)];
+        return state.defined() && state.scalar_type() == profile.dtype &&
+               state.sizes() == at::IntArrayRef({1, donor->tokens, profile.hidden});
       };
-      if (end > donor->tokens) {
+      if (range.donor_begin > donor->tokens || end > donor->tokens) {
         invalid(fmt::format("row {}: tokens up to {} of a donor of {}", sequence.row, end, donor->tokens));
       }
       if (range.first_layer > 0 && range.first_layer < range.last_layer && !has_hidden(range.first_layer)) {

@@ -101,7 +101,7 @@ TEST_F(Generality, OneLayerCalledRepeatedly) {
 
 TEST_F(Generality, TwoAttentionSitesInALayer) {
   change_layer("    return x", R"(    y = torch.tanh(x)
-    x = x + torch.scaled_dot_product_attention(y, torch.matmul(y, self.wk), y, bias)
+    x = x + torch.scaled_dot_product_attention(y, torch.matmul(y, self.wk), torch.matmul(y, self.wv), bias)
     return x)");
   wrap();
   EXPECT_EQ(profile().attention.size(), 6U);
@@ -172,11 +172,36 @@ TEST_F(Generality, BranchOnTheLength) {
 TEST_F(Generality, BranchOnTheLengthBeforeTheLayers) {
   change_model("    bias = ", "    if input_ids.size(1) > 64:\n        x = x * 0.5\n    bias = ");
   wrap();
-  const auto info = script_info(script_);
-  for (const std::vector<std::int64_t>& lengths : std::vector<std::vector<std::int64_t>>{{40, 35, 38}, {70}, {5, 2}}) {
-    const auto request = right_padded(info, lengths, 1);
-    EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), run_plain(*plain_, request.inputs), request, 1e-4));
+  expect_right_everywhere();
+}
+
+TEST_F(Generality, NumbersThatFollowTheLengthOnlyIfItIsLarge) {
+  for (const char* line : {"x = x * 40.0 / float(max(x.size(1), 64))", "x = x * 10.0 / float(min(x.size(1), 10))"}) {
+    SCOPED_TRACE(line);
+    script_ = {};
+    add_to_layer(line);
+    wrap();
+    const auto info = script_info(script_);
+    for (const std::vector<std::int64_t>& lengths : std::vector<std::vector<std::int64_t>>{{40, 35, 38}, {90, 3}, {5, 2}}) {
+      const auto request = right_padded(info, lengths, 1);
+      EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), run_plain(*plain_, request.inputs), request, 1e-4));
+    }
   }
+}
+
+TEST_F(Generality, BranchOnTheLengthBehindTheLayers) {
+  change_model("    return", "    if x.size(1) > 64:\n        x = x * 0.5\n    return");
+  wrap();
+  expect_right_everywhere();
+}
+
+TEST_F(Generality, BranchOnTheValuesOfOtherTokens) {
+  // Decided by all tokens together: by which of them run, if not all do.
+  add_to_layer("if bool((x.abs() > 1.2).any()):\n        x = x * 0.5");
+  wrap();
+  EXPECT_NE(profile().granularity, Granularity::kTokens);
+  const auto request = right_padded(script_info(script_), {9, 4, 12}, 1);
+  EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), run_plain(*plain_, request.inputs), request, 1e-4));
 }
 
 TEST_F(Generality, TokensMixedOutsideAttention) {
@@ -290,6 +315,7 @@ TEST_F(Generality, OptionalMask) {
     if attention_mask is not None:
         bias = (1.0 - attention_mask.unsqueeze(1).to(x.dtype)) * -1.0e9)");
   wrap();
+  EXPECT_EQ(profile().granularity, Granularity::kTokens) << profile().to_string();
   expect_right_everywhere();
   const auto request = right_padded(script_info(script_), {8, 8}, 99);
   const auto want = run_plain(*plain_, {request.ids()});
@@ -325,8 +351,8 @@ TEST_F(Generality, WritingItsOwnWeightsIsRefused) {
 
 TEST_F(Generality, IntegerHiddenStatesAreRefused) {
   script_.layer = "def forward(self, x: Tensor, bias: Tensor) -> Tensor:\n    return x * 2 + 1\n";
-  change_model("    bias = ", "    x = (x * 10.0).to(torch.long)\n    bias = ");
-  change_model("x.dtype", "torch.float");
+  change_model("    bias = ", "    x = (x * 10.0).to(4)\n    bias = ");  // int64
+  change_model("x.dtype", "6");                                          // float32
   change_model("torch.tanh(x)", "x");
   expect_refused("hidden state");
 }
@@ -334,11 +360,11 @@ TEST_F(Generality, IntegerHiddenStatesAreRefused) {
 TEST_F(Generality, UnsupportedTypesAreRefused) {
   script_.layer = R"(
 def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-    return (torch.tanh(torch.matmul(x.to(torch.float), self.up)) * 3.0).to(torch.float8_e5m2)
+    return (torch.tanh(torch.matmul(x.to(6), self.up)) * 3.0).to(23)
 )";
-  change_model("    bias = ", "    x = x.to(torch.float8_e5m2)\n    bias = ");
-  change_model("x.dtype", "torch.float");
-  change_model("torch.tanh(x)", "x.to(torch.float)");
+  change_model("    bias = ", "    x = x.to(23)\n    bias = ");  // an 8-bit type
+  change_model("x.dtype", "6");                                   // float32
+  change_model("torch.tanh(x)", "x.to(6)");
   expect_refused("Float8_e5m2");
 }
 
@@ -348,7 +374,8 @@ TEST_F(Generality, OtherArgumentsAreRefused) {
 }
 
 TEST_F(Generality, WithoutAnEmbeddingItIsRefused) {
-  change_model("torch.embedding(self.table, input_ids)", "input_ids.unsqueeze(2).to(torch.float) * self.table[0]");
+  change_model("torch.embedding(self.table, input_ids) + torch.embedding(self.places, places)",
+               "input_ids.unsqueeze(2).to(6) * self.table[0]");
   expect_refused("embedding");
 }
 

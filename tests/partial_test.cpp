@@ -114,13 +114,14 @@ TEST_P(Partial, SequencesOfABatchDecideForThemselves) {
                {some(0, tokens_from(length(0) - 3, length(0))), compute_all(1, 0, length(1), layers()), some(2, {}),
                 some(3, {0, 2, 7}), some(4, {1})},
                donors);
-  ASSERT_EQ(report().sequences.size(), 5U);
-  EXPECT_EQ(report().sequences[1].source, Source::kComputed);
-  EXPECT_EQ(report().sequences[2].source, Source::kPartial);
+  const auto sequences = report().sequences;
+  ASSERT_EQ(sequences.size(), 5U);
+  EXPECT_EQ(sequences[1].source, Source::kComputed);
+  EXPECT_EQ(sequences[2].source, Source::kPartial);
   const std::int64_t computed[] = {3, length(1), 0, 3, 1};
   for (std::size_t row = 0; row < 5; ++row) {
-    ASSERT_EQ(report().sequences[row].layers.size(), static_cast<std::size_t>(layers()));
-    for (const LayerTokens& layer : report().sequences[row].layers) {
+    ASSERT_EQ(sequences[row].layers.size(), static_cast<std::size_t>(layers()));
+    for (const LayerTokens& layer : sequences[row].layers) {
       EXPECT_EQ(layer.computed, computed[row]);
       EXPECT_EQ(layer.computed + layer.reused, request.spans[row].tokens);
     }

@@ -273,20 +273,20 @@ std::string Script::with(std::string text, const std::string& from, const std::s
 Module make_module(const Script& script) {
   const c10::NoGradGuard no_grad;
   auto generator = at::make_generator<at::CPUGeneratorImpl>(1);
-  const auto weight = [&](std::int64_t rows) {
-    return at::randn({rows, script.hidden}, generator, at::TensorOptions()).mul(0.3);
+  const auto weight = [&](std::int64_t rows, double scale) {
+    return at::randn({rows, script.hidden}, generator, at::TensorOptions()).mul(scale);
   };
   const auto unit = std::make_shared<torch::jit::CompilationUnit>();
   Module model(c10::QualifiedName("__torch__.Model"), unit);
-  model.register_parameter("table", weight(script_info(script).vocab), false);
-  model.register_parameter("places", weight(256), false);
+  model.register_parameter("table", weight(script_info(script).vocab, 1), false);
+  model.register_parameter("places", weight(256, 0.5), false);
   for (int i = 0; i < script.layers; ++i) {
     Module layer(c10::QualifiedName("__torch__.Layer"), unit, /*shouldMangle=*/true);
     for (const char* name : {"wq", "wk", "wv", "wo", "up", "down"}) {
-      layer.register_parameter(name, weight(script.hidden), false);
+      layer.register_parameter(name, weight(script.hidden, 0.12), false);
     }
     layer.define(script.layer);
-    model.register_module("l" + std::to_string(i), layer);
+    model.register_module(std::string("l").append(std::to_string(i)), layer);
   }
   model.define(script.forward);
   return model;
@@ -308,5 +308,10 @@ int main(int argc, char** argv) {
   }
   at::set_num_threads(1);
   ::testing::InitGoogleMock(&argc, argv);
-  return RUN_ALL_TESTS();
+  const int status = RUN_ALL_TESTS();
+  if (!GTEST_FLAG_GET(list_tests) && ::testing::UnitTest::GetInstance()->test_to_run_count() == 0) {
+    std::cerr << "no test has a name that was asked for\n";
+    return 1;
+  }
+  return status;
 }

@@ -104,8 +104,10 @@ class PackedExecution {
     embedded_ = embedded.hidden;
     Stopwatch clock;
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
-      if (enter(l, embedded)) run_layer(l);
-      report.layer_ms[static_cast<std::size_t>(l)] = clock.lap();
+      const bool needed = enter(l, embedded);
+      if (needed) run_layer(l);
+      const double ms = clock.lap();
+      if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms;
     }
     gather_final(embedded);
     auto result = run_->head();

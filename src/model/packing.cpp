@@ -1,10 +1,30 @@
 #include "model/packing.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 
 #include <ATen/ATen.h>
 
 namespace llmcache {
+namespace {
+
+/// Zeros. On the CPU a large block comes from calloc: pages that nobody writes to are then neither
+/// cleared nor even made present, and the padding of a language model's logits costs nothing.
+at::Tensor zeros_to_fill(const std::vector<std::int64_t>& shape, const at::TensorOptions& options) {
+  constexpr std::size_t kLarge = std::size_t{1} << 20;
+  constexpr std::size_t kAlignment = 64;
+  std::size_t bytes = options.dtype().itemsize();
+  for (const std::int64_t size : shape) bytes *= static_cast<std::size_t>(size);
+  if (!options.device().is_cpu() || bytes < kLarge) return at::zeros(shape, options);
+  void* block = std::calloc(bytes + kAlignment, 1);
+  if (block == nullptr) return at::zeros(shape, options);  // raises LibTorch's own out-of-memory error
+  const auto address = reinterpret_cast<std::uintptr_t>(block);
+  auto* data = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  return at::from_blob(data, shape, [block](void*) { std::free(block); }, options);
+}
+
+}  // namespace
 
 at::Tensor pack_rows(const at::Tensor& tensor, const TokenDims& dims, const PackedLayout& layout) {
   if (dims.merged >= 0) return tensor.index_select(dims.merged, layout.flat_index);
@@ -23,16 +43,11 @@ at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const Pa
                                      : packed.movedim({dims.batch, dims.tokens}, {0, 1}).select(0, 0);
   auto shape = rows.sizes().vec();
   shape[0] = layout.batch * layout.width;
-  auto all = at::empty(shape, rows.options());
-  // Sequences are in the order of the batch: fill the gaps between them with zeros.
-  std::int64_t filled = 0;
+  auto all = zeros_to_fill(shape, rows.options());
   for (const PackedSequence& sequence : layout.sequences) {
-    const std::int64_t begin = sequence.row * layout.width + sequence.first;
-    if (begin > filled) all.narrow(0, filled, begin - filled).zero_();
-    all.narrow(0, begin, sequence.tokens).copy_(rows.narrow(0, sequence.offset, sequence.tokens));
-    filled = begin + sequence.tokens;
+    all.narrow(0, sequence.row * layout.width + sequence.first, sequence.tokens)
+        .copy_(rows.narrow(0, sequence.offset, sequence.tokens));
   }
-  if (filled < shape[0]) all.narrow(0, filled, shape[0] - filled).zero_();
   if (dims.merged >= 0) return all.movedim(0, dims.merged);
   shape.erase(shape.begin());
   shape.insert(shape.begin(), {layout.batch, layout.width});

@@ -154,6 +154,16 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
       if (!nearly_equal(a[i], b[i])) profile.rows_independent = false;
     }
 
+    // Nor how many rows there are.
+    if (spec.per_row) {
+      Inputs one = inputs;
+      for (c10::IValue& input : one) input = input.toTensor().narrow(0, 0, 1).contiguous();
+      const auto alone = row_of(model.plain(one), spec, 0, 0, 6, 6);
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        if (alone.size() != a.size() || !nearly_equal(alone[i], a[i])) profile.rows_independent = false;
+      }
+    }
+
     // Causal: final states before the last token do not notice a change of the last token.
     const auto single = probe_inputs(vocabulary, model.device(), 1, 6);
     const auto states = [&](const Inputs& given) {

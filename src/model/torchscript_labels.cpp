@@ -297,12 +297,21 @@ std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidd
     const auto found = flat.part.find(node);
     return found == flat.part.end() ? -1 : found->second;
   };
+  // So does a tensor operation that takes the number for its value, not for a shape.
+  const auto by_value = [&](const torch::jit::Use& use) {
+    const auto* schema = use.user->maybeSchema();
+    if (schema == nullptr || use.offset >= schema->arguments().size()) return false;
+    if (std::all_of(use.user->outputs().begin(), use.user->outputs().end(), is_scalar)) return false;
+    const auto& type = schema->arguments()[use.offset].type();
+    return type->isSubtypeOf(*c10::TensorType::get()) ||
+           (type->isSubtypeOf(*c10::NumberType::get()) && type->kind() != c10::TypeKind::IntType);
+  };
   for (const auto& [original, twin] : detached) {
     const auto uses = original->uses();
     const int home = part_of(original->node());
     for (const auto& use : uses) {
       const int part = part_of(use.user);
-      if (part == home && part != 0) continue;
+      if (part == home && part != 0 && !by_value(use)) continue;
       if (!twin->node()->isBefore(use.user) || use.user == twin->node()) continue;
       use.user->replaceInput(use.offset, twin);
     }

@@ -172,6 +172,35 @@ std::vector<Node*> hidden_nodes(const Analysis& analysis, std::int64_t part) {
 
 }  // namespace
 
+bool branches_on_request(const Analysis& analysis, const Node* node) {
+  namespace prim = c10::prim;
+  static const std::unordered_set<c10::Symbol> kFixed{prim::dtype, prim::device, prim::layout, prim::is_cuda, aten::dim,
+                                                      aten::is_floating_point};
+  static const std::unordered_set<c10::Symbol> kSizes{aten::size, aten::len, aten::numel};
+  std::unordered_set<const Value*> visited;
+  const std::function<bool(const Value*)> varies = [&](const Value* value) {
+    if (!visited.insert(value).second) return false;
+    const Node* maker = value->node();
+    const auto info = analysis.infos.find(value);
+    if (kFixed.count(maker->kind())) return false;
+    if (info != analysis.infos.end() && info->second.integer.kind == Kind::kConstant) return false;
+    if (kSizes.count(maker->kind())) return true;
+    // A counter of a loop is a parameter of its block; those of the graph are the inputs, whose values count alone.
+    if (maker->kind() == prim::Param) return maker->owningBlock() != analysis.flat.graph->block();
+    if (analysis.dependent.count(value) && value->type()->isSubtypeOf(*c10::TensorType::get())) return true;
+    const auto inputs = all_inputs(maker);
+    return std::any_of(inputs.begin(), inputs.end(), varies);
+  };
+  if (node->kind() == prim::If && varies(node->input(0))) return true;
+  if (node->kind() == prim::Loop && (varies(node->input(0)) || varies(node->input(1)))) return true;
+  for (const torch::jit::Block* block : node->blocks()) {
+    for (const Node* inner : block->nodes()) {
+      if (branches_on_request(analysis, inner)) return true;
+    }
+  }
+  return false;
+}
+
 void detach_region_scalars(Analysis& analysis) {
   for (std::int64_t part = 1; part <= analysis.flat.layers; ++part) {
     const auto nodes = hidden_nodes(analysis, part);

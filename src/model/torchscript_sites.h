@@ -45,6 +45,10 @@ struct Region {
 /// twins made from the input.
 void detach_region_scalars(Analysis& analysis);
 
+/// Does the node choose its way by a size or by the values of hidden states? Packed rows may then decide otherwise than
+/// the padded batch does, on lengths that no probe tries.
+bool branches_on_request(const Analysis& analysis, const Node* node);
+
 /// The nodes of layer `part` that work on hidden states, split at its attention regions:
 /// pieces[0], regions[0], pieces[1], ... Empty optional with a reason if the layer cannot be split.
 struct SplitLayer {

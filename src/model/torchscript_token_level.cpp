@@ -197,6 +197,12 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
   const auto& analysis = *analysis_;
   const auto layers = analysis.flat.layers;
   std::string reason;
+  for (const Node* node : analysis.flat.graph->nodes()) {
+    if (!branches_on_request(analysis, node)) continue;
+    notes.push_back(fmt::format("token-level reuse is not available: the model contains {}, whose way depends on sizes or "
+                                "hidden states", node->kind().toQualString()));
+    return false;
+  }
   const auto values = run_all(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5));
   std::unordered_set<const Value*> earlier;  // hidden-dependent values of layers before
   for (std::int64_t l = 0; l < layers; ++l) {

@@ -1,0 +1,160 @@
+// Many threads on one LayerCache; what each gets is compared with what the plain model gave before.
+#include <atomic>
+#include <random>
+#include <thread>
+
+#include "support.h"
+
+namespace llmcache::test {
+namespace {
+
+class Threads : public ::testing::TestWithParam<std::string> {
+ protected:
+  Threads() : info_(model_info(GetParam())) {
+    // Plain results of overlapping requests: some rows are in several of them.
+    const auto plain = std::make_unique<Module>(load_model(GetParam()));
+    const auto pool = right_padded(info_, {9, 4, 12, 1, 7, 10}, 1);
+    for (const std::vector<std::int64_t>& rows : std::vector<std::vector<std::int64_t>>{
+             {0, 1}, {1, 2, 3}, {4}, {5, 0}, {2}, {3, 4, 5, 1}}) {
+      const auto index = at::tensor(rows, at::kLong);
+      Request request;
+      for (const auto row : rows) {
+        request.spans.push_back(pool.spans[static_cast<std::size_t>(row)]);
+        request.width = std::max(request.width, request.spans.back().tokens);
+      }
+      for (const auto& input : pool.inputs) {
+        request.inputs.emplace_back(input.toTensor().index_select(0, index).narrow(1, 0, request.width).contiguous());
+      }
+      wanted_.push_back(run_plain(*plain, request.inputs));
+      requests_.push_back(std::move(request));
+    }
+  }
+
+  /// `count` threads, each with `turns` calls; all at once.
+  void hammer(LayerCacheBase& cache, unsigned count, int turns) {
+    std::atomic<unsigned> waiting{count};
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (unsigned t = 0; t < count; ++t) {
+      threads.emplace_back([&, t] {
+        std::mt19937 random(t);
+        --waiting;
+        while (waiting > 0) std::this_thread::yield();
+        for (int turn = 0; turn < turns; ++turn) {
+          const std::size_t i = random() % requests_.size();
+          const auto fidelity = random() % 2 == 0 ? Fidelity::kLossless : Fidelity::kIdentical;
+          if (random() % 20 == 0) cache.clear();
+          try {
+            const auto got = cache.forward(requests_[i].inputs, {.fidelity = fidelity});
+            if (real_difference(got, wanted_[i], requests_[i]) > tolerance_of(info_)) ++wrong;
+            if (cache.last_report().sequences.size() != requests_[i].spans.size()) ++wrong;
+            const auto stats = cache.stats();
+            if (stats.bytes > cache.options().capacity_bytes) ++wrong;
+          } catch (const std::exception&) {
+            ++wrong;
+          }
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    EXPECT_EQ(wrong, 0) << "of " << count * static_cast<unsigned>(turns) << " calls";
+  }
+
+  ModelInfo info_;
+  std::vector<Request> requests_;
+  std::vector<c10::IValue> wanted_;
+};
+
+TEST_P(Threads, TwoAtOnce) {
+  LayerCache<Module> cache(load_model(GetParam()));
+  hammer(cache, 2, 20);
+  EXPECT_EQ(cache.stats().requests, 40U);
+  EXPECT_GT(cache.stats().identical_hits, 0U);
+}
+
+TEST_P(Threads, EightAtOnceUnderPressure) {
+  LayerCache<Module> cache(load_model(GetParam()), {.capacity_bytes = 12 << 10});
+  hammer(cache, 8, 12);
+  const auto stats = cache.stats();
+  EXPECT_EQ(stats.requests, 96U);
+  EXPECT_GT(stats.insertions, stats.entries);
+  EXPECT_LE(stats.peak_bytes, 12U << 10);
+  cache.clear();
+  EXPECT_EQ(cache.stats().bytes, 0U);
+}
+
+TEST_P(Threads, ForcedPlansBesideOrdinaryCalls) {
+  LayerCache<Module> cache(load_model(GetParam()));
+  const auto& request = requests_[1];
+  Donors donors;
+  auto plan = cache.full_plan(request.inputs);
+  cache.forward_plan(request.inputs, plan, {}, &donors);
+  for (std::int32_t i = 0; i < 3; ++i) {
+    auto& sequence = plan.sequences[static_cast<std::size_t>(i)];
+    sequence = compute_some(i, 0, sequence.tokens, plan.layers, {sequence.tokens - 1}, i);
+  }
+  std::atomic<int> wrong{0};
+  std::thread planner([&] {
+    for (int turn = 0; turn < 15; ++turn) {
+      const auto got = cache.forward_plan(request.inputs, plan, donors);
+      if (real_difference(got, wanted_[1], request) > tolerance_of(info_)) ++wrong;
+    }
+  });
+  hammer(cache, 2, 15);
+  planner.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiny, Threads, ::testing::Values("tiny-scripted", "tiny-llama-eager", "tiny-bert-sdpa-bf16"),
+                         test_name);
+
+TEST(ThreadsAndFaults, AFailureStaysInItsThread) {
+  LayerCache<Module> cache(load_model("tiny-throws"));
+  Module plain = load_model("tiny-throws");
+  const auto good = right_padded(model_info("tiny-throws"), {6, 9}, 1);
+  const auto want = run_plain(plain, good.inputs);
+  auto bad = Inputs(copy_of(good.inputs));
+  bad[0].toTensor()[1][3].fill_(7);
+  std::atomic<int> wrong{0};
+  std::atomic<int> raised{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (int turn = 0; turn < 10; ++turn) {
+        try {
+          const bool fails = (t + turn) % 2 == 0;
+          const auto got = cache.forward(fails ? bad : good.inputs, {.fidelity = Fidelity::kIdentical});
+          if (fails || !same_bits(got, want)) ++wrong;
+        } catch (const Error& error) {
+          ++raised;
+          if (error.code() != ErrorCode::kModelFailed) ++wrong;
+        }
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(raised, 20);
+  EXPECT_EQ(cache.stats().requests, 20U);
+  EXPECT_EQ(cache.stats().entries, 2U);
+}
+
+TEST(ThreadsAndReports, EachThreadHasItsOwn) {
+  LayerCache<Module> cache(load_model("tiny-scripted"));
+  const auto info = model_info("tiny-scripted");
+  cache.forward(right_padded(info, {5}, 1).inputs);
+  std::size_t before = 1;
+  std::size_t after = 0;
+  std::thread other([&] {
+    before = cache.last_report().sequences.size();
+    cache.forward(right_padded(info, {5, 5, 5}, 2).inputs);
+    after = cache.last_report().sequences.size();
+  });
+  other.join();
+  EXPECT_EQ(before, 0U);
+  EXPECT_EQ(after, 3U);
+  EXPECT_EQ(cache.last_report().sequences.size(), 1U);
+}
+
+}  // namespace
+}  // namespace llmcache::test
