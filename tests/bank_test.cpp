@@ -55,9 +55,15 @@ TEST_F(Bank, InsertAndFind) {
 
 TEST_F(Bank, KeysOfAnyBytes) {
   OutputBank bank(1 << 20);
-  const std::vector<std::string> keys{"", std::string(1, '\0'), std::string(2, '\0'), std::string("a\0b", 3),
-                                      std::string("a\0c", 3), std::string(5000, 'x'), std::string(5001, 'x')};
-  for (int i = 0; i < static_cast<int>(keys.size()); ++i) bank.insert(keys[static_cast<std::size_t>(i)], {value_of(i)}, true);
+  const std::vector<std::string> keys{"",
+                                      std::string(1, '\0'),
+                                      std::string(2, '\0'),
+                                      std::string("a\0b", 3),
+                                      std::string("a\0c", 3),
+                                      std::string(5000, 'x'),
+                                      std::string(5001, 'x')};
+  for (int i = 0; i < static_cast<int>(keys.size()); ++i)
+    bank.insert(keys[static_cast<std::size_t>(i)], {value_of(i)}, true);
   for (int i = 0; i < static_cast<int>(keys.size()); ++i) {
     const auto entry = bank.find(keys[static_cast<std::size_t>(i)], true);
     ASSERT_NE(entry, nullptr);
@@ -286,7 +292,8 @@ TEST(BankPacking, PackAndUnpack) {
   EXPECT_TRUE(at::equal(unpack_rows(packed, {0, 1, -1}, layout), want));
   // Other places for the dimensions, merged ones, and values that all rows of the batch share.
   const auto heads = all.permute({2, 1, 0}).contiguous();
-  EXPECT_TRUE(at::equal(unpack_rows(pack_rows(heads, {2, 1, -1}, layout), {2, 1, -1}, layout), want.permute({2, 1, 0})));
+  EXPECT_TRUE(
+      at::equal(unpack_rows(pack_rows(heads, {2, 1, -1}, layout), {2, 1, -1}, layout), want.permute({2, 1, 0})));
   const auto merged = all.view({15, 2});
   EXPECT_TRUE(at::equal(unpack_rows(pack_rows(merged, {-1, -1, 0}, layout), {-1, -1, 0}, layout), want.view({15, 2})));
   EXPECT_TRUE(at::equal(pack_rows(all[1], {-1, 0, -1}, layout), all[1].index_select(0, layout.position)));

@@ -14,7 +14,8 @@ class Cache : public ::testing::Test {
   explicit Cache(const std::string& name = "tiny-scripted", const Options& options = {})
       : model_(subject(name)), cache_(load_model(name), options) {}
 
-  [[nodiscard]] Request right(const std::vector<std::int64_t>& lengths, std::uint64_t seed, std::int64_t width = 0) const {
+  [[nodiscard]] Request right(const std::vector<std::int64_t>& lengths, std::uint64_t seed,
+                              std::int64_t width = 0) const {
     return right_padded(model_.info, lengths, seed, width);
   }
   c10::IValue plain(const Inputs& inputs) { return run_plain(model_.plain, inputs); }
@@ -121,7 +122,8 @@ TEST_F(Cache, OneTokenDifferentIsAMiss) {
 TEST_F(Cache, TenantsAreApart) {
   const auto request = right({9}, 1);
   const std::string with_zero("a\0b", 3);
-  for (const std::string& tenant : {std::string(), std::string("a"), std::string("b"), with_zero, std::string("a\0", 2)}) {
+  for (const std::string& tenant :
+       {std::string(), std::string("a"), std::string("b"), with_zero, std::string("a\0", 2)}) {
     cache_.forward(request.inputs, {.tenant = tenant});
     EXPECT_THAT(sources(), ElementsAre(kNew)) << "tenant '" << tenant << "'";
     cache_.forward(request.inputs, {.tenant = tenant});
@@ -318,7 +320,8 @@ TEST(CacheOfPositions, IdsInFrontOfTheFirstRealToken) {
   ASSERT_GT(real_difference(run_plain(model.plain, padded.inputs), run_plain(model.plain, other.inputs), padded), 1e-2);
   for (int turn = 0; turn < 2; ++turn) {
     for (const auto* request : {&padded, &other}) {
-      EXPECT_TRUE(close_on_real(cache.forward(request->inputs), run_plain(model.plain, request->inputs), *request, 1e-4))
+      EXPECT_TRUE(
+          close_on_real(cache.forward(request->inputs), run_plain(model.plain, request->inputs), *request, 1e-4))
           << cache.last_report().to_string();
     }
   }

@@ -27,7 +27,8 @@ TEST_P(Differential, WithoutPaddingIsBitIdentical) {
     for (const std::int64_t length : {1, 2, 5, 17, 40}) {
       for (const auto fidelity : {Fidelity::kIdentical, Fidelity::kLossless}) {
         SCOPED_TRACE(::testing::Message() << rows << " x " << length << ", " << to_string(fidelity));
-        const auto request = right_padded(info(), std::vector<std::int64_t>(static_cast<std::size_t>(rows), length), ++seed);
+        const auto request =
+            right_padded(info(), std::vector<std::int64_t>(static_cast<std::size_t>(rows), length), ++seed);
         const auto before = copy_of(request.inputs);
         const auto got = wrapped(request, fidelity);
         EXPECT_TRUE(same_bits(got, plain(request.inputs)));
@@ -142,11 +143,12 @@ INSTANTIATE_TEST_SUITE_P(Tiny, Differential, ::testing::ValuesIn(wrappable_names
 INSTANTIATE_TEST_SUITE_P(Zoo, Differential, ::testing::ValuesIn(wrappable_names({"zoo-"})), test_name);
 
 TEST(DifferentialModels, TheExpectedOnesAreThere) {
-  EXPECT_THAT(model_names({"tiny-"}),
-              IsSupersetOf({"tiny-bert-sdpa", "tiny-bert-eager", "tiny-bert-sdpa-bf16", "tiny-bert-types-sdpa",
-                            "tiny-bert-pooled", "tiny-distilbert-sdpa", "tiny-distilbert-eager", "tiny-gpt2-sdpa",
-                            "tiny-gpt2-eager", "tiny-gpt2-eager-bf16", "tiny-llama-sdpa", "tiny-llama-eager",
-                            "tiny-llama-sdpa-bf16", "tiny-scripted", "tiny-scripted-eager", "tiny-nan", "tiny-throws"}));
+  EXPECT_THAT(
+      model_names({"tiny-"}),
+      IsSupersetOf({"tiny-bert-sdpa", "tiny-bert-eager", "tiny-bert-sdpa-bf16", "tiny-bert-types-sdpa",
+                    "tiny-bert-pooled", "tiny-distilbert-sdpa", "tiny-distilbert-eager", "tiny-gpt2-sdpa",
+                    "tiny-gpt2-eager", "tiny-gpt2-eager-bf16", "tiny-llama-sdpa", "tiny-llama-eager",
+                    "tiny-llama-sdpa-bf16", "tiny-scripted", "tiny-scripted-eager", "tiny-nan", "tiny-throws"}));
   EXPECT_THAT(model_names({"zoo-"}),
               IsSupersetOf({"zoo-albert", "zoo-bloom", "zoo-convbert", "zoo-deberta-v2", "zoo-falcon", "zoo-fnet",
                             "zoo-gemma2", "zoo-gptj", "zoo-gptneox", "zoo-mistral", "zoo-modernbert", "zoo-mpnet",

@@ -185,8 +185,8 @@ TEST_P(FaultsNotToMake, RowsOfPaddingBesideKnownOnes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Tiny, FaultsNotToMake,
-                         ::testing::Values("tiny-scripted", "tiny-bert-sdpa", "tiny-bert-types-sdpa", "tiny-bert-pooled",
-                                           "tiny-gpt2-eager", "tiny-llama-sdpa-bf16"),
+                         ::testing::Values("tiny-scripted", "tiny-bert-sdpa", "tiny-bert-types-sdpa",
+                                           "tiny-bert-pooled", "tiny-gpt2-eager", "tiny-llama-sdpa-bf16"),
                          test_name);
 
 TEST(FaultsOfWeights, NanGoesThroughAsItIs) {

@@ -11,7 +11,9 @@ using ::testing::HasSubstr;
 class Generality : public ::testing::Test {
  protected:
   /// Changes of the script's source.
-  void change_layer(const std::string& from, const std::string& to) { script_.layer = Script::with(script_.layer, from, to); }
+  void change_layer(const std::string& from, const std::string& to) {
+    script_.layer = Script::with(script_.layer, from, to);
+  }
   void change_model(const std::string& from, const std::string& to) {
     script_.forward = Script::with(script_.forward, from, to);
   }
@@ -66,8 +68,8 @@ class Generality : public ::testing::Test {
     const auto layers = static_cast<std::int32_t>(profile().layers);
     Donors donors;
     cache_->forward_plan(request.inputs, cache_->full_plan(request.inputs), {}, &donors);
-    const Plan plan{2, 14, layers,
-                    {compute_some(0, 0, 14, layers, {2, 3, 13}, 0), compute_some(1, 0, 9, layers, {8}, 1)}};
+    const Plan plan{
+        2, 14, layers, {compute_some(0, 0, 14, layers, {2, 3, 13}, 0), compute_some(1, 0, 9, layers, {8}, 1)}};
     const auto got = cache_->forward_plan(request.inputs, plan, donors);
     EXPECT_TRUE(close_on_real(got, run_plain(*plain_, request.inputs), request, 1e-4)) << "partly computed";
   }
@@ -182,7 +184,8 @@ TEST_F(Generality, NumbersThatFollowTheLengthOnlyIfItIsLarge) {
     add_to_layer(line);
     wrap();
     const auto info = script_info(script_);
-    for (const std::vector<std::int64_t>& lengths : std::vector<std::vector<std::int64_t>>{{40, 35, 38}, {90, 3}, {5, 2}}) {
+    for (const std::vector<std::int64_t>& lengths :
+         std::vector<std::vector<std::int64_t>>{{40, 35, 38}, {90, 3}, {5, 2}}) {
       const auto request = right_padded(info, lengths, 1);
       EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), run_plain(*plain_, request.inputs), request, 1e-4));
     }
@@ -292,7 +295,8 @@ TEST_F(Generality, AttentionMapsAsOutput) {
                "    weights = torch.softmax(torch.matmul(q, k.transpose(1, 2)) * 0.1 + bias, -1)\n"
                "    mixed = torch.matmul(weights, v)");
   change_layer("self.down)", "self.down), weights");
-  for (const char* name : {"self.l0", "self.l1", "self.l2"}) change_model(std::string("x = ") + name, std::string("x, w = ") + name);
+  for (const char* name : {"self.l0", "self.l1", "self.l2"})
+    change_model(std::string("x = ") + name, std::string("x, w = ") + name);
   change_model("-> Tensor:", "-> Tuple[Tensor, Tensor]:");
   change_model("return torch.tanh(x)", "return torch.tanh(x), w");
   wrap();
@@ -363,7 +367,7 @@ def forward(self, x: Tensor, bias: Tensor) -> Tensor:
     return (torch.tanh(torch.matmul(x.to(6), self.up)) * 3.0).to(23)
 )";
   change_model("    bias = ", "    x = x.to(23)\n    bias = ");  // an 8-bit type
-  change_model("x.dtype", "6");                                   // float32
+  change_model("x.dtype", "6");                                  // float32
   change_model("torch.tanh(x)", "x.to(6)");
   expect_refused("Float8_e5m2");
 }

@@ -140,7 +140,8 @@ TEST(LayeredModels, ItsExceptionsAreNested) {
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::kModelFailed);
     EXPECT_THAT(error.what(), HasSubstr("the disk is full"));
-    EXPECT_THAT([&] { std::rethrow_if_nested(error); }, ::testing::ThrowsMessage<std::runtime_error>("the disk is full"));
+    EXPECT_THAT([&] { std::rethrow_if_nested(error); },
+                ::testing::ThrowsMessage<std::runtime_error>("the disk is full"));
   }
   EXPECT_EQ(counters_of(cache), before);
   *model.fail = false;
@@ -156,8 +157,8 @@ TEST(LayeredModels, FailingAtOnceIsRefused) {
 // --- text -------------------------------------------------------------------------------------------
 
 TEST(Text, OfAPlan) {
-  const Plan plan{3, 10, 4,
-                  {compute_all(0, 2, 8, 4), {2, 0, 6, 1, {{0, 3, 0, 0, 5}, {3, 5, 1, 4, 8}, {5, 6, 0, 4, 0}}}}};
+  const Plan plan{
+      3, 10, 4, {compute_all(0, 2, 8, 4), {2, 0, 6, 1, {{0, 3, 0, 0, 5}, {3, 5, 1, 4, 8}, {5, 6, 0, 4, 0}}}}};
   EXPECT_THAT(plan.to_string(), AllOf(HasSubstr("batch 3"), HasSubstr("width 10"), HasSubstr("4 layers"),
                                       HasSubstr("row 0: 8 tokens from position 2"), HasSubstr("row 2: 6 tokens"),
                                       HasSubstr("donor 1"), HasSubstr("[0, 3) reused, else from donor position 5"),
@@ -172,10 +173,9 @@ TEST(Text, OfAReport) {
   report.layer_ms = {1.25, 0};
   report.total_ms = 7.5;
   EXPECT_NEAR(report.computed_fraction(), 6.0 / 26, 1e-12);
-  EXPECT_THAT(report.to_string(),
-              AllOf(HasSubstr("packed execution, 7.50 ms"), HasSubstr("23.1 %"),
-                    HasSubstr("sequence 0: 9 tokens, partial, token-layers computed 6, reused 12"),
-                    HasSubstr("sequence 1: 4 tokens, identical"), HasSubstr("layer 0: 1.250 ms")));
+  EXPECT_THAT(report.to_string(), AllOf(HasSubstr("packed execution, 7.50 ms"), HasSubstr("23.1 %"),
+                                        HasSubstr("sequence 0: 9 tokens, partial, token-layers computed 6, reused 12"),
+                                        HasSubstr("sequence 1: 4 tokens, identical"), HasSubstr("layer 0: 1.250 ms")));
   EXPECT_EQ(ForwardReport{}.computed_fraction(), 0);
   EXPECT_THAT(ForwardReport{}.to_string(), HasSubstr("none execution"));
 }
@@ -194,10 +194,10 @@ TEST(Text, OfStatistics) {
   stats.evictions = 3;
   stats.rejected = 2;
   EXPECT_EQ(stats.hit_rate(), 0.25);
-  EXPECT_THAT(stats.to_string(),
-              AllOf(HasSubstr("7 requests"), HasSubstr("20 sequences"), HasSubstr("5 identical hits (25.0 %)"),
-                    HasSubstr("4321 tokens"), HasSubstr("1234 computed"), HasSubstr("99 of padding"),
-                    HasSubstr("5555 bytes"), HasSubstr("peak 6666"), HasSubstr("3 evictions"), HasSubstr("2 rejected")));
+  EXPECT_THAT(stats.to_string(), AllOf(HasSubstr("7 requests"), HasSubstr("20 sequences"),
+                                       HasSubstr("5 identical hits (25.0 %)"), HasSubstr("4321 tokens"),
+                                       HasSubstr("1234 computed"), HasSubstr("99 of padding"), HasSubstr("5555 bytes"),
+                                       HasSubstr("peak 6666"), HasSubstr("3 evictions"), HasSubstr("2 rejected")));
 }
 
 TEST(Text, OfEnumerations) {

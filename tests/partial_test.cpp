@@ -29,7 +29,8 @@ class Partial : public ModelTest {
   [[nodiscard]] bool runs_some_tokens() const { return !refused() && profile().granularity == Granularity::kTokens; }
   [[nodiscard]] std::int32_t layers() const { return static_cast<std::int32_t>(profile().layers); }
   [[nodiscard]] bool layers_may_differ() const {
-    return ::testing::Value(profile().notes, ::testing::Not(::testing::Contains(HasSubstr("all layers run the same tokens"))));
+    return ::testing::Value(profile().notes,
+                            ::testing::Not(::testing::Contains(HasSubstr("all layers run the same tokens"))));
   }
   /// Lengths as asked for where padding works, else all the longest.
   [[nodiscard]] Request ragged(std::vector<std::int64_t> lengths, std::uint64_t seed) const {
@@ -134,7 +135,8 @@ TEST_P(Partial, RowsOfPaddingAreLeftOut) {
   const auto donors = capture(request);
   ASSERT_EQ(donors.size(), 2U);
   expect_plain(request,
-               {compute_some(1, 0, 8, layers(), {2, 6}, 0), compute_some(3, 0, 5, layers(), tokens_from(3, 5), 1)}, donors);
+               {compute_some(1, 0, 8, layers(), {2, 6}, 0), compute_some(3, 0, 5, layers(), tokens_from(3, 5), 1)},
+               donors);
 }
 
 TEST_P(Partial, LeftPaddedRows) {

@@ -1,5 +1,8 @@
 #include "support.h"
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -7,9 +10,6 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
-
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 
 namespace llmcache::test {
 namespace {
@@ -54,8 +54,14 @@ ModelInfo model_info(const std::string& name) {
   std::ifstream file(path);
   if (!file) throw std::runtime_error(path.string() + " is missing: run the tests with tools/run.sh test");
   const auto json = nlohmann::json::parse(file);
-  return {name,           json.at("family"), json.at("attention"), json.at("dtype"),
-          json.at("vocab"), json.at("hidden"), json.at("layers"),    json.at("inputs").size()};
+  return {name,
+          json.at("family"),
+          json.at("attention"),
+          json.at("dtype"),
+          json.at("vocab"),
+          json.at("hidden"),
+          json.at("layers"),
+          json.at("inputs").size()};
 }
 
 Module load_model(const std::string& name) { return torch::jit::load(models_dir() / (name + ".pt")); }

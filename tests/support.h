@@ -1,18 +1,18 @@
 // What the tests share: exported models beside a plain copy, requests, comparisons.
 #pragma once
 
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <llmcache/llmcache.h>
+#include <torch/script.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <ATen/ATen.h>
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
-#include <llmcache/llmcache.h>
-#include <torch/script.h>
 
 namespace llmcache::test {
 

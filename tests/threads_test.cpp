@@ -14,8 +14,8 @@ class Threads : public ::testing::TestWithParam<std::string> {
     // Plain results of overlapping requests: some rows are in several of them.
     const auto plain = std::make_unique<Module>(load_model(GetParam()));
     const auto pool = right_padded(info_, {9, 4, 12, 1, 7, 10}, 1);
-    for (const std::vector<std::int64_t>& rows : std::vector<std::vector<std::int64_t>>{
-             {0, 1}, {1, 2, 3}, {4}, {5, 0}, {2}, {3, 4, 5, 1}}) {
+    for (const std::vector<std::int64_t>& rows :
+         std::vector<std::vector<std::int64_t>>{{0, 1}, {1, 2, 3}, {4}, {5, 0}, {2}, {3, 4, 5, 1}}) {
       const auto index = at::tensor(rows, at::kLong);
       Request request;
       for (const auto row : rows) {

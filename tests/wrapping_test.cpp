@@ -1,7 +1,8 @@
 // What wrapping finds, what it refuses, what it leaves alone, and what it notices afterwards.
+#include <unistd.h>
+
 #include <fstream>
 #include <functional>
-#include <unistd.h>
 
 #include "support.h"
 

@@ -24,6 +24,22 @@ ActiveSets active_in(const Plan& plan, std::int32_t layer) {
   return sets;
 }
 
+/// Matrix products take longer for a number of rows that fills no whole register tile (119 rows of
+/// BERT-base: 3 % longer than 120), so that layouts of some size are filled up to a multiple of this.
+constexpr std::int64_t kTile = 8;
+constexpr std::int64_t kFilledFrom = 32;
+
+std::int64_t filler_rows(std::int64_t rows) { return rows < kFilledFrom ? 0 : (kTile - rows % kTile) % kTile; }
+
+/// Appends `rows` rows like the last one to what will be joined along `dim`.
+void append_filler(std::vector<at::Tensor>& pieces, std::int64_t rows, std::int64_t dim) {
+  if (rows == 0) return;
+  const at::Tensor& last = pieces.back();
+  auto shape = last.sizes().vec();
+  shape[static_cast<std::size_t>(dim)] = rows;
+  pieces.push_back(last.narrow(dim, last.size(dim) - 1, 1).expand(shape));
+}
+
 PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device device) {
   PackedLayout layout;
   layout.batch = plan.batch;
@@ -44,6 +60,12 @@ PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device 
     layout.rows += packed.rows;
     layout.sequences.push_back(std::move(packed));
   }
+  const std::int64_t filler = filler_rows(layout.rows);
+  for (std::int64_t i = 0; i < filler; ++i) {
+    position.push_back(position.back());
+    flat.push_back(flat.back());
+  }
+  layout.rows += filler;
   layout.position = at::tensor(position, options).to(device);
   layout.flat_index = at::tensor(flat, options).to(device);
   return layout;
@@ -79,8 +101,10 @@ at::Tensor merge(const SequencePlan& sequence, std::int32_t layer, const at::Ten
   return pieces.size() == 1 ? pieces[0] : at::cat(pieces, dim);
 }
 
-/// Puts the sequences' results side by side along `dim`, token by token in memory.
-at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim) {
+/// Puts the sequences' results side by side along `dim`, token by token in memory, `rows` in all.
+at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t rows) {
+  for (const at::Tensor& part : parts) rows -= part.size(dim);
+  append_filler(parts, rows, dim);
   if (parts.size() == 1) return std::move(parts[0]);
   for (at::Tensor& part : parts) part = part.movedim(dim, 0);
   return at::cat(parts, 0).movedim(0, dim);
@@ -168,6 +192,9 @@ class PackedExecution {
       }
       offset += static_cast<std::int64_t>(before.size());
     }
+    std::int64_t rows = 0;
+    for (const at::Tensor& piece : pieces) rows += piece.size(1);
+    append_filler(pieces, filler_rows(rows), 1);
     return at::cat(pieces, 1);
   }
 
@@ -202,7 +229,7 @@ class PackedExecution {
           for (const at::Tensor& key : own.keys) kept.push_back(key.clone());
         }
       }
-      run_->after(l, s, join(parts, model_.output_dim(l, s)));
+      run_->after(l, s, join(parts, model_.output_dim(l, s), layout_.rows));
     }
     run_->finish(l);
   }
@@ -230,13 +257,16 @@ class PackedExecution {
       std::int64_t offset = 0;
       for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
         const SequencePlan& sequence = plan_.sequences[i];
-        const auto rows = static_cast<std::int64_t>(active_[i].size());
+        const auto own = static_cast<std::int64_t>(active_[i].size());
         const auto* donor = donor_of(sequence, donors_);
-        const at::Tensor fresh = rows > 0 ? run_->hidden().narrow(1, offset, rows) : at::Tensor();
+        const at::Tensor fresh = own > 0 ? run_->hidden().narrow(1, offset, own) : at::Tensor();
         const at::Tensor cached = donor != nullptr ? donor->hidden.back() : at::Tensor();
         pieces.push_back(merge(sequence, plan_.layers - 1, fresh, cached, 1));
-        offset += rows;
+        offset += own;
       }
+      std::int64_t rows = 0;
+      for (const at::Tensor& piece : pieces) rows += piece.size(1);
+      append_filler(pieces, filler_rows(rows), 1);
       auto hidden = at::cat(pieces, 1);
       if (!run_) run_ = model_.start(embedded, layout);
       run_->set_rows(layout, std::move(hidden));

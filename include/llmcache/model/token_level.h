@@ -26,8 +26,9 @@ struct PackedSequence {
   at::Tensor active;
 };
 
-/// What the packed rows are. `rows` is the sum over `sequences`, which are in packed order;
-/// sequences without active tokens are not listed.
+/// What the packed rows are: those of `sequences`, in packed order, and perhaps a few at the end that
+/// repeat the last one and belong to nobody (they make the number of rows a convenient one).
+/// Sequences without active tokens are not listed.
 struct PackedLayout {
   std::int64_t batch = 0;
   std::int64_t width = 0;
