@@ -135,7 +135,8 @@ class Checker {
     }
   }
 
-  /// Does the plain model answer a row differently when it is padded? Then it must not be found by its real tokens alone.
+  /// Does the plain model answer a row differently when it is padded? Then it must not be found by its real tokens
+  /// alone.
   bool padding_matters() const {
     const Spans spans{{0, 5}, {0, 12}};
     const auto given = inputs(spans, 12, 31);

@@ -31,7 +31,8 @@ void Plan::validate(std::size_t donors) const {
       at(fmt::format("row {} is out of order or not below {}", sequence.row, batch));
     }
     last_row = sequence.row;
-    if (sequence.tokens < 1 || sequence.first < 0 || sequence.tokens > width || sequence.first > width - sequence.tokens) {
+    if (sequence.tokens < 1 || sequence.tokens > width || sequence.first < 0 ||
+        sequence.first > width - sequence.tokens) {
       at(fmt::format("{} tokens from position {} do not fit into a width of {}", sequence.tokens, sequence.first, width));
     }
     if (sequence.donor < -1 || sequence.donor >= static_cast<std::int32_t>(donors)) {
