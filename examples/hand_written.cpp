@@ -1,9 +1,9 @@
 // Wraps a hand-written torch::nn encoder: a few lines make it a llmcache::LayeredModel, which runs
 // whole layers and keeps the outputs of identical requests.
-#include <iostream>
-
 #include <llmcache/layer_cache.h>
 #include <torch/torch.h>
+
+#include <iostream>
 
 namespace {
 

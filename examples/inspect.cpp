@@ -1,11 +1,11 @@
 // Wraps a TorchScript model and prints what the library found out about it.
 //
 //   llmcache-inspect MODEL.pt [LAYERS_PATH]
-#include <exception>
-#include <iostream>
-
 #include <llmcache/llmcache.h>
 #include <torch/script.h>
+
+#include <exception>
+#include <iostream>
 
 int main(int argc, char** argv) {
   if (argc < 2 || argc > 3) {

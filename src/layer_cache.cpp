@@ -1,11 +1,11 @@
 #include "llmcache/layer_cache.h"
 
-#include <atomic>
-#include <exception>
-
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <fmt/core.h>
+
+#include <atomic>
+#include <exception>
 
 #include "bank/output_bank.h"
 #include "execute/batch.h"
@@ -88,15 +88,17 @@ auto run_model(Run run) {
 
 struct LayerCacheBase::Impl {
   Impl(std::unique_ptr<Model> wrapped, Options chosen)
-      : model(std::move(wrapped)), options(std::move(chosen)), inputs(model->input_spec()),
+      : model(std::move(wrapped)),
+        options(std::move(chosen)),
+        inputs(model->input_spec()),
         bank(options.capacity_bytes) {
     const c10::NoGradGuard no_grad;
     Stopwatch clock;
     model->describe(profile);
     output = probe(*model, inputs.vocabulary, options.mask_argument, profile);
     self_check(*model, inputs.vocabulary, output, profile);
-    all_per_token = std::all_of(output.leaves.begin(), output.leaves.end(),
-                                [](const TokenDims& dims) { return dims.tokens >= 0; });
+    all_per_token =
+        std::all_of(output.leaves.begin(), output.leaves.end(), [](const TokenDims& dims) { return dims.tokens >= 0; });
     // The structure of a result, to be filled when nothing has to be run.
     if (keeps_rows()) {
       skeleton = map_tensors(model->plain(probe_inputs(inputs.vocabulary, model->device(), 1, 5)),
@@ -310,8 +312,8 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
   const auto invalid = [](const std::string& what) { throw Error(ErrorCode::kInvalidOptions, "plan: " + what); };
   plan.validate(donors.size());
   if (plan.batch != batch.rows || plan.width != batch.width || plan.layers != model.layers()) {
-    invalid(fmt::format("made for batch {}, width {}, {} layers; these inputs and this model have {}, {}, {}", plan.batch,
-                        plan.width, plan.layers, batch.rows, batch.width, model.layers()));
+    invalid(fmt::format("made for batch {}, width {}, {} layers; these inputs and this model have {}, {}, {}",
+                        plan.batch, plan.width, plan.layers, batch.rows, batch.width, model.layers()));
   }
   if (profile.granularity == Granularity::kWholeLayers || model.token_level() == nullptr) {
     throw Error(ErrorCode::kNotAvailable, "this model runs whole layers only; its profile says why");
@@ -332,7 +334,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
     for (const TokenRange& range : sequence.ranges) {
       if (range.first_layer == 0 && range.last_layer == plan.layers) continue;
       if (range.first_layer != 0 || range.last_layer != 0) constant = false;
-      const std::int64_t end = range.donor_begin + range.end - range.begin;
+      const std::int64_t count = range.end - range.begin;
       const auto has_layer = [&](std::int32_t l) {
         return donor->keys.size() == static_cast<std::size_t>(plan.layers) &&
                fits(*model.token_level(), donor->keys[static_cast<std::size_t>(l)], l, donor->tokens);
@@ -343,8 +345,9 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
         return state.defined() && state.scalar_type() == profile.dtype &&
                state.sizes() == at::IntArrayRef({1, donor->tokens, profile.hidden});
       };
-      if (range.donor_begin > donor->tokens || end > donor->tokens) {
-        invalid(fmt::format("row {}: tokens up to {} of a donor of {}", sequence.row, end, donor->tokens));
+      if (range.donor_begin > donor->tokens - count) {  // their sum may overflow
+        invalid(fmt::format("row {}: {} tokens from position {} of a donor of {}", sequence.row, count,
+                            range.donor_begin, donor->tokens));
       }
       if (range.first_layer > 0 && range.first_layer < range.last_layer && !has_hidden(range.first_layer)) {
         invalid(fmt::format("row {}: its donor has no hidden state before layer {}", sequence.row, range.first_layer));
@@ -379,8 +382,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
     throw Error(ErrorCode::kNotAvailable, "this model's layers need the same tokens throughout; its profile says why");
   }
   ForwardReport report;
-  auto result =
-      run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
+  auto result = run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
   report.total_ms = clock.lap();
   thread_reports().set(impl_->identity, std::move(report));
   return result;

@@ -8,17 +8,20 @@ namespace llmcache {
 
 const char* to_string(Fidelity fidelity) noexcept {
   switch (fidelity) {
-    case Fidelity::kIdentical: return "identical";
-    case Fidelity::kLossless: return "lossless";
-    case Fidelity::kBudget: return "budget";
-    case Fidelity::kThreshold: return "threshold";
+    case Fidelity::kIdentical:
+      return "identical";
+    case Fidelity::kLossless:
+      return "lossless";
+    case Fidelity::kBudget:
+      return "budget";
+    case Fidelity::kThreshold:
+      return "threshold";
   }
   return "unknown";
 }
 
 Fidelity fidelity_from_string(const std::string& text) {
-  for (const auto fidelity :
-       {Fidelity::kIdentical, Fidelity::kLossless, Fidelity::kBudget, Fidelity::kThreshold}) {
+  for (const auto fidelity : {Fidelity::kIdentical, Fidelity::kLossless, Fidelity::kBudget, Fidelity::kThreshold}) {
     if (text == to_string(fidelity)) return fidelity;
   }
   throw Error(ErrorCode::kInvalidOptions,
@@ -36,9 +39,9 @@ void Options::validate() const {
                             to_string(fidelity)));
   }
   if (mask_argument && *mask_argument < -1) {
-    throw Error(ErrorCode::kInvalidOptions,
-                fmt::format("Options.mask_argument is {}; -1 (none) or the position of an input is expected",
-                            *mask_argument));
+    throw Error(
+        ErrorCode::kInvalidOptions,
+        fmt::format("Options.mask_argument is {}; -1 (none) or the position of an input is expected", *mask_argument));
   }
   for (std::size_t i = 0; i < layers.size(); ++i) {
     if (layers[i] == '.' && (i == 0 || i + 1 == layers.size() || layers[i + 1] == '.')) {

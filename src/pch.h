@@ -1,6 +1,9 @@
 // Precompiled: what every file of the library needs of LibTorch.
 #pragma once
 
+#include <ATen/ATen.h>
+#include <ATen/core/ivalue.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -11,6 +14,3 @@
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
-
-#include <ATen/ATen.h>
-#include <ATen/core/ivalue.h>

@@ -6,18 +6,24 @@ namespace llmcache {
 
 const char* to_string(Source source) noexcept {
   switch (source) {
-    case Source::kComputed: return "computed";
-    case Source::kIdentical: return "identical";
-    case Source::kPartial: return "partial";
+    case Source::kComputed:
+      return "computed";
+    case Source::kIdentical:
+      return "identical";
+    case Source::kPartial:
+      return "partial";
   }
   return "unknown";
 }
 
 const char* to_string(Execution execution) noexcept {
   switch (execution) {
-    case Execution::kNone: return "none";
-    case Execution::kDense: return "dense";
-    case Execution::kPacked: return "packed";
+    case Execution::kNone:
+      return "none";
+    case Execution::kDense:
+      return "dense";
+    case Execution::kPacked:
+      return "packed";
   }
   return "unknown";
 }
@@ -36,7 +42,8 @@ double ForwardReport::computed_fraction() const noexcept {
 
 std::string ForwardReport::to_string() const {
   std::string text = fmt::format(
-      "{} execution, {:.2f} ms: look-up {:.3f}, embed {:.2f}, head {:.2f}, store {:.3f}; {:.1f} % of token-layers computed\n",
+      "{} execution, {:.2f} ms: look-up {:.3f}, embed {:.2f}, head {:.2f}, store {:.3f}; {:.1f} % of token-layers "
+      "computed\n",
       llmcache::to_string(execution), total_ms, lookup_ms, embed_ms, head_ms, store_ms, 100 * computed_fraction());
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const SequenceReport& sequence = sequences[i];

@@ -335,9 +335,9 @@ TEST_F(Plans, DonorsThatDoNotServe) {
   expect_unfit(partial(), {nullptr, nullptr}, "donor 0 is null");
   auto shifted = partial();
   shifted.sequences[0].ranges[0].donor_begin = 2;
-  expect_unfit(shifted, "tokens up to 10 of a donor of 9");
+  expect_unfit(shifted, "from position 2 of a donor of 9");
   shifted.sequences[0].ranges[0].donor_begin = std::numeric_limits<std::int64_t>::max() - 3;
-  expect_unfit(shifted, "");
+  expect_unfit(shifted, "of a donor of 9");
   auto other = partial();
   other.sequences[0].donor = 1;
   expect_unfit(other, "of a donor of 4");

@@ -1,12 +1,12 @@
 // LayerCache: wraps a loaded transformer, keeps what it computed, runs what it must.
 #pragma once
 
+#include <ATen/core/ivalue.h>
+
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <ATen/core/ivalue.h>
 
 #include "llmcache/error.h"
 #include "llmcache/execute/sequence_state.h"

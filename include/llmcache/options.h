@@ -14,7 +14,8 @@ enum class Fidelity {
   /// result is bit-identical to what the model returned when that request was first computed.
   kIdentical,
   /// As kIdentical, and the rows of a padded batch are packed so that padding is never computed.
-  /// Equal to the plain model up to floating-point rounding; bit-identical where nothing is padded.
+  /// Equal to the plain model up to floating-point rounding; bit-identical where nothing is padded and
+  /// no row is known from a batch that was.
   kLossless,
   /// Reuse within a calibrated error budget. Not available in this version: refused.
   kBudget,

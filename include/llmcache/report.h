@@ -34,10 +34,10 @@ struct LayerTokens {
 
 /// One sequence (row of the batch) of a call.
 struct SequenceReport {
-  std::int64_t tokens = 0;              ///< real tokens, padding excluded
-  Source source = Source::kComputed;    ///
-  double similarity = 0;                ///< to the entry it was taken from; 1 for identical, 0 for none
-  std::vector<LayerTokens> layers;      ///< one a layer
+  std::int64_t tokens = 0;            ///< real tokens, padding excluded
+  Source source = Source::kComputed;  ///
+  double similarity = 0;              ///< to the entry it was taken from; 1 for identical, 0 for none
+  std::vector<LayerTokens> layers;    ///< one a layer
 };
 
 /// What one call of LayerCache::forward did. Times are wall-clock milliseconds.
@@ -60,18 +60,18 @@ struct ForwardReport {
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are
 /// what is held now.
 struct Stats {
-  std::uint64_t requests = 0;           ///< calls of forward that returned
-  std::uint64_t sequences = 0;          ///< rows in them
-  std::uint64_t identical_hits = 0;     ///< rows answered from an identical request
-  std::uint64_t tokens = 0;             ///< real tokens asked for
-  std::uint64_t tokens_computed = 0;    ///< tokens that went through at least one layer
-  std::uint64_t padding_skipped = 0;    ///< padding tokens that packing did not compute
-  std::uint64_t insertions = 0;         ///< entries kept
-  std::uint64_t evictions = 0;          ///< entries dropped for room
-  std::uint64_t rejected = 0;           ///< entries too large for the capacity
-  std::uint64_t entries = 0;            ///< entries held now
-  std::size_t bytes = 0;                ///< bytes held now, tensors and index
-  std::size_t peak_bytes = 0;           ///< largest `bytes` so far; never above the capacity
+  std::uint64_t requests = 0;         ///< calls of forward that returned
+  std::uint64_t sequences = 0;        ///< rows in them
+  std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
+  std::uint64_t tokens = 0;           ///< real tokens asked for
+  std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer
+  std::uint64_t padding_skipped = 0;  ///< padding tokens that packing did not compute
+  std::uint64_t insertions = 0;       ///< entries kept
+  std::uint64_t evictions = 0;        ///< entries dropped for room
+  std::uint64_t rejected = 0;         ///< entries too large for the capacity
+  std::uint64_t entries = 0;          ///< entries held now
+  std::size_t bytes = 0;              ///< bytes held now, tensors and index
+  std::size_t peak_bytes = 0;         ///< largest `bytes` so far; never above the capacity
 
   [[nodiscard]] double hit_rate() const noexcept;  ///< identical_hits / sequences
   [[nodiscard]] std::string to_string() const;

@@ -1,6 +1,8 @@
 // Whole outputs of single sequences, found by everything that went into them.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -11,8 +13,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
-
 #include "bank/memory.h"
 
 namespace llmcache {
@@ -22,8 +22,11 @@ class OutputEntry {
  public:
   OutputEntry(std::string_view key, std::vector<at::Tensor> tensors, bool exact, std::size_t tensor_bytes,
               MemoryAccount& account, std::pmr::memory_resource* memory)
-      : key_(key, memory), tensors_(tensors.begin(), tensors.end(), memory), exact_(exact),
-        tensor_bytes_(tensor_bytes), account_(account) {}
+      : key_(key, memory),
+        tensors_(tensors.begin(), tensors.end(), memory),
+        exact_(exact),
+        tensor_bytes_(tensor_bytes),
+        account_(account) {}
   ~OutputEntry() {
     tensors_.clear();
     account_.release(tensor_bytes_);

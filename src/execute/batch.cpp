@@ -1,10 +1,10 @@
 #include "execute/batch.h"
 
-#include <algorithm>
-
 #include <ATen/ATen.h>
 #include <fmt/core.h>
 #include <fmt/ranges.h>
+
+#include <algorithm>
 
 #include "llmcache/error.h"
 

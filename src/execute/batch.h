@@ -15,9 +15,9 @@ struct RowSpan {
 };
 
 struct Batch {
-  Inputs inputs;             ///< one entry for every input the model declares
+  Inputs inputs;  ///< one entry for every input the model declares
   std::int64_t rows = 0;
-  std::int64_t width = 0;    ///< tokens a row, padding included
+  std::int64_t width = 0;  ///< tokens a row, padding included
   std::vector<RowSpan> spans;
   bool padded = false;       ///< some row has fewer real tokens than the width
   bool right_padded = true;  ///< every row begins with a real token

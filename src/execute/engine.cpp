@@ -1,8 +1,8 @@
 #include "execute/engine.h"
 
-#include <algorithm>
-
 #include <ATen/ATen.h>
+
+#include <algorithm>
 
 #include "execute/clock.h"
 
@@ -50,8 +50,8 @@ PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device 
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const SequencePlan& sequence = plan.sequences[i];
     if (active[i].empty()) continue;
-    PackedSequence packed{sequence.row, sequence.first, sequence.tokens, layout.rows,
-                          static_cast<std::int64_t>(active[i].size()), {}};
+    PackedSequence packed{
+        sequence.row, sequence.first, sequence.tokens, layout.rows, static_cast<std::int64_t>(active[i].size()), {}};
     if (packed.rows != packed.tokens) packed.active = at::tensor(active[i], options).to(device);
     for (const std::int64_t t : active[i]) {
       position.push_back(sequence.first + t);

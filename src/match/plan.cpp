@@ -33,7 +33,8 @@ void Plan::validate(std::size_t donors) const {
     last_row = sequence.row;
     if (sequence.tokens < 1 || sequence.tokens > width || sequence.first < 0 ||
         sequence.first > width - sequence.tokens) {
-      at(fmt::format("{} tokens from position {} do not fit into a width of {}", sequence.tokens, sequence.first, width));
+      at(fmt::format("{} tokens from position {} do not fit into a width of {}", sequence.tokens, sequence.first,
+                     width));
     }
     if (sequence.donor < -1 || sequence.donor >= static_cast<std::int32_t>(donors)) {
       at(fmt::format("donor {} of {}", sequence.donor, donors));
@@ -41,8 +42,8 @@ void Plan::validate(std::size_t donors) const {
     std::int64_t next = 0;
     for (const TokenRange& range : sequence.ranges) {
       if (range.begin != next || range.end <= range.begin) {
-        at(fmt::format("range [{}, {}) leaves a gap, overlaps or is empty; {} was expected next", range.begin, range.end,
-                       next));
+        at(fmt::format("range [{}, {}) leaves a gap, overlaps or is empty; {} was expected next", range.begin,
+                       range.end, next));
       }
       next = range.end;
       if (range.first_layer < 0 || range.first_layer > range.last_layer || range.last_layer > layers) {

@@ -1,10 +1,10 @@
 #include "model/packing.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-
-#include <ATen/ATen.h>
 
 namespace llmcache {
 namespace {
@@ -21,7 +21,8 @@ at::Tensor zeros_to_fill(const std::vector<std::int64_t>& shape, const at::Tenso
   if (block == nullptr) return at::zeros(shape, options);  // raises LibTorch's own out-of-memory error
   const auto address = reinterpret_cast<std::uintptr_t>(block);
   auto* data = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  return at::from_blob(data, shape, [block](void*) { std::free(block); }, options);
+  return at::from_blob(
+      data, shape, [block](void*) { std::free(block); }, options);
 }
 
 }  // namespace
@@ -56,10 +57,14 @@ at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const Pa
 
 double rounding_tolerance(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return 1e-10;
-    case at::kBFloat16: return 6e-2;
-    case at::kHalf: return 1e-2;
-    default: return 5e-5;
+    case at::kDouble:
+      return 1e-10;
+    case at::kBFloat16:
+      return 6e-2;
+    case at::kHalf:
+      return 1e-2;
+    default:
+      return 5e-5;
   }
 }
 

@@ -1,9 +1,9 @@
 #include "model/probe.h"
 
-#include <algorithm>
-
 #include <ATen/ATen.h>
 #include <fmt/core.h>
+
+#include <algorithm>
 
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
@@ -115,7 +115,8 @@ Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device devi
     }
     // The first ids are often padding and other marks: leave them out where there are enough.
     const std::int64_t low = std::min<std::int64_t>(rows / 8, 1000);
-    const auto ids = at::arange(batch * tokens, options).add(seed * 31).mul(7919).add(13).remainder(rows - low).add(low);
+    const auto ids =
+        at::arange(batch * tokens, options).add(seed * 31).mul(7919).add(13).remainder(rows - low).add(low);
     inputs.emplace_back(ids.view({batch, tokens}));
   }
   return inputs;
@@ -203,8 +204,8 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
   return spec;
 }
 
-std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row,
-                               std::int64_t first, std::int64_t tokens, std::int64_t width) {
+std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
+                               std::int64_t tokens, std::int64_t width) {
   std::vector<at::Tensor> rows;
   const auto leaves = tensors_of(result);
   for (std::size_t i = 0; i < leaves.size(); ++i) {

@@ -31,7 +31,7 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
                  ModelProfile& profile);
 
 /// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.
-std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row,
-                               std::int64_t first, std::int64_t tokens, std::int64_t width);
+std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
+                               std::int64_t tokens, std::int64_t width);
 
 }  // namespace llmcache

@@ -8,9 +8,12 @@ namespace llmcache {
 
 const char* to_string(Granularity granularity) noexcept {
   switch (granularity) {
-    case Granularity::kWholeLayers: return "whole layers";
-    case Granularity::kPacked: return "packed sequences";
-    case Granularity::kTokens: return "tokens";
+    case Granularity::kWholeLayers:
+      return "whole layers";
+    case Granularity::kPacked:
+      return "packed sequences";
+    case Granularity::kTokens:
+      return "tokens";
   }
   return "unknown";
 }
@@ -20,8 +23,8 @@ std::string ModelProfile::to_string() const {
   std::string text;
   text += fmt::format("layers:            {}", layers);
   text += layers_path.empty() ? "\n" : fmt::format(" at '{}', hidden {}\n", layers_path, hidden);
-  text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}\n", fmt::join(inputs, ", "), ids_argument,
-                      mask_argument, vocabulary);
+  text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}\n", fmt::join(inputs, ", "),
+                      ids_argument, mask_argument, vocabulary);
   if (!hidden_argument.empty()) text += fmt::format("hidden argument:   {}\n", fmt::join(hidden_argument, " "));
   std::string kinds;
   for (const AttentionSite& site : attention) {
@@ -34,7 +37,8 @@ std::string ModelProfile::to_string() const {
                           ? (left_padding ? ", right and left padding packed" : ", right padding packed")
                           : "");
   text += fmt::format("head:              {}\n", head_tokenwise ? "token-wise" : "on the padded batch");
-  text += fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
+  text +=
+      fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
   text += fmt::format("dtype, device:     {}, {}\n", c10::toString(dtype), device);
   if (weight_bytes > 0) {
     text += fmt::format("weights:           {:.1f} MB, shared with the caller's module\n",

@@ -1,10 +1,10 @@
 // Tensors inside a model's result: one tensor, or tuples, lists and dictionaries of them, nested.
 #pragma once
 
+#include <ATen/core/ivalue.h>
+
 #include <functional>
 #include <vector>
-
-#include <ATen/core/ivalue.h>
 
 namespace llmcache {
 

@@ -1,12 +1,6 @@
 // Finds the chain of layers in the call tree of a TorchScript module and flattens the module around
 // it. TorchScript keeps one graph a method; a chain is a row of calls, in one graph, of modules that
 // live side by side in the same container, each fed by the one before.
-#include <algorithm>
-#include <cctype>
-#include <functional>
-#include <map>
-#include <set>
-
 #include <fmt/core.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
@@ -15,6 +9,12 @@
 #include <torch/csrc/jit/passes/lower_tuples.h>
 #include <torch/csrc/jit/passes/peephole.h>
 #include <torch/csrc/jit/passes/remove_mutation.h>
+
+#include <algorithm>
+#include <cctype>
+#include <functional>
+#include <map>
+#include <set>
 
 #include "llmcache/error.h"
 #include "model/torchscript_graph.h"

@@ -1,14 +1,14 @@
 // The graph of a TorchScript model, flattened and cut. Internal to model/torchscript*.
 #pragma once
 
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
-
-#include <torch/csrc/jit/api/module.h>
-#include <torch/csrc/jit/ir/ir.h>
 
 #include "llmcache/model/layered_model.h"
 
@@ -21,10 +21,10 @@ using torch::jit::Value;
 
 /// A chain of layer calls somewhere in the model's call tree.
 struct Chain {
-  std::string path;             ///< of the module that contains the layers
-  std::vector<int> descent;     ///< from the root graph: which CallMethod of each top block to follow
-  std::vector<int> calls;       ///< which CallMethods of the last graph are the layers, in order
-  std::size_t weight_bytes = 0; ///< parameters below the calls; decides between candidates
+  std::string path;              ///< of the module that contains the layers
+  std::vector<int> descent;      ///< from the root graph: which CallMethod of each top block to follow
+  std::vector<int> calls;        ///< which CallMethods of the last graph are the layers, in order
+  std::size_t weight_bytes = 0;  ///< parameters below the calls; decides between candidates
 };
 
 /// All chains of at least two calls (or the one named by `path`), most promising first.
@@ -36,8 +36,8 @@ std::vector<Chain> find_chains(const Module& module, const std::string& path);
 struct FlatGraph {
   std::shared_ptr<Graph> graph;
   std::int64_t layers = 0;
-  std::unordered_map<const Node*, int> part;              ///< of each top-level node
-  std::vector<std::vector<Value*>> arguments;             ///< of each layer call, without self
+  std::unordered_map<const Node*, int> part;   ///< of each top-level node
+  std::vector<std::vector<Value*>> arguments;  ///< of each layer call, without self
 
   [[nodiscard]] Value* self() const { return graph->inputs()[0]; }
   [[nodiscard]] Value* input(std::size_t i) const { return graph->inputs()[i + 1]; }
@@ -113,8 +113,7 @@ std::unordered_set<const Value*> dependants(const FlatGraph& flat, const Value* 
 /// depend on the hidden state and can be computed once, before the layers. Returns the dependants
 /// of `hidden` that remain. `infos` is extended by the new values; `detached` gets, for each scalar
 /// that still depends on the hidden state, the same one made from the input.
-std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
-                                              ValueInfos& infos,
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
                                               std::unordered_map<const Value*, Value*>& detached);
 
 }  // namespace llmcache::ts

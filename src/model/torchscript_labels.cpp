@@ -1,9 +1,9 @@
 // Labels the values of a flat graph by running it on several input shapes: which dimension is the
 // batch, which the tokens, which follows from both. Nothing is guessed from names or positions.
+#include <torch/csrc/jit/api/function_impl.h>
+
 #include <algorithm>
 #include <array>
-
-#include <torch/csrc/jit/api/function_impl.h>
 
 #include "llmcache/error.h"
 #include "model/torchscript_graph.h"
@@ -107,8 +107,8 @@ ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, 
         info.kind = ValueInfo::Kind::kUnknown;
       } else {
         for (std::int64_t d = 0; d < first.toTensor().dim(); ++d) {
-          info.dims.push_back(explain({seen[0]->toTensor().size(d), seen[1]->toTensor().size(d),
-                                       seen[2]->toTensor().size(d)}));
+          info.dims.push_back(
+              explain({seen[0]->toTensor().size(d), seen[1]->toTensor().size(d), seen[2]->toTensor().size(d)}));
         }
       }
     }
@@ -129,9 +129,9 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
   std::unordered_map<const Value*, std::size_t> origin;
   for (std::size_t i = 0; i < rows.size(); ++i) origin[flat.input(i)] = i;
   static const std::unordered_set<c10::Symbol> kTransparent{
-      aten::view,  aten::reshape, aten::to,     aten::slice,      aten::contiguous, aten::unsqueeze, aten::squeeze,
-      aten::alias, aten::detach,  aten::expand, aten::type_as,    aten::transpose,  aten::flatten,   aten::clone,
-      aten::clamp};
+      aten::view,      aten::reshape,   aten::to,      aten::slice,  aten::contiguous,
+      aten::unsqueeze, aten::squeeze,   aten::alias,   aten::detach, aten::expand,
+      aten::type_as,   aten::transpose, aten::flatten, aten::clone,  aten::clamp};
   std::unordered_map<const Value*, std::size_t> indirect;  // reached through anything
   std::vector<std::int64_t> reached(rows.size(), 0);
   for (std::size_t i = 0; i < rows.size(); ++i) indirect[flat.input(i)] = i;
@@ -141,7 +141,8 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
       if (from == indirect.end()) continue;
       if (node->kind() == aten::embedding && value == node->input(1)) {
         const auto weight = attribute_tensor(node->input(0), flat.self(), module);
-        if (weight.defined() && weight.dim() == 2) reached[from->second] = std::max(reached[from->second], weight.size(0));
+        if (weight.defined() && weight.dim() == 2)
+          reached[from->second] = std::max(reached[from->second], weight.size(0));
       }
       for (const Value* output : node->outputs()) indirect.try_emplace(output, from->second);
       break;
@@ -168,8 +169,7 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
   return rows;
 }
 
-std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
-                                              ValueInfos& infos,
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
                                               std::unordered_map<const Value*, Value*>& detached) {
   Graph& graph = *flat.graph;
   Value* ids = flat.input(static_cast<std::size_t>(ids_argument));
@@ -321,7 +321,8 @@ std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidd
   for (Node* node : graph.nodes()) {
     int& part = flat.part.at(node);
     const auto inputs = all_inputs(node);
-    if (part == 0 && std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; })) {
+    if (part == 0 &&
+        std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; })) {
       part = 1;
     }
   }

@@ -1,14 +1,14 @@
 // Whole-layer operation of a TorchScript module: analysis of its graph and the program made from it.
 #include "model/torchscript_model.h"
 
-#include <algorithm>
-#include <cstring>
-
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 #include <xxhash.h>
+
+#include <algorithm>
+#include <cstring>
 
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
@@ -242,7 +242,8 @@ Analysis analyse(const Module& module, const Options& options) {
       unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
     }
     if (has_kind(flat.graph->block(), prim::SetAttr)) {
-      unsupported("forward() writes to attributes of the module; a model that keeps state between calls cannot be cached");
+      unsupported(
+          "forward() writes to attributes of the module; a model that keeps state between calls cannot be cached");
     }
     analysis.vocabulary = input_vocabulary(flat, module);
     const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
@@ -251,13 +252,13 @@ Analysis analyse(const Module& module, const Options& options) {
     }
     analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
     try {
-      analysis.infos = label_values(flat, module, [&](std::int64_t batch, std::int64_t tokens) {
-        return probe_inputs(analysis, batch, tokens);
-      });
+      analysis.infos = label_values(
+          flat, module, [&](std::int64_t batch, std::int64_t tokens) { return probe_inputs(analysis, batch, tokens); });
     } catch (const std::exception& error) {
-      unsupported(fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
-                              "token-level: {}",
-                              error.what()));
+      unsupported(
+          fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
+                      "token-level: {}",
+                      error.what()));
     }
     if (!choose_hidden(analysis, !options.layers.empty())) {
       reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
@@ -270,9 +271,10 @@ Analysis analyse(const Module& module, const Options& options) {
     hoist(analysis);
     return analysis;
   }
-  unsupported(fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "
-                          "{}'",
-                          reasons));
+  unsupported(
+      fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "
+                  "{}'",
+                  reasons));
 }
 
 Program build_program(const Analysis& analysis) {
@@ -327,13 +329,13 @@ WeightGuard::WeightGuard(const Module& module) : module_(module) {
 
 void WeightGuard::check() const {
   const auto changed = [](const std::string& what) {
-    throw Error(ErrorCode::kModelChanged, what + " after wrapping; construct a new LayerCache from the module as it is now");
+    throw Error(ErrorCode::kModelChanged,
+                what + " after wrapping; construct a new LayerCache from the module as it is now");
   };
   for (const Scalar& scalar : scalars_) {
     const c10::IValue& now = scalar.owner->slots()[scalar.index];
     if (now.tagKind() == scalar.value.tagKind() && now == scalar.value) continue;
-    changed(scalar.name == "training" ? "the module was put into training mode"
-                                      : "'" + scalar.name + "' was changed");
+    changed(scalar.name == "training" ? "the module was put into training mode" : "'" + scalar.name + "' was changed");
   }
   for (const Slot& slot : slots_) {
     const auto& value = slot.owner->slots()[slot.index];
@@ -356,8 +358,8 @@ std::string WeightGuard::digest(const std::string& structure) const {
   XXH3_128bits_reset(state);
   XXH3_128bits_update(state, structure.data(), structure.size());
   for (const Slot& slot : slots_) {
-    const auto description = fmt::format("{} {} {}\n", slot.name, c10::toString(slot.dtype),
-                                         fmt::join(slot.tensor.sizes().vec(), "x"));
+    const auto description =
+        fmt::format("{} {} {}\n", slot.name, c10::toString(slot.dtype), fmt::join(slot.tensor.sizes().vec(), "x"));
     XXH3_128bits_update(state, description.data(), description.size());
     if (slot.data == nullptr || !slot.tensor.is_non_overlapping_and_dense()) continue;
     const auto on_cpu = slot.tensor.cpu().contiguous();

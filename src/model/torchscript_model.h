@@ -16,13 +16,13 @@ struct Analysis {
   Module module;
   FlatGraph flat;
   ValueInfos infos;
-  std::unordered_set<const Value*> dependent;  ///< on the hidden state that enters the first layer
+  std::unordered_set<const Value*> dependent;         ///< on the hidden state that enters the first layer
   std::unordered_map<const Value*, Value*> detached;  ///< dependent scalars and their twins made from the input
-  std::vector<Value*> hidden;                  ///< hidden[l] enters layer l; hidden[L] is the final state
+  std::vector<Value*> hidden;                         ///< hidden[l] enters layer l; hidden[L] is the final state
   std::vector<std::int64_t> hidden_argument;
-  std::int64_t width = 0;                      ///< of the hidden state
-  std::string path;                            ///< of the container of the layers
-  std::vector<std::int64_t> vocabulary;        ///< per input
+  std::int64_t width = 0;                ///< of the hidden state
+  std::string path;                      ///< of the container of the layers
+  std::vector<std::int64_t> vocabulary;  ///< per input
   int ids_argument = 0;
 
   /// Top-level nodes of a part, in order. Part 0 holds all that does not depend on hidden states.
@@ -75,15 +75,14 @@ struct Program {
   Segment embed;
   std::vector<Segment> layers;
   Segment head;
-  std::vector<int> hidden;              ///< slot of hidden[l]
-  std::vector<std::vector<int>> dead;   ///< dead[l]: slots that nobody reads after layer l
+  std::vector<int> hidden;             ///< slot of hidden[l]
+  std::vector<std::vector<int>> dead;  ///< dead[l]: slots that nobody reads after layer l
 };
 
 Program build_program(const Analysis& analysis);
 
 /// Token-level operation of an analysed model; null and a reason if there is none.
-std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis,
-                                                  Program& program, std::vector<AttentionSite>& sites,
-                                                  std::vector<std::string>& notes);
+std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis, Program& program,
+                                                  std::vector<AttentionSite>& sites, std::vector<std::string>& notes);
 
 }  // namespace llmcache::ts

@@ -1,12 +1,12 @@
 // A part of a flat graph, compiled so that it can be run by itself. Internal to model/torchscript*.
 #pragma once
 
+#include <torch/csrc/jit/api/function_impl.h>
+
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
-
-#include <torch/csrc/jit/api/function_impl.h>
 
 #include "model/torchscript_graph.h"
 

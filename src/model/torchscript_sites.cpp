@@ -1,8 +1,8 @@
 #include "model/torchscript_sites.h"
 
-#include <algorithm>
-
 #include <fmt/core.h>
+
+#include <algorithm>
 
 namespace llmcache::ts {
 namespace {
@@ -148,9 +148,8 @@ int find_regions(const Analysis& analysis, const std::vector<Node*>& nodes, std:
     for (std::size_t i = 0; i < nodes.size(); ++i) {
       const bool in_core = std::find(core.begin(), core.end(), i) != core.end();
       // What lies between two nodes of a region belongs to it.
-      const bool between =
-          std::any_of(core.begin(), core.end(), [&](std::size_t c) { return c < i && reach[c][i]; }) &&
-          std::any_of(core.begin(), core.end(), [&](std::size_t c) { return i < c && reach[i][c]; });
+      const bool between = std::any_of(core.begin(), core.end(), [&](std::size_t c) { return c < i && reach[c][i]; }) &&
+                           std::any_of(core.begin(), core.end(), [&](std::size_t c) { return i < c && reach[i][c]; });
       if (!in_core && !between) continue;
       if (region_of[i] != -1) return -1;
       region_of[i] = regions;
@@ -174,8 +173,8 @@ std::vector<Node*> hidden_nodes(const Analysis& analysis, std::int64_t part) {
 
 bool branches_on_request(const Analysis& analysis, const Node* node) {
   namespace prim = c10::prim;
-  static const std::unordered_set<c10::Symbol> kFixed{prim::dtype, prim::device, prim::layout, prim::is_cuda, aten::dim,
-                                                      aten::is_floating_point};
+  static const std::unordered_set<c10::Symbol> kFixed{prim::dtype,   prim::device, prim::layout,
+                                                      prim::is_cuda, aten::dim,    aten::is_floating_point};
   static const std::unordered_set<c10::Symbol> kSizes{aten::size, aten::len, aten::numel};
   std::unordered_set<const Value*> visited;
   const std::function<bool(const Value*)> varies = [&](const Value* value) {
@@ -330,7 +329,9 @@ std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t par
     for (const Value* value : analysis.escaping(region.nodes)) outputs.push_back(value);
     if (outputs.size() != 1 || region_stage[r] > r + 1) {
       std::string names;
-      for (const Value* output : outputs) names += fmt::format(" {} ({} of {})", output->debugName(), output->node()->kind().toQualString(), output->node()->inputs().empty() ? "" : output->node()->input(0)->debugName());
+      for (const Value* output : outputs)
+        names += fmt::format(" {} ({} of {})", output->debugName(), output->node()->kind().toQualString(),
+                             output->node()->inputs().empty() ? "" : output->node()->input(0)->debugName());
       reason = fmt::format("attention site {} hands on {} values, 1 expected:{}", r, outputs.size(), names);
       return std::nullopt;
     }

@@ -22,23 +22,23 @@ enum class Role {
 struct SiteInput {
   const Value* value = nullptr;
   Role role = Role::kFixed;
-  int token_dim = -1;           ///< of query and key inputs
-  int batch_dim = -1;           ///< of side inputs
+  int token_dim = -1;             ///< of query and key inputs
+  int batch_dim = -1;             ///< of side inputs
   std::int64_t batch_factor = 1;  ///< entries a row of the batch has there (heads merged with batch)
-  int query_dim = -1;           ///< of side inputs: dimension that runs over active tokens
-  int key_dim = -1;             ///< of side inputs: dimension that runs over all tokens
-  Label length;                 ///< of kLength
-  bool length_of_keys = true;   ///< kLength counts keys, else queries
+  int query_dim = -1;             ///< of side inputs: dimension that runs over active tokens
+  int key_dim = -1;               ///< of side inputs: dimension that runs over all tokens
+  Label length;                   ///< of kLength
+  bool length_of_keys = true;     ///< kLength counts keys, else queries
 };
 
 /// A part of a layer's graph in which tokens meet: scores are made, normalised and applied.
 struct Region {
   std::vector<Node*> nodes;
-  bool sdpa = false;            ///< exactly one scaled_dot_product_attention
+  bool sdpa = false;  ///< exactly one scaled_dot_product_attention
   std::vector<SiteInput> inputs;
   const Value* output = nullptr;
   int output_dim = -1;
-  bool partial = false;         ///< works with fewer queries than keys
+  bool partial = false;  ///< works with fewer queries than keys
 };
 
 /// Scalars that are made inside an attention region and used outside it are replaced there by their

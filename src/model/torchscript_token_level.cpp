@@ -1,10 +1,10 @@
 // Token-level operation of a TorchScript module: its layers, cut at the attention sites, run on
 // packed rows.
-#include <algorithm>
-#include <numeric>
-
 #include <fmt/core.h>
 #include <torch/csrc/jit/ir/constants.h>
+
+#include <algorithm>
+#include <numeric>
 
 #include "llmcache/error.h"
 #include "model/packing.h"
@@ -18,10 +18,14 @@ using Kind = Label::Kind;
 
 std::int64_t length_of(const Label& label, std::int64_t batch, std::int64_t tokens) {
   switch (label.kind) {
-    case Kind::kBatch: return label.factor * batch;
-    case Kind::kTokens: return label.factor * tokens;
-    case Kind::kBatchTokens: return label.factor * batch * tokens;
-    default: return label.factor;
+    case Kind::kBatch:
+      return label.factor * batch;
+    case Kind::kTokens:
+      return label.factor * tokens;
+    case Kind::kBatchTokens:
+      return label.factor * batch * tokens;
+    default:
+      return label.factor;
   }
 }
 
@@ -117,9 +121,7 @@ class TokenLevel final : public TokenLevelModel {
   /// False with a reason if some layer cannot be split.
   bool build(std::vector<AttentionSite>& sites, std::vector<std::string>& notes);
 
-  std::int64_t sites(std::int64_t layer) const override {
-    return static_cast<std::int64_t>(at(layer).sites.size());
-  }
+  std::int64_t sites(std::int64_t layer) const override { return static_cast<std::int64_t>(at(layer).sites.size()); }
   const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const override {
     return at(layer).sites[static_cast<std::size_t>(site)].query_dims;
   }
@@ -181,7 +183,8 @@ bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
       const bool batch = rule.dims.batch != -1;
       const bool tokens = rule.dims.tokens != -1 || rule.dims.merged != -1;
       const bool clear = rule.dims.batch != -2 && rule.dims.tokens != -2 && rule.dims.merged != -2 &&
-                         info.count(Kind::kUnknown) == 0 && (rule.dims.merged == -1 || (!batch && rule.dims.tokens == -1));
+                         info.count(Kind::kUnknown) == 0 &&
+                         (rule.dims.merged == -1 || (!batch && rule.dims.tokens == -1));
       if (!clear || (batch && !tokens)) {
         reason = fmt::format("'{}', which it needs, is neither per token nor the same for all", value->debugName());
         return false;
@@ -199,15 +202,18 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
   std::string reason;
   for (const Node* node : analysis.flat.graph->nodes()) {
     if (!branches_on_request(analysis, node)) continue;
-    notes.push_back(fmt::format("token-level reuse is not available: the model contains {}, whose way depends on sizes or "
-                                "hidden states", node->kind().toQualString()));
+    notes.push_back(
+        fmt::format("token-level reuse is not available: the model contains {}, whose way depends on sizes or "
+                    "hidden states",
+                    node->kind().toQualString()));
     return false;
   }
   const auto values = run_all(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5));
   std::unordered_set<const Value*> earlier;  // hidden-dependent values of layers before
   for (std::int64_t l = 0; l < layers; ++l) {
     const auto give_up = [&] {
-      notes.push_back(fmt::format("token-level reuse is not available: layer {} cannot be split at its attention: {}", l, reason));
+      notes.push_back(
+          fmt::format("token-level reuse is not available: layer {} cannot be split at its attention: {}", l, reason));
       return false;
     };
     auto split = split_layer(analysis, l + 1, reason);
@@ -319,7 +325,9 @@ bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Valu
   for (const SiteInput& input : site.region.inputs) {
     const c10::IValue& value = values.at(input.value);
     switch (input.role) {
-      case Role::kQuery: inputs.emplace_back(value.toTensor().index_select(input.token_dim, rows)); break;
+      case Role::kQuery:
+        inputs.emplace_back(value.toTensor().index_select(input.token_dim, rows));
+        break;
       case Role::kSide: {
         at::Tensor side = value.toTensor();
         if (input.query_dim >= 0) side = side.index_select(input.query_dim, rows);
@@ -329,7 +337,8 @@ bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Valu
       case Role::kLength:
         inputs.push_back(integer_like(value, length_of(input.length, 1, input.length_of_keys ? tokens : rows.size(0))));
         break;
-      default: inputs.push_back(value);
+      default:
+        inputs.push_back(value);
     }
   }
   try {
@@ -374,10 +383,14 @@ bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c
       for (std::size_t i = 0; i < open.size(); ++i) {
         SiteInput& input = *open[i];
         if (flips >> i & 1U) {
-          if (input.role == Role::kQuery) input.role = Role::kKey;
-          else if (input.role == Role::kKey) input.role = Role::kQuery;
-          else if (input.role == Role::kLength) input.length_of_keys = !input.length_of_keys;
-          else std::swap(input.query_dim, input.key_dim);
+          if (input.role == Role::kQuery)
+            input.role = Role::kKey;
+          else if (input.role == Role::kKey)
+            input.role = Role::kQuery;
+          else if (input.role == Role::kLength)
+            input.length_of_keys = !input.length_of_keys;
+          else
+            std::swap(input.query_dim, input.key_dim);
         }
         has_query = has_query || input.role == Role::kQuery;
         has_key = has_key || input.role == Role::kKey;
@@ -394,10 +407,14 @@ bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c
                              inputs[1].value == node->input(1) && inputs[2].value == node->input(2) &&
                              inputs[0].role == Role::kQuery && inputs[1].role == Role::kKey &&
                              inputs[2].role == Role::kKey && inputs.size() <= 4;
-          if (!plain) site.sdpa.reset();
-          else if (inputs.size() == 4 && (inputs[3].role == Role::kSide || inputs[3].role == Role::kFixed)) site.sdpa_mask = 3;
-          else if (inputs.size() == 4) site.sdpa.reset();
-          else if (!torch::jit::toIValue(node->input(3)) || !torch::jit::toIValue(node->input(3))->isNone()) site.sdpa.reset();
+          if (!plain)
+            site.sdpa.reset();
+          else if (inputs.size() == 4 && (inputs[3].role == Role::kSide || inputs[3].role == Role::kFixed))
+            site.sdpa_mask = 3;
+          else if (inputs.size() == 4)
+            site.sdpa.reset();
+          else if (!torch::jit::toIValue(node->input(3)) || !torch::jit::toIValue(node->input(3))->isNone())
+            site.sdpa.reset();
         }
       }
       return true;
@@ -425,9 +442,15 @@ void Run::pack_sides() {
     const auto slot = static_cast<std::size_t>(rule.slot);
     const c10::IValue& value = (*full_)[slot];
     switch (rule.kind) {
-      case PackRule::Kind::kAsIs: env_[slot] = value; break;
-      case PackRule::Kind::kLength: env_[slot] = integer_like(value, length_of(rule.length, 1, layout_.rows)); break;
-      case PackRule::Kind::kRows: env_[slot] = pack_rows(value.toTensor(), rule.dims, layout_); break;
+      case PackRule::Kind::kAsIs:
+        env_[slot] = value;
+        break;
+      case PackRule::Kind::kLength:
+        env_[slot] = integer_like(value, length_of(rule.length, 1, layout_.rows));
+        break;
+      case PackRule::Kind::kRows:
+        env_[slot] = pack_rows(value.toTensor(), rule.dims, layout_);
+        break;
     }
   }
 }
@@ -496,14 +519,23 @@ at::Tensor Run::attend(std::int64_t l, std::int64_t s, std::size_t q, const Site
   for (std::size_t i = 0; i < site.slots.size(); ++i) {
     const SiteInput& input = site.region.inputs[i];
     switch (input.role) {
-      case Role::kQuery: inputs.emplace_back(tensors.queries[queries++]); break;
-      case Role::kKey: inputs.emplace_back(tensors.keys[keys++]); break;
-      case Role::kSide: inputs.push_back(side_of(input, site.slots[i], q)); break;
-      case Role::kLength:
-        inputs.push_back(integer_like(value_of(input, site.slots[i]),
-                                      length_of(input.length, 1, input.length_of_keys ? sequence.tokens : sequence.rows)));
+      case Role::kQuery:
+        inputs.emplace_back(tensors.queries[queries++]);
         break;
-      case Role::kFixed: inputs.push_back(value_of(input, site.slots[i])); break;
+      case Role::kKey:
+        inputs.emplace_back(tensors.keys[keys++]);
+        break;
+      case Role::kSide:
+        inputs.push_back(side_of(input, site.slots[i], q));
+        break;
+      case Role::kLength:
+        inputs.push_back(
+            integer_like(value_of(input, site.slots[i]),
+                         length_of(input.length, 1, input.length_of_keys ? sequence.tokens : sequence.rows)));
+        break;
+      case Role::kFixed:
+        inputs.push_back(value_of(input, site.slots[i]));
+        break;
     }
   }
   return site.segment.call(model_.self_, std::move(inputs)).toTensor();
@@ -530,9 +562,8 @@ c10::IValue Run::head() {
     model_.packed_head_.run(model_.self_, env_);
     auto result = std::move(env_[static_cast<std::size_t>(model_.packed_head_.out()[0])]);
     std::size_t leaf = 0;
-    return map_tensors(result, [&](const at::Tensor& packed) {
-      return unpack_rows(packed, model_.result_dims_.at(leaf++), layout_);
-    });
+    return map_tensors(
+        result, [&](const at::Tensor& packed) { return unpack_rows(packed, model_.result_dims_.at(leaf++), layout_); });
   }
   for (const int slot : model_.head_rows_) {
     const auto i = static_cast<std::size_t>(slot);

@@ -1,9 +1,9 @@
 // A program of somebody else's: wraps a model, runs it once and prints what the library found.
-#include <exception>
-#include <iostream>
-
 #include <llmcache/llmcache.h>
 #include <torch/script.h>
+
+#include <exception>
+#include <iostream>
 
 int main(int argc, char** argv) {
   if (argc != 2) {

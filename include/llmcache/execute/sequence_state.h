@@ -1,11 +1,11 @@
 // What the layers computed for one sequence: the donor of a partial recomputation.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 namespace llmcache {
 

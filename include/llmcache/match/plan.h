@@ -15,19 +15,19 @@ namespace llmcache {
 /// from the donor. Its state before first_layer (if that is not 0) and its final state (if
 /// last_layer < L) come from the donor too.
 struct TokenRange {
-  std::int64_t begin = 0;         ///< first token, counted from the sequence's first real token
-  std::int64_t end = 0;           ///< one past the last token
-  std::int32_t first_layer = 0;   ///< first layer that computes them
-  std::int32_t last_layer = 0;    ///< one past the last layer that computes them
-  std::int64_t donor_begin = 0;   ///< position in the donor of the token at `begin`
+  std::int64_t begin = 0;        ///< first token, counted from the sequence's first real token
+  std::int64_t end = 0;          ///< one past the last token
+  std::int32_t first_layer = 0;  ///< first layer that computes them
+  std::int32_t last_layer = 0;   ///< one past the last layer that computes them
+  std::int64_t donor_begin = 0;  ///< position in the donor of the token at `begin`
 };
 
 /// One sequence. `ranges` cover [0, tokens) without gap or overlap, in order.
 struct SequencePlan {
-  std::int64_t row = 0;      ///< row of the batch
-  std::int64_t first = 0;    ///< position of its first real token in the row
-  std::int64_t tokens = 0;   ///< number of real tokens
-  std::int32_t donor = -1;   ///< index into the donors given beside the plan; -1: none
+  std::int64_t row = 0;     ///< row of the batch
+  std::int64_t first = 0;   ///< position of its first real token in the row
+  std::int64_t tokens = 0;  ///< number of real tokens
+  std::int32_t donor = -1;  ///< index into the donors given beside the plan; -1: none
   std::vector<TokenRange> ranges;
 
   [[nodiscard]] bool active(std::int64_t token, std::int32_t layer) const noexcept;
@@ -37,9 +37,9 @@ struct SequencePlan {
 
 /// A batch. Plain data, safe to copy; rows that no sequence names are all padding.
 struct Plan {
-  std::int64_t batch = 0;    ///< rows
-  std::int64_t width = 0;    ///< tokens a row, padding included
-  std::int32_t layers = 0;   ///< L
+  std::int64_t batch = 0;   ///< rows
+  std::int64_t width = 0;   ///< tokens a row, padding included
+  std::int32_t layers = 0;  ///< L
   std::vector<SequencePlan> sequences;
 
   /// Throws Error(kInvalidOptions) that names the sequence and what is wrong with it; `donors` is

@@ -2,15 +2,15 @@
 // own code works with.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+
 #include <concepts>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
-#include <ATen/core/ivalue.h>
 
 #include "llmcache/model/profile.h"
 #include "llmcache/model/token_level.h"
@@ -102,7 +102,9 @@ class LayeredModelAdapter final : public Model {
   at::ScalarType dtype() const override { return model_.dtype(); }
   std::string digest() const override { return model_.digest(); }
   InputSpec input_spec() const override {
-    if constexpr (requires(const M& model) { { model.input_spec() } -> std::convertible_to<InputSpec>; }) {
+    if constexpr (requires(const M& model) {
+                    { model.input_spec() } -> std::convertible_to<InputSpec>;
+                  }) {
       return model_.input_spec();
     } else {
       return Model::input_spec();

@@ -1,11 +1,11 @@
 // What wrapping found out about a model, by data flow and by probing it.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 namespace llmcache {
 
@@ -21,28 +21,28 @@ const char* to_string(Granularity granularity) noexcept;
 /// One place where a layer mixes tokens.
 struct AttentionSite {
   std::int64_t layer = 0;
-  std::string kind;   ///< "sdpa" (scaled_dot_product_attention) or "eager" (a region of the graph)
+  std::string kind;              ///< "sdpa" (scaled_dot_product_attention) or "eager" (a region of the graph)
   std::size_t query_inputs = 0;  ///< tensors that are cut to the active tokens
   std::size_t key_inputs = 0;    ///< tensors that cover all tokens (keys, values)
 };
 
 /// The result of wrapping; printable. Plain data, safe to copy.
 struct ModelProfile {
-  std::string layers_path;       ///< dotted path of the chain of layers
-  std::int64_t layers = 0;       ///< calls in the chain; a shared layer counts each time
-  std::int64_t hidden = 0;       ///< width of the hidden state
+  std::string layers_path;                    ///< dotted path of the chain of layers
+  std::int64_t layers = 0;                    ///< calls in the chain; a shared layer counts each time
+  std::int64_t hidden = 0;                    ///< width of the hidden state
   std::vector<std::int64_t> hidden_argument;  ///< per layer: position of the hidden state among its arguments
   std::vector<AttentionSite> attention;
   std::vector<std::string> inputs;  ///< names of the model's inputs
-  int ids_argument = 0;          ///< position of input_ids
-  int mask_argument = -1;        ///< position of the attention mask; -1: none
-  std::int64_t vocabulary = 0;   ///< rows of the embedding that input_ids select from; 0: unknown
-  bool causal = false;           ///< earlier tokens never depend on later ones
-  bool head_tokenwise = false;   ///< the work behind the last layer can be done token by token
-  bool rows_independent = false; ///< a sequence's output does not depend on the rest of its batch
-  bool per_row_output = false;   ///< every output tensor has one entry a sequence
+  int ids_argument = 0;             ///< position of input_ids
+  int mask_argument = -1;           ///< position of the attention mask; -1: none
+  std::int64_t vocabulary = 0;      ///< rows of the embedding that input_ids select from; 0: unknown
+  bool causal = false;              ///< earlier tokens never depend on later ones
+  bool head_tokenwise = false;      ///< the work behind the last layer can be done token by token
+  bool rows_independent = false;    ///< a sequence's output does not depend on the rest of its batch
+  bool per_row_output = false;      ///< every output tensor has one entry a sequence
   Granularity granularity = Granularity::kWholeLayers;
-  bool left_padding = false;     ///< packing was verified for left padding too
+  bool left_padding = false;       ///< packing was verified for left padding too
   std::vector<std::string> notes;  ///< why something is not available, one reason a line
   at::ScalarType dtype = at::kFloat;
   std::string device;

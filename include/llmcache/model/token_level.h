@@ -3,12 +3,12 @@
 // with the work stopped at each attention site, where the tokens of one sequence meet.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+
 #include <cstdint>
 #include <memory>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
-#include <ATen/core/ivalue.h>
 
 namespace llmcache {
 
@@ -16,11 +16,11 @@ struct Activations;
 
 /// Active tokens of one sequence within a packed layer.
 struct PackedSequence {
-  std::int64_t row = 0;      ///< row of the batch
-  std::int64_t first = 0;    ///< position of its first real token in that row
-  std::int64_t tokens = 0;   ///< real tokens
-  std::int64_t offset = 0;   ///< first packed row that is its own
-  std::int64_t rows = 0;     ///< packed rows (active tokens)
+  std::int64_t row = 0;     ///< row of the batch
+  std::int64_t first = 0;   ///< position of its first real token in that row
+  std::int64_t tokens = 0;  ///< real tokens
+  std::int64_t offset = 0;  ///< first packed row that is its own
+  std::int64_t rows = 0;    ///< packed rows (active tokens)
   /// Active tokens, ascending, counted from `first`, int64 `[rows]` on the model's device.
   /// Undefined if all are active.
   at::Tensor active;

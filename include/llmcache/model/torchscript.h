@@ -1,9 +1,9 @@
 // LayerCache for a loaded TorchScript module. The only public header that includes TorchScript.
 #pragma once
 
-#include <memory>
-
 #include <torch/csrc/jit/api/module.h>
+
+#include <memory>
 
 #include "llmcache/layer_cache.h"
 
