@@ -161,7 +161,8 @@ struct LayerCacheBase::Impl {
       }();
       auto shape = sample.sizes().vec();
       shape[static_cast<std::size_t>(dims.batch)] = batch.rows;
-      if (dims.tokens >= 0) shape[static_cast<std::size_t>(dims.tokens)] = batch.width;
+      // Whole rows are kept as the model made them, which may be shorter than its input.
+      if (dims.tokens >= 0 && ignores_padding()) shape[static_cast<std::size_t>(dims.tokens)] = batch.width;
       all = at::empty(shape, sample.options());
       if (batch.padded) all.zero_();
       for (std::int64_t row = 0; row < batch.rows; ++row) {
@@ -171,7 +172,7 @@ struct LayerCacheBase::Impl {
         const auto& kept = entry->tensors()[leaf];
         if (dims.tokens >= 0) {
           const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
-          const bool whole = kept.size(dims.tokens) == batch.width;
+          const bool whole = kept.size(dims.tokens) == all.size(dims.tokens);
           target = target.narrow(dims.tokens, whole ? 0 : span.first, kept.size(dims.tokens));
         }
         target.copy_(kept);
@@ -250,8 +251,16 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
     computed_tokens = part.tokens;
     result = run_model([&] {
       auto own = std::move(report.sequences);
-      auto output_value = packed ? execute_packed(*model, part.inputs, part.full_plan(layers), {}, nullptr, report)
-                                 : execute_dense(*model, part.inputs, report);
+      c10::IValue output_value;
+      try {
+        output_value = packed ? execute_packed(*model, part.inputs, part.full_plan(layers), {}, nullptr, report)
+                              : execute_dense(*model, part.inputs, report);
+      } catch (const std::exception&) {
+        // What the plain model can do must not fail here; if it cannot, what it raises is what the caller gets.
+        output_value = model->plain(part.inputs);
+        packed = false;
+        report.execution = Execution::kDense;
+      }
       report.sequences = std::move(own);
       return output_value;
     });

@@ -173,7 +173,7 @@ class Checker {
     if (profile_.mask_argument >= 0) {
       cases.push_back({{{0, 5}, {0, 2}, {0, 7}, {0, 1}}, 7});
       cases.push_back({{{0, 3}, {0, 8}, {0, 3}}, 8});
-      cases.push_back({{{0, 33}, {0, 12}}, 40});
+      cases.push_back({{{0, 50}, {0, 33}, {0, 27}}, 52});
     }
     for (std::size_t i = 0; i < cases.size(); ++i) {
       const auto why = packed_differs(cases[i].spans, cases[i].width, static_cast<std::int64_t>(i) * 5);

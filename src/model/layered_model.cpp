@@ -22,6 +22,7 @@ void Model::describe(ModelProfile& profile) const {
   profile.dtype = dtype();
   profile.device = device().str();
   profile.digest = digest();
+  profile.rows_independent = true;
   profile.notes.emplace_back("token-level reuse is not available: the model offers whole layers only");
 }
 

@@ -102,6 +102,33 @@ bool is_mask(const Model& model, const Inputs& inputs, int argument, const Outpu
   return open > 0 && closed <= 1e-3 * open;
 }
 
+/// Is a padded row the same alone and among many others, some of them longer than it?
+bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+                             const ModelProfile& profile) {
+  constexpr std::int64_t kRows = 9;
+  constexpr std::int64_t kWidth = 14;
+  auto many = probe_inputs(vocabulary, model.device(), kRows, kWidth, 9);
+  // One of the two that are compared is padded, the other is not, alone or among padded ones.
+  const auto length = [&](std::int64_t row) {
+    return profile.mask_argument < 0 || row == 4 ? kWidth : row * 7 % 11 + 4;
+  };
+  if (profile.mask_argument >= 0) {
+    const auto mask = many[static_cast<std::size_t>(profile.mask_argument)].toTensor();
+    for (std::int64_t row = 0; row < kRows; ++row) mask[row].narrow(0, length(row), kWidth - length(row)).zero_();
+  }
+  const auto together = model.plain(many);
+  for (const std::int64_t row : {std::int64_t{0}, std::int64_t{4}}) {
+    Inputs one = many;
+    for (c10::IValue& input : one) input = input.toTensor().narrow(0, row, 1).contiguous();
+    const auto alone = row_of(model.plain(one), spec, 0, 0, length(row), kWidth);
+    const auto among = row_of(together, spec, row, 0, length(row), kWidth);
+    for (std::size_t i = 0; i < among.size(); ++i) {
+      if (alone.size() != among.size() || !nearly_equal(among[i], alone[i])) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
@@ -146,9 +173,12 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
 
     // Row 0 must not notice what stands in row 1.
     auto changed = inputs;
-    for (std::int64_t t = 0; t < 6; ++t) changed = with_id(changed, profile.ids_argument, 1, t, ids_vocabulary);
+    // The lowest ids are often marks, and some models look for them.
+    auto others = changed[static_cast<std::size_t>(profile.ids_argument)].toTensor().clone();
+    for (std::int64_t t = 0; t < 6; ++t) others[1][t].fill_(std::min(t, std::max<std::int64_t>(ids_vocabulary - 1, 0)));
+    changed[static_cast<std::size_t>(profile.ids_argument)] = others;
     const auto third = model.plain(changed);
-    profile.rows_independent = spec.per_row;
+    profile.rows_independent = profile.rows_independent && spec.per_row;
     const auto a = spec.per_row ? row_of(first, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
     const auto b = spec.per_row ? row_of(third, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
     for (std::size_t i = 0; i < a.size(); ++i) {
@@ -185,15 +215,18 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
                                 *mask_argument, vocabulary.size(), profile.ids_argument));
       }
       profile.mask_argument = *mask_argument;
-      return spec;
-    }
-    profile.mask_argument = -1;
-    for (std::size_t i = 0; i < vocabulary.size(); ++i) {
-      if (vocabulary[i] != 0 || static_cast<int>(i) == profile.ids_argument) continue;
-      if (is_mask(model, single, static_cast<int>(i), spec, profile, ids_vocabulary)) {
-        profile.mask_argument = static_cast<int>(i);
-        break;
+    } else {
+      profile.mask_argument = -1;
+      for (std::size_t i = 0; i < vocabulary.size(); ++i) {
+        if (vocabulary[i] != 0 || static_cast<int>(i) == profile.ids_argument) continue;
+        if (is_mask(model, single, static_cast<int>(i), spec, profile, ids_vocabulary)) {
+          profile.mask_argument = static_cast<int>(i);
+          break;
+        }
       }
+    }
+    if (profile.rows_independent && !padded_rows_independent(model, vocabulary, spec, profile)) {
+      profile.rows_independent = false;
     }
   } catch (const Error&) {
     throw;

@@ -139,6 +139,18 @@ void remove_dead(Analysis& analysis) {
   analysis.dependent = dependants(flat, analysis.hidden[0]);
 }
 
+/// What depends on the hidden state and stands before the first layer belongs to it.
+void start_layers(Analysis& analysis) {
+  for (Node* node : analysis.flat.graph->nodes()) {
+    int& part = analysis.flat.part.at(node);
+    const auto inputs = all_inputs(node);
+    if (part == 0 &&
+        std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return analysis.dependent.count(v) > 0; })) {
+      part = 1;
+    }
+  }
+}
+
 /// What does not depend on hidden states moves in front of the layers.
 void hoist(Analysis& analysis) {
   auto& flat = analysis.flat;
@@ -264,11 +276,18 @@ Analysis analyse(const Module& module, const Options& options) {
       reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
       continue;
     }
-    analysis.dependent =
-        detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
-    detach_region_scalars(analysis);
-    remove_dead(analysis);
-    hoist(analysis);
+    analysis.dependent = dependants(flat, analysis.hidden[0]);
+    analysis.obstacle = find_obstacle(analysis);
+    analysis.rows_meet = rows_may_meet(analysis);
+    if (analysis.obstacle.empty()) {
+      analysis.dependent =
+          detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
+      detach_region_scalars(analysis);
+      remove_dead(analysis);
+      hoist(analysis);
+    } else {
+      start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
+    }
     return analysis;
   }
   unsupported(
@@ -444,7 +463,13 @@ class TorchScriptModel final : public Model {
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
+    profile.rows_independent = !analysis_->rows_meet;
     profile.notes = notes_;
+    if (analysis_->rows_meet) {
+      profile.notes.emplace_back(
+          "no row is kept for another batch: the model chooses its way by the number of rows, or by what all of them "
+          "hold together");
+    }
     profile.dtype = dtype();
     profile.device = device().str();
     profile.weight_bytes = guard_.bytes();

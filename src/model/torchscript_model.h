@@ -24,6 +24,8 @@ struct Analysis {
   std::string path;                      ///< of the container of the layers
   std::vector<std::int64_t> vocabulary;  ///< per input
   int ids_argument = 0;
+  std::string obstacle;    ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
+  bool rows_meet = false;  ///< the graph chooses its way by what all rows of a batch hold, or by how many they are
 
   /// Top-level nodes of a part, in order. Part 0 holds all that does not depend on hidden states.
   [[nodiscard]] std::vector<Node*> nodes(std::int64_t part) const;

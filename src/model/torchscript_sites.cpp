@@ -1,8 +1,11 @@
 #include "model/torchscript_sites.h"
 
 #include <fmt/core.h>
+#include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <functional>
+#include <limits>
 
 namespace llmcache::ts {
 namespace {
@@ -171,33 +174,144 @@ std::vector<Node*> hidden_nodes(const Analysis& analysis, std::int64_t part) {
 
 }  // namespace
 
-bool branches_on_request(const Analysis& analysis, const Node* node) {
-  namespace prim = c10::prim;
-  static const std::unordered_set<c10::Symbol> kFixed{prim::dtype,   prim::device, prim::layout,
-                                                      prim::is_cuda, aten::dim,    aten::is_floating_point};
-  static const std::unordered_set<c10::Symbol> kSizes{aten::size, aten::len, aten::numel};
-  std::unordered_set<const Value*> visited;
-  const std::function<bool(const Value*)> varies = [&](const Value* value) {
-    if (!visited.insert(value).second) return false;
-    const Node* maker = value->node();
-    const auto info = analysis.infos.find(value);
-    if (kFixed.count(maker->kind())) return false;
-    if (info != analysis.infos.end() && info->second.integer.kind == Kind::kConstant) return false;
-    if (kSizes.count(maker->kind())) return true;
-    // A counter of a loop is a parameter of its block; those of the graph are the inputs, whose values count alone.
-    if (maker->kind() == prim::Param) return maker->owningBlock() != analysis.flat.graph->block();
-    if (analysis.dependent.count(value) && value->type()->isSubtypeOf(*c10::TensorType::get())) return true;
-    const auto inputs = all_inputs(maker);
-    return std::any_of(inputs.begin(), inputs.end(), varies);
-  };
-  if (node->kind() == prim::If && varies(node->input(0))) return true;
-  if (node->kind() == prim::Loop && (varies(node->input(0)) || varies(node->input(1)))) return true;
+namespace {
+
+namespace prim = c10::prim;
+
+bool over_tokens(const Label& label) { return label.kind == Kind::kTokens || label.kind == Kind::kBatchTokens; }
+
+/// Is there a prim::If or prim::Loop, in the node or below it, for whose condition `decides` is true?
+bool branches(const Node* node, const std::function<bool(const Value*)>& decides) {
+  if (node->kind() == prim::If && decides(node->input(0))) return true;
+  if (node->kind() == prim::Loop && (decides(node->input(0)) || decides(node->input(1)))) return true;
   for (const torch::jit::Block* block : node->blocks()) {
     for (const Node* inner : block->nodes()) {
-      if (branches_on_request(analysis, inner)) return true;
+      if (branches(inner, decides)) return true;
     }
   }
   return false;
+}
+
+/// Does `value` come from a value for which `found` says true? What it says false of is not followed further.
+bool comes_from(const Value* value, const std::function<std::optional<bool>(const Value*)>& found) {
+  static const std::unordered_set<c10::Symbol> kFixed{prim::dtype,   prim::device, prim::layout,
+                                                      prim::is_cuda, aten::dim,    aten::is_floating_point};
+  std::unordered_set<const Value*> visited;
+  const std::function<bool(const Value*)> visit = [&](const Value* v) {
+    if (!visited.insert(v).second || kFixed.count(v->node()->kind())) return false;
+    if (const auto answer = found(v)) return *answer;
+    const auto inputs = all_inputs(v->node());
+    return std::any_of(inputs.begin(), inputs.end(), visit);
+  };
+  return visit(value);
+}
+
+bool is_size(const Value* value) {
+  static const std::unordered_set<c10::Symbol> kSizes{aten::size, aten::len, aten::numel};
+  return kSizes.count(value->node()->kind()) > 0;
+}
+
+const Label* integer_label(const Analysis& analysis, const Value* value) {
+  const auto info = analysis.infos.find(value);
+  return info == analysis.infos.end() ? nullptr : &info->second.integer;
+}
+
+bool is_hidden_data(const Analysis& analysis, const Value* value) {
+  return analysis.dependent.count(value) && value->type()->isSubtypeOf(*c10::TensorType::get());
+}
+
+bool branches_on_request(const Analysis& analysis, const Node* node) {
+  return branches(node, [&](const Value* condition) {
+    return comes_from(condition, [&](const Value* value) -> std::optional<bool> {
+      const Label* label = integer_label(analysis, value);
+      if (label != nullptr && label->kind == Kind::kConstant) return false;
+      if (is_size(value)) return true;
+      // A counter of a loop is a parameter of its block; those of the graph are the inputs, whose values count alone.
+      if (value->node()->kind() == prim::Param) return value->node()->owningBlock() != analysis.flat.graph->block();
+      if (is_hidden_data(analysis, value)) return true;
+      return std::nullopt;
+    });
+  });
+}
+
+/// A limit that is no limit, or that is made of sizes by sums and products alone.
+bool follows_sizes(const Value* limit, bool is_start) {
+  static const std::unordered_set<c10::Symbol> kTransparent{
+      aten::Int, aten::IntImplicit, aten::ScalarImplicit, prim::NumToTensor, aten::add,     aten::sub,
+      aten::mul, aten::neg,         aten::rsub,           aten::to,          prim::Constant};
+  if (const auto constant = torch::jit::toIValue(limit)) {
+    if (constant->isNone()) return true;
+    if (!constant->isInt()) return false;
+    return is_start ? constant->toInt() == 0 : constant->toInt() >= std::numeric_limits<std::int32_t>::max();
+  }
+  return !comes_from(limit, [&](const Value* value) -> std::optional<bool> {
+    if (value->node()->kind() == aten::size) return false;
+    if (!kTransparent.count(value->node()->kind())) return true;
+    return std::nullopt;
+  });
+}
+
+/// Does the node cut a dimension of tokens to a length that the probes' sequences do not reach?
+bool cuts_at_fixed_length(const Analysis& analysis, const Node* node) {
+  const bool narrow = node->kind() == aten::narrow;
+  if (!narrow && (node->kind() != aten::slice || node->inputs().size() != 5)) return false;
+  const auto whole = analysis.infos.find(node->input(0));
+  const auto part = analysis.infos.find(node->output());
+  auto dim = torch::jit::constant_as<std::int64_t>(node->input(1));
+  if (!dim || whole == analysis.infos.end() || part == analysis.infos.end()) return false;
+  const auto& dims = whole->second.dims;
+  if (*dim < 0) *dim += static_cast<std::int64_t>(dims.size());
+  const auto d = static_cast<std::size_t>(*dim);
+  if (d >= dims.size() || dims.size() != part->second.dims.size() || !over_tokens(dims[d])) return false;
+  if (!(dims[d] == part->second.dims[d])) return false;  // seen by every probe
+  return !follows_sizes(node->input(2), true) || !follows_sizes(node->input(3), false);
+}
+
+}  // namespace
+
+std::string find_obstacle(const Analysis& analysis) {
+  for (const Node* node : analysis.flat.graph->nodes()) {
+    if (branches_on_request(analysis, node)) {
+      return fmt::format("the model contains {}, whose way depends on sizes or hidden states",
+                         node->kind().toQualString());
+    }
+    if (cuts_at_fixed_length(analysis, node)) {
+      return fmt::format("the model cuts sequences at a fixed length ({} of '{}')", node->kind().toQualString(),
+                         node->input(0)->debugName());
+    }
+  }
+  return {};
+}
+
+bool rows_may_meet(const Analysis& analysis) {
+  const auto decides = [&](const Value* condition) {
+    return comes_from(condition, [&](const Value* value) -> std::optional<bool> {
+      if (is_size(value)) {
+        const Label* label = integer_label(analysis, value);
+        return label == nullptr || (label->kind != Kind::kTokens && label->kind != Kind::kConstant);
+      }
+      if (is_hidden_data(analysis, value)) return true;
+      // Whether some row is padded is probed; whether some row holds a certain id is not.
+      for (std::size_t i = 0; i < analysis.vocabulary.size(); ++i) {
+        if (value == analysis.flat.input(i)) return analysis.vocabulary[i] > 0;
+      }
+      return std::nullopt;
+    });
+  };
+  const auto nodes = analysis.flat.graph->nodes();
+  return std::any_of(nodes.begin(), nodes.end(), [&](const Node* node) { return branches(node, decides); });
+}
+
+bool accumulates_over_tokens(const Analysis& analysis, const Node* node) {
+  static const std::unordered_set<c10::Symbol> kAccumulating{aten::cumsum, aten::cumprod, aten::cummax, aten::cummin,
+                                                             aten::logcumsumexp};
+  if (!kAccumulating.count(node->kind()) || node->inputs().size() < 2) return false;
+  const auto info = analysis.infos.find(node->input(0));
+  auto dim = torch::jit::constant_as<std::int64_t>(node->input(1));
+  if (!dim || info == analysis.infos.end()) return true;
+  if (*dim < 0) *dim += static_cast<std::int64_t>(info->second.dims.size());
+  const auto d = static_cast<std::size_t>(*dim);
+  return d >= info->second.dims.size() || info->second.dims[d].kind != Kind::kConstant;
 }
 
 void detach_region_scalars(Analysis& analysis) {
@@ -343,9 +457,13 @@ std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t par
     }
     if (!describe_inputs(analysis, region, reason)) return std::nullopt;
   }
-  // Outside attention no value may cover pairs of tokens.
+  // Outside attention no value may cover pairs of tokens, and no token may count those before it.
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     if (region_of[i] != -1) continue;
+    if (accumulates_over_tokens(analysis, nodes[i])) {
+      reason = fmt::format("{} runs over the tokens outside attention", nodes[i]->kind().toQualString());
+      return std::nullopt;
+    }
     for (const Value* output : nodes[i]->outputs()) {
       if (pairs_tokens(analysis, output)) {
         reason = fmt::format("'{}' covers pairs of tokens outside attention", output->debugName());

@@ -45,9 +45,18 @@ struct Region {
 /// twins made from the input.
 void detach_region_scalars(Analysis& analysis);
 
-/// Does the node choose its way by a size or by the values of hidden states? Packed rows may then decide otherwise than
-/// the padded batch does, on lengths that no probe tries.
-bool branches_on_request(const Analysis& analysis, const Node* node);
+/// Why parts of a batch must not be run although every probe may agree, empty if nothing was found: the graph chooses
+/// its way by a size or by the values of hidden states, or cuts sequences at a fixed length. Packed rows may then do
+/// otherwise than the padded batch does, on lengths that no probe tries. Asked before sizes are detached.
+std::string find_obstacle(const Analysis& analysis);
+
+/// Does the graph choose its way by the number of rows, or by ids or hidden states, which all rows decide together? A
+/// row may then be another one in another batch, whatever the probes say.
+bool rows_may_meet(const Analysis& analysis);
+
+/// Does the node accumulate over the tokens? What it makes may be no more than compared with some limit (the capacity
+/// of an expert), so that no probe shows it.
+bool accumulates_over_tokens(const Analysis& analysis, const Node* node);
 
 /// The nodes of layer `part` that work on hidden states, split at its attention regions:
 /// pieces[0], regions[0], pieces[1], ... Empty optional with a reason if the layer cannot be split.

@@ -200,12 +200,8 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
   const auto& analysis = *analysis_;
   const auto layers = analysis.flat.layers;
   std::string reason;
-  for (const Node* node : analysis.flat.graph->nodes()) {
-    if (!branches_on_request(analysis, node)) continue;
-    notes.push_back(
-        fmt::format("token-level reuse is not available: the model contains {}, whose way depends on sizes or "
-                    "hidden states",
-                    node->kind().toQualString()));
+  if (!analysis.obstacle.empty()) {
+    notes.push_back("token-level reuse is not available: " + analysis.obstacle);
     return false;
   }
   const auto values = run_all(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5));
@@ -296,7 +292,7 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
   std::string reason;
   for (Node* node : analysis.nodes(analysis.flat.layers + 1)) {
     nodes.push_back(node);
-    if (!is_pure(node)) tokenwise = false;
+    if (!is_pure(node) || accumulates_over_tokens(analysis, node)) tokenwise = false;
     for (const Value* output : node->outputs()) {
       const auto info = analysis.infos.find(output);
       if (info != analysis.infos.end() && analysis.dependent.count(output) && info->second.count(Kind::kTokens) > 1) {
