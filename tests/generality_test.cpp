@@ -223,6 +223,99 @@ TEST_F(Generality, TokensMixedOutsideAttention) {
   }
 }
 
+TEST_F(Generality, SequencesCutAtALengthThatNoProbeReaches) {
+  const std::vector<std::pair<const char*, std::string>> lines{
+      {"layer", "x = torch.cat([x[:, :50] * 1.5, x[:, 50:]], 1)"},
+      {"layer", "x = torch.cat([x[:, :-50] * 0.5, x[:, -50:]], 1)"},
+      {"layer", "x = torch.cat([x[:, :min(50, x.size(1))] * 1.5, x[:, min(50, x.size(1)):]], 1)"},
+      {"model", "    x = x[:, :50]\n    attention_mask = attention_mask[:, :50]\n"},
+  };
+  for (const auto& [where, line] : lines) {
+    SCOPED_TRACE(line);
+    script_ = {};
+    if (std::string(where) == "layer") {
+      add_to_layer(line);
+    } else {
+      change_model("    bias = ", line + "    bias = ");
+      // A layer that asks for the length of its states must get theirs, not that of the input.
+      add_to_layer("x = x * (1.0 + 3.0 / float(x.size(1)))");
+    }
+    wrap();
+    EXPECT_THAT(profile().notes, ::testing::Contains(HasSubstr("cuts sequences at a fixed length")));
+    const auto info = script_info(script_);
+    for (const std::vector<std::int64_t>& lengths :
+         std::vector<std::vector<std::int64_t>>{{9, 4}, {70, 9, 31}, {30, 31}, {90}}) {
+      const auto request = right_padded(info, lengths, 1);
+      for (int turn = 0; turn < 2; ++turn) {
+        EXPECT_TRUE(same_bits(cache_->forward(request.inputs), run_plain(*plain_, request.inputs)));
+        const auto kept = keeping_->forward(request.inputs);
+        EXPECT_TRUE(same_bits(kept, run_plain(*plain_, request.inputs))) << keeping_->last_report().to_string();
+      }
+    }
+  }
+}
+
+TEST_F(Generality, ResultsCutAtALengthThatNoProbeReaches) {
+  change_model("return torch.tanh(x)", "return torch.tanh(x)[:, :50]");
+  wrap();
+  const auto info = script_info(script_);
+  // The second batch knows a row of the first.
+  const auto first = right_padded(info, {60, 9}, 1);
+  auto second = right_padded(info, {60, 9, 33}, 2);
+  second.ids()[1].copy_(first.ids()[1]);
+  for (const auto& request : {first, second, first}) {
+    EXPECT_TRUE(same_bits(cache_->forward(request.inputs), run_plain(*plain_, request.inputs)));
+    const auto got = keeping_->forward(request.inputs).toTensor();
+    const auto want = run_plain(*plain_, request.inputs).toTensor();
+    ASSERT_EQ(got.sizes(), want.sizes());
+    EXPECT_TRUE(at::allclose(got, want, 1e-4, 1e-4));
+  }
+}
+
+TEST_F(Generality, TokensCountedUpToALimit) {
+  // As experts of limited capacity do: what comes first is served first. No probe comes near the limit.
+  add_to_layer("first = (torch.cumsum((x[:, :, :1] > 0.0).to(x.dtype), 1) <= 60.0).to(x.dtype)\n    x = x * first");
+  wrap();
+  EXPECT_EQ(profile().granularity, Granularity::kWholeLayers) << profile().to_string();
+  EXPECT_THAT(profile().notes, ::testing::Contains(HasSubstr("cumsum")));
+  expect_right_everywhere();
+  const auto request = right_padded(script_info(script_), {100, 90, 95}, 7);
+  EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), run_plain(*plain_, request.inputs), request, 1e-4));
+}
+
+TEST_F(Generality, RowsThatMeetOnlyInSomeBatches) {
+  for (const char* line : {
+           "x = x * (1.0 + 2.0 / (attention_mask.sum(1).max().to(x.dtype) + 1.0))",  // the longest row
+           "x = x * (0.5 + attention_mask.to(x.dtype).mean())",                      // how much is padding
+           "x = x * (1.0 - 0.5 * (attention_mask == 0).any().to(x.dtype))",          // whether some is
+           "if bool((attention_mask == 0).any()):\n        x = x * 0.5",             // the same, as a branch
+           "if x.size(0) > 4:\n        x = x * 0.5",                                 // the number of rows
+           "if bool((input_ids == 211).any()):\n        x = x * 0.5",                // an id that no probe has
+           "if bool((x > 4.0).any()):\n        x = x * 0.5",                         // a value that few rows have
+           "x = x * (1.0 + (torch.argsort(torch.flatten(input_ids), 0, True).view(x.size(0), -1, 1) < 50).to(x.dtype))",
+       }) {
+    SCOPED_TRACE(line);
+    script_ = {};
+    change_model("    bias = ", std::string("    ") + line + "\n    bias = ");
+    wrap();
+    EXPECT_FALSE(profile().rows_independent) << profile().to_string();
+    const auto info = script_info(script_);
+    auto row = right_padded(info, {6, 6}, 1, 12);
+    row.ids()[0][0].fill_(30);
+    for (const std::vector<std::int64_t>& others :
+         std::vector<std::vector<std::int64_t>>{{6}, {12}, {3, 9}, {12, 12, 12, 12, 12, 2}, {6}}) {
+      auto lengths = others;
+      lengths.insert(lengths.begin(), 6);
+      auto request = right_padded(info, lengths, others.size(), 12);
+      if (others.size() == 2) request.ids()[2][0].fill_(211);
+      request.ids()[0].copy_(row.ids()[0]);
+      const auto want = run_plain(*plain_, request.inputs);
+      EXPECT_TRUE(same_bits(cache_->forward(request.inputs), want));
+      EXPECT_TRUE(same_bits(keeping_->forward(request.inputs), want));
+    }
+  }
+}
+
 TEST_F(Generality, NoAttentionAtAll) {
   change_layer("    mixed = torch.scaled_dot_product_attention(q, k, v, bias)", "    mixed = q * k * v");
   wrap();
