@@ -83,7 +83,7 @@ class Checker {
           if (!same_bits(want[i], got[i])) why = "another result";
         }
       } catch (const std::exception& error) {
-        why = error.what();
+        why = reason_of(error);
       }
       if (!why.empty()) {
         throw Error(ErrorCode::kUnsupportedModel,
@@ -131,7 +131,7 @@ class Checker {
       }
       return {};
     } catch (const std::exception& error) {
-      return fmt::format("the packed model raised: {}", reason(error));
+      return fmt::format("the packed model raised: {}", reason_of(error));
     }
   }
 
@@ -154,14 +154,6 @@ class Checker {
       return true;
     }
     return false;
-  }
-
-  /// TorchScript puts the error itself on the last line, behind the trace; others on the first.
-  static std::string reason(const std::exception& error) {
-    std::string text = error.what();
-    while (!text.empty() && text.back() == '\n') text.pop_back();
-    const auto last = text.rfind("RuntimeError: ");
-    return last == std::string::npos ? text.substr(0, text.find('\n')) : text.substr(last);
   }
 
   bool packed() {
@@ -219,7 +211,7 @@ class Checker {
         }
       }
     } catch (const std::exception& error) {
-      note(fmt::format("recomputing some tokens raised: {}", reason(error)));
+      note(fmt::format("recomputing some tokens raised: {}", reason_of(error)));
       return false;
     }
     return true;

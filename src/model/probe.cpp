@@ -149,6 +149,13 @@ Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device devi
   return inputs;
 }
 
+std::string reason_of(const std::exception& error) {
+  std::string text = error.what();
+  while (!text.empty() && text.back() == '\n') text.pop_back();
+  const auto last = text.rfind("RuntimeError: ");
+  return last == std::string::npos ? text.substr(0, text.find('\n')) : text.substr(last);
+}
+
 c10::IValue run_dense(const Model& model, const Inputs& inputs) {
   Activations activations = model.embed(inputs);
   for (std::int64_t l = 0; l < model.layers(); ++l) model.layer(l, activations);
@@ -232,7 +239,7 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
     throw;
   } catch (const std::exception& error) {
     throw Error(ErrorCode::kUnsupportedModel,
-                fmt::format("probing the model with tiny inputs failed: {}", error.what()));
+                fmt::format("probing the model with tiny inputs failed: {}", reason_of(error)));
   }
   return spec;
 }

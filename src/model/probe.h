@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "llmcache/model/layered_model.h"
@@ -20,6 +22,9 @@ struct OutputSpec {
 /// where an input selects from no embedding.
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
                     std::int64_t tokens, std::int64_t seed = 0);
+
+/// The line of an exception's text that says what went wrong: TorchScript puts it last, behind the trace, others first.
+std::string reason_of(const std::exception& error);
 
 /// Runs embed, layers and head in turn.
 c10::IValue run_dense(const Model& model, const Inputs& inputs);

@@ -270,7 +270,7 @@ Analysis analyse(const Module& module, const Options& options) {
       unsupported(
           fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
                       "token-level: {}",
-                      error.what()));
+                      reason_of(error)));
     }
     if (!choose_hidden(analysis, !options.layers.empty())) {
       reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
