@@ -338,6 +338,15 @@ TEST_F(Generality, ListsOfHiddenStatesAsOutput) {
   expect_right_everywhere();
 }
 
+TEST_F(Generality, StatesCollectedInAListThatGrows) {
+  change_model("    x = self.l0.", "    states: List[Tensor] = []\n    x = self.l0.");
+  change_model("    x = self.l1.", "    states.append(x)\n    x = self.l1.");
+  change_model("return torch.tanh(x)", "states.append(x)\n    return torch.tanh(torch.mean(torch.stack(states), [0]))");
+  wrap();
+  EXPECT_NE(profile().granularity, Granularity::kWholeLayers) << profile().to_string();
+  expect_right_everywhere();
+}
+
 TEST_F(Generality, DictionariesAsOutput) {
   change_model("-> Tensor:", "-> Dict[str, Tensor]:");
   change_model("return torch.tanh(x)", "return {'states': torch.tanh(x), 'first': x[:, 0]}");

@@ -201,6 +201,37 @@ void fix_scalar_attributes(torch::jit::Block* block, const Value* self, const Mo
   }
 }
 
+/// A list that grows becomes a new list at each append, so that what is read from it depends on all that was put in
+/// (TorchScript's own pass does not move lists across the calls of layers). Only where nobody can hold the old list.
+void remove_appends(Graph& graph) {
+  const std::vector<Node*> nodes(graph.nodes().begin(), graph.nodes().end());
+  for (Node* first : nodes) {
+    if (first->kind() != prim::ListConstruct) continue;
+    std::vector<Node*> appends;
+    bool plain = true;
+    for (const auto& use : first->output()->uses()) {
+      const bool append = use.user->kind() == aten::append && use.offset == 0 && !use.user->output()->hasUses();
+      const auto* schema = use.user->maybeSchema();  // without one it may keep the list, as a tuple does
+      const bool reads = schema != nullptr && !schema->is_mutable();
+      plain = plain && use.user->owningBlock() == graph.block() && (append || reads || use.user == graph.return_node());
+      if (append) appends.push_back(use.user);
+    }
+    if (!plain || appends.empty()) continue;
+    std::sort(appends.begin(), appends.end(), [](const Node* a, const Node* b) { return a->isBefore(b); });
+    Node* list = first;
+    for (Node* append : appends) {
+      std::vector<Value*> elements(list->inputs().begin(), list->inputs().end());
+      elements.push_back(append->input(1));
+      Node* longer = graph.create(prim::ListConstruct, elements);
+      longer->output()->setType(first->output()->type());
+      longer->insertBefore(append);
+      list->output()->replaceAllUsesAfterNodeWith(append, longer->output());
+      append->destroy();
+      list = longer;
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<Chain> find_chains(const Module& module, const std::string& path) {
@@ -249,6 +280,7 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   torch::jit::LowerSimpleTuples(owner);
   // In-place operations on fresh values become ordinary ones: the same numbers, but free to be moved.
   torch::jit::RemoveTensorMutation(owner);
+  remove_appends(graph);
 
   int part = 0;
   std::vector<Node*> top(graph.nodes().begin(), graph.nodes().end());
