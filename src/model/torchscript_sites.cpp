@@ -298,8 +298,19 @@ bool rows_may_meet(const Analysis& analysis) {
       return std::nullopt;
     });
   };
+  // A branch that raises or does nothing decides whether there is a result, not what it is.
+  const auto only_raises = [](const Node* node) {
+    if (node->kind() != prim::If || !node->outputs().empty()) return false;
+    const auto harmless = [](const Node* inner) {
+      return inner->kind() == prim::RaiseException || is_pure(const_cast<Node*>(inner));
+    };
+    return std::all_of(node->blocks().begin(), node->blocks().end(), [&](const torch::jit::Block* block) {
+      return std::all_of(block->nodes().begin(), block->nodes().end(), harmless);
+    });
+  };
   const auto nodes = analysis.flat.graph->nodes();
-  return std::any_of(nodes.begin(), nodes.end(), [&](const Node* node) { return branches(node, decides); });
+  return std::any_of(nodes.begin(), nodes.end(),
+                     [&](const Node* node) { return !only_raises(node) && branches(node, decides); });
 }
 
 bool accumulates_over_tokens(const Analysis& analysis, const Node* node) {
