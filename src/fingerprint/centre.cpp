@@ -1,0 +1,48 @@
+#include "llmcache/fingerprint/centre.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "llmcache/error.h"
+
+namespace llmcache {
+
+bool is_usable_state(std::span<const float> state) noexcept {
+  bool any = false;
+  for (const float value : state) {
+    if (!std::isfinite(value)) return false;
+    any |= value != 0;
+  }
+  return any;
+}
+
+RunningCentre::RunningCentre(std::int64_t dims) {
+  if (dims < 1) {
+    throw Error(ErrorCode::kInvalidOptions, fmt::format("dims is {}; the size of a state, at least 1, is expected", dims));
+  }
+  sums_.resize(static_cast<std::size_t>(dims));
+}
+
+bool RunningCentre::observe(std::span<const float> state) {
+  if (state.size() != sums_.size()) {
+    throw Error(ErrorCode::kInvalidInput,
+                fmt::format("a state of {} values was given; {} are expected", state.size(), sums_.size()));
+  }
+  if (observations_ == kLast || !is_usable_state(state)) return false;
+  std::shared_ptr<std::vector<float>> next;
+  if (observations_ + 1 == next_) next = std::make_shared<std::vector<float>>(sums_.size());  // all that can fail
+  for (std::size_t i = 0; i < state.size(); ++i) sums_[i] += static_cast<double>(state[i]);
+  ++observations_;
+  if (!next) return false;
+  const auto count = static_cast<double>(observations_);
+  std::transform(sums_.begin(), sums_.end(), next->begin(),
+                 [count](double sum) { return static_cast<float>(sum / count); });
+  centre_ = std::move(next);
+  next_ *= 2;
+  ++generation_;
+  return true;
+}
+
+}  // namespace llmcache
