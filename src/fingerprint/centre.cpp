@@ -20,7 +20,8 @@ bool is_usable_state(std::span<const float> state) noexcept {
 
 RunningCentre::RunningCentre(std::int64_t dims) {
   if (dims < 1) {
-    throw Error(ErrorCode::kInvalidOptions, fmt::format("dims is {}; the size of a state, at least 1, is expected", dims));
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("dims is {}; the size of a state, at least 1, is expected", dims));
   }
   sums_.resize(static_cast<std::size_t>(dims));
 }

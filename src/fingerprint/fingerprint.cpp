@@ -34,7 +34,8 @@ std::int64_t checked_dims(const FingerprintOptions& options, std::int64_t dims) 
   options.validate();
   if (options.kind == FingerprintKind::kJaccard) return dims;
   if (dims < 1) {
-    throw Error(ErrorCode::kInvalidOptions, fmt::format("dims is {}; the size of a state, at least 1, is expected", dims));
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("dims is {}; the size of a state, at least 1, is expected", dims));
   }
   const bool fitted = options.centring == Centring::kFitted && options.kind != FingerprintKind::kPca;
   const bool own_mean = fitted && !options.mean.empty();

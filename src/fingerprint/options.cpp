@@ -76,8 +76,7 @@ Centring centring_from_string(const std::string& text) {
   for (const auto centring : {Centring::kOff, Centring::kRunning, Centring::kFitted}) {
     if (text == to_string(centring)) return centring;
   }
-  throw Error(ErrorCode::kInvalidOptions,
-              fmt::format("'{}' is no centring; known are off, running, fitted", text));
+  throw Error(ErrorCode::kInvalidOptions, fmt::format("'{}' is no centring; known are off, running, fitted", text));
 }
 
 void FingerprintOptions::validate() const {

@@ -101,7 +101,8 @@ std::string read_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   if (!file.is_open() || file.bad()) {
-    refuse(fmt::format("cannot read the PCA file '{}'; give the path of a file that PcaModel::save wrote", path.string()));
+    refuse(
+        fmt::format("cannot read the PCA file '{}'; give the path of a file that PcaModel::save wrote", path.string()));
   }
   return bytes;
 }
@@ -154,8 +155,9 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   for (std::int64_t i = 0; i < components; ++i) {
     const double value = values[size - 1 - i];
     if (!(value > largest * kRank) || !(largest > 0)) {
-      refuse(fmt::format("PCA sample varies in {} directions only, {} components were asked for; use more or other rows",
-                         i, components));
+      refuse(
+          fmt::format("PCA sample varies in {} directions only, {} components were asked for; use more or other rows",
+                      i, components));
     }
     Eigen::VectorXd direction = solver.eigenvectors().col(size - 1 - i);
     if (gram) direction = (sample.transpose() * direction).normalized();
@@ -173,8 +175,8 @@ void PcaModel::save(const std::filesystem::path& path, std::string_view model_di
     refuse(fmt::format("the model digest has {} bytes; at most {} are possible", model_digest.size(), kMaxDigest));
   }
   std::string bytes(kMagic, sizeof kMagic);
-  for (const std::uint64_t number :
-       {static_cast<std::uint64_t>(dims_), static_cast<std::uint64_t>(components_), std::uint64_t{model_digest.size()}}) {
+  for (const std::uint64_t number : {static_cast<std::uint64_t>(dims_), static_cast<std::uint64_t>(components_),
+                                     std::uint64_t{model_digest.size()}}) {
     append(bytes, &number, sizeof number);
   }
   bytes += model_digest;
