@@ -17,10 +17,10 @@ namespace llmcache {
 /// What stands for a request in a look-up. Which member is filled follows from the kind; the others are empty.
 /// Two fingerprints can be compared if one Fingerprinter made both and their generations are equal.
 struct Fingerprint {
-  std::vector<float> vector;            ///< raw: [dims], pca: [components]; unit length
-  std::vector<std::uint64_t> bits;      ///< simhash: one word for each 64 bits
-  std::vector<std::uint64_t> shingles;  ///< jaccard: hashes, sorted, each once
-  std::uint64_t generation = 0;         ///< Fingerprinter::generation() that it was made in
+  std::vector<float> vector = {};            ///< raw: [dims], pca: [components]; unit length
+  std::vector<std::uint64_t> bits = {};      ///< simhash: one word for each 64 bits
+  std::vector<std::uint64_t> shingles = {};  ///< jaccard: hashes, sorted, each once
+  std::uint64_t generation = 0;              ///< Fingerprinter::generation() that it was made in
 
   bool operator==(const Fingerprint&) const = default;
 };
