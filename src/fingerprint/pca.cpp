@@ -98,9 +98,11 @@ class TemporaryFile {
 };
 
 std::string read_file(const std::filesystem::path& path) {
+  std::error_code error;
+  const std::uintmax_t size = std::filesystem::file_size(path, error);  // an error for what is no regular file
+  std::string bytes(error ? 0 : size, '\0');
   std::ifstream file(path, std::ios::binary);
-  std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  if (!file.is_open() || file.bad()) {
+  if (error || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
     refuse(
         fmt::format("cannot read the PCA file '{}'; give the path of a file that PcaModel::save wrote", path.string()));
   }
