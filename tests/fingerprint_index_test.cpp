@@ -253,7 +253,9 @@ TEST_P(FingerprintIndexTest, StaysWithinALimitWhateverComes) {
         expect_equal(index.best(query, 0.1), plain.best(query, 0.1));
       }
     }
-    if (limit == 50'000) EXPECT_GT(refused, 0U);
+    if (limit == 50'000) {
+      EXPECT_GT(refused, 0U);
+    }
     ASSERT_EQ(index.size(), plain.entries.size());
   }
 }
