@@ -551,7 +551,7 @@ TEST(FingerprintIndexLarge, BandsFindNearSets) {
     }
   }
   std::map<int, std::array<int, 2>> found_of;  // by tenths of the similarity
-  for (int i = 0; i < 1500; ++i) {
+  for (int i = 0; i < 500; ++i) {
     auto from = plain.entries.lower_bound(static_cast<std::uint32_t>(engine() % 2900));
     Fingerprint query = from->second;
     const std::size_t changes = engine() % (query.shingles.size() / 3 + 1);
@@ -571,7 +571,7 @@ TEST(FingerprintIndexLarge, BandsFindNearSets) {
   for (const auto& [tenth, counts] : found_of) {
     const double similarity = tenth / 10.0;
     const double expected = 1 - std::pow(1 - std::pow(similarity, 4), 32);
-    ASSERT_GT(counts[0], 10) << tenth;
+    ASSERT_GT(counts[0], 5) << tenth;
     EXPECT_GE(counts[1], (expected - 0.05) * counts[0]) << similarity << ": " << counts[1] << " of " << counts[0];
   }
   EXPECT_GE(found_of.size(), 5U);
