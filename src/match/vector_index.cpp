@@ -64,7 +64,8 @@ class VectorIndex final : public FingerprintIndexImpl {
 
   void erase(std::uint32_t id) noexcept override {
     if (!in_use(id)) return;
-    const auto [list, position] = place(id);
+    const std::uint32_t list = place(id).list;
+    const std::uint32_t position = place(id).position;
     auto& ids = lists_[list].ids;
     ids[position] = ids.back();
     place(ids[position]).position = position;
@@ -130,7 +131,7 @@ class VectorIndex final : public FingerprintIndexImpl {
   static constexpr std::size_t kScanned = 32768;
   static constexpr std::size_t kShortest = 128;
   /// Lists that a query reads: at least kProbes, and this share of them; measured (see the header of the index).
-  static constexpr std::size_t kProbes = 32;
+  static constexpr std::size_t kProbes = 16;
   static constexpr std::size_t kProbedShare = 24;
   static constexpr int kRounds = 6;
   static constexpr double kUnit = 1e-3;
@@ -232,7 +233,7 @@ class VectorIndex final : public FingerprintIndexImpl {
     centroids_.resize(last * dims_);
   }
   [[nodiscard]] std::size_t longest_list() const noexcept {
-    return std::max(kShortest, static_cast<std::size_t>(2 * std::sqrt(static_cast<double>(size_))));
+    return std::max(kShortest, static_cast<std::size_t>(std::sqrt(static_cast<double>(size_))));
   }
 
   /// Splits a list in two by spherical 2-means. Where memory is lacking or the vectors do not fall into two groups,
