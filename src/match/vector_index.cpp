@@ -22,7 +22,7 @@ class VectorIndex final : public FingerprintIndexImpl {
   explicit VectorIndex(std::pmr::memory_resource* memory)
       : rows_(memory), used_(memory), places_(memory), lists_(memory), centroids_(memory) {
     used_.set_elements(kRows / 64);
-    places_.set_elements(kRows * 2);
+    places_.set_elements(std::size_t{kRows} * 2);
   }
 
   void insert(std::uint32_t id, const Fingerprint& fingerprint) override {
