@@ -76,6 +76,12 @@ def wrap(model: nn.Module, spec: ModelSpec) -> nn.Module:
             mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
 
+    class SentenceEmbedding(Pooled):
+        """Mean over the real tokens, at unit length: what sentence-transformers make of MiniLM's states."""
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(super().forward(input_ids, attention_mask), dim=-1)
+
     class WithTypes(Wrapper):
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
@@ -93,6 +99,8 @@ def wrap(model: nn.Module, spec: ModelSpec) -> nn.Module:
         return model
     if spec.output == "mean_pooled":
         return Pooled()
+    if spec.output == "sentence_embedding":
+        return SentenceEmbedding()
     if len(spec.inputs) == 3:
         return WithTypes()
     return IdsOnly() if spec.architecture == "FNetModel" else OneTensor()

@@ -395,6 +395,14 @@ def _zoo_models() -> list[ModelSpec]:
 _FULL_SIZE = [
     ModelSpec("minilm", "encoder", "BertModel", minilm, tokenizer="bert-base-uncased"),
     ModelSpec(
+        "minilm-pooled",
+        "encoder",
+        "BertModel",
+        minilm,
+        output="sentence_embedding",
+        tokenizer="bert-base-uncased",
+    ),
+    ModelSpec(
         "bert-base",
         "encoder",
         "BertModel",

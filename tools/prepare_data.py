@@ -1,14 +1,11 @@
 #!/usr/bin/env python3
 """Tokenises the benchmark workloads once, with the models' own tokenizers.
 
-Writes OUT/WORKLOAD.TOKENIZER.safetensors, which C++ can read without a tokenizer:
-  tokens            int32 [all tokens]
-  sequence_offsets  int64 [sequences + 1], into tokens
-  request_offsets   int64 [requests + 1], into sequences; a request is a batch of ragged sequences
-Its metadata tells workload, tokenizer, source, description, order, max_tokens and the format's version.
+Writes OUT/WORKLOAD.TOKENIZER.safetensors, which C++ can read without a tokenizer; token_file.py describes the
+format.
 
 Raw text comes from --raw, else $LLMCACHE_RAW_DATA, else ../shared/data beside the repository. A workload
-whose raw file is in none of them is left out, and the repository's own sample stands in for it.
+whose raw files are in none of them is left out, and the repository's own sample stands in for it.
 """
 
 from __future__ import annotations
@@ -23,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from atomic_files import folder_lock, sha256_of, write_atomically
+from atomic_files import folder_lock, sha256_of
 from model_sources import ModelError, hub_answers, minilm_folder, smollm2_file
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from workloads import MAX_TOKENS, WORKLOADS, DataError, Sequence, Workload
+from raw_files import DataError
+from token_file import FORMAT_VERSION, Arrays, load, save
+from workloads import MAX_TOKENS, WORKLOADS, Sequence, Traffic, Workload
 
-FORMAT_VERSION = "1"
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
+SCORED_TASKS = ("choice", "perplexity")  # mean nothing for an encoder, whose log-likelihoods are not defined
 TOKENIZERS = ("bert-base-uncased", "gpt2", "smollm2")
-CODE = ("prepare_data.py", "workloads.py")  # files made by another version of these are made again
+CODE = ("prepare_data.py", "workloads.py", "raw_files.py", "token_file.py")  # files made by another version of these are made again
 
 
 @dataclass
@@ -87,67 +84,66 @@ class Tokenizer:
         self.label = "smollm2 (stands in for gpt2)"  # its ids are all below GPT-2's vocabulary size
         return self._smollm2()
 
-    def encode(self, sequences: list[Sequence]) -> list[list[int]]:
+    def encode(self, sequences: list[Sequence]) -> list[Encoded]:
         loaded = self.load()
         if self.encoder:
             texts = [first if second is None else (first, second) for first, second in (s.pair for s in sequences)]
-            return [encoding.ids for encoding in loaded.encode_batch(texts)]
+            return [Encoded(encoding.ids) for encoding in loaded.encode_batch(texts)]
         distinct = list(dict.fromkeys(piece for sequence in sequences for piece in sequence.pieces))
         ids = dict(zip(distinct, loaded(distinct), strict=True))
-        return [_join([ids[piece] for piece in s.pieces], s.shorten) for s in sequences]
+        return [join([ids[piece] for piece in s.pieces], s.shorten, s.scored) for s in sequences]
 
 
-def _join(pieces: list[list[int]], shorten: int) -> list[int]:
-    """The pieces in a row; what is beyond MAX_TOKENS is taken off the end of one piece."""
+@dataclass
+class Encoded:
+    ids: list[int]
+    scored: tuple[int, int] | None = None  # [begin, end)
+
+
+def join(pieces: list[list[int]], shorten: int, scored: int | None) -> Encoded:
+    """The pieces in a row, and where the scored one is; what is beyond MAX_TOKENS is taken off the end of one piece."""
     excess = sum(map(len, pieces)) - MAX_TOKENS
-    if excess > 0:
-        victim = shorten if shorten >= 0 and excess < len(pieces[shorten]) else len(pieces) - 1
+    if excess > 0 and shorten >= 0 and excess < len(pieces[shorten]):
         pieces = list(pieces)
-        if victim != len(pieces) - 1:
-            pieces[victim] = pieces[victim][: len(pieces[victim]) - excess]
-    return [token for piece in pieces for token in piece][:MAX_TOKENS]
+        pieces[shorten] = pieces[shorten][: len(pieces[shorten]) - excess]
+    ids = [token for piece in pieces for token in piece][:MAX_TOKENS]
+    if scored is None:
+        return Encoded(ids, (len(ids), len(ids)))
+    start = sum(map(len, pieces[:scored]))
+    begin = min(max(start, 1), len(ids))  # the first token has no probability
+    return Encoded(ids, (begin, max(begin, min(start + len(pieces[scored]), len(ids)))))
 
 
-def build(workload: Workload, tokenizer: Tokenizer, source: Path) -> dict[str, np.ndarray]:
-    requests = workload.read(source)
-    encoded = iter(tokenizer.encode([sequence for request in requests for sequence in request]))
-    tokens: list[int] = []
-    sequence_offsets, request_offsets = [0], [0]
+def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[Arrays, str]:
+    """The tensors of a token file, and its task."""
+    encoded = iter(tokenizer.encode([sequence for request in traffic.requests for sequence in request.sequences]))
+    task = "" if tokenizer.encoder and workload.task in SCORED_TASKS else workload.task
+    arrays: dict[str, list[Any]] = {"tokens": [], "sequence_offsets": [0], "request_offsets": [0]}
     previous: list[int] = []
-    for request in requests:
-        rows = [next(encoded) for _ in request]
+
+    def add(name: str, value: Any) -> None:
+        if value is not None:
+            arrays.setdefault(name, []).append(value)
+
+    for request in traffic.requests:
+        rows = [next(encoded) for _ in request.sequences]
         if workload.growing:
-            full = len(previous) >= MAX_TOKENS and rows[0] == previous
-            previous = rows[0]
+            full = len(previous) >= MAX_TOKENS and rows[0].ids == previous
+            previous = rows[0].ids
             if full:
                 continue
-        for row in rows:
-            tokens.extend(row)
-            sequence_offsets.append(len(tokens))
-        request_offsets.append(len(sequence_offsets) - 1)
-    return {
-        "tokens": np.array(tokens, dtype=np.int32),
-        "sequence_offsets": np.array(sequence_offsets, dtype=np.int64),
-        "request_offsets": np.array(request_offsets, dtype=np.int64),
-    }
-
-
-def content_digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in ("tokens", "sequence_offsets", "request_offsets"):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
-
-
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """What is in a prepared file, or None if it is missing, cut off or altered."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return (arrays, metadata) if metadata.get("content_sha256") == content_digest(arrays) else None
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+        for row, sequence in zip(rows, request.sequences, strict=True):
+            arrays["tokens"].extend(row.ids)
+            arrays["sequence_offsets"].append(len(arrays["tokens"]))
+            if task in ("choice", "classification"):
+                add("labels", sequence.label)
+            if task in ("choice", "perplexity", "answer"):
+                add("scored", row.scored)
+        arrays["request_offsets"].append(len(arrays["sequence_offsets"]) - 1)
+        for name in ("group", "partner", "pair_label", "pair_score"):
+            add(name, getattr(request, name))
+    types = {"tokens": np.int32, "pair_score": np.float32}
+    return {name: np.array(values, dtype=types.get(name, np.int64)) for name, values in arrays.items()}, task
 
 
 def vocabularies(models: Path | None) -> dict[str, int]:
@@ -176,18 +172,19 @@ def raw_folder(given: Path | None) -> tuple[Path | None, str]:
     return (beside, "found beside the repository") if beside.is_dir() else (None, "")
 
 
-def prepare(workload: Workload, tokenizer: Tokenizer, source: Path, out: Path, vocab: int | None) -> None:
+def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: Path, vocab: int | None) -> None:
     path = out / f"{workload.name}.{tokenizer.name}.safetensors"
-    digest = hashlib.sha256(sha256_of(source).encode())
-    for file in CODE:
-        digest.update(sha256_of(Path(__file__).with_name(file)).encode())
+    digest = hashlib.sha256()
+    for file in (*sources, *map(Path(__file__).with_name, CODE)):
+        digest.update(sha256_of(file).encode())
     recipe = digest.hexdigest()
     known = load(path)
     # A stand-in is made again, in case the real tokenizer has come.
     if known and known[1].get("recipe") == recipe and "stands in" not in known[1]["tokenizer"]:
         print(f"{path.name}: already there, skipped", flush=True)
         return
-    arrays = build(workload, tokenizer, source)
+    traffic = workload.read(*sources)
+    arrays, task = build(workload, tokenizer, traffic)
     if vocab is not None and arrays["tokens"].max() >= vocab:
         raise DataError(
             f"{path.name}: token id {arrays['tokens'].max()} does not fit a model with a vocabulary of {vocab}"
@@ -196,25 +193,36 @@ def prepare(workload: Workload, tokenizer: Tokenizer, source: Path, out: Path, v
         "version": FORMAT_VERSION,
         "workload": workload.name,
         "tokenizer": tokenizer.label,
-        "source": "data/sample/sample.jsonl" if workload.name == "sample" else workload.file,
+        "source": "data/sample/sample.jsonl" if workload.name == "sample" else ", ".join(workload.files),
         "description": workload.description,
         "order": workload.order,
         "max_tokens": str(MAX_TOKENS),
+        "task": task,
+        "fill_requests": str(traffic.fill),
         "recipe": recipe,
-        "content_sha256": content_digest(arrays),
     }
-    write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
+    if traffic.label_names:
+        metadata["label_names"] = json.dumps(traffic.label_names)
+    save(path, arrays, metadata)
     requests, sequences = len(arrays["request_offsets"]) - 1, len(arrays["sequence_offsets"]) - 1
-    print(f"{path.name}: {requests} requests, {sequences} sequences, {arrays['tokens'].size} tokens", flush=True)
+    fill = f" ({traffic.fill} of them fill)" if traffic.fill else ""
+    print(f"{path.name}: {requests} requests{fill}, {sequences} sequences, {arrays['tokens'].size} tokens", flush=True)
 
 
 def run(options: argparse.Namespace) -> None:
     raw, chosen = raw_folder(options.raw)
     print(f"raw data: {raw} ({chosen})" if raw else "raw data: none, only the repository's sample", flush=True)
     names = list(dict.fromkeys(options.only or WORKLOADS))
-    missing = [name for name in names if name != "sample" and not (raw and (raw / WORKLOADS[name].file).exists())]
+    absent = {
+        name: [file for file in WORKLOADS[name].files if not (raw and (raw / file).exists())]
+        for name in names
+        if name != "sample"
+    }
+    missing = [name for name, files in absent.items() if files]
     for name in missing:
-        print(f"{name}: {WORKLOADS[name].file} is not in the raw data, falls back to the workload 'sample'", flush=True)
+        print(
+            f"{name}: {', '.join(absent[name])} is not in the raw data, falls back to the workload 'sample'", flush=True
+        )
     if missing and "sample" not in names:
         names.append("sample")
     vocabulary = vocabularies(options.models)
@@ -226,10 +234,11 @@ def run(options: argparse.Namespace) -> None:
             workload = WORKLOADS[name]
             if name in missing:
                 continue
-            source = SAMPLE / workload.file if name == "sample" else raw / workload.file
+            folder = SAMPLE if name == "sample" else raw
+            sources = [folder / file for file in workload.files]
             for tokenizer in tokenizers:
-                if not (workload.decoders_only and tokenizer.encoder):
-                    prepare(workload, tokenizer, source, options.out, vocabulary.get(tokenizer.name))
+                if not (workload.decoders_only if tokenizer.encoder else workload.encoders_only):
+                    prepare(workload, tokenizer, sources, options.out, vocabulary.get(tokenizer.name))
 
 
 def main(arguments: list[str] | None = None) -> int:

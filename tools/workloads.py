@@ -1,25 +1,26 @@
-"""The benchmark workloads as text: where each one's raw file is, and how it becomes requests.
+"""The benchmark workloads as text: where each one's raw files are, and how they become requests.
 
-A request is a list of sequences. For an encoder a sequence is (first text, second text or None), which
+A request is a batch of sequences. For an encoder a sequence is (first text, second text or None), which
 its tokenizer joins with its own special tokens; for a decoder it is a list of pieces that are tokenised
-one by one and put together, so that a shared beginning is shared token by token."""
+one by one and put together, so that a shared beginning is shared token by token. What a workload's task
+needs to be scored (classes, gold answers, pairs) stands beside the text."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from raw_files import DataError, bad_line, json_lines, lines, number_of, text_of, tsv_rows
 
 MAX_TOKENS = 512
 IN_ORDER, SHUFFLED = "data order", "shuffled, seed 0"
-
-
-class DataError(RuntimeError):
-    """A raw file is not what it should be; the text names file, line and remedy."""
+FILL_SHUFFLED = "fill part and asking part each shuffled, seed 0"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,53 +28,37 @@ class Sequence:
     pair: tuple[str, str | None]  # for encoders
     pieces: tuple[str, ...]  # for decoders
     shorten: int = -1  # the piece that gives way when the sequence is longer than MAX_TOKENS
+    scored: int | None = None  # the piece whose tokens' log-likelihood is scored (decoders)
+    label: int | None = None  # class (classification), or 1 for the right choice and 0 for the others
 
 
-Request = list[Sequence]
+@dataclass(frozen=True)
+class Request:
+    sequences: list[Sequence]
+    group: int | None = None  # task answer: number of the gold answer, -1 unanswerable
+    partner: int | None = None  # task duplicates: the fill request that the pair names, -1 in the fill part
+    pair_label: int | None = None  # task duplicates: 1 duplicate, 0 not, -1 in the fill part
+    pair_score: float | None = None  # task similarity: gold score of the two sequences
+
+
+@dataclass(frozen=True)
+class Traffic:
+    requests: list[Request]
+    fill: int = 0  # the first that many requests fill the cache and are not measured
+    label_names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Workload:
     name: str
-    file: str  # below the raw folder
+    files: tuple[str, ...]  # below the raw folder
     description: str
     order: str
-    read: Callable[[Path], list[Request]]
+    read: Callable[..., Traffic]  # from the files' paths
+    task: str = ""  # "", classification, choice, perplexity, answer, similarity or duplicates
     decoders_only: bool = False
+    encoders_only: bool = False
     growing: bool = False  # each request is a document so far: stop once it has reached MAX_TOKENS
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8").rstrip("\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason}); fetch the file again") from error
-
-
-def _bad(path: Path, number: int, found: str, wanted: str) -> DataError:
-    return DataError(f"{path}:{number}: {found}; expected {wanted}. The file may be cut off: fetch it again")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise _bad(path, number, f"not valid JSON ({error})", "one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise _bad(path, number, f"a {type(row).__name__}", "one JSON object a line")
-        yield number, row
-
-
-def _text(row: dict[str, Any], field: str, path: Path, number: int) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise _bad(path, number, f"'{field}' is {value!r}", f"a text in '{field}'")
-    return value
 
 
 def _some(requests: list[Request], path: Path) -> list[Request]:
@@ -82,27 +67,36 @@ def _some(requests: list[Request], path: Path) -> list[Request]:
     return requests
 
 
+def _shuffled(items: Iterable[T]) -> list[T]:
+    items = list(items)
+    random.Random(0).shuffle(items)
+    return items
+
+
 def _batches(sequences: list[Sequence], size: int) -> list[Request]:
-    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    return [Request(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
 
-def _single(text: str) -> Sequence:
-    return Sequence((text, None), (text,))
+def _single(text: str, label: int | None = None) -> Sequence:
+    return Sequence((text, None), (text,), label=label)
 
 
-def _question(passage: str, question: str) -> Sequence:
-    return Sequence((question, passage), (passage, f"\nQuestion: {question}\nAnswer:"), shorten=0)
+def _question(passage: str, question: str, answer: str | None = None) -> Sequence:
+    pieces = (passage, f"\nQuestion: {question}\nAnswer:")
+    if answer is None:
+        return Sequence((question, passage), pieces, shorten=0)
+    return Sequence((question, passage), (*pieces, f" {answer}"), shorten=0, scored=2)
 
 
-def read_wikitext(path: Path) -> list[Request]:
-    """Every article, once for each of its paragraphs: the article up to and with that paragraph."""
+def read_wikitext(path: Path) -> Traffic:
+    """Every article, once for each of its paragraphs: the article up to and with that paragraph, which is scored."""
     heading = re.compile(r" (?P<level>=( =)*) [^=].* (?P=level) ")
     requests: list[Request] = []
     pieces: list[str] = []
     waiting = ""  # headings go with the paragraph after them
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if "\0" in line:
-            raise _bad(path, number, "a zero byte", "text")
+            raise bad_line(path, number, "a zero byte", "text")
         if not line.strip():
             continue
         match = heading.fullmatch(line)
@@ -112,66 +106,121 @@ def read_wikitext(path: Path) -> list[Request]:
             waiting += line + "\n"
             continue
         if not pieces and not waiting:
-            raise _bad(path, number, "text before the first ' = Title = ' line", "WikiText raw text")
+            raise bad_line(path, number, "text before the first ' = Title = ' line", "WikiText raw text")
         pieces.append(waiting + line + "\n")
         waiting = ""
-        requests.append([Sequence(("".join(pieces), None), tuple(pieces))])
-    return _some(requests, path)
+        requests.append(Request([Sequence(("".join(pieces), None), tuple(pieces), scored=len(pieces) - 1)]))
+    return Traffic(_some(requests, path))
 
 
-def read_squad(path: Path) -> list[Request]:
-    return _some(
-        [
-            [_question(_text(row, "context", path, number), _text(row, "question", path, number))]
-            for number, row in _json_lines(path)
-        ],
-        path,
-    )
+def normal_answer(text: str) -> str:
+    """SQuAD's rule for equal answers: case, punctuation, articles and white space do not count."""
+    lower = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(word for word in lower.split() if word not in ("a", "an", "the")) or text.lower()
 
 
-def read_openbookqa(path: Path) -> list[Request]:
+def read_squad(path: Path) -> Traffic:
+    """One question a request. Its gold answer is the first one listed; unanswerable ones have group -1."""
     requests: list[Request] = []
-    for number, row in _json_lines(path):
+    numbers: dict[str, int] = {}
+    for number, row in json_lines(path):
+        answers = row.get("answers")
+        if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+            raise bad_line(path, number, f"'answers' is {str(answers)[:40]}", "a list of answers{text} in 'answers'")
+        gold = text_of(answers[0], "text", path, number).strip() if answers else None
+        group = -1 if gold is None else numbers.setdefault(normal_answer(gold), len(numbers))
+        passage, question = text_of(row, "context", path, number), text_of(row, "question", path, number)
+        requests.append(Request([_question(passage, question, gold)], group=group))
+    return Traffic(_some(requests, path))
+
+
+def read_openbookqa(path: Path) -> Traffic:
+    requests: list[Request] = []
+    for number, row in json_lines(path):
         question = row.get("question")
         choices = question.get("choices") if isinstance(question, dict) else None
         if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, dict) for c in choices):
-            raise _bad(path, number, "no four choices", "question{stem, choices[4]{text}}")
-        stem = _text(question, "stem", path, number)
-        texts = [_text(choice, "text", path, number) for choice in choices]
-        requests.append([Sequence((stem, text), (stem, f" {text}"), shorten=0) for text in texts])
-    return _some(requests, path)
+            raise bad_line(path, number, "no four choices", "question{stem, choices[4]{text, label}}")
+        stem = text_of(question, "stem", path, number)
+        texts = [text_of(choice, "text", path, number) for choice in choices]
+        right = [int(choice.get("label") == row.get("answerKey")) for choice in choices]
+        if sum(right) != 1:
+            raise bad_line(path, number, f"'answerKey' is {row.get('answerKey')!r}", "the label of one choice")
+        requests.append(
+            Request(
+                [
+                    Sequence((stem, text), (stem, f" {text}"), shorten=0, scored=1, label=label)
+                    for text, label in zip(texts, right, strict=True)
+                ]
+            )
+        )
+    return Traffic(_some(requests, path))
 
 
-def read_banking77(path: Path) -> list[Request]:
-    queries: list[Sequence] = []
-    for number, line in _lines(path):
-        fields = line.split("\t")
-        if len(fields) != 2 or not fields[1].strip():
-            raise _bad(path, number, f"{len(fields)} field(s)", "label<TAB>text")
-        if number > 1:
-            queries.append(_single(fields[1]))
-        elif fields != ["label", "text"]:
-            raise _bad(path, number, f"header {line[:40]!r}", "label<TAB>text")
-    random.Random(0).shuffle(queries)
-    return _some(_batches(queries, 8), path)
+def read_intents(train: Path, test: Path) -> Traffic:
+    """Labelled queries in batches of eight: the training file fills the cache, the test file asks."""
+    rows: dict[Path, list[tuple[str, str]]] = {}
+    known: set[str] = set()
+    for path in (train, test):
+        rows[path] = []
+        for number, (label, text) in tsv_rows(path, ("label", "text")):
+            if path == train:
+                known.add(label)
+            elif label not in known:
+                raise bad_line(path, number, f"label {label!r}", f"one of the {len(known)} labels of {train.name}")
+            rows[path].append((label, text))
+        if not rows[path]:
+            raise DataError(f"{path}: no record in it; fetch the file again")
+    names = sorted(known)
+    numbers = {name: number for number, name in enumerate(names)}
+    fill, ask = (
+        _batches(_shuffled(_single(text, numbers[label]) for label, text in rows[path]), 8) for path in (train, test)
+    )
+    return Traffic(fill + ask, fill=len(fill), label_names=names)
 
 
-def read_sample(path: Path) -> list[Request]:
+def read_qqp(path: Path) -> Traffic:
+    """Question pairs: the distinct first questions fill, then the second question of every pair asks.
+
+    A pair's label is about its own first question only; what else in the cache may be a duplicate is not labelled."""
+    rows: list[tuple[str, str, int]] = []
+    for number, (label, first, second) in tsv_rows(path, ("label", "text_a", "text_b")):
+        if label not in ("0", "1"):
+            raise bad_line(path, number, f"label {label!r}", "0 or 1")
+        rows.append((first, second, int(label)))
+    firsts = _shuffled(dict.fromkeys(first for first, _, _ in rows))
+    place = {text: number for number, text in enumerate(firsts)}
+    fill = [Request([_single(text)], partner=-1, pair_label=-1) for text in firsts]
+    ask = [
+        Request([_single(second)], partner=place[first], pair_label=label) for first, second, label in _shuffled(rows)
+    ]
+    return Traffic(_some(fill + ask, path), fill=len(fill))
+
+
+def read_stsb(path: Path) -> Traffic:
+    """A request is a pair of sentences with its gold similarity, 0 to 5."""
+    requests = [
+        Request([_single(first), _single(second)], pair_score=number_of(score, 0, 5, path, number))
+        for number, (score, first, second, _, _) in tsv_rows(path, ("score", "text_a", "text_b", "genre", "subset"))
+    ]
+    return Traffic(_some(_shuffled(requests), path))
+
+
+def read_sample(path: Path) -> Traffic:
     queries: list[Sequence] = []
     requests: list[Request] = []
-    for number, row in _json_lines(path):
+    for number, row in json_lines(path):
         kind = row.get("kind")
         if kind == "query":
-            queries.append(_single(_text(row, "text", path, number)))
+            queries.append(_single(text_of(row, "text", path, number)))
         elif kind in ("passage", "edit"):
-            requests.append([_single(_text(row, "text", path, number))])
+            requests.append(Request([_single(text_of(row, "text", path, number))]))
         elif kind == "question":
-            requests.append([_question(_text(row, "passage", path, number), _text(row, "question", path, number))])
+            passage, question = text_of(row, "passage", path, number), text_of(row, "question", path, number)
+            requests.append(Request([_question(passage, question)]))
         else:
-            raise _bad(path, number, f"kind {kind!r}", "query, passage, edit or question")
-    requests = _batches(queries, 4) + requests
-    random.Random(0).shuffle(requests)
-    return _some(requests, path)
+            raise bad_line(path, number, f"kind {kind!r}", "query, passage, edit or question")
+    return Traffic(_some(_shuffled(_batches(queries, 4) + requests), path))
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -179,38 +228,69 @@ WORKLOADS: dict[str, Workload] = {
     for workload in (
         Workload(
             "wikitext",
-            "wikitext/wiki.test.raw",
+            ("wikitext/wiki.test.raw",),
             f"WikiText test articles, scored paragraph by paragraph: each request is the article so far, up to "
             f"{MAX_TOKENS} tokens",
             IN_ORDER,
             read_wikitext,
+            task="perplexity",
             decoders_only=True,
             growing=True,
         ),
         Workload(
             "squad",
-            "squad_v2/squad_v2_dev.jsonl",
-            "SQuAD 2.0 development questions, one a request, about ten for each passage",
+            ("squad_v2/squad_v2_dev.jsonl",),
+            "SQuAD 2.0 development questions, one a request, about ten for each passage; for decoders with the gold "
+            "answer behind them",
             IN_ORDER,
             read_squad,
+            task="answer",
         ),
         Workload(
             "openbookqa",
-            "openbookqa/test.jsonl",
+            ("openbookqa/test.jsonl",),
             "OpenBookQA test questions: a request is one question with its four choices",
             IN_ORDER,
             read_openbookqa,
+            task="choice",
         ),
         Workload(
             "banking77",
-            "banking77/test.tsv",
-            "Banking77 test queries in batches of eight",
+            ("banking77/train.tsv", "banking77/test.tsv"),
+            "Banking77 queries in batches of eight: the training queries fill, the test queries ask",
+            FILL_SHUFFLED,
+            read_intents,
+            task="classification",
+        ),
+        Workload(
+            "clinc150",
+            ("clinc150/train_small.tsv", "clinc150/test.tsv"),
+            "CLINC150 queries in batches of eight, 150 intents and out of scope: the training queries fill, the test "
+            "queries ask",
+            FILL_SHUFFLED,
+            read_intents,
+            task="classification",
+        ),
+        Workload(
+            "qqp",
+            ("pairs/qqp_gptcache.tsv",),
+            "Quora question pairs, one question a request: the distinct first questions fill, the second ones ask",
+            FILL_SHUFFLED,
+            read_qqp,
+            task="duplicates",
+        ),
+        Workload(
+            "stsb",
+            ("pairs/stsb_dev.tsv",),
+            "STS Benchmark development pairs: a request is the two sentences of a pair",
             SHUFFLED,
-            read_banking77,
+            read_stsb,
+            task="similarity",
+            encoders_only=True,
         ),
         Workload(
             "sample",
-            "sample.jsonl",
+            ("sample.jsonl",),
             "The repository's own sample: short queries in batches of four, passages, edits and questions alone",
             SHUFFLED,
             read_sample,

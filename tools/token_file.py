@@ -1,0 +1,54 @@
+"""Token files: the requests of one workload, tokenised, as safetensors (version "2").
+
+  tokens            int32   [all tokens]
+  sequence_offsets  int64   [sequences + 1], into tokens
+  request_offsets   int64   [requests + 1], into sequences; a request is a batch of ragged sequences
+What the task needs, where it applies:
+  labels            int64   [sequences]: classification: the class (also in the fill part); choice: 1 right, 0 wrong
+  scored            int64   [sequences, 2]: tokens [begin, end) of the sequence whose log-likelihood is scored, begin
+                            at least 1; begin = end where nothing is scored (an unanswerable question)
+  group             int64   [requests]: answer: number of the gold answer, equal answers have equal numbers, -1 none
+  partner           int64   [requests]: duplicates: the fill request that the asking pair names; -1 in the fill part
+  pair_label        int64   [requests]: duplicates: 1 duplicate, 0 not; -1 in the fill part
+  pair_score        float32 [requests]: similarity: gold score of the pair
+Metadata (all texts): version, workload, tokenizer, source, description, order, max_tokens, task, fill_requests (the
+first that many requests only fill the cache and are not measured), label_names (classification: a JSON list),
+recipe and content_sha256 (what it was made from, and its content)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from atomic_files import write_atomically
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FORMAT_VERSION = "2"
+Arrays = dict[str, np.ndarray]
+
+
+def content_digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    metadata = {**metadata, "content_sha256": content_digest(arrays)}
+    write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
+
+
+def load(path: Path) -> tuple[Arrays, dict[str, str]] | None:
+    """What is in a file that save() wrote, or None if it is missing, cut off or altered."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return (arrays, metadata) if metadata.get("content_sha256") == content_digest(arrays) else None
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
