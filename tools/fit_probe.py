@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Fits the linear probes that turn a sentence embedding into an intent, so that a cache's effect on answers can be seen.
+
+For each workload of task "classification" it runs the exported model on every query of the token file
+DATA/WORKLOAD.TOKENIZER.safetensors, without any cache, and fits a multinomial logistic regression with an L2
+penalty on the fill part (the training split). The asking part (the test split) is only measured. Writes
+DATA/WORKLOAD.MODEL.probe.safetensors:
+  weight  float32 [classes, dims]    logits = weight * embedding + bias
+  bias    float32 [classes]
+Its metadata tells version ("1"), workload, model, model_sha256 (of the .pt file), classes (a JSON list),
+train_accuracy and test_accuracy (fractions), l2, recipe and content_sha256.
+
+A probe that is whole and was made from the same model, tokens and code is left as it is. A workload without
+token file (no raw data) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import token_file
+from atomic_files import folder_lock, sha256_of
+from model_sources import ModelError
+from raw_files import DataError
+from workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_VERSION = "1"
+NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "classification")
+BATCH = 16  # queries of one length at once: large enough for full speed on a core, small enough for its cache
+L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 are within a point on a tenth of the training split held out
+STEPS = 100  # of L-BFGS at most
+
+
+def embed(model: torch.jit.ScriptModule, queries: list[np.ndarray]) -> torch.Tensor:
+    """float32 [queries, dims], in the order given; queries of equal length run together, so nothing is padded."""
+    import torch
+
+    by_length: dict[int, list[int]] = {}
+    for number, query in enumerate(queries):
+        by_length.setdefault(len(query), []).append(number)
+    embedded: list[tuple[list[int], torch.Tensor]] = []
+    with torch.inference_mode():
+        for _, numbers in sorted(by_length.items()):
+            for start in range(0, len(numbers), BATCH):
+                some = numbers[start : start + BATCH]
+                ids = torch.from_numpy(np.stack([queries[number] for number in some]).astype(np.int64))
+                embedded.append((some, model(ids, torch.ones_like(ids))))
+    first = embedded[0][1]
+    if not isinstance(first, torch.Tensor) or first.dim() != 2:
+        raise ModelError("the model's output is not one embedding [batch, dims] for each query; use a pooled model")
+    result = torch.empty(len(queries), first.size(1), dtype=torch.float32)
+    for some, rows in embedded:
+        result[some] = rows
+    if not result.isfinite().all():
+        raise ModelError("the model gives NaN or infinite embeddings; export it again")
+    return result
+
+
+def fit(rows: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [classes, dims] and bias [classes] of the minimum of mean cross-entropy + l2 / 2 * |weight|^2, on
+    embeddings shifted to mean 0 and scaled to mean square 1; the result is for embeddings as they are."""
+    import torch
+
+    mean = rows.mean(0)
+    scale = (rows - mean).square().mean().sqrt().clamp(min=1e-12)
+    inputs = (rows - mean) / scale
+    weight = torch.zeros(classes, rows.size(1), dtype=rows.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=rows.dtype, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    weight, bias = weight.detach() / scale, bias.detach()
+    return weight, bias - weight @ mean
+
+
+def accuracy(rows: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
+    return (rows @ weight.T + bias).argmax(1).eq(labels).double().mean().item()
+
+
+def read_queries(path: Path) -> tuple[list[np.ndarray], np.ndarray, int, list[str], str]:
+    """Ids of each query, labels, how many of the queries fill, class names, digest of the content."""
+    loaded = token_file.load(path)
+    if loaded is None:
+        raise DataError(f"{path} is damaged; run prepare_data.py again")
+    arrays, metadata = loaded
+    try:
+        classes = json.loads(metadata["label_names"])
+        fill, labels, offsets = int(metadata["fill_requests"]), arrays["labels"], arrays["sequence_offsets"]
+        train = int(arrays["request_offsets"][fill])
+    except (KeyError, ValueError, IndexError) as error:
+        raise DataError(f"{path} holds no labelled queries ({error}); run prepare_data.py again") from error
+    queries = np.split(arrays["tokens"], offsets[1:-1])
+    if not 0 < train < len(queries):
+        raise DataError(f"{path} has {train} training queries of {len(queries)}; both splits must have some")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{path} has labels outside 0 to {len(classes) - 1}; run prepare_data.py again")
+    return queries, labels, train, classes, metadata["content_sha256"]
+
+
+def load_probe(path: Path) -> dict[str, str] | None:
+    """Metadata of a probe, or None if it is missing, damaged or not a probe."""
+    loaded = token_file.load(path)
+    if loaded is None:
+        return None
+    arrays, metadata = loaded
+    whole = set(arrays) == {"weight", "bias"} and metadata.get("version") == PROBE_VERSION
+    return metadata if whole else None
+
+
+def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> None:
+    import torch
+
+    queries, labels, train, classes, content = read_queries(tokens)
+    model_digest = sha256_of(model_file)
+    code = sha256_of(Path(__file__))
+    recipe = hashlib.sha256(" ".join((model_digest, content, code, torch.__version__)).encode()).hexdigest()
+    known = load_probe(target)
+    if known and known.get("recipe") == recipe:
+        print(f"{target.name}: already there, skipped", flush=True)
+        return
+    started = time.monotonic()
+    try:
+        model = torch.jit.load(str(model_file), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ModelError(f"{model_file} cannot be loaded as TorchScript; run export_models.py again") from error
+    rows = embed(model, queries)
+    embedding_seconds = time.monotonic() - started
+    wanted = torch.from_numpy(labels)
+    weight, bias = fit(rows[:train], wanted[:train], len(classes), L2)
+    on_train = accuracy(rows[:train], wanted[:train], weight, bias)
+    on_test = accuracy(rows[train:], wanted[train:], weight, bias)
+    token_file.save(
+        target,
+        {"weight": weight.contiguous().numpy(), "bias": bias.numpy()},
+        {
+            "version": PROBE_VERSION,
+            "workload": workload,
+            "model": model_file.stem,
+            "model_sha256": model_digest,
+            "classes": json.dumps(classes),
+            "train_accuracy": f"{on_train:.6f}",
+            "test_accuracy": f"{on_test:.6f}",
+            "l2": repr(L2),
+            "recipe": recipe,
+        },
+    )
+    print(
+        f"{target.name}: {len(classes)} classes, accuracy {100 * on_train:.2f} % on {train} training queries, "
+        f"{100 * on_test:.2f} % on {len(queries) - train} test queries; embedding {embedding_seconds:.0f} s, "
+        f"fitting {time.monotonic() - started - embedding_seconds:.0f} s",
+        flush=True,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    model_file = options.models / f"{options.model}.pt"
+    sidecar = model_file.with_suffix(".json")
+    try:
+        tokenizer = json.loads(sidecar.read_text(encoding="utf-8"))["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{sidecar} does not describe a model; run export_models.py again") from error
+    except OSError as error:
+        raise ModelError(f"{sidecar}: {error.strerror}; run export_models.py --only {options.model} first") from error
+    with folder_lock(options.data):
+        for workload in dict.fromkeys(options.only or NAMES):
+            tokens = options.data / f"{workload}.{tokenizer}.safetensors"
+            if not tokens.exists():
+                print(f"{workload}: no {tokens.name} in {options.data}, no probe", flush=True)
+                continue
+            make_probe(workload, model_file, tokens, options.data / f"{workload}.{options.model}.probe.safetensors")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, metavar="DIR", required=True, help="exported models")
+    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="token files; the probes go there too")
+    parser.add_argument("--model", default="minilm-pooled", metavar="NAME", help="default: minilm-pooled")
+    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=NAMES, help=f"default: {', '.join(NAMES)}")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; default: 1, always the same result")
+    try:
+        run(parser.parse_args(arguments))
+    except (DataError, ModelError, OSError) as error:
+        print(f"fit_probe: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""The report's charts: matplotlib SVG, as wide as a phone, in colours that colour-blind readers can tell apart.
+
+Lines differ in marker and dash as well as in colour, and bars carry their names and numbers."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from report_numbers import THIN, measured, percent, plain_number
+from report_records import PAPER_BAND, Model, Row, Sweep
+
+WIDTH = 4.2  # inches: 400 CSS pixels, a phone's width, where text keeps its size
+GREY = "#8a8f98"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08900", "#56b4e9")  # after Okabe and Ito
+MARKERS = "os^DvP"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MOST_LINES = len(COLOURS)
+INK = "#123456"  # stands for the page's text colour inside charts
+BAR_ROW = 0.36  # inches: a line of text and a bar
+LABEL_WIDTH = 60  # characters that fit beside one another
+
+
+def _plt() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.unicode_minus": True})
+    for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
+        plt.rcParams[name] = INK
+    return plt
+
+
+def _quiet(axes: Any, grid: str = "both") -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: Any, name: str, title: str) -> str:
+    plt = _plt()
+    plt.rcParams["svg.hashsalt"] = name  # ids must differ between the charts of one page
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
+    return text.replace(
+        "<svg ", f'<svg role="img" preserveAspectRatio="xMinYMin" aria-label="{html.escape(title)}" ', 1
+    )
+
+
+# --- bars -----------------------------------------------------------------------------------------
+
+
+def _bars(places: float) -> tuple[Any, Any]:
+    figure, axes = _plt().subplots(figsize=(WIDTH, 0.5 + BAR_ROW * places), layout="constrained")
+    _quiet(axes, "x")
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    return figure, axes
+
+
+def _above(axes: Any, place: float, text: str, **how: Any) -> None:
+    """Text at the left edge, above the bar at this place."""
+    how = {"va": "bottom", "linespacing": 1.0, **how}
+    axes.text(0, place - 0.24, _plain(text), transform=axes.get_yaxis_transform(), **how).set_in_layout(False)
+
+
+def _name(row: Row) -> str:
+    return textwrap.fill(f"{row.workload} ({row.label})", LABEL_WIDTH)
+
+
+def _further(label: str) -> float:
+    """What the lines of a label beyond the first need, in places."""
+    return 0.42 * label.count("\n")
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # no mathematics
+
+
+def colours_of(rows: list[Row]) -> dict[str, str]:
+    kinds = list(dict.fromkeys(row.kind for row in rows if not row.plain))
+    return {kind: COLOURS[index % len(COLOURS)] for index, kind in enumerate(kinds)}
+
+
+def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str]) -> str:
+    """A bar for each chosen run, grouped by model, with a line where nothing is gained."""
+    groups = [
+        (model, [row for row in model.rows if row in chosen and measured(row.speedup_vs_nocache)]) for model in models
+    ]
+    groups = [(model, rows) for model, rows in groups if rows]
+    if not groups:
+        return ""
+    values = [row.speedup_vs_nocache for _, rows in groups for row in rows]
+    labels = {id(row): _name(row) for _, rows in groups for row in rows}
+    figure, axes = _bars(len(values) + 1.2 * len(groups) + sum(map(_further, labels.values())))
+    wide = max(values) > 20 and min(values) > 0
+    start = 1.0 if wide else 0.0
+    place = 0.0
+    for model, rows in groups:
+        _above(axes, place + 0.25, model.name + (" (random weights)" if model.random else ""), fontweight="bold")
+        for row in rows:
+            label = labels[id(row)]
+            place += 1 + _further(label)
+            value = row.speedup_vs_nocache
+            axes.barh(place, value - start, left=start, height=0.4, color=colours[row.kind])
+            quality = row.quality
+            change = f"    {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
+            beside = max(value, 1.0) if value > 0.7 or wide else value  # not across the dashed line
+            axes.annotate(f"{value:.2f}{change}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center")
+            _above(axes, place, label, fontsize=8)
+        place += 1.2
+    axes.axvline(1.0, color=INK, linewidth=1.2, linestyle="--")
+    axes.set_ylim(place - 0.75, -0.5)
+    if wide:
+        axes.set_xscale("log")
+        axes.set_xlim(min(0.8, min(values) * 0.9), max(values) ** 1.6)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        axes.set_xlim(0, max(*values, 1.0) * 1.6)
+    axes.set_xlabel("times as fast as without a cache" + (" (log scale)" if wide else ""))
+    return _svg(figure, "speedup", "Speed-up by model and workload")
+
+
+def latency_chart(model: Model, chosen: list[Row], name: str, colours: dict[str, str]) -> str:
+    """p50 as a bar, p95 as a tick at the end of a line; without a cache and for the chosen runs."""
+    rows = [row for row in model.rows if (row.plain or row in chosen) and measured(row.latency_ms.get("p50"))]
+    if not rows:
+        return ""
+    labels = [_name(row) for row in rows]
+    figure, axes = _bars(len(rows) + 0.2 + sum(map(_further, labels)))
+    place = -1.0
+    for row, label in zip(rows, labels, strict=True):
+        place += 1 + _further(label)
+        p50, p95 = row.latency_ms["p50"], row.latency_ms.get("p95")
+        axes.barh(place, p50, height=0.4, color=GREY if row.plain else colours[row.kind])
+        if measured(p95):
+            axes.plot([p50, p95], [place, place], color=INK, linewidth=1)
+            axes.plot([p95], [place], marker="|", markersize=8, markeredgewidth=1.6, color=INK)
+        _above(axes, place, label, fontsize=8)
+    axes.set_ylim(place + 0.4, -0.8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms a request: p50 (bar), p95 (tick)")
+    return _svg(figure, name, f"Latency of {model.name}")
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+Value = Callable[[Row], float | None]
+
+
+def _percent_hits(row: Row) -> float | None:
+    return 100 * row.hit_rate if measured(row.hit_rate) else None
+
+
+def _draw(axes: Any, place: int, xs: list[float], ys: list[float | None], label: str = "") -> None:
+    axes.plot(
+        xs,
+        [math.nan if y is None else y for y in ys],
+        color=COLOURS[place],
+        marker=MARKERS[place],
+        linestyle=DASHES[place],
+        markersize=5,
+        linewidth=1.6,
+        label=_plain(textwrap.fill(label, LABEL_WIDTH - 8)),
+    )
+
+
+def evenly(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items, first and last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2)
+
+
+def _panels(count: int, lines: int, height: float) -> tuple[Any, list[Any]]:
+    figure, axes = _plt().subplots(
+        count, 1, figsize=(WIDTH, height + 0.2 * lines), layout="constrained", sharex=True, squeeze=False
+    )
+    for one in axes[:, 0]:
+        _quiet(one)
+    return figure, list(axes[:, 0])
+
+
+def _log_axis(axes: Any, values: list[float], text: Callable[[float], str]) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = evenly(sorted(set(values)), 7)
+    axes.set_xticks(ticks, [text(value) for value in ticks])
+    axes.minorticks_off()
+
+
+def tau_chart(sweep: Sweep, name: str) -> str:
+    """Over the threshold: speed-up above, what happened to the answers below."""
+    lines = evenly(sweep.lines, MOST_LINES)
+    all_rows = [row for _, rows in lines for row in rows]
+    qualities = [row.quality for row in all_rows]
+    first = next((quality for quality in qualities if quality and measured(quality.change)), None)
+    figure, (above, below) = _panels(2, len(lines), 3.9)
+    for place, (label, rows) in enumerate(lines):
+        xs = [row.threshold for row in rows]
+        _draw(above, place, xs, [r.speedup_vs_nocache if measured(r.speedup_vs_nocache) else None for r in rows], label)
+        if first:
+            known = [row.quality for row in rows]
+            same = [q if q and q.metric == first.metric and measured(q.change) else None for q in known]
+            _draw(below, place, xs, [q.change * q.scale if q else None for q in same])
+            bounds = [q.ci95 if q and q.ci95 else (math.nan, math.nan) for q in same]
+            low, high = ([first.scale * bound[side] for bound in bounds] for side in (0, 1))
+            below.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+        else:
+            _draw(below, place, xs, [(row.divergence or {}).get("mean") for row in rows])
+    if first:
+        worse = "higher is worse" if first.lower_is_better else "lower is worse"
+        unit = f" ({first.unit})" if first.unit else ""
+        below.set_ylabel(f"change of {first.metric}{unit}\n{worse}")
+        below.axhline(0, color=INK, linewidth=1.2, linestyle="--")
+    else:
+        below.set_ylabel("output divergence, mean\nhigher is worse")
+        below.set_ylim(bottom=0)
+    above.set_ylabel("times as fast as\nwithout a cache")
+    above.axhline(1, color=INK, linewidth=1.2, linestyle="--")
+    for axes in (above, below):
+        axes.axvspan(*PAPER_BAND, color="#f0e442", alpha=0.35, linewidth=0, zorder=0)
+    label = f"{PAPER_BAND[0]:g} to {PAPER_BAND[1]:g}: the paper's choice"
+    above.annotate(label, (sum(PAPER_BAND) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                   textcoords="offset points", ha="center", va="bottom", fontsize=8)
+    below.set_xlabel("similarity threshold τ")
+    thresholds = [row.threshold for row in all_rows]
+    below.set_xlim(min(*thresholds, 0.8) - 0.01, max(*thresholds, 0.95) + 0.01)
+    _legend(figure, above)
+    return _svg(figure, name, f"Speed-up and quality over the threshold, {sweep.model}, {sweep.workload}")
+
+
+def layer_chart(sweep: Sweep, name: str) -> str:
+    lines = sweep.lines[:MOST_LINES]
+    figure, (axes,) = _panels(1, len(lines), 2.4)
+    deepest = 0
+    for place, (label, (row,)) in enumerate(lines):
+        rates = [100 * rate if measured(rate) else None for rate in row.hit_rate_by_layer]
+        deepest = max(deepest, len(rates))
+        _draw(axes, place, list(range(1, len(rates) + 1)), rates, label)
+    axes.set_xticks(evenly(list(range(1, deepest + 1)), 13))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("hit rate (%)")
+    _legend(figure, axes)
+    return _svg(figure, name, f"Hit rate by layer, {sweep.model}, {sweep.workload}")
+
+
+def capacity_chart(sweep: Sweep, name: str) -> str:
+    lines = evenly(sweep.lines, MOST_LINES)
+    figure, (axes,) = _panels(1, len(lines), 2.4)
+    sizes: list[float] = []
+    for place, (label, rows) in enumerate(lines):
+        xs = [row.capacity_bytes / 2**20 for row in rows]
+        sizes += xs
+        _draw(axes, place, xs, [_percent_hits(row) for row in rows], label)
+    _log_axis(axes, sizes, lambda size: f"{size:g}" if size < 1 else plain_number(round(size)))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("cache capacity (MiB, log scale)")
+    axes.set_ylabel("hit rate (%)")
+    _legend(figure, axes)
+    return _svg(figure, name, f"Hit rate over capacity, {sweep.model}, {sweep.workload}")
+
+
+def growth_text(rows: list[Row]) -> str:
+    """Whether the hit rate grows with the logarithm of the capacity: a straight line on the log axis."""
+    points = [(math.log2(row.capacity_bytes), row.hit_rate) for row in rows if measured(row.hit_rate)]
+    points = [(x, y) for x, y in points if math.isfinite(x)]
+    if len(points) < 2:
+        return ""
+    (x0, y0), (x1, y1) = points[0], points[1]
+    (x2, y2), (x3, y3) = points[-2], points[-1]
+    if len(points) == 2:
+        return f"{100 * (y1 - y0) / (x1 - x0):+.1f} points for each doubling; two sizes cannot show the shape"
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    spread_x = sum((x - mean_x) ** 2 for x, _ in points)
+    spread_y = sum((y - mean_y) ** 2 for _, y in points)
+    if spread_y == 0:
+        return "the hit rate is the same at every size"
+    together = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    explained = together**2 / (spread_x * spread_y)
+    return (
+        f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; the first "
+        f"doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points, the last one {100 * (y3 - y2) / (x3 - x2):.1f}"
+    )
+
+
+def eviction_chart(document: dict[str, Any], name: str) -> str:
+    """Hit rate of each policy over the capacity, with the optimum (Belady) in black."""
+    lines = eviction_lines(document)
+    if not lines:
+        return ""
+    figure, (axes,) = _panels(1, len(lines) + 1, 2.8)
+    place = 0
+    sizes: list[float] = []
+    for policy, points in lines.items():
+        xs, ys = list(points), [100 * rate for rate in points.values()]
+        sizes += xs
+        if policy == "belady":
+            axes.plot(xs, ys, color=INK, linestyle=(0, (4, 2)), marker="x", linewidth=1.4, label="belady (optimum)")
+        else:
+            _draw(axes, place % MOST_LINES, xs, ys, policy)
+            place += 1
+    bound = document.get("unbounded_hit_rate")
+    if measured(bound):
+        axes.axhline(100 * bound, color=INK, linewidth=1, linestyle=":", label=f"nothing evicted ({percent(bound)})")
+    _log_axis(axes, sizes, lambda size: plain_number(round(size)))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("capacity (blocks, log scale)")
+    axes.set_ylabel("hit rate (%)")
+    _legend(figure, axes)
+    return _svg(figure, name, "Hit rate of eviction policies over capacity")
+
+
+def eviction_lines(document: dict[str, Any]) -> dict[str, dict[float, float]]:
+    """Policy -> capacity -> hit rate, by rising capacity, the optimum last."""
+    lines: dict[str, dict[float, float]] = {}
+    for result in document["results"]:
+        if measured(result.get("hit_rate")):
+            lines.setdefault(result["policy"], {})[result["capacity"]] = result["hit_rate"]
+    return {
+        policy: dict(sorted(lines[policy].items())) for policy in sorted(lines, key=lambda policy: policy == "belady")
+    }
+
+
+def eviction_text(document: dict[str, Any]) -> list[str]:
+    """For each capacity, the best policy that does not know the future, beside LRU."""
+    lines = eviction_lines(document)
+    texts = []
+    for capacity in sorted({capacity for points in lines.values() for capacity in points}):
+        rates = {policy: points[capacity] for policy, points in lines.items() if capacity in points}
+        real = {policy: rate for policy, rate in rates.items() if policy != "belady"}
+        if len(real) < 2:
+            continue
+        best = max(real, key=lambda policy: real[policy])
+        text = f"{plain_number(int(capacity))} blocks: {best} {percent(real[best])}"
+        if "lru" in real and best != "lru":
+            text += f", {100 * (real[best] - real['lru']):+.1f}{THIN}points against lru"
+        if "belady" in rates:
+            text += f", optimum {percent(rates['belady'])}"
+        texts.append(text)
+    return texts
