@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PROBE_VERSION = "1"
 NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "classification")
+OUT_OF_SCOPE = "oos"  # CLINC150's class of queries without an intent: 1 % of its training split, 18 % of its test split
 BATCH = 16  # queries of one length at once: large enough for full speed on a core, small enough for its cache
 L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 are within a point on a tenth of the training split held out
 STEPS = 100  # of L-BFGS at most
@@ -110,6 +111,8 @@ def read_queries(path: Path) -> tuple[list[np.ndarray], np.ndarray, int, list[st
     queries = np.split(arrays["tokens"], offsets[1:-1])
     if not 0 < train < len(queries):
         raise DataError(f"{path} has {train} training queries of {len(queries)}; both splits must have some")
+    if len(labels) != len(queries):
+        raise DataError(f"{path} has {len(labels)} labels for {len(queries)} queries; run prepare_data.py again")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(f"{path} has labels outside 0 to {len(classes) - 1}; run prepare_data.py again")
     return queries, labels, train, classes, metadata["content_sha256"]
@@ -141,12 +144,22 @@ def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> N
         model = torch.jit.load(str(model_file), map_location="cpu").eval()
     except RuntimeError as error:
         raise ModelError(f"{model_file} cannot be loaded as TorchScript; run export_models.py again") from error
-    rows = embed(model, queries)
+    try:
+        rows = embed(model, queries)
+    except ModelError:
+        raise
+    except (RuntimeError, torch.jit.Error) as error:
+        raise ModelError(f"{model_file} does not run on {tokens.name}: {str(error)[:500]}") from error
     embedding_seconds = time.monotonic() - started
     wanted = torch.from_numpy(labels)
     weight, bias = fit(rows[:train], wanted[:train], len(classes), L2)
     on_train = accuracy(rows[:train], wanted[:train], weight, bias)
-    on_test = accuracy(rows[train:], wanted[train:], weight, bias)
+    test_rows, test_labels = rows[train:], wanted[train:]
+    on_test = accuracy(test_rows, test_labels, weight, bias)
+    in_scope = ""
+    if OUT_OF_SCOPE in classes:
+        inside = test_labels != classes.index(OUT_OF_SCOPE)
+        in_scope = f" ({100 * accuracy(test_rows[inside], test_labels[inside], weight, bias):.2f} % of those in scope)"
     token_file.save(
         target,
         {"weight": weight.contiguous().numpy(), "bias": bias.numpy()},
@@ -164,7 +177,7 @@ def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> N
     )
     print(
         f"{target.name}: {len(classes)} classes, accuracy {100 * on_train:.2f} % on {train} training queries, "
-        f"{100 * on_test:.2f} % on {len(queries) - train} test queries; embedding {embedding_seconds:.0f} s, "
+        f"{100 * on_test:.2f} % on {len(queries) - train} test queries{in_scope}; embedding {embedding_seconds:.0f} s, "
         f"fitting {time.monotonic() - started - embedding_seconds:.0f} s",
         flush=True,
     )

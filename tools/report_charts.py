@@ -73,7 +73,7 @@ def _bars(places: float) -> tuple[Any, Any]:
 
 def _above(axes: Any, place: float, text: str, **how: Any) -> None:
     """Text at the left edge, above the bar at this place."""
-    how = {"va": "bottom", "linespacing": 1.0, **how}
+    how = {"va": "bottom", "linespacing": 1.0, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4}, **how}
     axes.text(0, place - 0.24, _plain(text), transform=axes.get_yaxis_transform(), **how).set_in_layout(False)
 
 
@@ -117,7 +117,7 @@ def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str
             value = row.speedup_vs_nocache
             axes.barh(place, value - start, left=start, height=0.4, color=colours[row.kind])
             quality = row.quality
-            change = f"    {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
+            change = f" · {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
             beside = max(value, 1.0) if value > 0.7 or wide else value  # not across the dashed line
             axes.annotate(f"{value:.2f}{change}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center")
             _above(axes, place, label, fontsize=8)
@@ -242,6 +242,7 @@ def tau_chart(sweep: Sweep, name: str) -> str:
                    textcoords="offset points", ha="center", va="bottom", fontsize=8)
     below.set_xlabel("similarity threshold τ")
     thresholds = [row.threshold for row in all_rows]
+    below.xaxis.set_major_locator(_plt().MultipleLocator(0.05 if min(thresholds) >= 0.5 else 0.2))
     below.set_xlim(min(*thresholds, 0.8) - 0.01, max(*thresholds, 0.95) + 0.01)
     _legend(figure, above)
     return _svg(figure, name, f"Speed-up and quality over the threshold, {sweep.model}, {sweep.workload}")
@@ -292,7 +293,7 @@ def growth_text(rows: list[Row]) -> str:
     mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
     spread_x = sum((x - mean_x) ** 2 for x, _ in points)
     spread_y = sum((y - mean_y) ** 2 for _, y in points)
-    if spread_y == 0:
+    if spread_y < 1e-12:
         return "the hit rate is the same at every size"
     together = sum((x - mean_x) * (y - mean_y) for x, y in points)
     explained = together**2 / (spread_x * spread_y)

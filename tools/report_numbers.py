@@ -71,7 +71,7 @@ class Quality:
         return any(word in self.metric for word in _LOWER_IS_BETTER)
 
     def level(self, value: float | None) -> str:
-        return percent(value) if self.share else plain_number(value, 3)
+        return percent(value) if self.share else plain_number(value, 3 if abs(value or 0) < 10 else 2)
 
     def signed(self, value: float | None) -> str:
         if not measured(value):

@@ -28,7 +28,7 @@ class ReportError(RuntimeError):
 
 def setting_text(name: str, value: Any) -> str:
     if name == "threshold":
-        return f"τ {value:g}" if measured(value) else f"τ {value}"
+        return f"τ\u00a0{value:g}" if measured(value) else f"τ\u00a0{value}"
     if name == "capacity_bytes":
         return f"{mebibytes(value)} MiB"
     if name == "fingerprint":

@@ -132,6 +132,11 @@ prepare_data() {  # arguments for prepare_data.py
   "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --out "$DATA" "$@"
 }
 
+fit_probes() {
+  step "probes" "see the message above; they are fitted on the token files in $DATA"
+  "$VENV_PYTHON" "$ROOT/tools/fit_probe.py" --models "$MODELS" --data "$DATA"
+}
+
 compile_jobs() {
   local cores free_gib
   cores="$(nproc)"
@@ -262,6 +267,8 @@ main_bench() {
   fi
   ((${#models[@]} == 0)) || export_models "${models[@]}"
   prepare_data ${workloads[0]:+--only "${workloads[@]}"}
+  # The probes judge what a cache does to the answers on labelled workloads; they need this model.
+  [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled)\  ]] || fit_probes
   run_benchmark "$@"
   write_report
 }

@@ -1,0 +1,292 @@
+"""Tests of tools/report.py, on made-up results."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unittest
+from typing import Any
+
+from support import ToolTest
+
+import report
+import report_charts
+from report_numbers import quality
+from report_records import headline, rows_of, sweeps
+
+RECORD: dict[str, Any] = {
+    "model": "tiny <model>",
+    "weights": "random (seed 0)",
+    "workload": "sample",
+    "mode": "llmcache",
+    "fidelity": "lossless",
+    "threads": 1,
+    "requests": 10,
+    "tokens": 1000,
+    "tokens_computed_fraction": 0.5,
+    "latency_ms": {"mean": 1.5, "p50": 1.0, "p95": 2.0, "p99": 2.5},
+    "speedup_vs_nocache": 1.75,
+    "hit_rate": None,
+    "divergence": {"mean": 0.0, "p95": None, "max": 1e-6},
+    "cache_bytes": 1 << 20,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+REAL: dict[str, Any] = {**RECORD, "model": "minilm", "weights": "pypi:x 1", "workload": "banking77"}
+THRESHOLD: dict[str, Any] = {**REAL, "fidelity": "threshold", "threshold": 0.85, "fingerprint": "raw"}
+DROPS = {0.8: 0.086, 0.85: 0.051, 0.9: 0.012, 0.95: 0.0}  # threshold -> lost accuracy
+
+
+def task(change: float) -> dict[str, Any]:
+    interval = [change - 0.01, change + 0.01]
+    return {"metric": "accuracy", "value": 0.929 + change, "baseline": 0.929, "change": change, "ci95": interval}
+
+
+class ReportTest(ToolTest):
+    def report(self, document: object) -> tuple[int, str, str]:
+        results, page = self.folder / "results.json", self.folder / "report.html"
+        results.write_text(document if isinstance(document, str) else json.dumps(document))
+        status, _, err = self.run_tool(report, results, "-o", page)
+        return status, page.read_text(encoding="utf-8") if page.exists() else "", err
+
+    def test_no_records(self) -> None:
+        status, page, _ = self.report({"schema": 1, "machine": {}, "command": "", "records": []})
+        self.assertEqual(status, 0)
+        self.assertIn("No measurements", page)
+
+    def test_one_record(self) -> None:
+        document = {"schema": 1, "machine": {"cpu": "A CPU"}, "command": "bench <x>", "records": [RECORD]}
+        status, page, err = self.report(document)
+        self.assertEqual(status, 0, err)
+        for text in ("tiny &lt;model&gt;", "random weights", "1.75", "A CPU", "bench &lt;x&gt;", "1.0e-6", "<svg"):
+            self.assertIn(text, page)
+        self.assertNotIn("tiny <model>", page)
+        for outside in ('src="', "url(http", "@import", "<link", "<script"):
+            self.assertNotIn(outside, page)
+
+    def test_all_measurements_missing(self) -> None:
+        nothing = dict.fromkeys(("mean", "p50", "p95", "p99"))
+        record = {**RECORD, "latency_ms": nothing, "speedup_vs_nocache": None, "divergence": None, "versions": None}
+        status, page, err = self.report({"schema": 1, "records": [record]})
+        self.assertEqual(status, 0, err)
+        self.assertIn("–", page)
+
+    def test_bad_input_is_named(self) -> None:
+        for document, wanted in (
+            ('{"schema": 1, "records": [', "not valid JSON"),
+            ({"schema": 2, "records": []}, "schema 2"),
+            ({"schema": 1}, "'records'"),
+            ({"schema": 1, "records": [RECORD, {"model": "x"}]}, "record 1"),
+        ):
+            with self.subTest(wanted):
+                status, _, err = self.report(document)
+                self.assertEqual(status, 1)
+                self.assertIn(wanted, err)
+                self.assertIn("results.json", err)
+
+    def records(self, *changes: dict[str, Any]) -> dict[str, Any]:
+        return {"schema": 1, "records": [{**RECORD, **change} for change in changes]}
+
+    def sweep(self) -> dict[str, Any]:
+        plain = {**REAL, "mode": "nocache", "fidelity": None, "speedup_vs_nocache": None}
+        return self.records(plain, *({**THRESHOLD, "threshold": tau, "task": task(-drop)} for tau, drop in DROPS.items()))
+
+    def test_fields_of_the_wrong_type_are_named(self) -> None:
+        for change, wanted in (
+            ({"task": [1]}, "task is not an object"),
+            ({"unsafe_served": 0.5}, "unsafe_served is not an object"),
+            ({"hit_rate_by_layer": "all"}, "hit_rate_by_layer is not a list"),
+            ({"latency_ms": 3}, "latency_ms is not an object"),
+        ):
+            with self.subTest(wanted):
+                status, _, err = self.report(self.records({}, change))
+                self.assertEqual(status, 1)
+                self.assertIn(f"record 1: {wanted}", err)
+
+    def test_old_records_say_how_to_get_each_chart(self) -> None:
+        status, page, err = self.report(self.records({}))
+        self.assertEqual(status, 0, err)
+        self.assertEqual(page.count("Not shown:"), 4)
+        for command in ("--threshold 0.80", "--cache-layers all", "--capacity-mib", "llmcache-trace --json"):
+            self.assertIn(command, page)
+
+    def test_old_and_new_records_together(self) -> None:
+        document = self.sweep()
+        document["records"].append(RECORD)
+        status, page, err = self.report(document)
+        self.assertEqual(status, 0, err)
+        self.assertIn("Speed-up and quality over the threshold, minilm, banking77", page)
+        self.assertNotIn("no model and workload was run with several thresholds", page)
+        self.assertIn("the paper's choice", page)
+        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
+        self.assertIn("\u22125.1 points", glance)  # at 0.85, beside the speed-up
+        self.assertNotIn("\u22128.6", glance)
+        self.assertIn("not judged: random weights", glance)
+        self.assertEqual(glance.count('class="badge"'), 1)
+        self.assertIn("tiny &lt;model&gt; (random weights)", page)  # in the bar chart too
+        tables = page[page.index("All figures of") :]
+        for drop in ("\u22128.6", "\u22125.1", "0.0"):
+            self.assertIn(drop, tables)
+
+    def test_values_that_are_not_numbers(self) -> None:
+        odd: list[Any] = [math.nan, math.inf, None, True, "many", [1]]
+        for value in odd:
+            with self.subTest(repr(value)):
+                record = {
+                    **THRESHOLD,
+                    "threshold": value,
+                    "capacity_bytes": value,
+                    "hit_rate": value,
+                    "speedup_vs_nocache": value,
+                    "cache_bytes": value,
+                    "tokens_computed_fraction": value,
+                    "hit_rate_by_layer": [value, value],
+                    "latency_ms": {"mean": value, "p50": value, "p95": value, "p99": value},
+                    "divergence": {"mean": value, "p95": value, "max": value},
+                    "task": {"metric": "accuracy", "value": value, "baseline": value, "change": value, "ci95": value},
+                    "unsafe_served": {"rate": value, "ci95": [value, value]},
+                }
+                status, page, err = self.report(self.records(record, record))
+                self.assertEqual(status, 0, err)
+                self.assertIn("not measured", page)
+                self.assertIsNone(re.search(r">\s*(nan|inf|True|many)\b", page))
+
+    def test_gaps_in_a_sweep(self) -> None:
+        document = self.sweep()
+        document["records"][2].update(speedup_vs_nocache=math.nan, task=None)
+        document["records"][3]["task"] = {"metric": "accuracy", "value": 0.9, "ci95": [None, 0.1]}
+        status, page, err = self.report(document)
+        self.assertEqual(status, 0, err)
+        self.assertIn("Speed-up and quality over the threshold", page)
+
+    def test_random_weights_show_divergence_over_the_threshold(self) -> None:
+        changes = [{"fidelity": "threshold", "threshold": tau} for tau in (0.8, 0.9)]
+        status, page, err = self.report(self.records(*changes))
+        self.assertEqual(status, 0, err)
+        self.assertIn("output divergence, mean", page)
+        self.assertIn('tiny &lt;model&gt;, sample<span class="badge">random weights</span>', page)
+
+    def test_layers(self) -> None:
+        changes = [{**THRESHOLD, "threshold": t, "hit_rate_by_layer": [0.1, None, 0.3]} for t in (0.8, 0.9)]
+        status, page, err = self.report(self.records(*changes, {**REAL, "hit_rate_by_layer": [None]}))
+        self.assertEqual(status, 0, err)
+        self.assertEqual(page.count('aria-label="Hit rate by layer'), 1)
+
+    def test_capacities(self) -> None:
+        changes = [
+            {**THRESHOLD, "capacity_bytes": mib << 20, "hit_rate": rate}
+            for mib, rate in ((64, 0.5), (4, 0.1), (16, 0.3))  # in any order
+        ]
+        status, page, err = self.report(self.records(*changes))
+        self.assertEqual(status, 0, err)
+        self.assertEqual(page.count('aria-label="Hit rate over capacity'), 1)
+        self.assertIn("explains 100\u2009% of the variation; the first doubling adds 10.0 points, the last one 10.0", page)
+
+    def test_growth_in_words(self) -> None:
+        def text(*points: tuple[float, Any]) -> str:
+            records = [{**RECORD, "capacity_bytes": size, "hit_rate": rate} for size, rate in points]
+            return report_charts.growth_text(rows_of([{"records": records}]))
+
+        self.assertEqual(text((4, 0.1)), "")
+        self.assertEqual(text((4, math.nan), (8, 0.2)), "")
+        self.assertIn("+5.0 points for each doubling", text((4, 0.1), (16, 0.2)))
+        self.assertIn("the same at every size", text((4, 0.1), (8, 0.1), (16, 0.1)))
+        self.assertIn("first doubling adds 40.0 points, the last one 0.0", text((4, 0.1), (8, 0.5), (16, 0.5)))
+
+    def test_trace_beside_results(self) -> None:
+        trace = self.folder / "trace.json"
+        results = [
+            {"policy": policy, "capacity": capacity, "hit_rate": rate, "evictions": 1}
+            for policy, rate in (("belady", 0.4), ("lru", 0.2), ("s3fifo", 0.25))
+            for capacity in (5000, 1000)
+        ]
+        document = {"trace": "a/b.jsonl", "requests": 7000, "blocks": 9, "unbounded_hit_rate": 0.5, "results": results}
+
+        def run() -> tuple[int, str, str]:
+            trace.write_text(json.dumps(document))
+            other = self.folder / "results.json"
+            other.write_text(json.dumps(self.records({})))
+            status, _, err = self.run_tool(report, other, trace, "-o", self.folder / "page.html")
+            return status, (self.folder / "page.html").read_text() if status == 0 else "", err
+
+        status, page, err = run()
+        self.assertEqual(status, 0, err)
+        self.assertIn("1\u2009000 blocks: s3fifo 25.0\u2009%, +5.0\u2009points against lru, optimum 40.0\u2009%", page)
+        self.assertIn("belady (optimum)", page)
+        self.assertIn("b.jsonl: 7\u2009000 requests", page)
+        results[0]["hit_rate"] = math.nan
+        self.assertEqual(run()[0], 0)
+        document["results"] = [{"policy": "lru", "capacity": 0, "hit_rate": 0.1}]
+        status, _, err = run()
+        self.assertEqual(status, 1)
+        self.assertIn("trace.json: result 0", err)
+        document["results"] = {}
+        self.assertIn("'results' is not a list", run()[2])
+
+    def test_many_runs_stay_readable(self) -> None:
+        changes = [
+            {**THRESHOLD, "threshold": t / 100, "fingerprint": f"f{n}", "hit_rate_by_layer": [0.1, 0.2]}
+            for n in range(9)
+            for t in range(80, 100)
+        ]
+        status, page, err = self.report(self.records(*changes))
+        self.assertEqual(status, 0, err)
+        self.assertIn("3 more of these runs are in the tables only", page)
+        self.assertEqual(page.count("aria-label"), 5)  # speed-up, threshold, layers, latency, table
+        ids = re.findall(r'\bid="([^"]+)"', page)
+        self.assertEqual(len(ids), len(set(ids)), "ids must differ between the charts of one page")
+
+    def test_large_speedups(self) -> None:
+        status, page, err = self.report(self.records({"speedup_vs_nocache": 900.0}, {**REAL, "speedup_vs_nocache": 0.5}))
+        self.assertEqual(status, 0, err)
+        self.assertIn("(log scale)", page)
+
+
+class NumbersTest(ToolTest):
+    def test_quality(self) -> None:
+        found = quality({"metric": "accuracy", "value": 0.878, "baseline": 0.929, "change": None, "ci95": [-0.06, -0.04]})
+        assert found is not None
+        self.assertEqual((found.change_text, found.verdict), ("\u22125.1 points", "worse"))
+        self.assertEqual(found.levels_text, "accuracy 92.9\u2009% → 87.8\u2009%")
+        self.assertEqual(found.interval_text, "\u22126.0 to \u22124.0")
+        lower = quality({"metric": "perplexity", "value": 16.0, "baseline": 15.0, "change": 1.0, "ci95": [0.5, 1.5]})
+        assert lower is not None
+        self.assertEqual((lower.change_text, lower.verdict), ("+1.000", "worse"))
+        better = quality({"metric": "answer_nll", "value": 1.0, "baseline": 2.0, "ci95": [-1.5, -0.5]})
+        assert better is not None
+        self.assertEqual((better.metric, better.verdict), ("answer nll", "better"))
+        unclear = quality({"metric": "spearman", "value": 0.8, "baseline": 0.8, "change": -0.0001, "ci95": [-0.1, 0.1]})
+        assert unclear is not None
+        self.assertEqual((unclear.change_text, unclear.verdict), ("0.000", "no clear change"))
+        alone = quality({"metric": "precision", "value": 0.7, "ci95": [0.65, 0.75]})
+        assert alone is not None
+        self.assertEqual((alone.levels_text, alone.interval_text, alone.verdict),
+                         ("precision 70.0\u2009%", "65.0\u2009% to 75.0\u2009%", ""))
+        for nothing in (None, {}, {"metric": "accuracy", "value": None}, {"value": math.nan}):
+            self.assertIsNone(quality(nothing))
+
+    def test_headline_is_the_middle_of_the_papers_band_and_the_largest_cache(self) -> None:
+        changes = [{"threshold": t, "capacity_bytes": c} for t in (0.8, 0.86, 0.95) for c in (1, 2)]
+        rows = rows_of([{"records": [{**RECORD, **change} for change in (*changes, {"mode": "nocache"})]}])
+        (row,) = headline(rows)
+        self.assertEqual((row.threshold, row.capacity_bytes), (0.86, 2))
+
+    def test_only_records_that_differ_in_nothing_else_make_a_line(self) -> None:
+        changes = [
+            {"threshold": 0.8, "fingerprint": "raw"},
+            {"threshold": 0.9, "fingerprint": "raw"},
+            {"threshold": 0.9, "fingerprint": "raw", "speedup_vs_nocache": 9},  # measured again: the last one counts
+            {"threshold": 0.9, "fingerprint": "pca"},
+            {"threshold": 0.8, "fingerprint": "raw", "workload": "other"},
+            {"threshold": 0.9, "fingerprint": "raw", "mode": "doccache", "fidelity": None},
+        ]
+        (found,) = sweeps(rows_of([{"records": [{**RECORD, **change} for change in changes]}]), "threshold")
+        ((name, line),) = found.lines
+        self.assertEqual((found.workload, name), ("sample", "lossless, raw"))
+        self.assertEqual([(row.threshold, row.speedup_vs_nocache) for row in line], [(0.8, 1.75), (0.9, 9)])
+
+
+if __name__ == "__main__":
+    unittest.main()
