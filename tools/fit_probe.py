@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fits the linear probes that turn a sentence embedding into an intent, so that a cache's effect on answers can be seen.
+"""Fits the linear probes that turn a sentence embedding into an intent: they show what a cache does to answers.
 
 For each workload of task "classification" it runs the exported model on every query of the token file
 DATA/WORKLOAD.TOKENIZER.safetensors, without any cache, and fits a multinomial logistic regression with an L2
@@ -38,7 +38,7 @@ PROBE_VERSION = "1"
 NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "classification")
 OUT_OF_SCOPE = "oos"  # CLINC150's class of queries without an intent: 1 % of its training split, 18 % of its test split
 BATCH = 16  # queries of one length at once: large enough for full speed on a core, small enough for its cache
-L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 are within a point on a tenth of the training split held out
+L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 differ by a point at most on a tenth held out
 STEPS = 100  # of L-BFGS at most
 
 
@@ -134,7 +134,7 @@ def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> N
     queries, labels, train, classes, content = read_queries(tokens)
     model_digest = sha256_of(model_file)
     code = sha256_of(Path(__file__))
-    recipe = hashlib.sha256(" ".join((model_digest, content, code, torch.__version__)).encode()).hexdigest()
+    recipe = hashlib.sha256(f"{model_digest} {content} {code} {torch.__version__}".encode()).hexdigest()
     known = load_probe(target)
     if known and known.get("recipe") == recipe:
         print(f"{target.name}: already there, skipped", flush=True)

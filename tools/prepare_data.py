@@ -30,7 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 SCORED_TASKS = ("choice", "perplexity")  # mean nothing for an encoder, whose log-likelihoods are not defined
 TOKENIZERS = ("bert-base-uncased", "gpt2", "smollm2")
-CODE = ("prepare_data.py", "workloads.py", "raw_files.py", "token_file.py")  # files made by another version of these are made again
+CODE = (
+    "prepare_data.py",
+    "workloads.py",
+    "raw_files.py",
+    "token_file.py",
+)  # files made by another version of these are made again
 
 
 @dataclass

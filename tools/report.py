@@ -15,7 +15,7 @@ from typing import Any
 
 import report_charts as charts
 from atomic_files import write_atomically
-from report_numbers import error_number, interval, mebibytes, measured, percent, plain_number
+from report_numbers import error_number, interval, measured, mebibytes, percent, plain_number
 from report_records import (
     ReportError,
     Row,
@@ -28,7 +28,7 @@ from report_records import (
     sweeps,
 )
 
-BENCH = "build/bin/llmcache-bench --mode nocache,llmcache"
+BENCH = "build/bin/llmcache-bench --models build/models --data build/data"
 
 
 @dataclass
@@ -66,8 +66,9 @@ def sections(rows: list[Row], traces: list[dict[str, Any]]) -> list[Section]:
         Section(
             "Speed and answers over the similarity threshold",
             "Above: how many times as fast. Below: what happened to the answers, the shaded area around a line is the "
-            "95\u2009% interval. The yellow band is the range of thresholds that the LLMCache paper chooses. With random "
-            "weights there are no answers to judge; the divergence of the output is shown instead.",
+            "95\u2009% interval. The yellow band is the range of thresholds that the LLMCache paper chooses; it does "
+            "not centre its states, and centred ones are as similar at a much lower threshold. With random weights "
+            "there are no answers to judge; the divergence of the output is shown instead.",
             [
                 _titled(sweep, charts.tau_chart(sweep, f"tau{number}"))
                 for number, sweep in enumerate(sweeps(rows, "threshold"))
@@ -77,7 +78,8 @@ def sections(rows: list[Row], traces: list[dict[str, Any]]) -> list[Section]:
         ),
         Section(
             "Hit rate by layer",
-            "Share of the sequences whose state at this layer was taken from the cache.",
+            "Share of the sequences that went on from the kept output of this layer, so that all layers up to it were "
+            "skipped. Layers are numbered from 0, as in --cache-layers.",
             [
                 _titled(sweep, charts.layer_chart(sweep, f"layers{number}"))
                 for number, sweep in enumerate(by_layer(rows))
@@ -124,9 +126,9 @@ def versions(documents: list[dict[str, Any]]) -> list[str]:
     return list(found)
 
 
-def unsafe(row: Row) -> str:
-    """Rate of wrongly served answers with its 95 % interval, or an empty text."""
-    found = row.unsafe_served or {}
+def rate(found: dict[str, Any] | None) -> str:
+    """A rate with its 95 % interval, or an empty text."""
+    found = found or {}
     if not measured(found.get("rate")):
         return ""
     bounds = interval(found.get("ci95"))
@@ -145,7 +147,7 @@ def render(documents: list[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=plain_number, error=error_number, percent=percent, mib=mebibytes, unsafe=unsafe)
+    environment.filters.update(number=plain_number, error=error_number, percent=percent, mib=mebibytes, rate=rate)
     return environment.get_template("report_template.html").render(
         models=models,
         chosen=chosen,
@@ -156,6 +158,7 @@ def render(documents: list[dict[str, Any]]) -> str:
         speedup_chart=charts.speedup_chart(models, chosen, colours),
         sections=sections(rows, traces),
         any_random=any(model.random for model in models),
+        any_fill=any(measured(row.fill_available) and row.fill_available for row in rows),
         any_recall=any(measured(row.recall) or measured((row.task or {}).get("recall")) for row in rows),
     )
 

@@ -32,7 +32,9 @@ def _plt() -> Any:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.unicode_minus": True})
+    plt.rcParams.update(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.unicode_minus": True}
+    )
     for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
         plt.rcParams[name] = INK
     return plt
@@ -119,7 +121,9 @@ def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str
             quality = row.quality
             change = f" · {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
             beside = max(value, 1.0) if value > 0.7 or wide else value  # not across the dashed line
-            axes.annotate(f"{value:.2f}{change}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{value:.2f}{change}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center"
+            )
             _above(axes, place, label, fontsize=8)
         place += 1.2
     axes.axvline(1.0, color=INK, linewidth=1.2, linestyle="--")
@@ -238,11 +242,21 @@ def tau_chart(sweep: Sweep, name: str) -> str:
     for axes in (above, below):
         axes.axvspan(*PAPER_BAND, color="#f0e442", alpha=0.35, linewidth=0, zorder=0)
     label = f"{PAPER_BAND[0]:g} to {PAPER_BAND[1]:g}: the paper's choice"
-    above.annotate(label, (sum(PAPER_BAND) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                   textcoords="offset points", ha="center", va="bottom", fontsize=8)
+    above.annotate(
+        label,
+        (sum(PAPER_BAND) / 2, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=8,
+    )
     below.set_xlabel("similarity threshold τ")
     thresholds = [row.threshold for row in all_rows]
-    below.xaxis.set_major_locator(_plt().MultipleLocator(0.05 if min(thresholds) >= 0.5 else 0.2))
+    span = max(*thresholds, 0.95) - min(*thresholds, 0.8)
+    step = 0.05 if span < 0.25 else 0.1 if span < 0.7 else 0.2
+    below.xaxis.set_major_locator(_plt().MultipleLocator(step))
     below.set_xlim(min(*thresholds, 0.8) - 0.01, max(*thresholds, 0.95) + 0.01)
     _legend(figure, above)
     return _svg(figure, name, f"Speed-up and quality over the threshold, {sweep.model}, {sweep.workload}")
@@ -255,8 +269,8 @@ def layer_chart(sweep: Sweep, name: str) -> str:
     for place, (label, (row,)) in enumerate(lines):
         rates = [100 * rate if measured(rate) else None for rate in row.hit_rate_by_layer]
         deepest = max(deepest, len(rates))
-        _draw(axes, place, list(range(1, len(rates) + 1)), rates, label)
-    axes.set_xticks(evenly(list(range(1, deepest + 1)), 13))
+        _draw(axes, place, list(range(len(rates))), rates, label)
+    axes.set_xticks(evenly(list(range(deepest)), 13))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
     axes.set_ylabel("hit rate (%)")
@@ -298,8 +312,8 @@ def growth_text(rows: list[Row]) -> str:
     together = sum((x - mean_x) * (y - mean_y) for x, y in points)
     explained = together**2 / (spread_x * spread_y)
     return (
-        f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; the first "
-        f"doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points, the last one {100 * (y3 - y2) / (x3 - x2):.1f}"
+        f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; the "
+        f"first doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points, the last one {100 * (y3 - y2) / (x3 - x2):.1f}"
     )
 
 

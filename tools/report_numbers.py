@@ -115,5 +115,6 @@ def quality(task: Any) -> Quality | None:
         change = value - baseline
     if value is None and change is None:
         return None
-    return Quality(str(task.get("metric") or "quality").replace("_", " "), value, baseline, change,
-                   interval(task.get("ci95")))
+    return Quality(
+        str(task.get("metric") or "quality").replace("_", " "), value, baseline, change, interval(task.get("ci95"))
+    )

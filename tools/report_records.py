@@ -11,15 +11,28 @@ from report_numbers import Quality, measured, mebibytes, quality
 
 SCHEMA = 1
 REQUIRED = ("model", "weights", "workload", "mode", "threads", "requests", "tokens", "latency_ms")
-OBJECTS = ("latency_ms", "divergence", "task", "unsafe_served", "versions")
+OBJECTS = ("latency_ms", "divergence", "task", "unsafe_served", "same_answer", "versions")
 PLAIN = "nocache"
 PAPER_BAND = (0.82, 0.88)  # similarity thresholds that the LLMCache paper calls best
 # What makes two records of one model and workload different runs, and how it is written.
-SETTINGS = ("threshold", "fingerprint", "fingerprint_layer", "centring", "cache_layers", "eviction", "ttl_seconds",
-            "shadow_rate", "capacity_bytes", "threads", "zipf", "shuffle")
+SETTINGS = (
+    "threshold",
+    "fingerprint",
+    "fingerprint_layer",
+    "centring",
+    "cache_layers",
+    "eviction",
+    "ttl_seconds",
+    "shadow_rate",
+    "capacity_bytes",
+    "threads",
+    "zipf",
+    "shuffle",
+)
 
 
-ALWAYS_SHOWN = ("threshold", "fingerprint")
+ALWAYS_SHOWN = ("threshold", "fingerprint", "centring")
+CENTRING = {"off": "not centred", "running": "centred", "fitted": "centred (fitted)"}
 
 
 class ReportError(RuntimeError):
@@ -33,6 +46,8 @@ def setting_text(name: str, value: Any) -> str:
         return f"{mebibytes(value)} MiB"
     if name == "fingerprint":
         return str(value)
+    if name == "centring":
+        return CENTRING.get(str(value), f"centring {value}")
     if isinstance(value, list):
         value = ",".join(map(str, value))
     return f"{name.removesuffix('_seconds').replace('_', ' ')} {value}"
@@ -65,7 +80,14 @@ class Row:
 
     def key(self, *without: str) -> tuple[str, ...]:
         """Equal for records that differ in nothing but the named settings."""
-        names = ("model", "weights", "workload", "mode", "fidelity", *(name for name in SETTINGS if name not in without))
+        names = (
+            "model",
+            "weights",
+            "workload",
+            "mode",
+            "fidelity",
+            *(name for name in SETTINGS if name not in without),
+        )
         return tuple(json.dumps(self.record.get(name), sort_keys=True) for name in names)
 
     def name(self, *parts: str) -> str:
@@ -127,7 +149,9 @@ def _check_trace(path: Path, document: dict[str, Any]) -> None:
     for number, result in enumerate(results):
         whole = isinstance(result, dict) and isinstance(result.get("policy"), str) and measured(result.get("capacity"))
         if not whole or result["capacity"] <= 0:
-            raise ReportError(f"{path}: result {number} has no policy or no positive capacity; run llmcache-trace again")
+            raise ReportError(
+                f"{path}: result {number} has no policy or no positive capacity; run llmcache-trace again"
+            )
 
 
 def rows_of(documents: list[dict[str, Any]]) -> list[Row]:

@@ -265,8 +265,8 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             "clinc150",
             ("clinc150/train_small.tsv", "clinc150/test.tsv"),
-            "CLINC150 queries in batches of eight, 150 intents and out of scope (a class of its own): the small training "
-            "split (50 queries an intent) fills, the test queries ask",
+            "CLINC150 queries in batches of eight, 150 intents and out of scope (a class of its own): the small "
+            "training split (50 queries an intent) fills, the test queries ask",
             FILL_SHUFFLED,
             read_intents,
             task="classification",

@@ -7,8 +7,9 @@ import unittest
 from pathlib import Path
 
 import numpy as np
-from support import ToolTest
+from support import ToolTest  # lets the tools be imported
 
+# isort: split
 import fit_probe
 import token_file
 
@@ -64,9 +65,7 @@ class ProbeTest(ToolTest):
         )
 
     def fit(self, *arguments: object) -> tuple[int, str, str]:
-        return self.run_tool(
-            fit_probe, "--models", self.models, "--data", self.data, "--only", "banking77", *arguments
-        )
+        return self.run_tool(fit_probe, "--models", self.models, "--data", self.data, "--only", "banking77", *arguments)
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         loaded = token_file.load(self.probe)
@@ -93,8 +92,9 @@ class ProbeTest(ToolTest):
         self.assertEqual((arrays["weight"].shape, arrays["bias"].shape), ((3, DIMS), (3,)))
         self.assertEqual({str(array.dtype) for array in arrays.values()}, {"float32"})
         self.assertTrue(all(np.isfinite(array).all() for array in arrays.values()))
-        self.assertEqual((metadata["version"], metadata["workload"], metadata["model"]),
-                         ("1", "banking77", "minilm-pooled"))
+        self.assertEqual(
+            (metadata["version"], metadata["workload"], metadata["model"]), ("1", "banking77", "minilm-pooled")
+        )
         self.assertEqual(json.loads(metadata["classes"]), CLASSES)
         self.assertEqual(metadata["model_sha256"], sha256_of(self.models / "minilm-pooled.pt"))
         self.assertGreater(float(metadata["train_accuracy"]), 0.8)  # a guess would have a third

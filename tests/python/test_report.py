@@ -8,8 +8,9 @@ import re
 import unittest
 from typing import Any
 
-from support import ToolTest
+from support import ToolTest  # lets the tools be imported
 
+# isort: split
 import report
 import report_charts
 from report_numbers import quality
@@ -91,7 +92,9 @@ class ReportTest(ToolTest):
 
     def sweep(self) -> dict[str, Any]:
         plain = {**REAL, "mode": "nocache", "fidelity": None, "speedup_vs_nocache": None}
-        return self.records(plain, *({**THRESHOLD, "threshold": tau, "task": task(-drop)} for tau, drop in DROPS.items()))
+        return self.records(
+            plain, *({**THRESHOLD, "threshold": tau, "task": task(-drop)} for tau, drop in DROPS.items())
+        )
 
     def test_fields_of_the_wrong_type_are_named(self) -> None:
         for change, wanted in (
@@ -161,6 +164,44 @@ class ReportTest(ToolTest):
         self.assertEqual(status, 0, err)
         self.assertIn("Speed-up and quality over the threshold", page)
 
+    def test_what_was_served_and_filled(self) -> None:
+        duplicates = {
+            **THRESHOLD,
+            "task": {"metric": "precision", "value": 0.71, "baseline": None, "change": None, "ci95": [None, None]},
+            "recall": 0.625,
+            "unsafe_served": {"rate": 0.29, "ci95": [0.27, 0.31], "served": 100, "unlabelled": 3},
+            "filled": 300,
+            "fill_available": 5364,
+        }
+        answers = {**THRESHOLD, "same_answer": {"rate": 0.256, "ci95": [None, None], "served": 10}}
+        status, page, err = self.report(self.records(duplicates, answers))
+        self.assertEqual(status, 0, err)
+        for text in (
+            "precision 71.0",
+            "62.5",
+            "wrongly served 29.0",
+            "(27.0\u2009% to 31.0\u2009%)",
+            "300 of 5\u2009364",
+            "same gold answer 25.6",
+        ):
+            self.assertIn(text, page)
+
+    def test_names_of_runs(self) -> None:
+        changes = [
+            {"centring": "off"},
+            {"centring": "running", "fingerprint_layer": 2},
+            {"workload": "x", "centring": None},
+        ]
+        rows = rows_of([{"records": [{**THRESHOLD, **change} for change in changes]}])
+        self.assertEqual(
+            [row.label for row in rows],
+            [
+                "threshold, τ\u00a00.85, raw, not centred",
+                "threshold, τ\u00a00.85, raw, fingerprint layer 2, centred",
+                "threshold, τ\u00a00.85, raw",
+            ],
+        )
+
     def test_random_weights_show_divergence_over_the_threshold(self) -> None:
         changes = [{"fidelity": "threshold", "threshold": tau} for tau in (0.8, 0.9)]
         status, page, err = self.report(self.records(*changes))
@@ -182,7 +223,9 @@ class ReportTest(ToolTest):
         status, page, err = self.report(self.records(*changes))
         self.assertEqual(status, 0, err)
         self.assertEqual(page.count('aria-label="Hit rate over capacity'), 1)
-        self.assertIn("explains 100\u2009% of the variation; the first doubling adds 10.0 points, the last one 10.0", page)
+        self.assertIn(
+            "explains 100\u2009% of the variation; the first doubling adds 10.0 points, the last one 10.0", page
+        )
 
     def test_growth_in_words(self) -> None:
         def text(*points: tuple[float, Any]) -> str:
@@ -239,14 +282,18 @@ class ReportTest(ToolTest):
         self.assertEqual(len(ids), len(set(ids)), "ids must differ between the charts of one page")
 
     def test_large_speedups(self) -> None:
-        status, page, err = self.report(self.records({"speedup_vs_nocache": 900.0}, {**REAL, "speedup_vs_nocache": 0.5}))
+        status, page, err = self.report(
+            self.records({"speedup_vs_nocache": 900.0}, {**REAL, "speedup_vs_nocache": 0.5})
+        )
         self.assertEqual(status, 0, err)
         self.assertIn("(log scale)", page)
 
 
 class NumbersTest(ToolTest):
     def test_quality(self) -> None:
-        found = quality({"metric": "accuracy", "value": 0.878, "baseline": 0.929, "change": None, "ci95": [-0.06, -0.04]})
+        found = quality(
+            {"metric": "accuracy", "value": 0.878, "baseline": 0.929, "change": None, "ci95": [-0.06, -0.04]}
+        )
         assert found is not None
         self.assertEqual((found.change_text, found.verdict), ("\u22125.1 points", "worse"))
         self.assertEqual(found.levels_text, "accuracy 92.9\u2009% → 87.8\u2009%")
@@ -262,8 +309,10 @@ class NumbersTest(ToolTest):
         self.assertEqual((unclear.change_text, unclear.verdict), ("0.000", "no clear change"))
         alone = quality({"metric": "precision", "value": 0.7, "ci95": [0.65, 0.75]})
         assert alone is not None
-        self.assertEqual((alone.levels_text, alone.interval_text, alone.verdict),
-                         ("precision 70.0\u2009%", "65.0\u2009% to 75.0\u2009%", ""))
+        self.assertEqual(
+            (alone.levels_text, alone.interval_text, alone.verdict),
+            ("precision 70.0\u2009%", "65.0\u2009% to 75.0\u2009%", ""),
+        )
         for nothing in (None, {}, {"metric": "accuracy", "value": None}, {"value": math.nan}):
             self.assertIsNone(quality(nothing))
 

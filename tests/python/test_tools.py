@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import unittest
+from pathlib import Path
 
-from support import ToolTest
+from support import ToolTest  # lets the tools be imported
 
+# isort: split
 import export_models
 from atomic_files import folder_lock, write_atomically
 from model_list import MODELS

@@ -7,8 +7,9 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, ToolTest
+from support import ROOT, ToolTest  # lets the tools be imported
 
+# isort: split
 import prepare_data
 from prepare_data import Encoded, join
 from workloads import MAX_TOKENS, WORKLOADS, Request, Sequence, Traffic
