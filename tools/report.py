@@ -79,7 +79,7 @@ def sections(rows: list[Row], traces: list[dict[str, Any]]) -> list[Section]:
         Section(
             "Hit rate by layer",
             "Share of the sequences that went on from the kept output of this layer, so that all layers up to it were "
-            "skipped. Layers are numbered from 0, as in --cache-layers.",
+            "skipped. Layers are numbered from 0.",
             [
                 _titled(sweep, charts.layer_chart(sweep, f"layers{number}"))
                 for number, sweep in enumerate(by_layer(rows))

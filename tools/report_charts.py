@@ -312,8 +312,9 @@ def growth_text(rows: list[Row]) -> str:
     together = sum((x - mean_x) * (y - mean_y) for x, y in points)
     explained = together**2 / (spread_x * spread_y)
     return (
-        f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; the "
-        f"first doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points, the last one {100 * (y3 - y2) / (x3 - x2):.1f}"
+        f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; a "
+        f"doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points at the small end, {100 * (y3 - y2) / (x3 - x2):.1f} at "
+        "the large end"
     )
 
 

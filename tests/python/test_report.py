@@ -224,7 +224,7 @@ class ReportTest(ToolTest):
         self.assertEqual(status, 0, err)
         self.assertEqual(page.count('aria-label="Hit rate over capacity'), 1)
         self.assertIn(
-            "explains 100\u2009% of the variation; the first doubling adds 10.0 points, the last one 10.0", page
+            "explains 100\u2009% of the variation; a doubling adds 10.0 points at the small end, 10.0 at", page
         )
 
     def test_growth_in_words(self) -> None:
@@ -236,7 +236,9 @@ class ReportTest(ToolTest):
         self.assertEqual(text((4, math.nan), (8, 0.2)), "")
         self.assertIn("+5.0 points for each doubling", text((4, 0.1), (16, 0.2)))
         self.assertIn("the same at every size", text((4, 0.1), (8, 0.1), (16, 0.1)))
-        self.assertIn("first doubling adds 40.0 points, the last one 0.0", text((4, 0.1), (8, 0.5), (16, 0.5)))
+        self.assertIn(
+            "doubling adds 40.0 points at the small end, 0.0 at the large end", text((4, 0.1), (8, 0.5), (16, 0.5))
+        )
 
     def test_trace_beside_results(self) -> None:
         trace = self.folder / "trace.json"
