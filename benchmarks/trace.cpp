@@ -3,9 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
 #include <istream>
+#include <iterator>
+#include <limits>
 #include <memory_resource>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -26,7 +27,8 @@ class BlockNumbers {
   explicit BlockNumbers(const std::string& where) : where_(where) {}
 
   std::uint32_t number(std::int64_t id, std::optional<std::int64_t> before, std::size_t line) {
-    const auto [found, is_new] = blocks_.try_emplace(id, Block{static_cast<std::uint32_t>(blocks_.size()), before, line});
+    const auto [found, is_new] =
+        blocks_.try_emplace(id, Block{static_cast<std::uint32_t>(blocks_.size()), before, line});
     const Block& block = found->second;
     if (!is_new && block.before != before) {
       throw Failure(
@@ -60,7 +62,14 @@ const Json& field(const Json& object, const char* name, const std::string& where
   return *found;
 }
 
-TraceRequest parse_request(const std::string& line, std::size_t number, const std::string& name, BlockNumbers& numbers) {
+/// JSON for a message, not longer than a line.
+std::string shown(const Json& json) {
+  const std::string text = json.dump(-1, ' ', true, Json::error_handler_t::replace);
+  return text.size() <= 60 ? text : text.substr(0, 57) + "...";
+}
+
+TraceRequest parse_request(const std::string& line, std::size_t number, const std::string& name,
+                           BlockNumbers& numbers) {
   const std::string where = fmt::format("{}, line {}", name, number);
   const Json object = Json::parse(line, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) throw Failure(fmt::format("{}: not a JSON object; expected one request a line", where));
@@ -78,11 +87,10 @@ TraceRequest parse_request(const std::string& line, std::size_t number, const st
   }
   std::optional<std::int64_t> before;
   for (const Json& id : ids) {
-    if (!id.is_number_integer() || id.is_number_unsigned() != (id >= 0) ||
-        (id.is_number_unsigned() && id.get<std::uint64_t>() > std::numeric_limits<std::int64_t>::max())) {
-      throw Failure(fmt::format("{}: 'hash_ids' has {}; whole numbers of 64 bits are expected", where, id.dump()));
+    if (!id.is_number_integer()) {
+      throw Failure(fmt::format("{}: 'hash_ids' has {}; whole numbers are expected", where, shown(id)));
     }
-    const auto value = id.get<std::int64_t>();
+    const auto value = id.get<std::int64_t>();  // a number of 2^63 and more wraps: still one number for each
     request.blocks.push_back(numbers.number(value, before, number));
     before = value;
   }
@@ -98,7 +106,7 @@ class Bank {
   [[nodiscard]] bool holds(std::uint32_t block) const { return slots_[block] != kNoSlot; }
   [[nodiscard]] std::size_t size() const { return policy_.size(); }
 
-  void use(std::uint32_t block, std::size_t position, double time_s) {
+  void use(std::uint32_t block, double cost, double time_s) {
     if (holds(block)) {
       policy_.hit(slots_[block], time_s);
       return;
@@ -112,7 +120,7 @@ class Bank {
       blocks_[slot] = block;
     }
     slots_[block] = slot;
-    policy_.insert(slot, EntryCost{kBlockBytes, block_cost(position), std::uint64_t{block} + 1}, time_s);
+    policy_.insert(slot, EntryCost{1, cost, std::uint64_t{block} + 1}, time_s);
   }
 
   void evict(double time_s) {
@@ -128,6 +136,14 @@ class Bank {
   std::vector<std::uint32_t> blocks_;  ///< by slot
   std::vector<std::uint32_t> free_;
 };
+
+/// One request of `blocks` blocks, the first `hits` of which were held.
+void count(Replay& result, std::size_t blocks, std::size_t hits) {
+  result.blocks += blocks;
+  result.hits += hits;
+  result.cost += prefix_cost(blocks);
+  result.saved += prefix_cost(hits);
+}
 
 }  // namespace
 
@@ -155,18 +171,22 @@ Trace read_trace(const std::filesystem::path& path, std::optional<std::int64_t> 
   return read_trace(in, path.string(), limit);
 }
 
-double block_cost(std::size_t) { return 1; }
+double prefix_cost(std::size_t blocks) {
+  constexpr double kBlocksAsDearAsMatrices = 52;
+  const auto n = static_cast<double>(blocks);
+  return n + n * (n - 1) / 2 / kBlocksAsDearAsMatrices;
+}
 
 Replay replay(const Trace& trace, std::uint64_t capacity, const EvictionOptions& options) {
   Replay result;
   Bank bank(trace.distinct, options);
   for (const TraceRequest& request : trace.requests) {
     const auto& blocks = request.blocks;
-    result.blocks += blocks.size();
     const auto missed = std::find_if(blocks.begin(), blocks.end(), [&](auto block) { return !bank.holds(block); });
-    result.hits += static_cast<std::uint64_t>(missed - blocks.begin());
-    for (std::size_t i = blocks.size(); i-- > 0;) {
-      bank.use(blocks[i], i, request.time_s);
+    count(result, blocks.size(), static_cast<std::size_t>(missed - blocks.begin()));
+    const double mean_cost = prefix_cost(blocks.size()) / static_cast<double>(blocks.size());
+    for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
+      bank.use(*block, mean_cost, request.time_s);
       while (bank.size() > capacity) {
         bank.evict(request.time_s);
         ++result.evictions;
@@ -187,17 +207,16 @@ Replay replay_belady(const Trace& trace, std::uint64_t capacity) {
     }
   }
 
-  Replay result;
-  result.blocks = trace.blocks;
-  std::set<std::pair<std::uint64_t, std::uint32_t>> held;  // by next use
-  std::vector<std::uint64_t>& use_of_held = seen;          // kNever - 1: not held
   constexpr std::uint64_t kNotHeld = kNever - 1;
-  std::fill(use_of_held.begin(), use_of_held.end(), kNotHeld);
+  std::vector<std::uint64_t> use_of_held(trace.distinct, kNotHeld);
+  std::set<std::pair<std::uint64_t, std::uint32_t>> held;  // by next use
+  Replay result;
   for (const TraceRequest& request : trace.requests) {
+    std::size_t hits = 0;
     for (const std::uint32_t block : request.blocks) {
       const std::uint64_t next = next_use[position++];
       if (use_of_held[block] != kNotHeld) {
-        ++result.hits;
+        ++hits;
         held.erase({use_of_held[block], block});
       }
       use_of_held[block] = next;
@@ -209,14 +228,20 @@ Replay replay_belady(const Trace& trace, std::uint64_t capacity) {
         ++result.evictions;
       }
     }
+    count(result, request.blocks.size(), hits);
   }
   return result;
 }
 
 Replay replay_unbounded(const Trace& trace) {
   Replay result;
-  result.blocks = trace.blocks;
-  result.hits = trace.blocks - trace.distinct;
+  std::vector<bool> seen(trace.distinct, false);
+  for (const TraceRequest& request : trace.requests) {
+    const auto is_new =
+        std::find_if(request.blocks.begin(), request.blocks.end(), [&](auto block) { return !seen[block]; });
+    count(result, request.blocks.size(), static_cast<std::size_t>(is_new - request.blocks.begin()));
+    for (const std::uint32_t block : request.blocks) seen[block] = true;
+  }
   return result;
 }
 
