@@ -53,6 +53,8 @@ Examples
   llmcache-trace --trace mine.jsonl --limit 1000
 )";
 
+CLI::Validator number_between(double low, double high) { return CLI::Range(low, high).description(""); }
+
 /// $LLMCACHE_RAW_DATA, else shared/data in a folder above the program.
 std::filesystem::path default_trace() {
   const char* variable = std::getenv("LLMCACHE_RAW_DATA");
@@ -91,11 +93,11 @@ TraceArguments parse_trace_arguments(int argc, const char* const* argv) {
   app.add_option("--trace", arguments.trace, "the trace [Mooncake's, see below]")->type_name("FILE");
   app.add_option("--policy", arguments.policies, "which policies [lru,decay,s3fifo,gdsf,belady]")
       ->delimiter(',')
-      ->check(CLI::IsMember({"lru", "decay", "s3fifo", "gdsf", kBelady}))
+      ->check(CLI::IsMember({"lru", "decay", "s3fifo", "gdsf", kBelady}).description(""))
       ->type_name("NAME");
   app.add_option("--capacity", arguments.capacities, "capacities in blocks [1000,5000,10000,50000]")
       ->delimiter(',')
-      ->check(CLI::Range(1.0, kMost))
+      ->check(number_between(1, kMost))
       ->type_name("N");
   app.add_option(
          "--half-life", arguments.eviction.decay.half_life_s,
@@ -110,10 +112,10 @@ TraceArguments parse_trace_arguments(int argc, const char* const* argv) {
   app.add_option(
          "--hits-to-stay", s3_fifo.hits_to_stay,
          fmt::format("s3fifo: hits in the small queue that lead to the main one, 1 to 3 [{}]", s3_fifo.hits_to_stay))
-      ->check(CLI::Range(1.0, 3.0))
+      ->check(number_between(1, 3))
       ->type_name("N");
   app.add_option("--limit", arguments.limit, "requests of the trace, from its start [all]")
-      ->check(CLI::Range(1.0, kMost))
+      ->check(number_between(1, kMost))
       ->type_name("N");
   app.add_option("--json", arguments.json, "write the results to this file")->type_name("FILE");
 

@@ -39,6 +39,7 @@ namespace llmcache {
 /// looked at. Every operation is O(1), `victim` amortised: each entry that it passes over has lost a hit or its place
 /// in the small queue. Moving entries between queues changes nothing that a caller sees: `victim` gives the same slot
 /// until something is inserted, hit or erased.
+/// Memory: 40 bytes an entry, in pages of 128 entries, and about 64 bytes a key in the ghost queue.
 class S3FifoPolicy {
  public:
   struct Config {
