@@ -48,7 +48,8 @@ struct EvictionOptions {
 ///
 /// Slots are small dense numbers below kNoSlot; the number of an erased slot may be used again.
 /// Memory: every container takes it from the resource given, which must outlive the policy and may throw
-/// std::bad_alloc; only `insert` lets that out, and then nothing has changed. All memory is given back when nothing is
+/// std::bad_alloc; only `insert` lets that out, and then nothing has
+/// changed; no other member throws. All memory is given back when nothing is
 /// held any more. Time: now_s is seconds of any clock. Readings that go back, or are not finite, count as the latest
 /// one before. Cost: O(1), amortised where the policy says so, however many entries are held. Thread safety: none; the
 /// bank locks.
@@ -62,37 +63,37 @@ class EvictionPolicy {
     std::visit([&](auto& policy) { policy.insert(slot, cost, now_s); }, policy_);
   }
   /// The entry was used. A slot that is not held is ignored.
-  void hit(std::uint32_t slot, double now_s) noexcept {
+  void hit(std::uint32_t slot, double now_s) {
     std::visit([&](auto& policy) { policy.hit(slot, now_s); }, policy_);
   }
   /// The entry is gone. A slot that is not held is ignored. If it is the slot that `victim` returned last, and it was
   /// neither hit nor inserted since, the policy takes it for an eviction.
-  void erase(std::uint32_t slot) noexcept {
+  void erase(std::uint32_t slot) {
     std::visit([&](auto& policy) { policy.erase(slot); }, policy_);
   }
   /// The slot to evict first; it stays held until it is erased. Empty if nothing is held. Asked again, with nothing
   /// done in between, it gives the same slot.
-  [[nodiscard]] std::optional<std::uint32_t> victim(double now_s) noexcept {
+  [[nodiscard]] std::optional<std::uint32_t> victim(double now_s) {
     return std::visit([&](auto& policy) { return policy.victim(now_s); }, policy_);
   }
   /// Forgets all entries, and what is remembered of evicted ones.
-  void clear() noexcept {
+  void clear() {
     std::visit([](auto& policy) { policy.clear(); }, policy_);
   }
   /// Slots held.
-  [[nodiscard]] std::size_t size() const noexcept {
+  [[nodiscard]] std::size_t size() const {
     return std::visit([](const auto& policy) { return policy.size(); }, policy_);
   }
-  [[nodiscard]] bool contains(std::uint32_t slot) const noexcept {
+  [[nodiscard]] bool contains(std::uint32_t slot) const {
     return std::visit([&](const auto& policy) { return policy.contains(slot); }, policy_);
   }
   /// Work done since construction: calls, and entries, buckets and tree nodes visited. Divided by the number of calls
   /// it shows that the cost does not grow with the number of entries.
-  [[nodiscard]] std::uint64_t steps() const noexcept {
+  [[nodiscard]] std::uint64_t steps() const {
     return std::visit([](const auto& policy) { return policy.steps(); }, policy_);
   }
   /// "lru", "decay", "s3fifo", "gdsf".
-  [[nodiscard]] const char* name() const noexcept {
+  [[nodiscard]] const char* name() const {
     return std::visit([](const auto& policy) { return policy.kName; }, policy_);
   }
 

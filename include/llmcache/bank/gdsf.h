@@ -179,19 +179,21 @@ class GdsfPolicy {
 
   /// Plays the matches on the way from a group whose head has changed to the root. Of equals the lower group wins.
   void replay(std::uint32_t group) noexcept {
-    for (std::uint32_t i = (kGroups + group) / 2; i >= 1; i /= 2) {
+    for (std::size_t i = (std::size_t{kGroups} + group) / 2; i >= 1; i /= 2) {
       ++steps_;
-      const std::uint32_t left = 2 * i < kGroups ? groups_[2 * i].winner : 2 * i - kGroups;
-      const std::uint32_t right = 2 * i < kGroups ? groups_[2 * i + 1].winner : 2 * i + 1 - kGroups;
+      const std::uint32_t left = winner(2 * i);
+      const std::uint32_t right = winner(2 * i + 1);
       groups_[i].winner = head_priority(right) < head_priority(left) ? right : left;
     }
+  }
+  /// Of a node of the tree; nodes from kGroups on are the groups themselves.
+  [[nodiscard]] std::uint32_t winner(std::size_t node) const noexcept {
+    return node < kGroups ? groups_[node].winner : static_cast<std::uint32_t>(node - kGroups);
   }
 
   void make_groups() {
     groups_.resize(kGroups);
-    for (std::uint32_t i = kGroups - 1; i >= 1; --i) {
-      groups_[i].winner = 2 * i < kGroups ? groups_[2 * i].winner : 2 * i - kGroups;  // any: all are empty
-    }
+    for (std::size_t i = kGroups - 1; i >= 1; --i) groups_[i].winner = winner(2 * i);  // any: all are empty
   }
 
   void set_back_clock() noexcept {

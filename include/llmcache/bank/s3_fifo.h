@@ -29,8 +29,7 @@ namespace llmcache {
 ///   in a full cache the two are the same. The ghost queue is counted in keys, as the paper counts it: `ghost_share` of
 ///   the entries held now.
 /// - Slots are used again for other content, so entries are recognised by EntryCost::key. Without keys there is no
-/// ghost
-///   queue and S3-FIFO does less well.
+///   ghost queue and S3-FIFO does less well.
 /// - Only an eviction fills the ghost queue: an `erase` of the slot that `victim` returned last. What is erased for
 ///   another reason is not remembered.
 /// - Memory that the ghost queue cannot get is done without.
@@ -39,7 +38,7 @@ namespace llmcache {
 /// looked at. Every operation is O(1), `victim` amortised: each entry that it passes over has lost a hit or its place
 /// in the small queue. Moving entries between queues changes nothing that a caller sees: `victim` gives the same slot
 /// until something is inserted, hit or erased.
-/// Memory: 40 bytes an entry, in pages of 128 entries, and about 64 bytes a key in the ghost queue.
+/// Memory: 32 bytes an entry, in pages of 128 entries, and about 64 bytes a key in the ghost queue.
 class S3FifoPolicy {
  public:
   struct Config {
