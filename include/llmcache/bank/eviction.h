@@ -47,12 +47,16 @@ struct EvictionOptions {
 /// of them is a class with the same members and can be used alone.
 ///
 /// Slots are small dense numbers below kNoSlot; the number of an erased slot may be used again.
+///
 /// Memory: every container takes it from the resource given, which must outlive the policy and may throw
-/// std::bad_alloc; only `insert` lets that out, and then nothing has
-/// changed; no other member throws. All memory is given back when nothing is
-/// held any more. Time: now_s is seconds of any clock. Readings that go back, or are not finite, count as the latest
-/// one before. Cost: O(1), amortised where the policy says so, however many entries are held. Thread safety: none; the
-/// bank locks.
+/// std::bad_alloc. Only `insert` lets that out, and then nothing has changed; no other member throws. All memory is
+/// given back when nothing is held any more.
+///
+/// Time: now_s is seconds of any clock. Readings that go back, or are not finite, count as the latest one before.
+///
+/// Cost: O(1), amortised where the policy says so, however many entries are held.
+///
+/// Thread safety: none; the bank locks.
 class EvictionPolicy {
  public:
   /// Throws Error(kInvalidOptions).
