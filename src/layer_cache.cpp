@@ -4,8 +4,10 @@
 #include <c10/core/GradMode.h>
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <numeric>
 
 #include "bank/output_bank.h"
 #include "execute/batch.h"
@@ -14,6 +16,7 @@
 #include "execute/self_check.h"
 #include "model/probe.h"
 #include "model/tensors_of.h"
+#include "threshold_reuse.h"
 
 namespace llmcache {
 namespace {
@@ -72,6 +75,10 @@ bool fits(const TokenLevelModel& model, const std::vector<std::vector<at::Tensor
   return true;
 }
 
+void number_rows(ForwardReport& report, std::uint64_t first) {
+  for (std::size_t i = 0; i < report.sequences.size(); ++i) report.sequences[i].number = first + i;
+}
+
 /// Runs the model; what it raises becomes Error(kModelFailed) with the original nested.
 template <class Run>
 auto run_model(Run run) {
@@ -91,7 +98,7 @@ struct LayerCacheBase::Impl {
       : model(std::move(wrapped)),
         options(std::move(chosen)),
         inputs(model->input_spec()),
-        bank(options.capacity_bytes) {
+        bank(options.capacity_bytes - layer_capacity(options)) {
     const c10::NoGradGuard no_grad;
     Stopwatch clock;
     model->describe(profile);
@@ -104,7 +111,16 @@ struct LayerCacheBase::Impl {
       skeleton = map_tensors(model->plain(probe_inputs(inputs.vocabulary, model->device(), 1, 5)),
                              [](const at::Tensor& t) { return t.new_empty({0}); });
     }
+    if (options.fidelity == Fidelity::kThreshold) {
+      threshold = std::make_unique<ThresholdReuse>(*model, inputs, output, profile, options, layer_capacity(options));
+    }
     profile.wrap_ms += clock.lap();
+  }
+
+  /// Bytes for the states of the layers; the rest is for whole outputs.
+  static std::size_t layer_capacity(const Options& options) {
+    if (options.fidelity != Fidelity::kThreshold) return 0;
+    return static_cast<std::size_t>(static_cast<double>(options.capacity_bytes) * options.threshold.capacity_share);
   }
 
   [[nodiscard]] bool keeps_rows() const { return profile.rows_independent && profile.per_row_output; }
@@ -144,9 +160,9 @@ struct LayerCacheBase::Impl {
     return key;
   }
 
-  /// A result for all rows: known ones from their entries, the others from `computed`, which has one
-  /// row for each of `missing`. Padding is zero.
-  c10::IValue assemble(const Batch& batch, const std::vector<std::shared_ptr<const OutputEntry>>& known,
+  /// A result for all rows: known ones from their own tensors, the others from `computed`, whose row
+  /// number i is that of missing[i]. Padding is zero.
+  c10::IValue assemble(const Batch& batch, const std::vector<std::vector<at::Tensor>>& known,
                        const std::vector<std::int64_t>& missing, const c10::IValue& computed) const {
     const auto fresh = missing.empty() ? std::vector<at::Tensor>{} : tensors_of(computed);
     std::size_t leaf = 0;
@@ -154,8 +170,8 @@ struct LayerCacheBase::Impl {
       const TokenDims& dims = output.leaves[leaf];
       at::Tensor all;
       const auto sample = [&]() -> at::Tensor {
-        for (const auto& entry : known) {
-          if (entry) return entry->tensors()[leaf];
+        for (const auto& tensors : known) {
+          if (!tensors.empty()) return tensors[leaf];
         }
         return fresh[leaf];
       }();
@@ -165,11 +181,14 @@ struct LayerCacheBase::Impl {
       if (dims.tokens >= 0 && ignores_padding()) shape[static_cast<std::size_t>(dims.tokens)] = batch.width;
       all = at::empty(shape, sample.options());
       if (batch.padded) all.zero_();
+      for (std::size_t i = 0; i < missing.size(); ++i) {
+        all.narrow(dims.batch, missing[i], 1).copy_(fresh[leaf].narrow(dims.batch, static_cast<std::int64_t>(i), 1));
+      }
       for (std::int64_t row = 0; row < batch.rows; ++row) {
-        const auto& entry = known[static_cast<std::size_t>(row)];
-        if (!entry) continue;
+        const auto& tensors = known[static_cast<std::size_t>(row)];
+        if (tensors.empty()) continue;
         auto target = all.narrow(dims.batch, row, 1);
-        const auto& kept = entry->tensors()[leaf];
+        const auto& kept = tensors[leaf];
         if (dims.tokens >= 0) {
           const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
           const bool whole = kept.size(dims.tokens) == all.size(dims.tokens);
@@ -177,15 +196,14 @@ struct LayerCacheBase::Impl {
         }
         target.copy_(kept);
       }
-      for (std::size_t i = 0; i < missing.size(); ++i) {
-        all.narrow(dims.batch, missing[i], 1).copy_(fresh[leaf].narrow(dims.batch, static_cast<std::int64_t>(i), 1));
-      }
       ++leaf;
       return all;
     });
   }
 
   c10::IValue forward(const Inputs& given, const RequestOptions& request, ForwardReport& report);
+  c10::IValue forward_threshold(const Batch& batch, const RequestOptions& request, std::uint64_t first_number,
+                                ForwardReport& report);
 
   std::unique_ptr<Model> model;
   Options options;
@@ -195,17 +213,30 @@ struct LayerCacheBase::Impl {
   bool all_per_token = false;
   c10::IValue skeleton;
   OutputBank bank;
+  std::unique_ptr<ThresholdReuse> threshold;  ///< null unless the cache was made for kThreshold
   std::shared_ptr<const int> identity = std::make_shared<const int>(0);
-  std::atomic<std::uint64_t> requests{0}, sequences{0}, hits{0}, tokens{0}, tokens_computed{0}, padding_skipped{0};
+  std::atomic<std::uint64_t> next_number{0}, requests{0}, sequences{0}, hits{0}, tokens{0}, tokens_computed{0},
+      padding_skipped{0};
 };
 
 c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOptions& request, ForwardReport& report) {
   const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
-  Options{fidelity, 0, {}, {}}.validate();
+  check_fidelity(fidelity);
+  if (fidelity == Fidelity::kThreshold && threshold == nullptr) {
+    throw Error(ErrorCode::kInvalidOptions,
+                "RequestOptions.fidelity is 'threshold', but this cache keeps no states of layers; construct it with "
+                "Options.fidelity = Fidelity::kThreshold");
+  }
   model->check_unchanged();
   const Batch batch = check_batch(given, inputs, profile, model->device());
+  const std::uint64_t first_number = next_number.fetch_add(static_cast<std::uint64_t>(batch.rows));
+  if (fidelity == Fidelity::kThreshold && batch.tokens > 0 && batch.contiguous &&
+      (batch.right_padded || profile.left_padding)) {
+    return forward_threshold(batch, request, first_number, report);
+  }
   const auto layers = static_cast<std::int32_t>(model->layers());
   report.sequences = count_tokens(batch.full_plan(layers));
+  number_rows(report, first_number);
 
   Stopwatch clock;
   const bool exact = fidelity == Fidelity::kIdentical;
@@ -281,7 +312,13 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
                   !packed);
     }
   }
-  if (!all_missing) result = assemble(batch, known, missing, result);
+  if (!all_missing) {
+    std::vector<std::vector<at::Tensor>> tensors(known.size());
+    for (std::size_t i = 0; i < known.size(); ++i) {
+      if (known[i]) tensors[i].assign(known[i]->tensors().begin(), known[i]->tensors().end());
+    }
+    result = assemble(batch, tensors, missing, result);
+  }
   report.store_ms = clock.lap();
 
   std::uint64_t found = 0;
@@ -292,6 +329,33 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   tokens += static_cast<std::uint64_t>(batch.tokens);
   tokens_computed += static_cast<std::uint64_t>(computed_tokens);
   padding_skipped += static_cast<std::uint64_t>(skipped);
+  return result;
+}
+
+c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const RequestOptions& request,
+                                                    std::uint64_t first_number, ForwardReport& report) {
+  Stopwatch clock;
+  auto answer = run_model([&] { return threshold->run(batch, request.tenant, first_number, report); });
+  number_rows(report, first_number);
+  const double model_ms =
+      report.embed_ms + report.head_ms + std::accumulate(report.layer_ms.begin(), report.layer_ms.end(), 0.0);
+  c10::IValue result = std::move(answer.computed);
+  std::vector<std::int64_t> rows;  // that the model's own result answers, all of its rows in order
+  bool any_known = false;
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    rows.push_back(row);
+    any_known = any_known || !answer.rows[static_cast<std::size_t>(row)].empty();
+  }
+  if (any_known) {
+    if (result.isNone()) rows.clear();
+    result = assemble(batch, answer.rows, rows, result);
+  }
+  report.lookup_ms = std::max(clock.lap() - model_ms, 0.0);
+  requests += 1;
+  sequences += static_cast<std::uint64_t>(batch.rows);
+  tokens += static_cast<std::uint64_t>(batch.tokens);
+  tokens_computed += static_cast<std::uint64_t>(answer.tokens_computed);
+  padding_skipped += static_cast<std::uint64_t>(batch.rows * batch.width - batch.tokens);
   return result;
 }
 
@@ -403,6 +467,26 @@ Plan LayerCacheBase::full_plan(const Inputs& inputs) const {
   return batch.full_plan(static_cast<std::int32_t>(impl_->model->layers()));
 }
 
+std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& inputs, std::int64_t layer) const {
+  const c10::NoGradGuard no_grad;
+  const Model& model = *impl_->model;
+  const ModelProfile& profile = impl_->profile;
+  if (layer < 0 || layer > model.layers()) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("pooled_state: layer {}; 0 to {} is expected", layer, model.layers()));
+  }
+  model.check_unchanged();
+  const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
+  if (profile.granularity == Granularity::kWholeLayers) {
+    throw Error(ErrorCode::kNotAvailable, "this model runs whole layers only; its profile says why");
+  }
+  if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
+  if (!batch.right_padded && !profile.left_padding) {
+    throw Error(ErrorCode::kNotAvailable, "this model's left-padded batches are not packed; its profile says why");
+  }
+  return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
+}
+
 ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(impl_->identity); }
 
 Stats LayerCacheBase::stats() const {
@@ -420,11 +504,15 @@ Stats LayerCacheBase::stats() const {
   stats.entries = counters.entries;
   stats.bytes = counters.bytes;
   stats.peak_bytes = counters.peak_bytes;
+  if (impl_->threshold) impl_->threshold->fill(stats);
   return stats;
 }
 
 const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->profile; }
 const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
-void LayerCacheBase::clear() { impl_->bank.clear(); }
+void LayerCacheBase::clear() {
+  impl_->bank.clear();
+  if (impl_->threshold) impl_->threshold->clear();
+}
 
 }  // namespace llmcache

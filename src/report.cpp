@@ -12,6 +12,8 @@ const char* to_string(Source source) noexcept {
       return "identical";
     case Source::kPartial:
       return "partial";
+    case Source::kSimilar:
+      return "similar";
   }
   return "unknown";
 }
@@ -53,23 +55,40 @@ std::string ForwardReport::to_string() const {
       computed += layer.computed;
       reused += layer.reused;
     }
-    text += fmt::format("  sequence {}: {} tokens, {}, token-layers computed {}, reused {}\n", i, sequence.tokens,
+    text += fmt::format("  sequence {}: {} tokens, {}, token-layers computed {}, reused {}", i, sequence.tokens,
                         llmcache::to_string(sequence.source), computed, reused);
+    if (sequence.source == Source::kSimilar) {
+      text += fmt::format("; similarity {:.4f} to sequence number {}, went on at layer {}", sequence.similarity,
+                          sequence.entry, sequence.resumed_layer);
+    }
+    if (sequence.shadowed) text += fmt::format("; checked, drift {:.4f}", sequence.drift);
+    text += "\n";
   }
   for (std::size_t l = 0; l < layer_ms.size(); ++l) text += fmt::format("  layer {}: {:.3f} ms\n", l, layer_ms[l]);
   return text;
 }
 
 double Stats::hit_rate() const noexcept {
-  return sequences == 0 ? 0 : static_cast<double>(identical_hits) / static_cast<double>(sequences);
+  return sequences == 0 ? 0 : static_cast<double>(identical_hits + similar_hits) / static_cast<double>(sequences);
 }
 
 std::string Stats::to_string() const {
-  return fmt::format(
-      "{} requests, {} sequences, {} identical hits ({:.1f} %); {} tokens, {} computed, {} of padding skipped; "
+  auto text = fmt::format(
+      "{} requests, {} sequences, {} identical and {} similar hits ({:.1f} %); {} tokens, {} computed, {} of padding "
+      "skipped; "
       "{} entries in {} bytes (peak {}), {} insertions, {} evictions, {} rejected",
-      requests, sequences, identical_hits, 100 * hit_rate(), tokens, tokens_computed, padding_skipped, entries, bytes,
-      peak_bytes, insertions, evictions, rejected);
+      requests, sequences, identical_hits, similar_hits, 100 * hit_rate(), tokens, tokens_computed, padding_skipped,
+      entries, bytes, peak_bytes, insertions, evictions, rejected);
+  if (unusable_states > 0) text += fmt::format("; {} sequences with unusable states", unusable_states);
+  for (const LayerStats& l : layers) {
+    text += fmt::format(
+        "\n  layer {}: tau {:.4f}, {} hits, {} entries in {} bytes, {} insertions, {} evictions, {} rejected, {} "
+        "expired, "
+        "{} decayed; {} checks, {} dropped, {} other decisions, drift mean {:.4f} max {:.4f}",
+        l.layer, l.tau, l.hits, l.entries, l.bytes, l.insertions, l.evictions, l.rejected, l.expired, l.decayed,
+        l.checks, l.dropped, l.decision_changes, l.relative_drift_mean, l.relative_drift_max);
+  }
+  return text;
 }
 
 }  // namespace llmcache

@@ -54,6 +54,12 @@ class LayerCacheBase {
   /// every layer. Throws Error(kInvalidInput), also where the mask has holes.
   [[nodiscard]] Plan full_plan(const Inputs& inputs) const;
 
+  /// Mean over the real tokens of each row's hidden state at `layer` (0: the embedding output, k: the
+  /// output of the first k layers): what fingerprints are made of. One vector of float a row, of the
+  /// profile's `hidden` values; empty for a row without real tokens. Runs no deeper layer, keeps
+  /// nothing. Throws Error as forward(), and kNotAvailable where the model runs whole layers only.
+  [[nodiscard]] std::vector<std::vector<float>> pooled_state(const Inputs& inputs, std::int64_t layer = 0) const;
+
   /// What the latest call of forward() or forward_plan() on this cache did that was made by the
   /// calling thread and returned; an empty report if there was none.
   [[nodiscard]] ForwardReport last_report() const;

@@ -2,8 +2,15 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "llmcache/bank/eviction.h"
+#include "llmcache/fingerprint/options.h"
+#include "llmcache/refresh/options.h"
 
 namespace llmcache {
 
@@ -19,8 +26,9 @@ enum class Fidelity {
   kLossless,
   /// Reuse within a calibrated error budget. Not available in this version: refused.
   kBudget,
-  /// Whole hidden states above a similarity threshold (LLMCache, arXiv 2512.16843). Not available
-  /// in this version: refused.
+  /// Whole hidden states of another request, where its fingerprint is similar enough (LLMCache, arXiv
+  /// 2512.16843): the answer is then that of the other request. No promise but the threshold. For a
+  /// cache that was made for it (Options::fidelity), see ThresholdOptions.
   kThreshold,
 };
 
@@ -28,6 +36,54 @@ const char* to_string(Fidelity fidelity) noexcept;
 /// The inverse of to_string ("identical", "lossless", "budget", "threshold").
 /// Throws Error(kInvalidOptions) for any other text.
 Fidelity fidelity_from_string(const std::string& text);
+
+/// Settings of Fidelity::kThreshold, the mode of the LLMCache paper (arXiv 2512.16843).
+///
+/// For each cached layer there is a bank of (fingerprint, output of that layer for all tokens). A
+/// sequence that is not known is fingerprinted at each of `fingerprint_layers` as its pass reaches
+/// it, and the banks of the layers that have not run yet are asked, the deepest first. The first
+/// entry with a similarity of at least tau takes the sequence's place: the remaining layers and the
+/// head run on the entry's state, with the entry's inputs and length. A sequence without a hit runs
+/// through, and its states are kept.
+///
+/// What comes back has the shape that was asked for. An output with one entry a sequence is the
+/// entry's. An output with one entry a token has the entry's, token by token: aligned at the first
+/// token for a bidirectional model, at the last one for a causal model; where the entry is shorter,
+/// its nearest token is repeated.
+struct ThresholdOptions {
+  /// Least similarity of a hit, -1 to 1 (above 1 there is no hit). One for all cached layers, or one
+  /// for each of `cache_layers`, in its order. Default: where the paper's mode first costs little
+  /// accuracy on short queries (raw cosine; README).
+  std::vector<double> tau = {0.90};
+
+  /// What a fingerprint is made of.
+  FingerprintOptions fingerprint = {};
+
+  /// States that are fingerprinted: 0 is the embedding output, k the output of the first k layers.
+  /// Ascending, below the number of layers. Default: before any layer has run, where a hit saves most.
+  std::vector<std::int64_t> fingerprint_layers = {0};
+
+  /// Layers whose output is kept, counted from 0, ascending. Each must lie behind at least one of
+  /// `fingerprint_layers`. Empty (default): all of them.
+  std::vector<std::int64_t> cache_layers = {};
+
+  /// How the capacity is split among the cached layers: shares above 0, one each, of any sum. Empty
+  /// (default): evenly.
+  std::vector<double> capacity_split = {};
+
+  /// Part of Options::capacity_bytes that the banks of the layers get, 0 to 1; the rest keeps whole
+  /// outputs for requests of the other fidelities. Default 0.9.
+  double capacity_share = 0.9;
+
+  /// Which entry goes when room is needed. Each bank has its own policy.
+  EvictionOptions eviction = {};
+
+  /// Seconds that an entry lives, above 0. Default: forever.
+  double ttl_seconds = std::numeric_limits<double>::infinity();
+
+  /// Throws Error(kInvalidOptions) that names the field at fault. `layers`: of the model, 0 if not known.
+  void validate(std::int64_t layers = 0) const;
+};
 
 /// Settings of a LayerCache. A plain struct: set what differs from the default.
 struct Options {
@@ -49,9 +105,19 @@ struct Options {
   /// found by probing. -1: the model takes no mask, every token is real.
   std::optional<int> mask_argument = {};
 
-  /// Throws Error(kInvalidOptions) that names the field at fault.
+  /// For Fidelity::kThreshold.
+  ThresholdOptions threshold = {};
+
+  /// Checking of what kThreshold serves, and ageing of its entries.
+  RefreshOptions refresh = {};
+
+  /// Throws Error(kInvalidOptions) that names the field at fault, and Error(kNotAvailable) for a
+  /// fidelity of a later version.
   void validate() const;
 };
+
+/// Throws Error(kInvalidOptions) for a value that is no Fidelity, Error(kNotAvailable) for one of a later version.
+void check_fidelity(Fidelity fidelity);
 
 /// Settings of one call.
 struct RequestOptions {

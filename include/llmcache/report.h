@@ -13,6 +13,7 @@ enum class Source {
   kComputed,   ///< all its tokens were computed
   kIdentical,  ///< the whole output of an identical earlier request
   kPartial,    ///< some tokens computed, the states of others taken from a donor (forced Plan)
+  kSimilar,    ///< the hidden state of another request, above the threshold (kThreshold)
 };
 
 const char* to_string(Source source) noexcept;
@@ -35,8 +36,13 @@ struct LayerTokens {
 /// One sequence (row of the batch) of a call.
 struct SequenceReport {
   std::int64_t tokens = 0;            ///< real tokens, padding excluded
-  Source source = Source::kComputed;  ///
+  Source source = Source::kComputed;  ///< where its result came from
   double similarity = 0;              ///< to the entry it was taken from; 1 for identical, 0 for none
+  std::uint64_t number = 0;           ///< of this sequence: all of a cache's are numbered from 0
+  std::int64_t entry = -1;            ///< kSimilar: number of the sequence whose state was used; else -1
+  std::int64_t resumed_layer = -1;    ///< kSimilar: first layer that ran on that state (L: none); else -1
+  bool shadowed = false;              ///< a hit that the divergence monitor computed in full: source is kComputed
+  double drift = 0;                   ///< of that check: relative L2 between what would have been served and that
   std::vector<LayerTokens> layers;    ///< one a layer
 };
 
@@ -57,12 +63,36 @@ struct ForwardReport {
   [[nodiscard]] std::string to_string() const;
 };
 
+/// What the divergence monitor (RefreshOptions) and the bank of one cached layer did. Threshold mode only.
+struct LayerStats {
+  std::int64_t layer = 0;              ///< whose output is kept, from 0
+  double tau = 0;                      ///< in force now
+  std::uint64_t hits = 0;              ///< sequences that went on from here
+  std::uint64_t entries = 0;           ///< held now
+  std::size_t bytes = 0;               ///< held now, tensors and index
+  std::size_t peak_bytes = 0;          ///< never above the layer's share of the capacity
+  std::uint64_t insertions = 0;        ///< entries kept
+  std::uint64_t evictions = 0;         ///< for room
+  std::uint64_t rejected = 0;          ///< larger than the layer's share
+  std::uint64_t expired = 0;           ///< by TTL
+  std::uint64_t decayed = 0;           ///< by the temporal decay flush
+  std::uint64_t checks = 0;            ///< hits computed in full too
+  std::uint64_t checked_entries = 0;   ///< entries held that were checked
+  std::uint64_t dropped = 0;           ///< entries over tolerance
+  std::uint64_t decision_changes = 0;  ///< checks with another decision
+  double cosine_drift_mean = 0;        ///< of the checks: 1 - cosine
+  double cosine_drift_max = 0;
+  double relative_drift_mean = 0;  ///< of the checks: relative L2
+  double relative_drift_max = 0;
+};
+
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are
 /// what is held now.
 struct Stats {
   std::uint64_t requests = 0;         ///< calls of forward that returned
   std::uint64_t sequences = 0;        ///< rows in them
   std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
+  std::uint64_t similar_hits = 0;     ///< rows that went on from another request's state (kThreshold)
   std::uint64_t tokens = 0;           ///< real tokens asked for
   std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer
   std::uint64_t padding_skipped = 0;  ///< padding tokens that packing did not compute
@@ -72,8 +102,10 @@ struct Stats {
   std::uint64_t entries = 0;          ///< entries held now
   std::size_t bytes = 0;              ///< bytes held now, tensors and index
   std::size_t peak_bytes = 0;         ///< largest `bytes` so far; never above the capacity
+  std::uint64_t unusable_states = 0;  ///< sequences whose states were not finite, or had no fingerprint: not kept
+  std::vector<LayerStats> layers;     ///< one a cached layer, shallow to deep; empty without kThreshold
 
-  [[nodiscard]] double hit_rate() const noexcept;  ///< identical_hits / sequences
+  [[nodiscard]] double hit_rate() const noexcept;  ///< (identical_hits + similar_hits) / sequences
   [[nodiscard]] std::string to_string() const;
 };
 

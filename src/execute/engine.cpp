@@ -112,8 +112,13 @@ at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t r
 
 class PackedExecution {
  public:
-  PackedExecution(const Model& model, const Plan& plan, const Donors& donors, bool capture)
-      : model_(*model.token_level()), plan_(plan), donors_(donors), device_(model.device()) {
+  PackedExecution(const Model& model, const Plan& plan, const Donors& donors, bool capture, LayerObserver* observer)
+      : model_(*model.token_level()),
+        plan_(plan),
+        donors_(donors),
+        device_(model.device()),
+        observer_(observer),
+        stopped_at_(plan.sequences.size(), plan.layers + 1) {
     if (!capture) return;
     for (const SequencePlan& sequence : plan.sequences) {
       auto& state = captured_.emplace_back(std::make_shared<SequenceState>());
@@ -128,25 +133,58 @@ class PackedExecution {
     embedded_ = embedded.hidden;
     Stopwatch clock;
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
+      observe(l);
       const bool needed = enter(l, embedded);
       if (needed) run_layer(l);
       const double ms = clock.lap();
       if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms;
     }
-    gather_final(embedded);
-    auto result = run_->head();
+    observe(plan_.layers);
+    c10::IValue result;
+    if (gather_final(embedded)) result = run_->head();
     report.head_ms = clock.lap();
     return result;
   }
+
+  /// Layers that ran for sequence i: those of the plan below this one.
+  [[nodiscard]] std::int32_t stopped_at(std::size_t i) const { return stopped_at_[i]; }
 
   Donors captured() && {
     return Donors(std::make_move_iterator(captured_.begin()), std::make_move_iterator(captured_.end()));
   }
 
  private:
+  [[nodiscard]] bool running(std::size_t i) const { return stopped_at_[i] > plan_.layers; }
+
+  /// Shows the observer the states that enter layer l, and stops the sequences that it names.
+  void observe(std::int32_t l) {
+    if (observer_ == nullptr || !observer_->watches(l)) return;
+    std::vector<at::Tensor> states(plan_.sequences.size());
+    std::int64_t offset = 0;
+    bool any = false;
+    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
+      const SequencePlan& sequence = plan_.sequences[i];
+      const auto rows = i < active_.size() ? static_cast<std::int64_t>(active_[i].size()) : 0;
+      if (running(i)) {
+        if (l == 0) {
+          states[i] = embedded_.narrow(0, sequence.row, 1).narrow(1, sequence.first, sequence.tokens);
+        } else if (rows == sequence.tokens) {
+          states[i] = run_->hidden().narrow(1, offset, rows);
+        }
+      }
+      any = any || states[i].defined();
+      offset += rows;
+    }
+    if (!any) return;
+    for (const std::size_t i : observer_->at_layer(l, states)) stopped_at_.at(i) = l;
+  }
+
   /// Makes the active rows of layer l current; false if nobody is active.
   bool enter(std::int32_t l, const Activations& embedded) {
     auto active = active_in(plan_, l);
+    for (std::size_t i = 0; i < active.size(); ++i) {
+      if (!running(i)) active[i].clear();
+    }
     if (run_ && active == active_) return layout_.rows > 0;
     auto layout = make_layout(plan_, active, device_);
     if (layout.rows > 0) {
@@ -223,6 +261,7 @@ class PackedExecution {
           }
           own.keys.push_back(std::move(fresh));
         }
+        if (observer_ != nullptr && observer_->watches_attention(l)) observer_->attended(l, s, listed_[q], own);
         parts.push_back(run_->attend(l, s, q, own));
         if (!captured_.empty()) {
           auto& kept = captured_[listed_[q]]->keys[static_cast<std::size_t>(l)].emplace_back();
@@ -244,20 +283,26 @@ class PackedExecution {
     }
   }
 
-  /// Completes the final states from the donors and makes all real tokens the current rows.
-  void gather_final(const Activations& embedded) {
+  /// Completes the final states from the donors and makes all real tokens of the sequences that have
+  /// not stopped the current rows; false if there are none.
+  bool gather_final(const Activations& embedded) {
     ActiveSets all;
-    for (const SequencePlan& sequence : plan_.sequences) {
+    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
       auto& set = all.emplace_back();
-      for (std::int64_t t = 0; t < sequence.tokens; ++t) set.push_back(t);
+      for (std::int64_t t = 0; running(i) && t < plan_.sequences[i].tokens; ++t) set.push_back(t);
     }
     const auto layout = make_layout(plan_, all, device_);
+    if (layout.rows == 0) return false;
     if (!run_ || active_ != all) {
       std::vector<at::Tensor> pieces;
       std::int64_t offset = 0;
       for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
         const SequencePlan& sequence = plan_.sequences[i];
         const auto own = static_cast<std::int64_t>(active_[i].size());
+        if (!running(i)) {
+          offset += own;
+          continue;
+        }
         const auto* donor = donor_of(sequence, donors_);
         const at::Tensor fresh = own > 0 ? run_->hidden().narrow(1, offset, own) : at::Tensor();
         const at::Tensor cached = donor != nullptr ? donor->hidden.back() : at::Tensor();
@@ -271,17 +316,21 @@ class PackedExecution {
       if (!run_) run_ = model_.start(embedded, layout);
       run_->set_rows(layout, std::move(hidden));
     }
-    if (captured_.empty()) return;
+    if (captured_.empty()) return true;
+    const auto final_rows = listed(all);
     for (std::size_t i = 0; i < layout.sequences.size(); ++i) {
       const PackedSequence& packed = layout.sequences[i];
-      captured_[i]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
+      captured_[final_rows[i]]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
     }
+    return true;
   }
 
   const TokenLevelModel& model_;
   const Plan& plan_;
   const Donors& donors_;
   at::Device device_;
+  LayerObserver* observer_;
+  std::vector<std::int32_t> stopped_at_;  ///< by sequence; above the number of layers: it has not
   std::unique_ptr<TokenRun> run_;
   at::Tensor embedded_;
   ActiveSets active_;
@@ -338,14 +387,21 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
 }
 
 c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
-                           Donors* capture, ForwardReport& report) {
+                           Donors* capture, ForwardReport& report, LayerObserver* observer) {
   report.execution = Execution::kPacked;
   Stopwatch clock;
   const Activations embedded = model.embed(inputs);
   report.embed_ms = clock.lap();
-  PackedExecution execution(model, plan, donors, capture != nullptr);
+  PackedExecution execution(model, plan, donors, capture != nullptr, observer);
   auto result = execution.run(embedded, report);
   report.sequences = count_tokens(plan);
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    auto& layers = report.sequences[static_cast<std::size_t>(plan.sequences[i].row)].layers;
+    for (auto l = static_cast<std::size_t>(execution.stopped_at(i)); l < layers.size(); ++l) {
+      layers[l].reused += layers[l].computed;
+      layers[l].computed = 0;
+    }
+  }
   if (capture != nullptr) *capture = std::move(execution).captured();
   return result;
 }

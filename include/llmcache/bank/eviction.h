@@ -91,6 +91,11 @@ class EvictionPolicy {
   [[nodiscard]] bool contains(std::uint32_t slot) const {
     return std::visit([&](const auto& policy) { return policy.contains(slot); }, policy_);
   }
+  /// The decayed score of a slot that is held (see decay.h), 0 for any other. Empty if the policy keeps none.
+  [[nodiscard]] std::optional<double> score(std::uint32_t slot, double now_s) const noexcept {
+    const auto* decay = std::get_if<DecayPolicy>(&policy_);
+    return decay == nullptr ? std::nullopt : std::optional(decay->score(slot, now_s));
+  }
   /// Work done since construction: calls, and entries, buckets and tree nodes visited. Divided by the number of calls
   /// it shows that the cost does not grow with the number of entries.
   [[nodiscard]] std::uint64_t steps() const {

@@ -1,0 +1,176 @@
+// Layer-wise Cache Bank (LLMCache, arXiv 2512.16843): the outputs of one layer for many sequences,
+// found by the similarity of their fingerprints.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <memory_resource>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "bank/memory.h"
+#include "llmcache/bank/eviction.h"
+#include "llmcache/fingerprint/fingerprint.h"
+#include "llmcache/match/fingerprint_index.h"
+#include "llmcache/refresh/ttl.h"
+
+namespace llmcache {
+
+/// The state of one sequence behind one layer. Immutable.
+class LayerEntry {
+ public:
+  LayerEntry(std::uint64_t sequence, at::Tensor state, std::vector<at::Tensor> model_inputs, std::size_t tensor_bytes,
+             MemoryAccount& account, std::pmr::memory_resource* memory)
+      : number_(sequence),
+        hidden_(std::move(state)),
+        inputs_(model_inputs.begin(), model_inputs.end(), memory),
+        tensor_bytes_(tensor_bytes),
+        account_(account) {}
+  ~LayerEntry() {
+    hidden_.reset();
+    inputs_.clear();
+    account_.release(tensor_bytes_);
+  }
+  LayerEntry(const LayerEntry&) = delete;
+  LayerEntry& operator=(const LayerEntry&) = delete;
+
+  /// Of the sequence that it was computed for.
+  [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
+  /// `[1, tokens, hidden]`, on the model's device.
+  [[nodiscard]] const at::Tensor& hidden() const noexcept { return hidden_; }
+  [[nodiscard]] std::int64_t tokens() const { return hidden_.size(1); }
+  /// The sequence's real tokens in each input of the model, `[tokens]`; undefined where it was None.
+  [[nodiscard]] const std::pmr::vector<at::Tensor>& inputs() const noexcept { return inputs_; }
+
+ private:
+  std::uint64_t number_;
+  at::Tensor hidden_;
+  std::pmr::vector<at::Tensor> inputs_;
+  std::size_t tensor_bytes_;  ///< reserved before the tensors were made, released with them
+  MemoryAccount& account_;
+};
+
+/// Thread-safe. Find, insertion and eviction are O(1) on average but for the search for the most
+/// similar fingerprint (match/fingerprint_index.h).
+///
+/// Entries live in spaces that never see each other (a tenant, say). An entry can be found by any of
+/// its fingerprints, one for each Fingerprinter that the bank was given. Where the centre of a
+/// Fingerprinter has changed, the bank makes its fingerprints again at the next call: linear, but it
+/// happens nine times at most. An entry that is evicted while somebody still reads it counts until
+/// he is done. Entries must not outlive the bank.
+class LayerBank {
+ public:
+  struct Settings {
+    std::size_t capacity_bytes = 0;
+    EvictionOptions eviction;
+    double ttl_seconds = 0;
+    double flush_below = 0;  ///< see RefreshOptions
+  };
+
+  struct Hit {
+    std::shared_ptr<const LayerEntry> entry;
+    double similarity = 0;
+    std::uint32_t slot = 0;
+    std::uint32_t checks = 0;  ///< by the divergence monitor, so far
+    double drift = 0;          ///< mean relative drift of these
+  };
+
+  /// What insert() keeps.
+  struct Candidate {
+    std::uint64_t number = 0;
+    at::Tensor hidden;                       ///< `[1, tokens, hidden]`, contiguous; nobody else may write to it
+    std::vector<at::Tensor> inputs;          ///< `[tokens]` each, or undefined; nobody else may write to them
+    std::vector<std::vector<float>> states;  ///< one a Fingerprinter
+    std::vector<std::optional<Fingerprint>> fingerprints;  ///< of the states
+    std::vector<std::int64_t> ids;                         ///< of the sequence
+    double saved_ms = 0;                                   ///< by a hit
+  };
+
+  struct Counters {
+    std::uint64_t entries = 0, checked_entries = 0, insertions = 0, evictions = 0, rejected = 0, expired = 0,
+                  decayed = 0, dropped = 0;
+    std::size_t bytes = 0, peak_bytes = 0;
+  };
+
+  /// The Fingerprinters must outlive the bank.
+  LayerBank(Settings settings, std::vector<const Fingerprinter*> fingerprinters);
+
+  /// The most similar entry of the space with a similarity of at least tau, if any, by fingerprint
+  /// number `which`. It counts as used. `now_s`: seconds.
+  std::optional<Hit> find(std::string_view space, std::size_t which, const Fingerprint& fingerprint, double tau,
+                          double now_s);
+
+  /// Keeps a sequence's state. Never fails: what finds no room is counted as rejected. A sequence with the same
+  /// inputs that is found by its fingerprint is used instead, not kept twice.
+  void insert(std::string_view space, const Candidate& candidate, double now_s);
+
+  /// Keeps, with what find() returned, that a check found this relative drift; or drops it, if it is
+  /// over tolerance. Nothing happens if the entry has gone.
+  void record(const Hit& hit, double drift, bool within_tolerance);
+
+  void clear();
+  [[nodiscard]] Counters counters() const;
+
+ private:
+  /// Entries that may be found together. Their numbers in the indices are local, so that these stay dense.
+  struct Space {
+    Space(const std::vector<const Fingerprinter*>& fingerprinters, MemoryAccount& account,
+          std::pmr::memory_resource* memory);
+    ~Space();
+    Space(const Space&) = delete;
+    Space& operator=(const Space&) = delete;
+
+    MemoryAccount& account;
+    std::size_t reserved;                        ///< for the index objects themselves
+    std::pmr::vector<FingerprintIndex> indices;  ///< one a Fingerprinter
+    std::pmr::vector<std::uint32_t> slots;       ///< by local number
+    std::pmr::vector<std::uint32_t> free;        ///< local numbers that are not in use
+    std::size_t entries = 0;
+  };
+  using Spaces = std::pmr::map<std::pmr::string, Space, std::less<>>;
+
+  struct Node {
+    explicit Node(std::pmr::memory_resource* memory) : states(memory), ids(memory) {}
+    std::shared_ptr<const LayerEntry> entry;  ///< null: the slot is free
+    Spaces::iterator space;
+    std::uint32_t local = 0;
+    std::uint32_t checks = 0;
+    double drift_sum = 0;
+    // What the fingerprints are made of, to make them again.
+    std::pmr::vector<float> states;  ///< one after another
+    std::pmr::vector<std::int64_t> ids;
+  };
+
+  void place(std::string_view space, const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
+             const std::vector<Fingerprint>& fingerprints, double now_s);
+  [[nodiscard]] bool holds_same(std::string_view space, const Candidate& candidate,
+                                const std::vector<Fingerprint>& fingerprints, double now_s);
+  [[nodiscard]] std::optional<std::vector<Fingerprint>> current(const Candidate& candidate);
+  [[nodiscard]] std::optional<Fingerprint> fingerprint_of(const Node& node, std::size_t which) const;
+  void flush_old(double now_s);
+  void follow_centres();
+  void remove(std::uint32_t slot) noexcept;
+  void drop_if_empty(Spaces::iterator space) noexcept;
+  bool evict_one(double now_s);
+
+  const Settings settings_;
+  const std::vector<const Fingerprinter*> fingerprinters_;
+  MemoryAccount account_;
+  AccountedResource memory_;
+  mutable std::mutex mutex_;
+  Spaces spaces_;
+  std::pmr::vector<Node> nodes_;          ///< by slot
+  std::pmr::vector<std::uint32_t> free_;  ///< slots that are not in use
+  EvictionPolicy policy_;
+  TtlQueue ttl_;
+  std::vector<std::uint64_t> generations_;  ///< of the fingerprints held, one a Fingerprinter
+  Counters counters_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,558 @@
+#include "threshold_reuse.h"
+
+#include <ATen/ATen.h>
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "execute/engine.h"
+#include "execute/observer.h"
+#include "fingerprint/attention.h"
+#include "llmcache/error.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+namespace {
+
+/// Mean over its tokens of a hidden state `[1, tokens, hidden]`.
+std::vector<float> pooled(const at::Tensor& hidden) {
+  const auto mean = hidden.to(at::kFloat).mean(1).flatten().cpu().contiguous();
+  return {mean.const_data_ptr<float>(), mean.const_data_ptr<float>() + mean.numel()};
+}
+
+/// A sequence of `tokens` tokens that goes on from donor number `donor`'s state behind layer `layer`.
+SequencePlan resume(std::int64_t row, std::int64_t tokens, std::int64_t layer, std::int32_t layers,
+                    std::int32_t donor) {
+  const auto next = static_cast<std::int32_t>(layer + 1);
+  const bool any = next < layers;
+  return {row, 0, tokens, donor, {{0, tokens, any ? next : 0, any ? layers : 0, 0}}};
+}
+
+std::shared_ptr<SequenceState> donor_of(const at::Tensor& hidden, std::int64_t layer, std::int64_t layers) {
+  auto state = std::make_shared<SequenceState>();
+  state->tokens = hidden.size(1);
+  state->hidden.resize(static_cast<std::size_t>(layers) + 1);
+  state->hidden[static_cast<std::size_t>(layer) + 1] = hidden;
+  return state;
+}
+
+void add_times(ForwardReport& sum, const ForwardReport& part) {
+  sum.embed_ms += part.embed_ms;
+  sum.head_ms += part.head_ms;
+  sum.layer_ms.resize(std::max(sum.layer_ms.size(), part.layer_ms.size()), 0.0);
+  for (std::size_t l = 0; l < part.layer_ms.size(); ++l) sum.layer_ms[l] += part.layer_ms[l];
+}
+
+/// Copies the states at one layer and ends the pass there.
+class PoolAndStop final : public LayerObserver {
+ public:
+  PoolAndStop(const Plan& plan, std::int32_t layer) : layer_(layer), means_(plan.sequences.size()) {}
+  bool watches(std::int32_t l) const override { return l == layer_; }
+  std::vector<std::size_t> at_layer(std::int32_t /*l*/, const std::vector<at::Tensor>& states) override {
+    std::vector<std::size_t> all(states.size());
+    std::iota(all.begin(), all.end(), std::size_t{0});
+    for (const std::size_t i : all) means_[i] = pooled(states[i]);
+    return all;
+  }
+  const std::vector<std::vector<float>>& means() const { return means_; }
+
+ private:
+  std::int32_t layer_;
+  std::vector<std::vector<float>> means_;
+};
+
+/// Copies the states behind some layers, and the shape of the first attention's queries.
+class Recorder final : public LayerObserver {
+ public:
+  bool watches(std::int32_t l) const override { return l > 0; }
+  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
+    states_[l - 1] = states.at(0).clone();
+    return {};
+  }
+  bool watches_attention(std::int32_t l) const override { return l == 0; }
+  void attended(std::int32_t /*l*/, std::int64_t site, std::size_t /*sequence*/, const SiteTensors& tensors) override {
+    if (site == 0 && tensors.queries.size() == 1 && tensors.keys.size() == 2) heads_ = tensors.queries[0].size(1);
+  }
+  const at::Tensor& behind(std::int64_t layer) const { return states_.at(layer); }
+  std::int64_t heads() const { return heads_; }
+
+ private:
+  std::map<std::int64_t, at::Tensor> states_;
+  std::int64_t heads_ = 0;
+};
+
+/// Who may see whose entries: the tenant, and which inputs there are and of which types.
+std::string space_of(const Batch& batch, const std::string& tenant) {
+  std::string space;
+  for (const c10::IValue& input : batch.inputs) {
+    space.push_back(input.isTensor() ? static_cast<char>(input.toTensor().scalar_type()) : static_cast<char>(-1));
+  }
+  return space + tenant;
+}
+
+}  // namespace
+
+std::vector<std::vector<float>> pooled_states(const Model& model, const Batch& batch, std::int32_t layer) {
+  std::vector<std::vector<float>> means(static_cast<std::size_t>(batch.rows));
+  const Plan plan = batch.full_plan(static_cast<std::int32_t>(model.layers()));
+  if (plan.sequences.empty()) return means;
+  PoolAndStop observer(plan, layer);
+  ForwardReport report;
+  execute_packed(model, batch.inputs, plan, {}, nullptr, report, &observer);
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    means[static_cast<std::size_t>(plan.sequences[i].row)] = observer.means()[i];
+  }
+  return means;
+}
+
+/// Fingerprints the sequences as their pass reaches the fingerprint layers, looks them up, and copies
+/// what the banks keep.
+class ThresholdReuse::Pass final : public LayerObserver {
+ public:
+  Pass(ThresholdReuse& owner, const std::string& space, std::vector<Learnt>& learnt, bool look_up, double now_s)
+      : owner_(owner), space_(space), learnt_(learnt), look_up_(look_up), now_s_(now_s) {}
+
+  bool watches(std::int32_t l) const override { return fingerprint_at(l) >= 0 || bank_behind(l) >= 0; }
+
+  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
+    std::vector<std::size_t> stopped;
+    const int which = fingerprint_at(l);
+    const int behind = bank_behind(l);
+    for (std::size_t i = 0; i < states.size(); ++i) {
+      if (!states[i].defined()) continue;
+      Learnt& learnt = learnt_[i];
+      if (behind >= 0) {
+        learnt.kept[static_cast<std::size_t>(behind)] = states[i].clone(at::MemoryFormat::Contiguous);
+      }
+      if (which < 0) continue;
+      fingerprint(static_cast<std::size_t>(which), states[i], learnt);
+      if (look_up_ && find(i, static_cast<std::size_t>(which), learnt)) stopped.push_back(i);
+    }
+    return stopped;
+  }
+
+  bool watches_attention(std::int32_t l) const override { return l == 0 && owner_.options_.fingerprint.attention; }
+  void attended(std::int32_t /*l*/, std::int64_t site, std::size_t sequence, const SiteTensors& tensors) override {
+    if (site != 0) return;
+    learnt_[sequence].attention = attention_statistics(tensors.queries[0], tensors.keys[0], owner_.profile_.causal);
+  }
+
+  const std::vector<Found>& found() const { return found_; }
+
+ private:
+  int fingerprint_at(std::int32_t l) const {
+    const auto& layers = owner_.options_.fingerprint_layers;
+    const auto it = std::find(layers.begin(), layers.end(), l);
+    return it == layers.end() ? -1 : static_cast<int>(it - layers.begin());
+  }
+  int bank_behind(std::int32_t l) const {
+    for (std::size_t b = 0; b < owner_.banks_.size(); ++b) {
+      if (owner_.banks_[b]->layer + 1 == l) return static_cast<int>(b);
+    }
+    return -1;
+  }
+
+  void fingerprint(std::size_t which, const at::Tensor& state, Learnt& learnt) const {
+    const Fingerprinter& fingerprinter = *owner_.fingerprinters_[which];
+    if (fingerprinter.needs_state()) {
+      auto& values = learnt.states[which];
+      values = pooled(state);
+      // Each statistic weighs like one more dimension of the state.
+      double square = 0;
+      for (const float value : values) square += static_cast<double>(value) * value;
+      const auto scale = static_cast<float>(std::sqrt(square / static_cast<double>(values.size())));
+      for (const float value : learnt.attention) values.push_back(scale * value);
+    }
+    learnt.fingerprints[which] = fingerprinter.make(learnt.states[which], learnt.ids);
+  }
+
+  /// Asks the banks of the layers that have not run yet, the deepest first.
+  bool find(std::size_t sequence, std::size_t which, Learnt& learnt) {
+    if (!learnt.fingerprints[which]) return false;
+    for (std::size_t b = owner_.banks_.size(); b-- > 0;) {
+      Bank& bank = *owner_.banks_[b];
+      const auto own = std::find(bank.fingerprints.begin(), bank.fingerprints.end(), which);
+      if (own == bank.fingerprints.end()) continue;
+      auto hit = bank.entries->find(space_, static_cast<std::size_t>(own - bank.fingerprints.begin()),
+                                    *learnt.fingerprints[which], owner_.monitor_->tau(b), now_s_);
+      if (!hit) continue;
+      found_.push_back({sequence, b, std::move(*hit)});
+      learnt.found = true;
+      return true;
+    }
+    return false;
+  }
+
+  ThresholdReuse& owner_;
+  const std::string& space_;
+  std::vector<Learnt>& learnt_;
+  const bool look_up_;
+  const double now_s_;
+  std::vector<Found> found_;
+};
+
+ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
+                               const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
+    : model_(model), output_(output), profile_(profile), options_(options.threshold), refresh_(options.refresh) {
+  const auto unavailable = [](const std::string& why) {
+    throw Error(ErrorCode::kNotAvailable, "fidelity 'threshold' is not available for this model: " + why);
+  };
+  options_.validate(model.layers());
+  if (profile.granularity != Granularity::kTokens) {
+    unavailable("it runs " + std::string(to_string(profile.granularity)) + " only; its profile says why");
+  }
+  if (!model.token_level()->self_contained()) unavailable("its layers use values of other layers than the one before");
+  choose_layers();
+  const std::int64_t heads = check_resuming(inputs.vocabulary);
+  std::int64_t dims = profile.hidden;
+  if (options_.fingerprint.attention) {
+    const bool sdpa = std::any_of(profile.attention.begin(), profile.attention.end(),
+                                  [](const AttentionSite& site) { return site.layer == 0 && site.kind == "sdpa"; });
+    if (!sdpa || heads == 0) {
+      unavailable(
+          "attention statistics need scaled_dot_product_attention in the first layer; export the model with it, "
+          "or set FingerprintOptions.attention to false");
+    }
+    dims += attention_statistics_size(heads);
+  }
+  for (std::size_t i = 0; i < options_.fingerprint_layers.size(); ++i) {
+    fingerprinters_.push_back(std::make_unique<Fingerprinter>(options_.fingerprint, dims));
+  }
+  double shares = 0;
+  for (std::size_t b = 0; b < banks_.size(); ++b) {
+    shares += options_.capacity_split.empty() ? 1 : options_.capacity_split[b];
+  }
+  std::vector<double> taus;
+  for (std::size_t b = 0; b < banks_.size(); ++b) {
+    const double share = options_.capacity_split.empty() ? 1 : options_.capacity_split[b];
+    LayerBank::Settings settings;
+    settings.capacity_bytes = static_cast<std::size_t>(static_cast<double>(capacity_bytes) * (share / shares));
+    settings.eviction = options_.eviction;
+    settings.ttl_seconds = options_.ttl_seconds;
+    settings.flush_below = refresh_.flush_below;
+    std::vector<const Fingerprinter*> own;
+    for (const std::size_t which : banks_[b]->fingerprints) own.push_back(fingerprinters_[which].get());
+    banks_[b]->entries = std::make_unique<LayerBank>(settings, own);
+    taus.push_back(options_.tau.size() == 1 ? options_.tau[0] : options_.tau[b]);
+  }
+  monitor_ = std::make_unique<DivergenceMonitor>(refresh_, taus);
+}
+
+ThresholdReuse::~ThresholdReuse() = default;
+
+void ThresholdReuse::choose_layers() {
+  std::vector<std::int64_t> layers = options_.cache_layers;
+  if (layers.empty()) {
+    for (std::int64_t l = options_.fingerprint_layers.front(); l < model_.layers(); ++l) layers.push_back(l);
+  }
+  if (options_.tau.size() != 1 && options_.tau.size() != layers.size()) {
+    throw Error(
+        ErrorCode::kInvalidOptions,
+        fmt::format("ThresholdOptions.tau has {} values; 1, or one for each of the {} cached layers is expected",
+                    options_.tau.size(), layers.size()));
+  }
+  if (!options_.capacity_split.empty() && options_.capacity_split.size() != layers.size()) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("ThresholdOptions.capacity_split has {} values; one for each of the {} cached layers, or "
+                            "none is expected",
+                            options_.capacity_split.size(), layers.size()));
+  }
+  for (const std::int64_t layer : layers) {
+    auto bank = std::make_unique<Bank>();
+    bank->layer = layer;
+    for (std::size_t which = 0; which < options_.fingerprint_layers.size(); ++which) {
+      if (options_.fingerprint_layers[which] <= layer) bank->fingerprints.push_back(which);
+    }
+    banks_.push_back(std::move(bank));
+  }
+}
+
+/// Goes on from behind each cached layer with the states of a tiny run, which must give that run's result.
+/// Returns the number of attention heads of the first layer, 0 if its attention has another shape.
+std::int64_t ThresholdReuse::check_resuming(const std::vector<std::int64_t>& vocabulary) {
+  constexpr std::int64_t kTokens = 6;
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  const auto inputs = probe_inputs(vocabulary, model_.device(), 1, kTokens, 41);
+  Recorder recorder;
+  ForwardReport report;
+  const Plan full{1, kTokens, layers, {compute_all(0, 0, kTokens, layers)}};
+  const auto want = tensors_of(execute_packed(model_, inputs, full, {}, nullptr, report, &recorder));
+  for (const auto& bank : banks_) {
+    const Plan plan{1, kTokens, layers, {resume(0, kTokens, bank->layer, layers, 0)}};
+    const Donors donors{donor_of(recorder.behind(bank->layer), bank->layer, layers)};
+    const auto got = tensors_of(execute_packed(model_, inputs, plan, donors, nullptr, report));
+    bool same = got.size() == want.size();
+    for (std::size_t i = 0; same && i < got.size(); ++i) same = nearly_equal(got[i], want[i]);
+    if (!same) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("fidelity 'threshold' is not available for this model: going on behind layer {} from its "
+                              "own state gives another result",
+                              bank->layer));
+    }
+  }
+  return recorder.heads();
+}
+
+double ThresholdReuse::now() const {
+  if (refresh_.clock) return refresh_.clock();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::vector<ThresholdReuse::Learnt> ThresholdReuse::start(const Batch& batch, const Plan& plan) const {
+  std::vector<Learnt> learnt(plan.sequences.size());
+  at::Tensor ids;
+  if (options_.fingerprint.kind == FingerprintKind::kJaccard) {
+    ids = batch.inputs[static_cast<std::size_t>(profile_.ids_argument)].toTensor().to(at::kLong).cpu().contiguous();
+  }
+  for (std::size_t i = 0; i < learnt.size(); ++i) {
+    const SequencePlan& sequence = plan.sequences[i];
+    learnt[i].states.resize(fingerprinters_.size());
+    learnt[i].fingerprints.resize(fingerprinters_.size());
+    learnt[i].kept.resize(banks_.size());
+    if (ids.defined()) {
+      const auto* begin = ids.const_data_ptr<std::int64_t>() + sequence.row * batch.width + sequence.first;
+      learnt[i].ids.assign(begin, begin + sequence.tokens);
+    }
+  }
+  return learnt;
+}
+
+ThresholdReuse::Answer ThresholdReuse::run(const Batch& batch, const std::string& tenant, std::uint64_t first_number,
+                                           ForwardReport& report) {
+  const double now_s = now();
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  const std::string space = space_of(batch, tenant);
+  const Plan plan = batch.full_plan(layers);
+  auto learnt = start(batch, plan);
+  for (std::size_t i = 0; i < learnt.size(); ++i) {
+    learnt[i].number = first_number + static_cast<std::uint64_t>(plan.sequences[i].row);
+  }
+  Pass pass(*this, space, learnt, true, now_s);
+  Answer answer;
+  answer.rows.resize(static_cast<std::size_t>(batch.rows));
+  answer.computed = execute_packed(model_, batch.inputs, plan, {}, nullptr, report, &pass);
+  const ForwardReport own = report;
+  auto served = serve(pass.found(), report);
+  for (std::size_t f = 0; f < pass.found().size(); ++f) {
+    const Found& found = pass.found()[f];
+    const SequencePlan& sequence = plan.sequences[found.sequence];
+    answer.rows[static_cast<std::size_t>(sequence.row)] =
+        fitted(std::move(served[f].leaves), found.hit.entry->tokens(), sequence.tokens);
+    SequenceReport& told = report.sequences[static_cast<std::size_t>(sequence.row)];
+    for (std::size_t l = 0; l < told.layers.size(); ++l) {
+      if (served[f].layers[l].computed > 0) told.layers[l] = served[f].layers[l];
+    }
+    told.source = Source::kSimilar;
+    told.similarity = found.hit.similarity;
+    told.entry = static_cast<std::int64_t>(found.hit.entry->number());
+    told.resumed_layer = banks_[found.bank]->layer + 1;
+  }
+  shadow(batch, plan, space, pass.found(), first_number, answer, report, now_s);
+  for (const Found& found : pass.found()) {
+    const auto row = static_cast<std::size_t>(plan.sequences[found.sequence].row);
+    if (report.sequences[row].shadowed) continue;
+    ++banks_[found.bank]->hits;
+    ++answer.hits;
+  }
+  for (const SequencePlan& sequence : plan.sequences) {
+    const auto& told = report.sequences[static_cast<std::size_t>(sequence.row)].layers;
+    if (std::any_of(told.begin(), told.end(), [](const LayerTokens& l) { return l.computed > 0; })) {
+      answer.tokens_computed += sequence.tokens;
+    }
+  }
+  hits_ += answer.hits;
+  keep(batch, plan, space, learnt, own, now_s);
+  return answer;
+}
+
+/// Runs what is left of the layers, and the head, on the states of the entries. One result an element of `found`.
+std::vector<ThresholdReuse::Served> ThresholdReuse::serve(const std::vector<Found>& found, ForwardReport& report) {
+  std::vector<Served> results(found.size());
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  std::vector<std::size_t> waiting(found.size());
+  std::iota(waiting.begin(), waiting.end(), std::size_t{0});
+  while (!waiting.empty()) {
+    const auto& first = *found[waiting[0]].hit.entry;
+    // Without a mask only sequences of one length fit into a batch.
+    const bool masked =
+        profile_.mask_argument >= 0 && first.inputs()[static_cast<std::size_t>(profile_.mask_argument)].defined();
+    std::vector<std::size_t> group;
+    std::int64_t width = 0;
+    for (const std::size_t f : waiting) {
+      const std::int64_t tokens = found[f].hit.entry->tokens();
+      if (!masked && tokens != first.tokens()) continue;
+      group.push_back(f);
+      width = std::max(width, tokens);
+    }
+    std::erase_if(waiting, [&](std::size_t f) { return std::find(group.begin(), group.end(), f) != group.end(); });
+
+    const auto rows = static_cast<std::int64_t>(group.size());
+    Inputs inputs;
+    for (std::size_t j = 0; j < first.inputs().size(); ++j) {
+      if (!first.inputs()[j].defined()) {
+        inputs.emplace_back();
+        continue;
+      }
+      auto input = at::zeros({rows, width}, first.inputs()[j].options());
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const at::Tensor& own = found[group[static_cast<std::size_t>(r)]].hit.entry->inputs()[j];
+        input.select(0, r).narrow(0, 0, own.size(0)).copy_(own);
+      }
+      inputs.emplace_back(std::move(input));
+    }
+    Plan plan{rows, width, layers, {}};
+    Donors donors;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const Found& one = found[group[static_cast<std::size_t>(r)]];
+      const std::int64_t layer = banks_[one.bank]->layer;
+      plan.sequences.push_back(
+          resume(r, one.hit.entry->tokens(), layer, layers, static_cast<std::int32_t>(donors.size())));
+      donors.push_back(donor_of(one.hit.entry->hidden(), layer, layers));
+    }
+    ForwardReport own;
+    const auto result = execute_packed(model_, inputs, plan, donors, nullptr, own);
+    add_times(report, own);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::size_t f = group[static_cast<std::size_t>(r)];
+      results[f] = {row_of(result, output_, r, 0, found[f].hit.entry->tokens(), width),
+                    own.sequences[static_cast<std::size_t>(r)].layers};
+    }
+  }
+  return results;
+}
+
+/// Results for `from` tokens as results for `to` tokens; see ThresholdOptions.
+std::vector<at::Tensor> ThresholdReuse::fitted(std::vector<at::Tensor> leaves, std::int64_t from,
+                                               std::int64_t to) const {
+  if (from == to) return leaves;
+  const std::int64_t shift = profile_.causal ? from - to : 0;
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    const int dim = output_.leaves[i].tokens;
+    if (dim < 0) continue;
+    const auto index = at::arange(shift, shift + to, at::TensorOptions().dtype(at::kLong)).clamp(0, from - 1);
+    leaves[i] = leaves[i].index_select(dim, index.to(leaves[i].device()));
+  }
+  return leaves;
+}
+
+/// Computes some of the hits in full too, compares, and answers with the full computation.
+void ThresholdReuse::shadow(const Batch& batch, const Plan& plan, const std::string& space,
+                            const std::vector<Found>& found, std::uint64_t first_number, Answer& answer,
+                            ForwardReport& report, double now_s) {
+  std::vector<const Found*> chosen;
+  for (const Found& one : found) {
+    if (monitor_->choose()) chosen.push_back(&one);
+  }
+  if (chosen.empty()) return;
+  const auto row_number = [&](const Found* one) { return plan.sequences[one->sequence].row; };
+  std::sort(chosen.begin(), chosen.end(), [&](auto* a, auto* b) { return row_number(a) < row_number(b); });
+  std::vector<std::int64_t> rows;
+  for (const Found* one : chosen) rows.push_back(row_number(one));
+  const Batch part = batch.select(rows);
+  const Plan full = part.full_plan(static_cast<std::int32_t>(model_.layers()));
+  auto learnt = start(part, full);
+  for (std::size_t i = 0; i < learnt.size(); ++i) learnt[i].number = first_number + static_cast<std::uint64_t>(rows[i]);
+  Pass pass(*this, space, learnt, false, now_s);
+  ForwardReport own;
+  const auto result = execute_packed(model_, part.inputs, full, {}, nullptr, own, &pass);
+  add_times(report, own);
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    const auto row = static_cast<std::size_t>(rows[i]);
+    const RowSpan& span = part.spans[i];
+    auto leaves = row_of(result, output_, static_cast<std::int64_t>(i), span.first, span.tokens, part.width);
+    const Drift drift = drift_between(answer.rows[row], leaves, refresh_.decision);
+    const bool good = monitor_->record(chosen[i]->bank, drift);
+    banks_[chosen[i]->bank]->entries->record(chosen[i]->hit, drift.relative, good);
+    answer.rows[row] = std::move(leaves);
+    SequenceReport& told = report.sequences[row];
+    told.source = Source::kComputed;
+    told.shadowed = true;
+    told.drift = drift.relative;
+    told.layers = own.sequences[i].layers;
+  }
+  keep(part, full, space, learnt, own, now_s);
+}
+
+void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::string& space, std::vector<Learnt>& learnt,
+                          const ForwardReport& report, double now_s) {
+  for (std::size_t i = 0; i < learnt.size(); ++i) {
+    for (std::size_t which = 0; which < fingerprinters_.size(); ++which) {
+      if (!learnt[i].states[which].empty()) fingerprinters_[which]->observe(learnt[i].states[which]);
+    }
+  }
+  for (std::size_t i = 0; i < learnt.size(); ++i) {
+    Learnt& one = learnt[i];
+    if (one.found) continue;
+    const bool usable =
+        std::all_of(one.fingerprints.begin(), one.fingerprints.end(), [](const auto& f) { return f.has_value(); }) &&
+        std::all_of(one.kept.begin(), one.kept.end(),
+                    [](const at::Tensor& state) { return state.isfinite().all().template item<bool>(); });
+    if (!usable) {
+      ++unusable_;
+      continue;
+    }
+    const SequencePlan& sequence = plan.sequences[i];
+    LayerBank::Candidate candidate;
+    candidate.number = one.number;
+    candidate.ids = one.ids;
+    for (const c10::IValue& input : batch.inputs) {
+      candidate.inputs.push_back(
+          input.isTensor() ? input.toTensor().select(0, sequence.row).narrow(0, sequence.first, sequence.tokens).clone()
+                           : at::Tensor());
+    }
+    const double share =
+        static_cast<double>(sequence.tokens) / static_cast<double>(std::max<std::int64_t>(1, batch.tokens));
+    std::int64_t done = 0;
+    for (std::size_t b = 0; b < banks_.size(); ++b) {
+      const Bank& bank = *banks_[b];
+      for (; done <= bank.layer; ++done) {
+        candidate.saved_ms += report.layer_ms[static_cast<std::size_t>(done)] * share;
+      }
+      candidate.hidden = std::move(one.kept[b]);
+      candidate.states.clear();
+      candidate.fingerprints.clear();
+      for (const std::size_t which : bank.fingerprints) {
+        candidate.states.push_back(one.states[which]);
+        candidate.fingerprints.push_back(one.fingerprints[which]);
+      }
+      bank.entries->insert(space, candidate, now_s);
+    }
+  }
+}
+
+void ThresholdReuse::clear() {
+  for (const auto& bank : banks_) bank->entries->clear();
+}
+
+void ThresholdReuse::fill(Stats& stats) const {
+  stats.similar_hits = hits_;
+  stats.unusable_states = unusable_;
+  for (std::size_t b = 0; b < banks_.size(); ++b) {
+    const auto counters = banks_[b]->entries->counters();
+    LayerStats& layer = stats.layers.emplace_back();
+    layer.layer = banks_[b]->layer;
+    layer.hits = banks_[b]->hits;
+    layer.entries = counters.entries;
+    layer.bytes = counters.bytes;
+    layer.peak_bytes = counters.peak_bytes;
+    layer.insertions = counters.insertions;
+    layer.evictions = counters.evictions;
+    layer.rejected = counters.rejected;
+    layer.expired = counters.expired;
+    layer.decayed = counters.decayed;
+    layer.dropped = counters.dropped;
+    layer.checked_entries = counters.checked_entries;
+    monitor_->fill(b, layer);
+    stats.insertions += counters.insertions;
+    stats.evictions += counters.evictions;
+    stats.rejected += counters.rejected;
+    stats.entries += counters.entries;
+    stats.bytes += counters.bytes;
+    stats.peak_bytes += counters.peak_bytes;
+  }
+}
+
+}  // namespace llmcache
