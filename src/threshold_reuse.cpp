@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <fmt/core.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <chrono>
@@ -83,6 +84,17 @@ class Recorder final : public LayerObserver {
   std::map<std::int64_t, at::Tensor> states_;
   std::int64_t heads_ = 0;
 };
+
+/// Of what a sequence's entries are made from, in its space.
+std::uint64_t hash_of(const std::string& space, const std::vector<at::Tensor>& inputs) {
+  std::uint64_t hash = XXH3_64bits(space.data(), space.size());
+  for (const at::Tensor& input : inputs) {
+    if (!input.defined()) continue;
+    const auto own = input.cpu();
+    hash = XXH3_64bits_withSeed(own.const_data_ptr(), own.nbytes(), hash);
+  }
+  return hash;
+}
 
 /// Who may see whose entries: the tenant, and which inputs there are and of which types.
 std::string space_of(const Batch& batch, const std::string& tenant) {
@@ -227,6 +239,7 @@ ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, cons
   }
   std::vector<double> taus;
   for (std::size_t b = 0; b < banks_.size(); ++b) {
+    candidate.key = hash_of(space, candidate.inputs);
     const double share = options_.capacity_split.empty() ? 1 : options_.capacity_split[b];
     LayerBank::Settings settings;
     settings.capacity_bytes = static_cast<std::size_t>(static_cast<double>(capacity_bytes) * (share / shares));

@@ -169,7 +169,9 @@ TEST(Text, OfAPlan) {
 TEST(Text, OfAReport) {
   ForwardReport report;
   report.execution = Execution::kPacked;
-  report.sequences = {{9, Source::kPartial, 0, {{3, 6}, {3, 6}}}, {4, Source::kIdentical, 1, {{0, 4}, {0, 4}}}};
+  report.sequences.resize(2);
+  report.sequences[0] = {.tokens = 9, .source = Source::kPartial, .layers = {{3, 6}, {3, 6}}};
+  report.sequences[1] = {.tokens = 4, .source = Source::kIdentical, .similarity = 1, .layers = {{0, 4}, {0, 4}}};
   report.layer_ms = {1.25, 0};
   report.total_ms = 7.5;
   EXPECT_NEAR(report.computed_fraction(), 6.0 / 26, 1e-12);

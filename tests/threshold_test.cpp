@@ -483,7 +483,9 @@ TEST_F(Threshold, MemoryIsNeverAboveTheCapacityWhateverThePolicy) {
         std::size_t limit = 0;
         for (const LayerStats& layer : stats.layers) limit += layer.peak_bytes;
         ASSERT_LE(limit, options.capacity_bytes * 9 / 10);
-        if (source(one) == Source::kComputed) ASSERT_TRUE(close_on_real(got, plain(r), r, 1e-4));
+        if (source(one) == Source::kComputed) {
+          ASSERT_TRUE(close_on_real(got, plain(r), r, 1e-4));
+        }
         if (random() % 40 == 0) one.clear();
       }
       EXPECT_GT(one.stats().insertions, 0U);
@@ -732,7 +734,7 @@ TEST(ThresholdThreads, EightThreadsFillAndAsk) {
         const auto got = cache.forward(requests[r].inputs);
         // Distinct random requests are far apart: whatever is served must be the request itself.
         if (!close_on_real(got, want[r], requests[r], 1e-3)) ++wrong;
-        if (i % 13 == 12) cache.stats();
+        if (i % 13 == 12 && cache.stats().peak_bytes > options.capacity_bytes) ++wrong;
         if (i == 25 && t == 0) cache.clear();
       }
     });

@@ -151,7 +151,7 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
     }
     for (; indexed < own.indices.size(); ++indexed) own.indices[indexed].insert(local, fingerprints[indexed]);
     const std::size_t bytes = static_cast<std::size_t>(entry->hidden().nbytes());
-    policy_.insert(slot, {bytes, candidate.saved_ms, 0}, now_s);
+    policy_.insert(slot, {bytes, candidate.saved_ms, candidate.key}, now_s);
     in_policy = true;
     ttl_.insert(slot, now_s);
     node.entry = entry;

@@ -90,6 +90,7 @@ class LayerBank {
     std::vector<std::optional<Fingerprint>> fingerprints;  ///< of the states
     std::vector<std::int64_t> ids;                         ///< of the sequence
     double saved_ms = 0;                                   ///< by a hit
+    std::uint64_t key = 0;                                 ///< hash of the inputs; 0: not known
   };
 
   struct Counters {
