@@ -23,8 +23,70 @@ Json maybe(const std::optional<T>& value) {
   return value ? Json(*value) : Json(nullptr);
 }
 
+Json interval(const Interval& value) { return Json::array({number(value.low), number(value.high)}); }
+
+Json task(const std::optional<TaskResult>& value) {
+  if (!value) return nullptr;
+  return {{"metric", value->metric},
+          {"value", number(value->value)},
+          {"baseline", number(value->baseline)},
+          {"change", number(value->change)},
+          {"ci95", interval(value->ci95)}};
+}
+
+Json unsafe_served(const std::optional<UnsafeServed>& value) {
+  if (!value) return nullptr;
+  return {{"rate", number(value->rate.rate)},
+          {"ci95", interval(value->rate.ci95)},
+          {"served", value->rate.of},
+          {"unlabelled", value->unlabelled}};
+}
+
+Json same_answer(const std::optional<Rate>& value) {
+  if (!value) return nullptr;
+  return {{"rate", number(value->rate)}, {"ci95", interval(value->ci95)}, {"served", value->of}};
+}
+
 double number_from(const Json& json) { return json.is_null() ? kNotMeasured : json.get<double>(); }
 std::string text_from(const Json& json) { return json.is_null() ? std::string() : json.get<std::string>(); }
+
+template <class T>
+void read_maybe(const Json& json, std::optional<T>& value) {
+  if (!json.is_null()) value = json.get<T>();
+}
+
+Interval interval_from(const Json& json) { return {number_from(json.at(0)), number_from(json.at(1))}; }
+
+Rate rate_from(const Json& json) {
+  return {number_from(json.at("rate")), interval_from(json.at("ci95")), json.at("served").get<std::int64_t>()};
+}
+
+/// The fields that say how similar requests were found, and what that did to quality.
+void read_similarity(const Json& json, Record& r) {
+  read_maybe(json.at("threshold"), r.threshold);
+  r.fingerprint = text_from(json.at("fingerprint"));
+  read_maybe(json.at("fingerprint_layer"), r.fingerprint_layer);
+  r.centring = text_from(json.at("centring"));
+  r.cache_layers = text_from(json.at("cache_layers"));
+  r.eviction = text_from(json.at("eviction"));
+  read_maybe(json.at("ttl_seconds"), r.ttl_seconds);
+  read_maybe(json.at("shadow_rate"), r.shadow_rate);
+  read_maybe(json.at("capacity_bytes"), r.capacity_bytes);
+  if (!json.at("hit_rate_by_layer").is_null())
+    r.hit_rate_by_layer = json["hit_rate_by_layer"].get<std::vector<double>>();
+  if (const Json& t = json.at("task"); !t.is_null()) {
+    r.task = {.metric = t.at("metric").get<std::string>(),
+              .value = number_from(t.at("value")),
+              .baseline = number_from(t.at("baseline")),
+              .change = number_from(t.at("change")),
+              .ci95 = interval_from(t.at("ci95"))};
+  }
+  r.recall = number_from(json.at("recall"));
+  if (const Json& u = json.at("unsafe_served"); !u.is_null()) {
+    r.unsafe_served = {.rate = rate_from(u), .unlabelled = u.at("unlabelled").get<std::int64_t>()};
+  }
+  if (!json.at("same_answer").is_null()) r.same_answer = rate_from(json["same_answer"]);
+}
 
 }  // namespace
 
@@ -34,9 +96,20 @@ Json to_json(const Record& r, const Versions& versions) {
           {"workload", r.workload},
           {"mode", r.mode},
           {"fidelity", text(r.fidelity)},
+          {"threshold", maybe(r.threshold)},
+          {"fingerprint", text(r.fingerprint)},
+          {"fingerprint_layer", maybe(r.fingerprint_layer)},
+          {"centring", text(r.centring)},
+          {"cache_layers", text(r.cache_layers)},
+          {"eviction", text(r.eviction)},
+          {"ttl_seconds", maybe(r.ttl_seconds)},
+          {"shadow_rate", maybe(r.shadow_rate)},
+          {"capacity_bytes", maybe(r.capacity_bytes)},
           {"threads", r.threads},
           {"requests", r.requests},
           {"requests_available", r.requests_available},
+          {"filled", r.filled},
+          {"fill_available", r.fill_available},
           {"sequences", r.sequences},
           {"tokens", r.tokens},
           {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
@@ -48,6 +121,11 @@ Json to_json(const Record& r, const Versions& versions) {
           {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
           {"speedup_median", number(r.speedup_median)},
           {"hit_rate", number(r.hit_rate)},
+          {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
+          {"task", task(r.task)},
+          {"recall", number(r.recall)},
+          {"unsafe_served", unsafe_served(r.unsafe_served)},
+          {"same_answer", same_answer(r.same_answer)},
           {"divergence",
            {{"mean", number(r.divergence.mean)}, {"p95", number(r.divergence.p95)}, {"max", number(r.divergence.max)}}},
           {"cache_bytes", r.cache_bytes},
@@ -72,7 +150,10 @@ Record record_from_json(const Json& json) {
   r.threads = json.at("threads").get<int>();
   r.requests = json.at("requests").get<std::int64_t>();
   r.requests_available = json.at("requests_available").get<std::int64_t>();
+  r.filled = json.at("filled").get<std::int64_t>();
+  r.fill_available = json.at("fill_available").get<std::int64_t>();
   r.sequences = json.at("sequences").get<std::int64_t>();
+  read_similarity(json, r);
   r.tokens = json.at("tokens").get<std::int64_t>();
   r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
   const Json& latency = json.at("latency_ms");

@@ -31,4 +31,49 @@ Summary summarize(const std::vector<double>& values) {
           .max = percentile(values, 100)};
 }
 
+Interval wilson(std::int64_t successes, std::int64_t trials) {
+  if (trials <= 0) return {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::quiet_NaN()};
+  constexpr double kZ = 1.959963984540054;  // 97.5 % of the normal distribution lies below
+  const auto n = static_cast<double>(trials);
+  const double p = static_cast<double>(successes) / n;
+  const double shrunk = 1 + kZ * kZ / n;
+  const double centre = (p + kZ * kZ / (2 * n)) / shrunk;
+  const double half = kZ / shrunk * std::sqrt(p * (1 - p) / n + kZ * kZ / (4 * n * n));
+  // Exact at the ends, where rounding would leave 1e-17.
+  return {successes == 0 ? 0 : std::max(0.0, centre - half), successes == trials ? 1 : std::min(1.0, centre + half)};
+}
+
+std::vector<double> average_ranks(const std::vector<double>& values) {
+  std::vector<std::size_t> order(values.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return values[a] < values[b]; });
+  std::vector<double> ranks(values.size());
+  for (std::size_t first = 0; first < order.size();) {
+    std::size_t last = first + 1;
+    while (last < order.size() && values[order[last]] == values[order[first]]) ++last;
+    const double rank = static_cast<double>(first + 1 + last) / 2;
+    for (; first < last; ++first) ranks[order[first]] = rank;
+  }
+  return ranks;
+}
+
+double spearman(const std::vector<double>& x, const std::vector<double>& y) {
+  const auto undefined = [](const std::vector<double>& values) {
+    return std::any_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
+  };
+  if (x.size() < 2 || undefined(x) || undefined(y)) return std::numeric_limits<double>::quiet_NaN();
+  const auto rx = average_ranks(x);
+  const auto ry = average_ranks(y);
+  const double middle = (static_cast<double>(x.size()) + 1) / 2;
+  double xy = 0;
+  double xx = 0;
+  double yy = 0;
+  for (std::size_t i = 0; i < rx.size(); ++i) {
+    xy += (rx[i] - middle) * (ry[i] - middle);
+    xx += (rx[i] - middle) * (rx[i] - middle);
+    yy += (ry[i] - middle) * (ry[i] - middle);
+  }
+  return xx == 0 || yy == 0 ? std::numeric_limits<double>::quiet_NaN() : xy / std::sqrt(xx * yy);
+}
+
 }  // namespace llmcache::bench

@@ -1,6 +1,7 @@
 // Means and percentiles of measured values.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -24,5 +25,22 @@ struct Summary {
   double max = 0;
 };
 Summary summarize(const std::vector<double>& values);
+
+/// An interval with its ends; NaN where it was not measured.
+struct Interval {
+  double low = 0;
+  double high = 0;
+};
+
+/// 95 % interval of a rate of which `successes` of `trials` were seen (Wilson's score interval, 1927).
+/// [NaN, NaN] for no trials.
+Interval wilson(std::int64_t successes, std::int64_t trials);
+
+/// Rank of each value, the smallest has 1; equal values share the mean of their ranks.
+std::vector<double> average_ranks(const std::vector<double>& values);
+
+/// Spearman's rank correlation: Pearson's of the average ranks. NaN for fewer than two pairs, if
+/// either side is constant, or if a value is NaN. Both must have the same length.
+double spearman(const std::vector<double>& x, const std::vector<double>& y);
 
 }  // namespace llmcache::bench

@@ -3,174 +3,198 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
-#include <fstream>
-#include <limits>
+#include <cmath>
 #include <map>
-#include <nlohmann/json.hpp>
-#include <set>
-#include <system_error>
-#include <utility>
 
 #include "failure.h"
+#include "safetensors.h"
 
 namespace llmcache::bench {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr std::uintmax_t kMaxFileBytes = std::uintmax_t{1} << 30;
-constexpr std::uint64_t kMaxHeaderBytes = std::uint64_t{1} << 20;
-constexpr int kMaxDepth = 4;
-
-[[noreturn]] void damaged(const std::string& name, const std::string& what) {
-  throw Failure(fmt::format("{}: not a usable token file: {}; prepare the data again", name, what));
-}
-
-/// One tensor of the file: bytes that have been checked against dtype and shape.
-struct TensorView {
-  std::string dtype;
-  std::vector<std::uint64_t> shape;
-  std::uint64_t begin = 0;
-  std::uint64_t end = 0;
-};
-
-std::uint64_t dtype_bytes(const std::string& dtype) {
-  static const std::map<std::string, std::uint64_t> kBytes = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"I16", 2}, {"U16", 2}, {"F16", 2}, {"BF16", 2},
-      {"I32", 4},  {"U32", 4}, {"F32", 4}, {"I64", 8}, {"U64", 8}, {"F64", 8}};
-  const auto found = kBytes.find(dtype);
-  return found == kBytes.end() ? 0 : found->second;
-}
-
-/// Parses the header, refusing deep nesting and doubled keys.
-Json parse_header(std::string_view text, const std::string& name) {
-  std::vector<std::set<std::string>> keys;
-  const auto check = [&](int depth, Json::parse_event_t event, Json& value) {
-    if (depth > kMaxDepth) damaged(name, "its header is nested too deeply");
-    if (event == Json::parse_event_t::object_start) {
-      keys.emplace_back();
-    } else if (event == Json::parse_event_t::object_end) {
-      keys.pop_back();
-    } else if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second) {
-      damaged(name, fmt::format("its header has '{}' twice", value.get<std::string>()));
-    }
-    return true;
-  };
-  try {
-    Json header = Json::parse(text, check);
-    if (!header.is_object()) damaged(name, "its header is not a JSON object");
-    return header;
-  } catch (const Json::exception& error) {
-    damaged(name, fmt::format("its header is not JSON ({})", error.what()));
-  }
-}
-
-std::uint64_t unsigned_number(const Json& value, const std::string& tensor, const std::string& name) {
-  if (!value.is_number_unsigned()) {
-    damaged(name, fmt::format("tensor '{}' has a shape or offset that is not a whole number", tensor));
-  }
-  return value.get<std::uint64_t>();
-}
-
-TensorView parse_tensor(const Json& entry, std::uint64_t data_bytes, const std::string& tensor,
-                        const std::string& name) {
-  const auto bad = [&](const std::string& what) { damaged(name, fmt::format("tensor '{}' {}", tensor, what)); };
-  if (!entry.is_object()) bad("is not described by an object");
-  const auto dtype = entry.find("dtype");
-  const auto shape = entry.find("shape");
-  const auto offsets = entry.find("data_offsets");
-  if (dtype == entry.end() || !dtype->is_string()) bad("has no dtype");
-  if (shape == entry.end() || !shape->is_array()) bad("has no shape");
-  if (offsets == entry.end() || !offsets->is_array() || offsets->size() != 2) bad("has no pair of data_offsets");
-
-  TensorView view;
-  view.dtype = dtype->get<std::string>();
-  view.begin = unsigned_number((*offsets)[0], tensor, name);
-  view.end = unsigned_number((*offsets)[1], tensor, name);
-  if (view.begin > view.end || view.end > data_bytes) {
-    bad(fmt::format("lies at bytes {} to {} of {}: truncated or damaged", view.begin, view.end, data_bytes));
-  }
-  std::uint64_t bytes = dtype_bytes(view.dtype);
-  if (bytes == 0) bad(fmt::format("has unknown dtype '{}'", view.dtype));
-  for (const Json& size : *shape) {
-    view.shape.push_back(unsigned_number(size, tensor, name));
-    const std::uint64_t factor = view.shape.back();
-    if (factor != 0 && bytes > std::numeric_limits<std::uint64_t>::max() / factor) bad("has a shape that overflows");
-    bytes *= factor;
-  }
-  if (bytes != view.end - view.begin) {
-    bad(fmt::format("needs {} bytes by dtype and shape, its offsets give {}", bytes, view.end - view.begin));
-  }
-  return view;
-}
-
-/// Tensors must fill the data exactly, without overlap or gap.
-void check_layout(const std::map<std::string, TensorView>& tensors, std::uint64_t data_bytes, const std::string& name) {
-  std::vector<std::pair<std::uint64_t, std::uint64_t>> spans;
-  for (const auto& [key, view] : tensors) spans.emplace_back(view.begin, view.end);
-  std::sort(spans.begin(), spans.end());
-  std::uint64_t position = 0;
-  for (const auto& [begin, end] : spans) {
-    if (begin < position) damaged(name, fmt::format("tensors overlap at byte {}", begin));
-    if (begin > position) damaged(name, fmt::format("bytes {} to {} belong to no tensor", position, begin));
-    position = end;
-  }
-  if (position != data_bytes) {
-    damaged(name, fmt::format("its tensors end at byte {} of {}: truncated or appended to", position, data_bytes));
-  }
-}
-
-template <class T>
-std::vector<T> copy_vector(const std::map<std::string, TensorView>& tensors, const std::string& tensor,
-                           const std::string& dtype, std::string_view data, const std::string& name) {
-  const auto found = tensors.find(tensor);
-  if (found == tensors.end()) damaged(name, fmt::format("it has no tensor '{}'", tensor));
-  const TensorView& view = found->second;
-  if (view.dtype != dtype || view.shape.size() != 1) {
-    damaged(name, fmt::format("tensor '{}' is {} with {} dimensions, expected {} with one", tensor, view.dtype,
-                              view.shape.size(), dtype));
-  }
-  std::vector<T> values(view.shape[0]);
-  if (!values.empty()) std::memcpy(values.data(), data.data() + view.begin, view.end - view.begin);
-  return values;
-}
+constexpr const char* kKind = "token file";
 
 /// Offsets must start at 0, rise, and end at `total`.
 void check_offsets(const std::vector<std::int64_t>& offsets, std::size_t total, const std::string& tensor,
-                   const std::string& name) {
-  if (offsets.size() < 2) damaged(name, fmt::format("{} has {} entries, expected 2 or more", tensor, offsets.size()));
-  if (offsets.front() != 0) damaged(name, fmt::format("{} starts at {}, not at 0", tensor, offsets.front()));
+                   const Safetensors& file) {
+  if (offsets.size() < 2) file.damaged(fmt::format("{} has {} entries, expected 2 or more", tensor, offsets.size()));
+  if (offsets.front() != 0) file.damaged(fmt::format("{} starts at {}, not at 0", tensor, offsets.front()));
   for (std::size_t i = 1; i < offsets.size(); ++i) {
     if (offsets[i] <= offsets[i - 1]) {
-      damaged(name, fmt::format("{}[{}] is {} after {}: they must rise", tensor, i, offsets[i], offsets[i - 1]));
+      file.damaged(fmt::format("{}[{}] is {} after {}: they must rise", tensor, i, offsets[i], offsets[i - 1]));
     }
   }
   if (static_cast<std::uint64_t>(offsets.back()) != total) {
-    damaged(name, fmt::format("{} ends at {}, expected {}", tensor, offsets.back(), total));
+    file.damaged(fmt::format("{} ends at {}, expected {}", tensor, offsets.back(), total));
   }
 }
 
-void read_metadata(const Json& header, TokenFile& file, const std::string& name) {
-  const auto metadata = header.find("__metadata__");
-  if (metadata == header.end() || !metadata->is_object()) damaged(name, "it has no __metadata__");
-  const auto text = [&](const char* key) {
-    const auto value = metadata->find(key);
-    if (value == metadata->end() || !value->is_string()) damaged(name, fmt::format("its metadata has no '{}'", key));
-    return value->get<std::string>();
-  };
-  if (text("version") != "1") damaged(name, fmt::format("it has version '{}', expected '1'", text("version")));
-  file.workload = text("workload");
-  file.tokenizer = text("tokenizer");
-  file.source = text("source");
-  file.description = text("description");
-  file.order = text("order");
-  const std::string max_tokens = text("max_tokens");
-  if (max_tokens.empty() || max_tokens.size() > 9 || max_tokens.find_first_not_of("0123456789") != std::string::npos) {
-    damaged(name, fmt::format("its max_tokens is '{}', expected a whole number", max_tokens));
+Task task_from(const std::string& text, const Safetensors& in) {
+  static const std::map<std::string, Task> kTasks = {{"", Task::kNone},
+                                                     {"classification", Task::kClassification},
+                                                     {"choice", Task::kChoice},
+                                                     {"perplexity", Task::kPerplexity},
+                                                     {"answer", Task::kAnswer},
+                                                     {"similarity", Task::kSimilarity},
+                                                     {"duplicates", Task::kDuplicates}};
+  const auto found = kTasks.find(text);
+  if (found == kTasks.end()) {
+    in.damaged(
+        fmt::format("its task is '{}', expected classification, choice, perplexity, answer, similarity, "
+                    "duplicates or nothing",
+                    text));
   }
-  file.max_tokens = std::stoll(max_tokens);
+  return found->second;
 }
+
+/// Every value must lie in [low, high].
+void check_range(const std::vector<std::int64_t>& values, std::int64_t low, std::int64_t high,
+                 const std::string& tensor, const Safetensors& in) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] < low || values[i] > high) {
+      in.damaged(fmt::format("{}[{}] is {}, expected {} to {}", tensor, i, values[i], low, high));
+    }
+  }
+}
+
+/// Reads the optional tensors of version "2" and checks them against the sequences, which are read.
+class TaskReader {
+ public:
+  TaskReader(const Safetensors& in, TokenFile& file) : in_(in), file_(file) {}
+
+  void read() {
+    file_.task = task_from(in_.optional_text("task").value_or(""), in_);
+    if (in_.optional_text("fill_requests")) file_.fill_requests = in_.whole_number("fill_requests");
+    if (file_.fill_requests >= file_.requests()) {
+      in_.damaged(fmt::format("its fill_requests is {} of {} requests: none is left to ask", file_.fill_requests,
+                              file_.requests()));
+    }
+    if (in_.optional_text("label_names")) file_.label_names = in_.text_list("label_names");
+    file_.labels = optional("labels", file_.sequences(), "sequence");
+    file_.group = optional("group", file_.requests(), "request");
+    file_.partner = optional("partner", file_.requests(), "request");
+    file_.pair_label = optional("pair_label", file_.requests(), "request");
+    read_scored();
+    read_pair_scores();
+    check_range(file_.group, -1, std::int64_t{1} << 40, "group", in_);
+    check_pairs();
+    check_task();
+  }
+
+ private:
+  std::vector<std::int64_t> optional(const std::string& tensor, std::int64_t count, const std::string& unit) const {
+    if (!in_.has(tensor)) return {};
+    auto values = in_.values<std::int64_t>(tensor);
+    check_count(tensor, static_cast<std::int64_t>(values.size()), count, unit);
+    return values;
+  }
+
+  void check_count(const std::string& tensor, std::int64_t found, std::int64_t expected,
+                   const std::string& unit) const {
+    if (found != expected) {
+      in_.damaged(fmt::format("{} has {} entries, expected {}, one a {}", tensor, found, expected, unit));
+    }
+  }
+
+  void read_scored() {
+    if (!in_.has("scored")) return;
+    std::vector<std::int64_t> shape;
+    const auto values = in_.values<std::int64_t>("scored", 2, &shape);
+    check_count("scored", shape[0], file_.sequences(), "sequence");
+    if (shape[1] != 2) in_.damaged(fmt::format("scored has {} columns, expected begin and end", shape[1]));
+    for (std::int64_t i = 0; i < shape[0]; ++i) {
+      const auto at = static_cast<std::size_t>(2 * i);
+      const TokenRange range{values[at], values[at + 1]};
+      const auto length = static_cast<std::int64_t>(file_.sequence(i).size());
+      if (range.begin < 1 || range.end < range.begin || range.end > length) {
+        in_.damaged(fmt::format("scored[{}] is tokens {} to {}, expected a part of 1 to {}", i, range.begin, range.end,
+                                length));
+      }
+      file_.scored.push_back(range);
+    }
+  }
+
+  void read_pair_scores() {
+    if (!in_.has("pair_score")) return;
+    file_.pair_score = in_.values<float>("pair_score");
+    check_count("pair_score", static_cast<std::int64_t>(file_.pair_score.size()), file_.requests(), "request");
+    for (std::size_t i = 0; i < file_.pair_score.size(); ++i) {
+      if (!std::isfinite(file_.pair_score[i])) in_.damaged(fmt::format("pair_score[{}] is not finite", i));
+    }
+  }
+
+  void check_pairs() const {
+    check_range(file_.partner, -1, file_.fill_requests - 1, "partner", in_);
+    check_range(file_.pair_label, -1, 1, "pair_label", in_);
+    const auto fill = static_cast<std::size_t>(file_.fill_requests);
+    for (const auto* values : {&file_.partner, &file_.pair_label}) {
+      const char* tensor = values == &file_.partner ? "partner" : "pair_label";
+      for (std::size_t i = 0; i < values->size(); ++i) {
+        if (i < fill ? (*values)[i] != -1 : (*values)[i] < 0) {
+          in_.damaged(fmt::format("{}[{}] is {}, expected {}", tensor, i, (*values)[i],
+                                  i < fill ? "-1 in the fill part" : "0 or more behind the fill part"));
+        }
+      }
+    }
+  }
+
+  void need(bool there, const char* what) const {
+    if (!there) in_.damaged(fmt::format("its task is '{}' and it has no {}", in_.text("task"), what));
+  }
+
+  void check_task() const {
+    switch (file_.task) {
+      case Task::kNone:
+        break;
+      case Task::kClassification:
+        need(!file_.labels.empty(), "labels");
+        need(!file_.label_names.empty(), "label_names");
+        check_range(file_.labels, 0, static_cast<std::int64_t>(file_.label_names.size()) - 1, "labels", in_);
+        break;
+      case Task::kChoice:
+        need(!file_.labels.empty(), "labels");
+        need(!file_.scored.empty(), "scored");
+        check_range(file_.labels, 0, 1, "labels", in_);
+        for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) check_choices(r);
+        break;
+      case Task::kPerplexity:
+        need(!file_.scored.empty(), "scored");
+        break;
+      case Task::kAnswer:
+        need(!file_.group.empty(), "group");
+        break;
+      case Task::kSimilarity:
+        need(!file_.pair_score.empty(), "pair_score");
+        for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) {
+          const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
+          if (rows != 2) in_.damaged(fmt::format("request {} has {} sequences, expected the two of a pair", r, rows));
+        }
+        break;
+      case Task::kDuplicates:
+        need(!file_.partner.empty(), "partner");
+        need(!file_.pair_label.empty(), "pair_label");
+        need(file_.fill_requests > 0, "fill_requests");
+        for (std::int64_t r = 0; r < file_.requests(); ++r) {
+          const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
+          if (rows != 1) in_.damaged(fmt::format("request {} has {} sequences, expected one of a pair", r, rows));
+        }
+        break;
+    }
+  }
+
+  void check_choices(std::int64_t request) const {
+    std::int64_t right = 0;
+    for (std::int64_t s = file_.first_sequence(request); s < file_.first_sequence(request + 1); ++s) {
+      const auto i = static_cast<std::size_t>(s);
+      right += file_.labels[i];
+      if (file_.scored[i].begin == file_.scored[i].end) in_.damaged(fmt::format("scored[{}] is empty", s));
+    }
+    if (right != 1) in_.damaged(fmt::format("request {} has {} right choices, expected one", request, right));
+  }
+
+  const Safetensors& in_;
+  TokenFile& file_;
+};
 
 }  // namespace
 
@@ -193,49 +217,31 @@ std::vector<std::span<const std::int32_t>> TokenFile::request(std::int64_t i, st
 bool TokenFile::grouped_by_label() const { return order.find("grouped by label") != std::string::npos; }
 
 TokenFile parse_token_file(std::string_view bytes, const std::string& name) {
-  constexpr std::size_t kLengthBytes = 8;
-  if (bytes.size() < kLengthBytes) damaged(name, fmt::format("it has {} bytes", bytes.size()));
-  std::uint64_t header_bytes = 0;
-  for (std::size_t i = 0; i < kLengthBytes; ++i) {
-    header_bytes |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
-  }
-  if (header_bytes > kMaxHeaderBytes || header_bytes > bytes.size() - kLengthBytes) {
-    damaged(name, fmt::format("it announces a header of {} bytes, {} follow and {} are allowed", header_bytes,
-                              bytes.size() - kLengthBytes, kMaxHeaderBytes));
-  }
-  const Json header = parse_header(bytes.substr(kLengthBytes, header_bytes), name);
-  const std::string_view data = bytes.substr(kLengthBytes + header_bytes);
-
-  std::map<std::string, TensorView> tensors;
-  for (const auto& [key, entry] : header.items()) {
-    if (key != "__metadata__") tensors.emplace(key, parse_tensor(entry, data.size(), key, name));
-  }
-  check_layout(tensors, data.size(), name);
-
+  const Safetensors in(bytes, name, kKind);
+  const std::string version = in.text("version");
+  if (version != "1" && version != "2") in.damaged(fmt::format("it has version '{}', expected '1' or '2'", version));
   TokenFile file;
-  read_metadata(header, file, name);
-  file.tokens = copy_vector<std::int32_t>(tensors, "tokens", "I32", data, name);
-  file.sequence_offsets = copy_vector<std::int64_t>(tensors, "sequence_offsets", "I64", data, name);
-  file.request_offsets = copy_vector<std::int64_t>(tensors, "request_offsets", "I64", data, name);
-  check_offsets(file.sequence_offsets, file.tokens.size(), "sequence_offsets", name);
-  check_offsets(file.request_offsets, file.sequence_offsets.size() - 1, "request_offsets", name);
+  file.workload = in.text("workload");
+  file.tokenizer = in.text("tokenizer");
+  file.source = in.text("source");
+  file.description = in.text("description");
+  file.order = in.text("order");
+  file.max_tokens = in.whole_number("max_tokens");
+  file.tokens = in.values<std::int32_t>("tokens");
+  file.sequence_offsets = in.values<std::int64_t>("sequence_offsets");
+  file.request_offsets = in.values<std::int64_t>("request_offsets");
+  check_offsets(file.sequence_offsets, file.tokens.size(), "sequence_offsets", in);
+  check_offsets(file.request_offsets, file.sequence_offsets.size() - 1, "request_offsets", in);
   const auto negative = std::find_if(file.tokens.begin(), file.tokens.end(), [](std::int32_t id) { return id < 0; });
   if (negative != file.tokens.end()) {
-    damaged(name, fmt::format("token {} is {}, ids are 0 or more", negative - file.tokens.begin(), *negative));
+    in.damaged(fmt::format("token {} is {}, ids are 0 or more", negative - file.tokens.begin(), *negative));
   }
+  if (version == "2") TaskReader(in, file).read();
   return file;
 }
 
 TokenFile read_token_file(const std::filesystem::path& path) {
-  std::error_code error;
-  const std::uintmax_t size = std::filesystem::file_size(path, error);
-  if (error) throw Failure(fmt::format("{}: cannot be read ({}); prepare the data", path.string(), error.message()));
-  if (size > kMaxFileBytes) damaged(path.string(), fmt::format("it has {} bytes, at most {}", size, kMaxFileBytes));
-  std::string bytes(size, '\0');
-  std::ifstream in(path, std::ios::binary);
-  if (!in.read(bytes.data(), static_cast<std::streamsize>(size))) {
-    throw Failure(fmt::format("{}: cannot be read; check its permissions", path.string()));
-  }
+  const std::string bytes = read_file(path, kKind);
   return parse_token_file(bytes, path.string());
 }
 

@@ -4,7 +4,18 @@
 //   sequence_offsets  int64 [sequences + 1]  into tokens
 //   request_offsets   int64 [requests + 1]   into sequences; a request is one batch
 //
-// Metadata (strings): workload, tokenizer, source, description, order, max_tokens, version "1".
+// Metadata (strings): workload, tokenizer, source, description, order, max_tokens, version "1" or "2".
+// Version "2" may add what a task needs, all of it optional unless `task` asks for it:
+//
+//   metadata task           "", classification, choice, perplexity, answer, similarity or duplicates
+//   metadata fill_requests  that many requests, from the first on, only fill the cache
+//   metadata label_names    JSON list: names of the classes
+//   labels      int64   [sequences]     classification: class; choice: 1 right, 0 wrong
+//   scored      int64   [sequences, 2]  tokens [begin, end) whose log-likelihood is scored; begin >= 1
+//   group       int64   [requests]      answer: equal gold answers have equal numbers, -1 unanswerable
+//   partner     int64   [requests]      duplicates: the fill request of the pair; -1 in the fill part
+//   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
+//   pair_score  float32 [requests]      similarity: gold score of the request's two sequences
 #pragma once
 
 #include <cstdint>
@@ -15,6 +26,15 @@
 #include <vector>
 
 namespace llmcache::bench {
+
+/// What can be said about the quality of a model's outputs on a workload.
+enum class Task { kNone, kClassification, kChoice, kPerplexity, kAnswer, kSimilarity, kDuplicates };
+
+/// Tokens [begin, end) of a sequence.
+struct TokenRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
 
 struct TokenFile {
   std::string workload;
@@ -27,12 +47,26 @@ struct TokenFile {
   std::vector<std::int64_t> sequence_offsets;
   std::vector<std::int64_t> request_offsets;
 
+  Task task = Task::kNone;
+  std::int64_t fill_requests = 0;
+  std::vector<std::string> label_names;
+  std::vector<std::int64_t> labels;      ///< empty, or one a sequence
+  std::vector<TokenRange> scored;        ///< empty, or one a sequence
+  std::vector<std::int64_t> group;       ///< empty, or one a request
+  std::vector<std::int64_t> partner;     ///< empty, or one a request
+  std::vector<std::int64_t> pair_label;  ///< empty, or one a request
+  std::vector<float> pair_score;         ///< empty, or one a request
+
   [[nodiscard]] std::int64_t sequences() const { return static_cast<std::int64_t>(sequence_offsets.size()) - 1; }
   [[nodiscard]] std::int64_t requests() const { return static_cast<std::int64_t>(request_offsets.size()) - 1; }
   /// Ids of sequence `i`, 0 <= i < sequences().
   [[nodiscard]] std::span<const std::int32_t> sequence(std::int64_t i) const;
   /// Ids of each sequence of request `i`, 0 <= i < requests(), cut to `max_tokens` ids.
   [[nodiscard]] std::vector<std::span<const std::int32_t>> request(std::int64_t i, std::int64_t max_tokens) const;
+  /// Number of the first sequence of request `i`; the others follow it.
+  [[nodiscard]] std::int64_t first_sequence(std::int64_t i) const {
+    return request_offsets[static_cast<std::size_t>(i)];
+  }
   /// True if the order of the file groups requests by label, which would flatter any cache.
   [[nodiscard]] bool grouped_by_label() const;
 };
