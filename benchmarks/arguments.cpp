@@ -5,7 +5,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <sstream>
 #include <system_error>
 
@@ -18,38 +17,70 @@ namespace {
 constexpr std::size_t kNameColumn = 30;
 
 constexpr const char* kDescription =
-    "llmcache-bench: runs recorded requests through a model, plain and wrapped in LLMCache, side by side in one\n"
-    "process, and reports latency, speedup, hit rate, divergence from the plain model's outputs, and memory.\n"
+    "llmcache-bench: runs recorded requests through a model, plain and wrapped in caches, side by side in one "
+    "process,\n"
+    "and reports what became of the answers, speedup, hit rate, latency, divergence from the plain model, and memory.\n"
     "\n"
     "Without options it runs every full-size model on every workload made for its tokenizer (but the small 'sample'\n"
     "where others exist) and ends in under 10 minutes.";
 
 constexpr const char* kFooter = R"(
-How it measures
+Modes
   nocache    the TorchScript module as loaded, on the padded batch, without gradients.
-  llmcache   llmcache::LayerCache around the same module: weights are shared, not loaded twice.
-  Each request runs in all modes, one after the other, in an order that alternates from request to request. The first
-  requests are run beforehand to warm up, and the cache is emptied after that. Latency is wall time per request.
+  llmcache   llmcache::LayerCache around the same module: weights are shared, not loaded twice. With --fidelity
+             identical, lossless or threshold: the last is the LLMCache paper (arXiv 2512.16843), whole hidden states of
+             the most similar earlier request where its similarity is T or more.
+  doccache   the paper's rival, a semantic cache of final outputs: same fingerprint, same T; a hit returns the kept
+             output of the most similar earlier request, and the model's layers do not run at all.
+  Every value of --threshold, --capacity-mib and --eviction is a setting with a cache of its own and a line of its own.
+  threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured.
+
+How it measures
+  Each request runs in all settings, one after the other, in an order that turns from request to request. The first
+  requests are run beforehand to warm up, and the caches are emptied after that. Latency is wall time per request.
+  Some workloads have a fill part (banking77 and clinc150: the training queries; qqp: the first texts of the pairs).
+  It is put into the caches before, untimed, in at most 40 % of the time budget, and every request of it is computed
+  and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,
+  the fill requests that have a sequence in common with a later one are enough, and only these are run.
+  T is a cosine (SimHash: estimated from the Hamming distance; jaccard: the Jaccard similarity). With --centre on the
+  mean state is taken off first, and cosines are much smaller than without: 0.9 raw is about 0.5 centred.
+
+Quality (models with random weights: none, only divergence)
+  accuracy         banking77, clinc150: linear probe on the pooled output, fitted on uncached training outputs.
+  choice_accuracy  openbookqa: the right choice has the largest sum of log-likelihoods (not divided by length).
+  perplexity       wikitext: of the tokens that are new in the request.
+  answer_nll       squad: negative log-likelihood of the gold answer, nats a token; 'same answer': the share of served
+                   requests whose cached request has the same gold answer, or like them none.
+  spearman         stsb: rank correlation of the cosine of a pair's outputs with its gold score.
+  precision        qqp: served from the pair's other text and labelled a duplicate / served from it. recall: the same /
+                   pairs labelled duplicate. unsafe: labelled no duplicate / all served, with Wilson's 95 % interval.
+                   A text with the same tokens counts as right; one of another pair has no label and counts as served.
+  The change against nocache over the same requests follows, with its 95 % interval (paired bootstrap over requests).
 
 Columns
+  hits       sequences answered from an earlier request / all sequences.
   requests   run, of those in the stream; fewer where the time budget ended first.
+  speedup    sum of nocache latencies / sum of this setting's latencies, over the same requests.
   computed   tokens that went through the layers / real tokens; padding counts, so a plain padded batch is above 1.
-  speedup    sum of nocache latencies / sum of this mode's latencies, over the same requests.
-  hits       sequences answered from an identical earlier request / all sequences.
   divergence relative L2 distance of the real (not padding) outputs of a request from nocache's: mean and largest.
   cache MiB  held by the cache at the end.
 The second table says what wrapping cost: time, and resident memory of the process before and after it beside the size of
 the model's weights. 'runs' is what the model allows: whole layers, packed batches, or single tokens.
 
 Files
-  MODELS/NAME.pt, NAME.json            model and its description         (tools/export_models.py)
-  DATA/WORKLOAD.TOKENIZER.safetensors  tokenized requests                (tools/prepare_data.py)
+  MODELS/NAME.pt, NAME.json                    model and its description          (tools/export_models.py)
+  DATA/WORKLOAD.TOKENIZER.safetensors          tokenized requests                 (tools/prepare_data.py)
+  DATA/WORKLOAD.MODEL.probe.safetensors        linear probe                       (tools/fit_probe.py)
 
 Exit status: 0, or 2 after an error, which is one line on stderr. Results that were measured are shown all the same.
 
 Examples
   llmcache-bench --list
-  llmcache-bench --model minilm --workload banking77 --seconds 20
+  llmcache-bench --model minilm-pooled --workload banking77 --seconds 120
+  llmcache-bench --model minilm-pooled --workload banking77 --mode nocache,llmcache,doccache --fidelity threshold
+                 --threshold 0.80,0.85,0.90,0.95 --fingerprint raw --centre off --limit 200
+  llmcache-bench --model minilm-pooled --workload clinc150 --fidelity threshold --threshold 0.9 --fingerprint raw
+                 --centre off --capacity-mib 1,4,16,64
   llmcache-bench --model gpt2,smollm2 --zipf 1.0 --shuffle 7 --json results.json
   llmcache-bench --model /models/mine.pt --tokenizer bert-base-uncased --mode nocache
 )";
@@ -104,6 +135,26 @@ CLI::Validator digits() {
           ""};
 }
 
+/// "all", "last", or layers with commas.
+CLI::Validator layer_list() {
+  return {[](const std::string& text) {
+            bool good = text == "all" || text == "last";
+            if (!good) {
+              good = !text.empty() && text.front() != ',' && text.back() != ',' &&
+                     text.find_first_not_of("0123456789,") == std::string::npos && text.find(",,") == std::string::npos;
+            }
+            return good ? std::string() : fmt::format("'{}' is not all, last, or layers like 0,3,5", text);
+          },
+          ""};
+}
+
+/// Sorted without doubles, so that no setting runs twice.
+template <class T>
+void make_unique(std::vector<T>& values) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+}
+
 }  // namespace
 
 bool Arguments::has_mode(const std::string& mode) const {
@@ -131,13 +182,55 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   };
   list("--model", arguments.models, "NAME|PATH", "models by name, or paths of .pt files [all full-size models]");
   list("--workload", arguments.workloads, "NAME", "workloads by name [all made for the model's tokenizer]");
-  list("--mode", arguments.modes, "MODE", "nocache, llmcache or both [nocache,llmcache]")
-      ->check(CLI::IsMember({"nocache", "llmcache"}));
-  app.add_option("--fidelity", arguments.fidelity,
-                 "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical) or lossless "
-                 "(and padding is not computed; equal up to rounding) [lossless]")
-      ->check(CLI::IsMember({"identical", "lossless"}))
-      ->type_name("LEVEL");
+  const auto* mode = list("--mode", arguments.modes, "MODE",
+                          "nocache, llmcache, doccache [all three; doccache only where quality can be measured]")
+                         ->check(CLI::IsMember({"nocache", "llmcache", "doccache"}));
+  const auto* fidelity =
+      list("--fidelity", arguments.fidelities, "LEVEL",
+           "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical), lossless (and "
+           "padding is not computed; equal up to rounding), threshold (whole hidden states of similar requests: no "
+           "promise) [lossless,threshold; threshold only where quality can be measured]")
+          ->check(CLI::IsMember({"identical", "lossless", "threshold"}));
+  const auto* threshold =
+      app.add_option("--threshold", arguments.thresholds,
+                     "similarity from which on an earlier request counts, -1 to 1, for fidelity threshold and doccache "
+                     "[0.85,0.9,0.95]")
+          ->delimiter(',')
+          ->check(number_between(-1, 1))
+          ->type_name("T");
+  app.add_option("--fingerprint", arguments.fingerprint,
+                 "what similarity is measured on: raw (mean state), pca, simhash64, simhash128, simhash256, jaccard "
+                 "(token shingles) [simhash128]")
+      ->check(CLI::IsMember({"raw", "pca", "simhash64", "simhash128", "simhash256", "jaccard"}))
+      ->type_name("KIND");
+  app.add_option("--fingerprint-layer", arguments.fingerprint_layer,
+                 "whose state: 0 the embedding output, K the state after K layers [0]")
+      ->check(digits())
+      ->type_name("K");
+  std::string centre = "on";
+  app.add_option("--centre", centre, "on: take the running mean state off first; off [on]; pca has its own mean")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->type_name("on|off");
+  app.add_option(
+         "--pca", arguments.pca,
+         "file of a fitted PCA, for --fingerprint pca [fitted on the fill part of the workload, or on its first "
+         "requests where it has none]")
+      ->type_name("FILE");
+  app.add_option("--cache-layers", arguments.cache_layers,
+                 "layers whose output fidelity threshold keeps: all, last, or numbers from 0 on like 0,3,5 [last: with "
+                 "one fingerprint a hit always goes on from the deepest]")
+      ->check(layer_list())
+      ->type_name("LAYERS");
+  list("--eviction", arguments.evictions, "POLICY",
+       "what fidelity threshold drops for room: lru, decay, s3fifo, gdsf [lru]; doccache: always lru")
+      ->check(CLI::IsMember({"lru", "decay", "s3fifo", "gdsf"}));
+  app.add_option("--ttl", arguments.ttl_seconds, "seconds after which fidelity threshold drops an entry [never]")
+      ->check(number_between(1e-3, 1e9))
+      ->type_name("S");
+  app.add_option("--shadow-rate", arguments.shadow_rate,
+                 "share of hits of fidelity threshold that are also computed in full, to watch the drift [0]")
+      ->check(number_between(0, 1))
+      ->type_name("P");
   app.add_option("--threads", arguments.threads, "threads within an operator [1]; between operators always 1")
       ->check(number_between(1, 1024))
       ->type_name("N");
@@ -159,7 +252,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
                  "probability ~ 1/k^S, with the seed of --shuffle or 0 [each request once]")
       ->check(number_between(0, 10))
       ->type_name("S");
-  app.add_option("--capacity-mib", arguments.capacity_mib, "capacity of the cache in MiB [256]")
+  app.add_option("--capacity-mib", arguments.capacities_mib, "capacity of each cache in MiB [1024]")
+      ->delimiter(',')
       ->check(number_between(0, 1 << 20))
       ->type_name("N");
   app.add_option("--models", arguments.models_folder, "folder of the models [../models beside the program's folder]")
@@ -184,9 +278,67 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     throw Failure(fmt::format("{}; llmcache-bench --help lists the options", error.what()));
   }
-  std::sort(arguments.modes.begin(), arguments.modes.end(), std::greater<>());  // nocache first
-  arguments.modes.erase(std::unique(arguments.modes.begin(), arguments.modes.end()), arguments.modes.end());
+  arguments.doccache_asked = mode->count() > 0;
+  arguments.threshold_asked = fidelity->count() > 0 || threshold->count() > 0;
+  arguments.centre = centre == "on";
+  make_unique(arguments.modes);
+  make_unique(arguments.fidelities);
+  make_unique(arguments.thresholds);
+  make_unique(arguments.evictions);
+  make_unique(arguments.capacities_mib);
+  if (arguments.pca && arguments.fingerprint != "pca") {
+    throw Failure(
+        fmt::format("--pca {} is only for --fingerprint pca, not {}", arguments.pca->string(), arguments.fingerprint));
+  }
   return arguments;
+}
+
+std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, std::int64_t layers) {
+  std::vector<std::int64_t> chosen;
+  if (cache_layers == "all") {
+    for (std::int64_t layer = 0; layer < layers; ++layer) chosen.push_back(layer);
+  } else if (cache_layers == "last") {
+    chosen.push_back(layers - 1);
+  } else {
+    std::istringstream numbers(cache_layers);
+    for (std::string number; std::getline(numbers, number, ',');) {
+      const std::int64_t layer = number.size() > 9 ? layers : std::stoll(number);
+      if (layer >= layers) {
+        throw Failure(fmt::format("--cache-layers {}: the model has no layer {}, its layers are 0 to {}", cache_layers,
+                                  number, layers - 1));
+      }
+      chosen.push_back(layer);
+    }
+    make_unique(chosen);
+  }
+  return chosen;
+}
+
+std::vector<Setting> settings(const Arguments& arguments, bool quality) {
+  std::vector<Setting> all;
+  if (arguments.has_mode("nocache")) all.push_back({.mode = "nocache"});
+  for (const std::string mode : {"llmcache", "doccache"}) {
+    if (!arguments.has_mode(mode)) continue;
+    for (const std::int64_t capacity : arguments.capacities_mib) {
+      const auto at_thresholds = [&](const std::string& fidelity, const std::string& eviction) {
+        for (const double threshold : arguments.thresholds) {
+          all.push_back({mode, fidelity, threshold, eviction, capacity});
+        }
+      };
+      if (mode == "doccache") {
+        if (quality || arguments.doccache_asked) at_thresholds("", "lru");
+        continue;
+      }
+      for (const std::string& fidelity : arguments.fidelities) {
+        if (fidelity != "threshold") {
+          all.push_back({mode, fidelity, std::nullopt, "", capacity});
+        } else if (quality || arguments.threshold_asked) {
+          for (const std::string& eviction : arguments.evictions) at_thresholds(fidelity, eviction);
+        }
+      }
+    }
+  }
+  return all;
 }
 
 }  // namespace llmcache::bench

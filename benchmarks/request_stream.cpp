@@ -52,18 +52,20 @@ Stream make_stream(const TokenFile& file, const StreamOptions& options) {
   Stream stream{.requests = {}, .shuffle = options.shuffle, .zipf = options.zipf};
   if (!stream.shuffle && file.grouped_by_label()) stream.shuffle = 0;
 
-  std::vector<std::int64_t> order(static_cast<std::size_t>(file.requests()));
+  const std::int64_t asking = file.requests() - file.fill_requests;
+  std::vector<std::int64_t> order(static_cast<std::size_t>(asking));
   std::iota(order.begin(), order.end(), std::int64_t{0});
-  if (stream.shuffle) order = shuffled(file.requests(), *stream.shuffle);
+  if (stream.shuffle) order = shuffled(asking, *stream.shuffle);
+  for (std::int64_t& request : order) request += file.fill_requests;
 
   if (options.zipf) {
-    const std::int64_t draws = options.limit.value_or(file.requests());
-    for (const std::int64_t rank : zipf_ranks(file.requests(), draws, *options.zipf, stream.shuffle.value_or(0))) {
+    const std::int64_t draws = options.limit.value_or(asking);
+    for (const std::int64_t rank : zipf_ranks(asking, draws, *options.zipf, stream.shuffle.value_or(0))) {
       stream.requests.push_back(order[static_cast<std::size_t>(rank)]);
     }
     return stream;
   }
-  if (options.limit && *options.limit < file.requests()) order.resize(static_cast<std::size_t>(*options.limit));
+  if (options.limit && *options.limit < asking) order.resize(static_cast<std::size_t>(*options.limit));
   stream.requests = std::move(order);
   return stream;
 }

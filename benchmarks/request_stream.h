@@ -12,7 +12,7 @@ namespace llmcache::bench {
 struct StreamOptions {
   std::optional<std::uint64_t> shuffle = {};  ///< seed; unset: the order of the file
   std::optional<double> zipf = {};            ///< exponent; unset: each request once
-  std::optional<std::int64_t> limit = {};     ///< number of requests; unset: as many as the file has
+  std::optional<std::int64_t> limit = {};     ///< number of requests; unset: as many as the file has that ask
 };
 
 struct Stream {
@@ -21,8 +21,9 @@ struct Stream {
   std::optional<double> zipf;
 };
 
-/// A file that is grouped by label is shuffled even if nobody asked, with seed 0. With `zipf`, the
-/// requests in that order have ranks 1, 2, ... and are drawn by rank, with the same seed or 0.
+/// Only requests that ask are sent: those behind the file's fill part. A file that is grouped by label is shuffled even
+/// if nobody asked, with seed 0. With `zipf`, the requests in that order have ranks 1, 2, ... and are drawn by rank,
+/// with the same seed or 0.
 Stream make_stream(const TokenFile& file, const StreamOptions& options);
 
 /// 0 .. count-1 in an order that depends on the seed only.

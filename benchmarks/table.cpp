@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <utility>
 
 namespace llmcache::bench {
@@ -17,6 +18,54 @@ std::string number(double value, int digits) { return std::isnan(value) ? "-" : 
 std::string small(double value) {
   if (std::isnan(value)) return "-";
   return value == 0 ? "0" : fmt::format("{:.1e}", value);
+}
+
+/// "llmcache/threshold 0.90", "doccache 0.90", "llmcache/lossless", and the capacity in MiB if there
+/// are several in one table.
+std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
+  std::string name = r.fidelity.empty() ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
+  if (r.threshold) name += fmt::format(" {:.2f}", *r.threshold);
+  if (with_eviction && !r.eviction.empty()) name += " " + r.eviction;
+  if (with_capacity && r.capacity_bytes) {
+    name += fmt::format(" {:g} MiB", static_cast<double>(*r.capacity_bytes) / kMiB);
+  }
+  return name;
+}
+
+/// True if the records that have the field differ in it.
+template <class Field>
+bool varies(const std::vector<Record>& records, const Field& field) {
+  std::set<std::string> values;
+  for (const Record& r : records) {
+    if (const std::string value = field(r); !value.empty()) values.insert(value);
+  }
+  return values.size() > 1;
+}
+
+/// The last columns: "accuracy 92.9 -> 91.7%, -1.2 [-1.9, -0.6]".
+std::string quality(const Record& r) {
+  if (r.weights.starts_with("random")) return "divergence only";
+  std::string text;
+  if (r.task) {
+    const TaskResult& t = *r.task;
+    const bool percent = t.metric == "accuracy" || t.metric == "choice_accuracy" || t.metric == "precision";
+    const double scale = percent ? 100 : 1;
+    const int digits = percent ? 1 : 3;
+    text = fmt::format("{} {}{}", t.metric, number(scale * t.value, digits), percent ? "%" : "");
+    if (r.mode != "nocache" && !std::isnan(t.change)) {
+      text += fmt::format(", {:+.{}f} [{:+.{}f}, {:+.{}f}]", scale * t.change, digits, scale * t.ci95.low, digits,
+                          scale * t.ci95.high, digits);
+    }
+  }
+  const auto rate = [&](const char* name, const Rate& value) {
+    if (!text.empty()) text += ", ";
+    text += fmt::format("{} {}% [{}, {}]", name, number(100 * value.rate, 1), number(100 * value.ci95.low, 1),
+                        number(100 * value.ci95.high, 1));
+  };
+  if (!std::isnan(r.recall)) text += fmt::format(", recall {:.1f}%", 100 * r.recall);
+  if (r.unsafe_served) rate("unsafe", r.unsafe_served->rate);
+  if (r.same_answer) rate("same answer", *r.same_answer);
+  return text.empty() ? "-" : text;
 }
 
 bool random_weights(const std::string& weights) { return weights.starts_with("random"); }
@@ -52,16 +101,20 @@ std::string Table::text() const {
 }
 
 std::string results_table(const std::vector<Record>& records) {
-  Table table({"model", "weights", "workload", "mode", "requests", "sequences", "computed", "mean ms", "p50", "p95",
-               "p99", "speedup", "hits", "divergence", "largest", "cache MiB"},
-              4);
+  Table table({"model", "weights", "workload", "mode", "quality", "speedup", "hits", "requests", "filled", "sequences",
+               "computed", "mean ms", "p50", "p95", "p99", "divergence", "largest", "cache MiB"},
+              5);
+  const bool capacities =
+      varies(records, [](const Record& r) { return r.capacity_bytes ? std::to_string(*r.capacity_bytes) : ""; });
+  const bool evictions = varies(records, [](const Record& r) { return r.eviction; });
   for (const Record& r : records) {
     table.add({r.model, random_weights(r.weights) ? "random weights" : r.weights, workload_name(r),
-               r.fidelity.empty() ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity),
-               fmt::format("{}/{}", r.requests, r.requests_available), fmt::format("{}", r.sequences),
-               number(r.tokens_computed_fraction, 3), number(r.latency_ms.mean, 2), number(r.latency_ms.p50, 2),
-               number(r.latency_ms.p95, 2), number(r.latency_ms.p99, 2), number(r.speedup_vs_nocache, 2),
-               number(100 * r.hit_rate, 1) + "%", small(r.divergence.mean), small(r.divergence.max),
+               mode_name(r, capacities, evictions), quality(r), number(r.speedup_vs_nocache, 2),
+               number(100 * r.hit_rate, 1) + "%", fmt::format("{}/{}", r.requests, r.requests_available),
+               r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available),
+               fmt::format("{}", r.sequences), number(r.tokens_computed_fraction, 3), number(r.latency_ms.mean, 2),
+               number(r.latency_ms.p50, 2), number(r.latency_ms.p95, 2), number(r.latency_ms.p99, 2),
+               small(r.divergence.mean), small(r.divergence.max),
                number(static_cast<double>(r.cache_bytes) / kMiB, 1)});
   }
   return table.text();
