@@ -9,26 +9,10 @@
 #include <limits>
 
 #include "failure.h"
+#include "outputs.h"
 
 namespace llmcache::bench {
 namespace {
-
-/// The tensors of a module's result, tuples opened. Throws Failure for anything else.
-void collect(const c10::IValue& value, std::vector<at::Tensor>& tensors) {
-  if (value.isTensor()) {
-    tensors.push_back(value.toTensor());
-  } else if (value.isTuple()) {
-    for (const c10::IValue& element : value.toTupleRef().elements()) collect(element, tensors);
-  } else if (!value.isNone()) {
-    throw Failure(fmt::format("the model returns a {}, expected a tensor or a tuple of tensors", value.tagKind()));
-  }
-}
-
-std::vector<at::Tensor> tensors_of(const c10::IValue& value) {
-  std::vector<at::Tensor> tensors;
-  collect(value, tensors);
-  return tensors;
-}
 
 double sum_of_squares(const at::Tensor& tensor) {
   const at::Tensor values = tensor.scalar_type() == at::kDouble ? tensor : tensor.to(at::kFloat);
@@ -103,18 +87,33 @@ void LoadedModel::find_token_outputs() {
       const bool as_wide = outputs[i].dim() >= 2 && outputs[i].size(1) == static_cast<std::int64_t>(width);
       token_output_[i] = token_output_[i] && as_wide;
     }
+    if (width != ids.size()) continue;
+    for (std::size_t i = outputs.size(); i-- > 0;) {  // the first of its kind comes last, and stays
+      if (!outputs[i].is_floating_point()) continue;
+      if (outputs[i].dim() == 2 && !token_output_[i]) {
+        shape_.pooled_output = static_cast<std::int64_t>(i);
+        shape_.pooled_dims = outputs[i].size(1);
+      } else if (outputs[i].dim() == 3 && token_output_[i]) {
+        shape_.logits_output = static_cast<std::int64_t>(i);
+        shape_.logits_dims = outputs[i].size(2);
+      }
+    }
+  }
+}
+
+std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) const {
+  try {
+    return std::make_shared<Cache>(module_, options);
+  } catch (const std::exception& error) {
+    throw Failure(
+        fmt::format("model {}: cannot be wrapped ({}); --mode nocache runs it plain", file_.name, one_line(error)));
   }
 }
 
 WrapCost LoadedModel::wrap(const Options& options) {
   WrapCost cost{.model = file_.name, .weights = file_.weights, .granularity = {}, .notes = {}};
   cost.resident_before = resident_bytes();
-  try {
-    cache_ = std::make_unique<Cache>(module_, options);
-  } catch (const std::exception& error) {
-    throw Failure(
-        fmt::format("model {}: cannot be wrapped ({}); --mode nocache runs it plain", file_.name, one_line(error)));
-  }
+  cache_ = make_cache(options);
   cost.resident_after = resident_bytes();
   const ModelProfile& profile = cache_->profile();
   cost.granularity = to_string(profile.granularity);

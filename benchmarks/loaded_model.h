@@ -13,6 +13,7 @@
 
 #include "llmcache/llmcache.h"
 #include "model_files.h"
+#include "quality_score.h"
 #include "records.h"
 
 namespace llmcache::bench {
@@ -42,6 +43,14 @@ class LoadedModel {
 
   /// Set by wrap().
   [[nodiscard]] Cache& cache() { return *cache_; }
+  [[nodiscard]] std::shared_ptr<Cache> shared_cache() { return cache_; }
+
+  /// Another cache around the same module. Throws Failure.
+  [[nodiscard]] std::shared_ptr<Cache> make_cache(const Options& options) const;
+
+  /// One an output: true if its second dimension is the token.
+  [[nodiscard]] const std::vector<bool>& token_output() const { return token_output_; }
+  [[nodiscard]] const OutputShape& output_shape() const { return shape_; }
 
   /// Relative L2 distance of all outputs together, of real tokens only where an output has one entry
   /// a token: ||other - reference|| / ||reference||. Infinite where the shapes differ.
@@ -56,8 +65,9 @@ class LoadedModel {
   ModelFile file_;
   torch::jit::Module module_;
   std::vector<Input> inputs_;
-  std::vector<bool> token_output_;  ///< one an output: its second dimension is the token
-  std::unique_ptr<Cache> cache_;
+  std::vector<bool> token_output_;
+  OutputShape shape_;
+  std::shared_ptr<Cache> cache_;
 };
 
 }  // namespace llmcache::bench

@@ -1,0 +1,78 @@
+// The ways to run a request that are measured side by side: one variant for each Setting.
+#pragma once
+
+#include <ATen/core/ivalue.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "llmcache/fingerprint/options.h"
+#include "loaded_model.h"
+#include "records.h"
+#include "token_file.h"
+
+namespace llmcache::bench {
+
+/// A request of a token file, ready to run.
+struct Request {
+  std::int64_t number = 0;          ///< in the file
+  std::int64_t first_sequence = 0;  ///< of the file; the other rows follow it
+  Rows rows;                        ///< cut to what the model takes
+  Inputs inputs;
+  std::int64_t tokens = 0;  ///< real
+  std::int64_t padded = 0;  ///< batch x width
+};
+
+/// What a run of a request did.
+struct Done {
+  double tokens_computed = 0;             ///< padding included where it was computed
+  std::vector<std::int64_t> served_from;  ///< one a row: sequence of the file, or see ServedCounts
+};
+
+/// What several variants need of a fill request: each is computed once, when first asked for.
+struct FillRun {
+  std::function<const c10::IValue&()> output;                      ///< of the plain model
+  std::function<const std::vector<std::vector<float>>&()> states;  ///< that are fingerprinted
+};
+
+/// For one thread.
+class Variant {
+ public:
+  virtual ~Variant() = default;
+
+  /// What is timed.
+  virtual c10::IValue forward(const Request& request) = 0;
+  /// What the latest forward() did. `request` is the same.
+  virtual Done done(const Request& request) = 0;
+  /// Keeps the request for later ones; outside timing.
+  virtual void fill(const Request& request, const FillRun& run) = 0;
+  /// True if fill() is worth calling only for requests that have a sequence in common with a later one.
+  [[nodiscard]] virtual bool identical_only() const = 0;
+  /// Forgets all requests.
+  virtual void clear() = 0;
+  /// From here on counts what describe() tells.
+  virtual void start() = 0;
+  /// Fills in settings, hits and memory.
+  virtual void describe(Record& record) const = 0;
+};
+
+/// Everything that a variant is made from.
+struct VariantContext {
+  LoadedModel& model;
+  const Arguments& arguments;
+  const TokenFile& tokens;
+  const FingerprintOptions& fingerprint;  ///< of threshold and doccache
+};
+
+/// Throws Failure. The model must have been wrapped unless the mode is nocache.
+std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantContext& context);
+
+/// Options of a LayerCache for a setting of mode llmcache.
+Options cache_options(const Setting& setting, const Arguments& arguments, const FingerprintOptions& fingerprint,
+                      std::int64_t layers);
+
+}  // namespace llmcache::bench
