@@ -336,10 +336,6 @@ class Cell {
 
 }  // namespace
 
-bool may_have_quality(const ModelFile& model, const TokenFile& tokens) {
-  return !model.random_weights() && tokens.task != Task::kNone;
-}
-
 std::vector<Record> run_cell(const CellContext& context) { return Cell(context).run(); }
 
 }  // namespace llmcache::bench

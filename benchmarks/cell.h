@@ -24,8 +24,4 @@ struct CellContext {
 /// Measures; one record for each setting. Throws Failure, or what the model throws.
 std::vector<Record> run_cell(const CellContext& context);
 
-/// True if quality can be measured, as far as that is known before the model is loaded: weights that
-/// are not random, and a workload with a task.
-bool may_have_quality(const ModelFile& model, const TokenFile& tokens);
-
 }  // namespace llmcache::bench

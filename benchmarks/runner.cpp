@@ -6,8 +6,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <limits>
 
+#include "budget.h"
 #include "cell.h"
 #include "failure.h"
 #include "loaded_model.h"
@@ -17,11 +17,6 @@ namespace llmcache::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-constexpr double kShareSeconds = 30;      // of a cell of weight 1
-constexpr double kAllCellsSeconds = 480;  // loading and wrapping all models comes on top
-constexpr double kQualityWeight = 2;      // more settings run where quality can be measured
-constexpr double kFillWeight = 3;         // and there, caches may have to be filled before
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -60,16 +55,6 @@ void run_model(const Selected& selected, const Arguments& arguments, double shar
 }
 
 }  // namespace
-
-double cell_weight(const ModelFile& model, const TokenFile& tokens) {
-  if (!may_have_quality(model, tokens)) return 1;
-  return tokens.fill_requests > 0 ? kQualityWeight * kFillWeight : kQualityWeight;
-}
-
-double share_seconds(const Arguments& arguments, double weights) {
-  if (arguments.seconds || arguments.limit) return std::numeric_limits<double>::infinity();
-  return std::min(kShareSeconds, kAllCellsSeconds / weights);
-}
 
 Results run(const Arguments& arguments, const std::vector<Selected>& selected) {
   at::set_num_interop_threads(1);

@@ -16,13 +16,6 @@ struct Results {
   std::vector<std::string> failures;  ///< one line each; what was measured before is in `records`
 };
 
-/// How much more time a model gets on a workload than one that has no quality to measure, which gets 1:
-/// 2 with quality, since more settings run there, and 6 where the caches have to be filled before.
-double cell_weight(const ModelFile& model, const TokenFile& tokens);
-
-/// Seconds for a weight of 1, where all cells together weigh `weights`; infinite with --limit and --seconds.
-double share_seconds(const Arguments& arguments, double weights);
-
 /// Sets the number of threads of the process and runs everything, a model at a time. A model that
 /// fails is reported and the others go on. Shows progress on stderr.
 Results run(const Arguments& arguments, const std::vector<Selected>& selected);

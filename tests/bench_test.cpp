@@ -16,8 +16,12 @@
 #include <vector>
 
 #include "arguments.h"
+#include "budget.h"
 #include "failure.h"
 #include "model_files.h"
+#include "probe.h"
+#include "quality_metric.h"
+#include "quality_served.h"
 #include "records.h"
 #include "request_stream.h"
 #include "statistics.h"
@@ -29,6 +33,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using Json = nlohmann::ordered_json;
 
 /// Expects `function` to throw Failure with `part` in its text.
@@ -229,11 +234,315 @@ TEST_F(TokenFileTest, RefusesBadIds) {
 }
 
 TEST_F(TokenFileTest, RefusesBadMetadata) {
-  expect_refused(with("/__metadata__/version", "2"), "version '2'");
+  expect_refused(with("/__metadata__/version", "3"), "version '3'");
   expect_refused(with("/__metadata__/max_tokens", "many"), "max_tokens");
   expect_refused(with("/__metadata__/max_tokens", "99999999999999999999"), "max_tokens");
   expect_refused(with("/__metadata__/workload", 1), "'workload'");
   expect_refused(with("/__metadata__", "text"), "__metadata__");
+}
+
+TEST_F(TokenFileTest, VersionOneHasNoTask) {
+  const TokenFile parsed = parse_token_file(file(), "x");
+  EXPECT_EQ(parsed.task, Task::kNone);
+  EXPECT_EQ(parsed.fill_requests, 0);
+  EXPECT_THAT(parsed.labels, IsEmpty());
+}
+
+/// Builds a safetensors file tensor by tensor.
+class FileBuilder {
+ public:
+  std::map<std::string, std::string> metadata;
+
+  template <class T>
+  void add(const std::string& name, const char* dtype, const std::vector<std::size_t>& shape,
+           const std::vector<T>& values) {
+    tensors_[name] = {dtype, shape, raw(values)};
+  }
+  void remove(const std::string& name) { tensors_.erase(name); }
+
+  [[nodiscard]] std::string bytes() const {
+    Json header = {{"__metadata__", metadata}};
+    std::string data;
+    for (const auto& [name, tensor] : tensors_) {
+      header[name] = {{"dtype", tensor.dtype},
+                      {"shape", tensor.shape},
+                      {"data_offsets", {data.size(), data.size() + tensor.bytes.size()}}};
+      data += tensor.bytes;
+    }
+    const std::string head = header.dump();
+    return raw(std::vector<std::uint64_t>{head.size()}) + head + data;
+  }
+
+ private:
+  struct Tensor {
+    std::string dtype;
+    std::vector<std::size_t> shape;
+    std::string bytes;
+  };
+  std::map<std::string, Tensor> tensors_;
+};
+
+/// A version "2" file of four requests of two sequences of three tokens; the first two only fill.
+class TaskFileTest : public ::testing::Test {
+ protected:
+  TaskFileTest() {
+    builder.metadata = {{"workload", "w"},      {"tokenizer", "t"},    {"source", "s"},  {"description", "d"},
+                        {"order", "as it was"}, {"max_tokens", "512"}, {"version", "2"}, {"fill_requests", "2"}};
+    std::vector<std::int32_t> ids;
+    for (std::int32_t i = 0; i < 24; ++i) ids.push_back(i);
+    builder.add("tokens", "I32", {24}, ids);
+    builder.add<std::int64_t>("sequence_offsets", "I64", {9}, {0, 3, 6, 9, 12, 15, 18, 21, 24});
+    builder.add<std::int64_t>("request_offsets", "I64", {5}, {0, 2, 4, 6, 8});
+  }
+  /// One sequence a request, as pairs of texts need.
+  void single_sequences() {
+    builder.add<std::int64_t>("sequence_offsets", "I64", {5}, {0, 6, 12, 18, 24});
+    builder.add<std::int64_t>("request_offsets", "I64", {5}, {0, 1, 2, 3, 4});
+  }
+  void task(const std::string& name) { builder.metadata["task"] = name; }
+  void numbers(const std::string& name, const std::vector<std::int64_t>& values) {
+    builder.add(name, "I64", {values.size()}, values);
+  }
+  void ranges(const std::vector<std::int64_t>& values) { builder.add("scored", "I64", {values.size() / 2, 2}, values); }
+  [[nodiscard]] TokenFile parsed() const { return parse_token_file(builder.bytes(), "x"); }
+  void expect_refused(const std::string& part) const {
+    expect_failure([&] { (void)parsed(); }, part);
+  }
+
+  const std::vector<std::int64_t> all_of_eight = {1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3};
+  FileBuilder builder;
+};
+
+TEST_F(TaskFileTest, ReadsTheFillPart) {
+  EXPECT_EQ(parsed().fill_requests, 2);
+  EXPECT_EQ(parsed().task, Task::kNone);
+  EXPECT_EQ(parsed().first_sequence(3), 6);
+  builder.metadata["fill_requests"] = "3";
+  EXPECT_EQ(parsed().fill_requests, 3);
+  builder.metadata["fill_requests"] = "4";
+  expect_refused("none is left to ask");
+  builder.metadata["fill_requests"] = "-1";
+  expect_refused("fill_requests is '-1'");
+  builder.metadata.erase("fill_requests");
+  EXPECT_EQ(parsed().fill_requests, 0);
+  task("guessing");
+  expect_refused("task is 'guessing'");
+}
+
+TEST_F(TaskFileTest, OnlyRequestsThatAskAreSent) {
+  EXPECT_THAT(make_stream(parsed(), {}).requests, ElementsAre(2, 3));
+  EXPECT_THAT(make_stream(parsed(), {.limit = 1}).requests, ElementsAre(2));
+  for (const std::int64_t request : make_stream(parsed(), {.shuffle = 1, .zipf = 1.0, .limit = 50}).requests) {
+    EXPECT_TRUE(request == 2 || request == 3) << request;
+  }
+}
+
+TEST_F(TaskFileTest, Classification) {
+  task("classification");
+  expect_refused("has no labels");
+  numbers("labels", {0, 1, 0, 1, 0, 1, 0, 1});
+  expect_refused("has no label_names");
+  builder.metadata["label_names"] = R"(["a", "b"])";
+  EXPECT_EQ(parsed().task, Task::kClassification);
+  EXPECT_THAT(parsed().label_names, ElementsAre("a", "b"));
+  EXPECT_EQ(parsed().labels.size(), 8U);
+  for (const char* names : {"[\"a\"]", "{}", "[1, 2]", "nonsense"}) {
+    builder.metadata["label_names"] = names;
+    EXPECT_THROW(parsed(), Failure) << names;
+  }
+  builder.metadata["label_names"] = R"(["a", "b"])";
+  numbers("labels", {0, 1, 0, 1, 0, 1, 0, 2});
+  expect_refused("labels[7] is 2, expected 0 to 1");
+  numbers("labels", {0, 1, 0, 1, 0, 1, 0, -1});
+  expect_refused("labels[7] is -1");
+  numbers("labels", {0, 1});
+  expect_refused("labels has 2 entries, expected 8, one a sequence");
+  builder.add<std::int32_t>("labels", "I32", {8}, std::vector<std::int32_t>(8, 0));
+  expect_refused("expected I64");
+}
+
+TEST_F(TaskFileTest, ScoredRanges) {
+  task("perplexity");
+  expect_refused("has no scored");
+  ranges(all_of_eight);
+  ASSERT_EQ(parsed().scored.size(), 8U);
+  EXPECT_EQ(parsed().scored[7].begin, 1);
+  EXPECT_EQ(parsed().scored[7].end, 3);
+  const std::int64_t far = std::int64_t{1} << 62;
+  for (const auto& [begin, end] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {0, 3}, {-1, 2}, {2, 1}, {1, 4}, {far, far}, {1, far}, {-far, far}}) {
+    auto bad = all_of_eight;
+    bad[4] = begin;
+    bad[5] = end;
+    ranges(bad);
+    expect_refused("scored[2] is tokens");
+  }
+  ranges({1, 3});
+  expect_refused("scored has 1 entries, expected 8");
+  builder.add<std::int64_t>("scored", "I64", {8, 3}, std::vector<std::int64_t>(24, 1));
+  expect_refused("3 columns");
+  builder.add<std::int64_t>("scored", "I64", {8}, std::vector<std::int64_t>(8, 1));
+  expect_refused("1 dimensions, expected I64 with 2");
+}
+
+TEST_F(TaskFileTest, ChoicesHaveOneRightAnswer) {
+  task("choice");
+  numbers("labels", {1, 0, 1, 0, 1, 0, 0, 1});
+  expect_refused("has no scored");
+  ranges(all_of_eight);
+  EXPECT_EQ(parsed().task, Task::kChoice);
+  numbers("labels", {1, 0, 1, 0, 1, 0, 1, 1});
+  expect_refused("request 3 has 2 right choices");
+  numbers("labels", {1, 0, 1, 0, 0, 0, 0, 1});
+  expect_refused("request 2 has 0 right choices");
+  numbers("labels", {1, 0, 1, 0, 1, 0, 0, 1});
+  auto empty = all_of_eight;
+  empty[15] = 1;
+  ranges(empty);
+  expect_refused("scored[7] is empty");
+}
+
+TEST_F(TaskFileTest, GroupsOfAnswers) {
+  task("answer");
+  expect_refused("has no group");
+  numbers("group", {0, 1, 0, -1});
+  EXPECT_THAT(parsed().group, ElementsAre(0, 1, 0, -1));
+  EXPECT_THAT(parsed().scored, IsEmpty());
+  numbers("group", {0, 1, 0, -2});
+  expect_refused("group[3] is -2");
+  numbers("group", {0, 1});
+  expect_refused("one a request");
+}
+
+TEST_F(TaskFileTest, PairsWithScores) {
+  task("similarity");
+  expect_refused("has no pair_score");
+  builder.add<float>("pair_score", "F32", {4}, {0, 0, 2.5F, 5});
+  EXPECT_THAT(parsed().pair_score, ElementsAre(0, 0, 2.5F, 5));
+  builder.add<float>("pair_score", "F32", {4}, {0, 0, std::nanf(""), 5});
+  expect_refused("pair_score[2] is not finite");
+  builder.add<float>("pair_score", "F32", {3}, {0, 0, 1});
+  expect_refused("pair_score has 3 entries");
+  builder.add<float>("pair_score", "F32", {4}, {0, 0, 2.5F, 5});
+  single_sequences();
+  expect_refused("request 2 has 1 sequences, expected the two of a pair");
+}
+
+TEST_F(TaskFileTest, PairsOfDuplicates) {
+  task("duplicates");
+  single_sequences();
+  numbers("partner", {-1, -1, 1, 0});
+  expect_refused("has no pair_label");
+  numbers("pair_label", {-1, -1, 1, 0});
+  EXPECT_EQ(parsed().task, Task::kDuplicates);
+  numbers("partner", {-1, -1, 2, 0});
+  expect_refused("partner[2] is 2, expected -1 to 1");
+  numbers("partner", {-1, -1, -1, 0});
+  expect_refused("partner[2] is -1, expected 0 or more behind the fill part");
+  numbers("partner", {0, -1, 1, 0});
+  expect_refused("partner[0] is 0, expected -1 in the fill part");
+  numbers("partner", {-1, -1, 1, 0});
+  numbers("pair_label", {-1, -1, 2, 0});
+  expect_refused("pair_label[2] is 2");
+}
+
+TEST_F(TaskFileTest, SurvivesEveryDamagedByte) {
+  task("choice");
+  numbers("labels", {1, 0, 1, 0, 1, 0, 0, 1});
+  numbers("group", {0, 1, 0, -1});
+  ranges(all_of_eight);
+  const std::string whole = builder.bytes();
+  int refused = 0;
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    std::string damaged = whole;
+    damaged[i] = static_cast<char>(damaged[i] ^ '\x81');
+    try {
+      const TokenFile file = parse_token_file(damaged, "x");
+      ASSERT_EQ(file.labels.size(), static_cast<std::size_t>(file.sequences()));
+    } catch (const Failure&) {
+      ++refused;
+    }
+    if (i % 7 == 0) {
+      EXPECT_THROW(parse_token_file(whole.substr(0, i), "x"), Failure) << i << " bytes";
+    }
+  }
+  EXPECT_GT(refused, static_cast<int>(whole.size() / 2));
+}
+
+/// A probe of two classes on three dimensions.
+class ProbeTest : public ::testing::Test {
+ protected:
+  ProbeTest() {
+    builder.metadata = {{"workload", "w"},           {"model", "m"},
+                        {"model_sha256", "abc"},     {"classes", R"(["a","b"])"},
+                        {"train_accuracy", "0.875"}, {"version", "1"}};
+    builder.add<float>("weight", "F32", {2, 3}, {1, 0, 0, 0, 1, -1});
+    builder.add<float>("bias", "F32", {2}, {0, 0.5F});
+  }
+  void expect_refused(const std::string& part) const {
+    expect_failure([&] { parse_probe(builder.bytes(), "p.probe.safetensors"); }, part);
+    expect_failure([&] { parse_probe(builder.bytes(), "p.probe.safetensors"); }, "not a usable probe file");
+  }
+  FileBuilder builder;
+};
+
+TEST_F(ProbeTest, Classifies) {
+  const Probe probe = parse_probe(builder.bytes(), "p");
+  EXPECT_EQ(probe.dims, 3);
+  EXPECT_EQ(probe.train_accuracy, 0.875);
+  const auto classify = [&](std::vector<float> row) { return probe.classify(row); };
+  EXPECT_EQ(classify({1, 0, 0}), 0);
+  EXPECT_EQ(classify({0, 0, 0}), 1);
+  EXPECT_EQ(classify({0, 1, 2}), 0);
+  EXPECT_EQ(classify({0.5F, 0, 0}), 0) << "equal scores: the first class";
+  EXPECT_EQ(classify({NAN, 0, 0}), -1);
+}
+
+TEST_F(ProbeTest, RefusesDamage) {
+  const std::string whole = builder.bytes();
+  for (std::size_t size = 0; size < whole.size(); ++size) {
+    EXPECT_THROW(parse_probe(whole.substr(0, size), "p"), Failure) << size << " bytes";
+  }
+  builder.add<float>("bias", "F32", {3}, {0, 0, 0});
+  expect_refused("weight is [2, 3], bias [3], for 2 classes");
+  builder.add<float>("bias", "F32", {2}, {0, NAN});
+  expect_refused("not finite");
+  builder.add<float>("bias", "F32", {2}, {0, 0});
+  builder.metadata["train_accuracy"] = "1.5";
+  expect_refused("train_accuracy");
+  builder.metadata["train_accuracy"] = "";
+  expect_refused("train_accuracy");
+  builder.metadata["train_accuracy"] = "0.9";
+  builder.metadata["version"] = "2";
+  expect_refused("version '2'");
+  builder.metadata["version"] = "1";
+  builder.remove("weight");
+  expect_refused("no tensor 'weight'");
+}
+
+TEST_F(ProbeTest, IsFoundByNameAndFitsModelAndClasses) {
+  const Folder folder;
+  TokenFile file;
+  file.workload = "w";
+  file.label_names = {"a", "b"};
+  ModelFile model;
+  model.name = "m";
+  model.sha256 = "abc";
+  const auto find = [&] { return find_probe(folder / "", file, model); };
+  EXPECT_FALSE(find().has_value());
+  std::ofstream(folder / "w.m.probe.safetensors", std::ios::binary) << builder.bytes();
+  ASSERT_TRUE(find().has_value());
+  EXPECT_EQ(find()->dims, 3);
+  file.label_names = {"b", "a"};
+  expect_failure([&] { find(); }, "its classes are not");
+  file.label_names = {"a", "b"};
+  model.sha256 = "def";
+  expect_failure([&] { find(); }, "SHA-256 abc, this one has def");
+  model.sha256.clear();
+  EXPECT_TRUE(find().has_value()) << "a model without sidecar cannot be told apart";
+  builder.metadata["model"] = "other";
+  std::ofstream(folder / "w.m.probe.safetensors", std::ios::binary) << builder.bytes();
+  expect_failure([&] { find(); }, "for model 'other'");
 }
 
 TEST(RequestStreamTest, ShuffleIsAPermutationFixedBySeed) {
@@ -319,6 +628,139 @@ TEST(StatisticsTest, Percentiles) {
   EXPECT_EQ(summarize({1, 2, 6}).max, 6);
 }
 
+TEST(StatisticsTest, WilsonsInterval) {
+  // E. B. Wilson 1927; values by hand from the formula with z = 1.95996.
+  EXPECT_NEAR(wilson(5, 10).low, 0.236593, 1e-6);
+  EXPECT_NEAR(wilson(5, 10).high, 0.763407, 1e-6);
+  EXPECT_EQ(wilson(0, 10).low, 0);
+  EXPECT_NEAR(wilson(0, 10).high, 0.277533, 1e-6);
+  EXPECT_EQ(wilson(10, 10).high, 1);
+  EXPECT_NEAR(wilson(10, 10).low, 1 - 0.277533, 1e-6);
+  EXPECT_TRUE(std::isnan(wilson(0, 0).low));
+}
+
+TEST(StatisticsTest, RanksAndRankCorrelation) {
+  EXPECT_THAT(average_ranks({10, 30, 20, 20}), ElementsAre(1, 4, 2.5, 2.5));
+  EXPECT_THAT(average_ranks({7, 7, 7}), ElementsAre(2, 2, 2));
+  EXPECT_DOUBLE_EQ(spearman({1, 2, 3, 4}, {10, 100, 1000, 10000}), 1);
+  EXPECT_DOUBLE_EQ(spearman({1, 2, 3, 4}, {4, 3, 2, 1}), -1);
+  EXPECT_DOUBLE_EQ(spearman({1, 2, 3}, {1, 3, 2}), 0.5);
+  // Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5).
+  EXPECT_DOUBLE_EQ(spearman({1, 2, 2, 3}, {1, 2, 3, 4}), 4.5 / std::sqrt(22.5));
+  EXPECT_TRUE(std::isnan(spearman({1, 1, 1}, {1, 2, 3})));
+  EXPECT_TRUE(std::isnan(spearman({1, NAN, 3}, {1, 2, 3})));
+  EXPECT_TRUE(std::isnan(spearman({1}, {1})));
+}
+
+TEST(MetricTest, Values) {
+  EXPECT_DOUBLE_EQ(metric_value(Metric::kAccuracy, {{7, 8}, {5, 8}}), 0.75);
+  EXPECT_DOUBLE_EQ(metric_value(Metric::kChoiceAccuracy, {{1, 1}, {0, 1}, {0, 1}, {1, 1}}), 0.5);
+  EXPECT_DOUBLE_EQ(metric_value(Metric::kAnswerNll, {{6, 2}, {2, 2}}), 2);
+  EXPECT_DOUBLE_EQ(metric_value(Metric::kPerplexity, {{6, 2}, {2, 2}}), std::exp(2.0));
+  EXPECT_DOUBLE_EQ(metric_value(Metric::kSpearman, {{0.1, 0}, {0.9, 5}, {0.5, 2}}), 1);
+  EXPECT_TRUE(std::isnan(metric_value(Metric::kAccuracy, {})));
+}
+
+TEST(MetricTest, ChangeIsPairedAndItsIntervalFixed) {
+  std::vector<Sample> with;
+  std::vector<Sample> without;
+  for (int i = 0; i < 400; ++i) {
+    without.push_back({i % 2 == 0 ? 1.0 : 0.0, 1});              // 50 %
+    with.push_back({i % 2 == 0 && i % 40 != 0 ? 1.0 : 0.0, 1});  // ten of them lost
+  }
+  const Comparison c = compare(Metric::kAccuracy, with, without);
+  EXPECT_DOUBLE_EQ(c.value, 0.475);
+  EXPECT_DOUBLE_EQ(c.baseline, 0.5);
+  EXPECT_DOUBLE_EQ(c.change, -0.025);
+  // Paired: the change is a mean of 400 draws that are -1 with probability 1/40, so its standard
+  // deviation is 0.0078; unpaired it would be 0.035.
+  EXPECT_NEAR(c.ci95.low, -0.025 - 1.96 * 0.0078, 0.003);
+  EXPECT_NEAR(c.ci95.high, -0.025 + 1.96 * 0.0078, 0.003);
+  const Comparison again = compare(Metric::kAccuracy, with, without);
+  EXPECT_EQ(again.ci95.low, c.ci95.low);
+  EXPECT_EQ(again.ci95.high, c.ci95.high);
+  const Comparison same = compare(Metric::kAccuracy, with, with);
+  EXPECT_EQ(same.change, 0);
+  EXPECT_EQ(same.ci95.low, 0);
+  EXPECT_EQ(same.ci95.high, 0);
+  const Comparison alone = compare(Metric::kAccuracy, with, {});
+  EXPECT_DOUBLE_EQ(alone.value, 0.475);
+  EXPECT_TRUE(std::isnan(alone.baseline));
+  EXPECT_TRUE(std::isnan(alone.ci95.low));
+}
+
+/// Two fill texts, four that ask: a duplicate of 0, no duplicate of 1, a duplicate of 1, one of 0.
+class ServedTest : public ::testing::Test {
+ protected:
+  ServedTest() {
+    file.task = Task::kDuplicates;
+    file.tokens = {1, 2, 3, 4, 5, 6, 7, 3, 4, 8};
+    file.sequence_offsets = {0, 2, 4, 5, 6, 7, 9, 10};
+    file.request_offsets = {0, 1, 2, 3, 4, 5, 6, 7};
+    file.fill_requests = 2;
+    file.partner = {-1, -1, 0, 1, 1, 0, 0};
+    file.pair_label = {-1, -1, 1, 0, 1, 1, 1};
+    file.group = {0, 1, 0, 1, -1, -1, 2};
+  }
+  TokenFile file;
+};
+
+TEST_F(ServedTest, DuplicatesAreJudgedByTheirPair) {
+  ServedCounts counts(file);
+  counts.add(2, 2, 0);                         // right
+  counts.add(3, 3, 1);                         // unsafe
+  counts.add(4, 4, 0);                         // from a text that is not of its pair
+  counts.add(5, 5, 1);                         // its ids are those of text 1, so right
+  counts.add(6, 6, ServedCounts::kNotServed);  // missed
+  EXPECT_DOUBLE_EQ(counts.precision(), 2.0 / 3);
+  EXPECT_DOUBLE_EQ(counts.recall(), 2.0 / 4);
+  EXPECT_DOUBLE_EQ(counts.unsafe().rate, 0.25);
+  EXPECT_EQ(counts.unsafe().of, 4);
+  EXPECT_EQ(counts.unlabelled(), 1);
+  EXPECT_DOUBLE_EQ(counts.unsafe().ci95.low, wilson(1, 4).low);
+  counts.add(6, 6, ServedCounts::kUnknown);
+  EXPECT_EQ(counts.unsafe().of, 5);
+  EXPECT_EQ(counts.unlabelled(), 2);
+}
+
+TEST_F(ServedTest, NothingServedIsNoRate) {
+  ServedCounts counts(file);
+  counts.add(2, 2, ServedCounts::kNotServed);
+  EXPECT_TRUE(std::isnan(counts.precision()));
+  EXPECT_EQ(counts.recall(), 0);
+  EXPECT_TRUE(std::isnan(counts.unsafe().rate));
+}
+
+TEST_F(ServedTest, AnswersAreComparedByGroup) {
+  file.task = Task::kAnswer;
+  ServedCounts counts(file);
+  counts.add(2, 2, 0);                         // 0 and 0
+  counts.add(3, 3, 0);                         // 1 and 0
+  counts.add(4, 4, 5);                         // both without an answer
+  counts.add(5, 5, 6);                         // none and 2
+  counts.add(6, 6, ServedCounts::kNotServed);  // does not count
+  EXPECT_DOUBLE_EQ(counts.same_answer().rate, 0.5);
+  EXPECT_EQ(counts.same_answer().of, 4);
+}
+
+TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
+  ModelFile model;
+  TokenFile file;
+  model.weights = "hub:x";
+  EXPECT_EQ(cell_weight(model, file), 1);
+  file.task = Task::kPerplexity;
+  EXPECT_EQ(cell_weight(model, file), 2);
+  file.fill_requests = 3;
+  EXPECT_EQ(cell_weight(model, file), 6);
+  model.weights = "random (seed 0)";
+  EXPECT_EQ(cell_weight(model, file), 1);
+  EXPECT_EQ(share_seconds({}, 1), 30);
+  EXPECT_EQ(share_seconds({}, 48), 10);
+  Arguments limited;
+  limited.limit = 5;
+  EXPECT_TRUE(std::isinf(share_seconds(limited, 48)));
+}
+
 Record example() {
   Record r;
   r.model = "m";
@@ -345,6 +787,30 @@ Record example() {
   return r;
 }
 
+/// With everything that a run on similarity adds.
+Record similar_example() {
+  Record r = example();
+  r.weights = "hub:x";
+  r.fidelity = "threshold";
+  r.threshold = 0.9;
+  r.fingerprint = "simhash128";
+  r.fingerprint_layer = 0;
+  r.centring = "running";
+  r.cache_layers = "0,5";
+  r.eviction = "lru";
+  r.ttl_seconds = 60;
+  r.shadow_rate = 0.125;
+  r.capacity_bytes = 1 << 20;
+  r.filled = 30;
+  r.fill_available = 40;
+  r.hit_rate_by_layer = {0.125, 0, 0.125};
+  r.task = {.metric = "accuracy", .value = 0.917, .baseline = 0.929, .change = -0.012, .ci95 = {-0.019, -0.006}};
+  r.recall = 0.5;
+  r.unsafe_served = {.rate = {0.25, {0.1, 0.4}, 40}, .unlabelled = 7};
+  r.same_answer = {0.75, {0.5, 0.875}, 16};
+  return r;
+}
+
 const Versions kVersions = {"0.1.0", "2.13.0", "g++ 12.2.0"};
 
 TEST(RecordsTest, RoundTrip) {
@@ -354,6 +820,28 @@ TEST(RecordsTest, RoundTrip) {
   EXPECT_EQ(to_json(record_from_json(parsed), kVersions), json);
   EXPECT_EQ(record_from_json(parsed).shuffle, std::uint64_t{1} << 63);
   EXPECT_TRUE(parsed["versions"]["model_transformers"].is_null());
+}
+
+TEST(RecordsTest, RoundTripOfSimilarity) {
+  const Json json = to_json(similar_example(), kVersions);
+  EXPECT_EQ(to_json(record_from_json(Json::parse(json.dump())), kVersions), json);
+  EXPECT_EQ(json["threshold"], 0.9);
+  EXPECT_EQ(json["task"]["ci95"], (Json{-0.019, -0.006}));
+  EXPECT_EQ(json["unsafe_served"]["unlabelled"], 7);
+  EXPECT_EQ(json["hit_rate_by_layer"].size(), 3U);
+  const Json plain = to_json(example(), kVersions);
+  for (const char* key :
+       {"threshold", "fingerprint", "fingerprint_layer", "centring", "cache_layers", "eviction", "task", "ttl_seconds",
+        "shadow_rate", "capacity_bytes", "hit_rate_by_layer", "recall", "unsafe_served", "same_answer"}) {
+    EXPECT_TRUE(plain.at(key).is_null()) << key;
+  }
+  Record unmeasured = similar_example();
+  unmeasured.task->baseline = kNotMeasured;
+  unmeasured.task->ci95 = {kNotMeasured, kNotMeasured};
+  const Json nulls = to_json(unmeasured, kVersions);
+  EXPECT_TRUE(nulls["task"]["baseline"].is_null());
+  EXPECT_TRUE(nulls["task"]["ci95"][0].is_null());
+  EXPECT_EQ(to_json(record_from_json(nulls), kVersions), nulls);
 }
 
 TEST(RecordsTest, WhatIsNotFiniteIsNull) {
@@ -398,6 +886,20 @@ TEST(TableTest, EveryLineOfARandomModelSaysSo) {
   EXPECT_EQ(lines, 2);
 }
 
+TEST(TableTest, QualityStandsBesideSpeed) {
+  const std::string table = results_table({similar_example()});
+  EXPECT_THAT(table, HasSubstr("llmcache/threshold 0.90"));
+  EXPECT_THAT(table,
+              HasSubstr("accuracy 91.7%, -1.2 [-1.9, -0.6], recall 50.0%, unsafe 25.0% [10.0, 40.0], same answer"));
+  EXPECT_THAT(table, HasSubstr("30/40"));
+  EXPECT_THAT(results_table({example()}), HasSubstr("divergence only"));
+  Record larger = similar_example();
+  larger.capacity_bytes = 64 << 20;
+  const std::string both = results_table({similar_example(), larger});
+  EXPECT_THAT(both, HasSubstr("threshold 0.90 1 MiB"));
+  EXPECT_THAT(both, HasSubstr("threshold 0.90 64 MiB"));
+}
+
 TEST(ModelFileTest, ReadsAndChecksTheSidecar) {
   const Folder folder;
   Json sidecar = {{"weights", "random (seed 0)"},
@@ -438,7 +940,14 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   EXPECT_THAT(arguments.modes, ElementsAre("llmcache"));
   EXPECT_EQ(arguments.zipf, 1.5);
   EXPECT_EQ(arguments.command, "llmcache-bench --model a,b --model c --mode llmcache --zipf 1.5");
-  EXPECT_THAT(parse({}).modes, ElementsAre("nocache", "llmcache"));
+  EXPECT_FALSE(parse({}).threshold_asked);
+  EXPECT_FALSE(parse({}).doccache_asked);
+  EXPECT_TRUE(parse({"--threshold", "0.5"}).threshold_asked);
+  EXPECT_TRUE(parse({"--mode", "doccache"}).doccache_asked);
+  EXPECT_THAT(parse({"--threshold", "0.9,-1", "--threshold", "0.9"}).thresholds, ElementsAre(-1, 0.9));
+  EXPECT_THAT(parse({"--capacity-mib", "64,1,64"}).capacities_mib, ElementsAre(1, 64));
+  EXPECT_FALSE(parse({"--centre", "off"}).centre);
+  EXPECT_EQ(parse({"--cache-layers", "0,3"}).cache_layers, "0,3");
   EXPECT_THROW(parse({"--help"}), HelpAsked);
   for (const std::vector<const char*>& bad : std::vector<std::vector<const char*>>{{"--threads", "0"},
                                                                                    {"--threads", "x"},
@@ -452,11 +961,75 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
                                                                                    {"--shuffle", "-1"},
                                                                                    {"--fidelity", "x"},
                                                                                    {"--capacity-mib", "-1"},
+                                                                                   {"--capacity-mib", "1,x"},
+                                                                                   {"--threshold", "1.5"},
+                                                                                   {"--threshold", "-1.5"},
+                                                                                   {"--threshold", "nan"},
+                                                                                   {"--threshold", "0.9,"},
+                                                                                   {"--fingerprint", "md5"},
+                                                                                   {"--fingerprint-layer", "-1"},
+                                                                                   {"--centre", "left"},
+                                                                                   {"--cache-layers", "some"},
+                                                                                   {"--cache-layers", "1,,2"},
+                                                                                   {"--cache-layers", "-1"},
+                                                                                   {"--eviction", "fifo"},
+                                                                                   {"--ttl", "0"},
+                                                                                   {"--shadow-rate", "2"},
+                                                                                   {"--pca", "file"},
                                                                                    {"--nonsense"},
                                                                                    {"stray"},
                                                                                    {"--model"}}) {
     EXPECT_THROW(parse(bad), Failure) << bad[0] << " " << bad.back();
   }
+}
+
+TEST(ArgumentsTest, CacheLayers) {
+  EXPECT_THAT(parse_cache_layers("all", 3), ElementsAre(0, 1, 2));
+  EXPECT_THAT(parse_cache_layers("last", 3), ElementsAre(2));
+  EXPECT_THAT(parse_cache_layers("2,0,2", 3), ElementsAre(0, 2));
+  expect_failure([] { parse_cache_layers("0,3", 3); }, "no layer 3, its layers are 0 to 2");
+  expect_failure([] { parse_cache_layers("99999999999999999999", 3); }, "no layer");
+}
+
+/// "mode/fidelity threshold eviction capacity" of each setting.
+std::vector<std::string> names(const std::vector<Setting>& all) {
+  std::vector<std::string> texts;
+  for (const Setting& s : all) {
+    std::ostringstream text;
+    text << s.mode << '/' << s.fidelity << ' ' << s.threshold.value_or(0) << ' ' << s.eviction << ' '
+         << s.capacity_mib.value_or(0);
+    texts.push_back(text.str());
+  }
+  return texts;
+}
+
+TEST(SettingsTest, SimilarityRunsWhereItsQualityCanBeSeen) {
+  Arguments arguments;
+  arguments.thresholds = {0.8, 0.9};
+  EXPECT_THAT(names(settings(arguments, false)), ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024"));
+  EXPECT_THAT(names(settings(arguments, true)),
+              ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024", "llmcache/threshold 0.8 lru 1024",
+                          "llmcache/threshold 0.9 lru 1024", "doccache/ 0.8 lru 1024", "doccache/ 0.9 lru 1024"));
+  arguments.threshold_asked = true;
+  EXPECT_THAT(names(settings(arguments, false)),
+              ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024", "llmcache/threshold 0.8 lru 1024",
+                          "llmcache/threshold 0.9 lru 1024"));
+  arguments.modes = {"doccache"};
+  EXPECT_THAT(settings(arguments, false), IsEmpty());
+  arguments.doccache_asked = true;
+  EXPECT_EQ(settings(arguments, false).size(), 2U);
+}
+
+TEST(SettingsTest, EveryCombinationOnce) {
+  Arguments arguments;
+  arguments.modes = {"llmcache"};
+  arguments.fidelities = {"threshold"};
+  arguments.thresholds = {0.8};
+  arguments.evictions = {"gdsf", "lru"};
+  arguments.capacities_mib = {1, 2};
+  EXPECT_THAT(names(settings(arguments, true)),
+              ElementsAre("llmcache/threshold 0.8 gdsf 1", "llmcache/threshold 0.8 lru 1",
+                          "llmcache/threshold 0.8 gdsf 2", "llmcache/threshold 0.8 lru 2"));
 }
 
 }  // namespace
