@@ -43,7 +43,7 @@ How it measures
   and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,
   the fill requests that have a sequence in common with a later one are enough, and only these are run.
   T is a cosine (SimHash: estimated from the Hamming distance; jaccard: the Jaccard similarity). With --centre on the
-  mean state is taken off first, and cosines are much smaller than without: 0.9 raw is about 0.5 centred.
+  mean state is taken off first, and cosines are much smaller than without.
 
 Quality (models with random weights: none, only divergence)
   accuracy         banking77, clinc150: linear probe on the pooled output, fitted on uncached training outputs.

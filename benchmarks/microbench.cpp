@@ -42,6 +42,9 @@ miss          128 fresh tokens, bank on: ratio = time of cache / time of plain (
 packed        64/17/5/33 fresh tokens: ratio = plain, padded / packed; ideal = padded tokens / real tokens
 last/A        the last A of 128 tokens recomputed from a captured donor: ratio = plain, all 128 / cache
 identical     128 tokens that are known: ratio = plain / cache
+threshold_miss 128 fresh tokens, fidelity threshold, nothing similar: ratio = time of cache / time of plain (the
+              overhead of fingerprint, look-up and insertion)
+threshold_hit 128 tokens, fidelity threshold, another request is similar: ratio = plain / cache
 
 Options of Google Benchmark, which follow, work too; times are milliseconds, one thread. Its warning that the library
 was built as DEBUG is about Debian's package of Google Benchmark, which only runs the loop: the clock is our own.
@@ -69,6 +72,23 @@ class Bed {
 
   LoadedModel& model() { return model_; }
 
+  /// Around the same module; made when first asked for. Default fingerprint, of the embedding output.
+  Cache& threshold_cache() {
+    if (!threshold_cache_) {
+      Options options;
+      options.fidelity = Fidelity::kThreshold;
+      options.threshold.tau = {kTau};
+      options.threshold.cache_layers = {model_.cache().profile().layers - 1};
+      threshold_cache_ = model_.make_cache(options);
+    }
+    return *threshold_cache_;
+  }
+
+  /// Enough requests for the running mean state to be there: it is taken over at 16 and 32 states.
+  void settle(Cache& cache, const std::vector<std::int64_t>& lengths) {
+    for (int i = 0; i < kSettle; ++i) cache.forward(fresh(lengths));
+  }
+
   Inputs fresh(const std::vector<std::int64_t>& lengths) {
     std::vector<std::vector<std::int32_t>> ids;
     for (const std::int64_t length : lengths) {
@@ -83,7 +103,10 @@ class Bed {
 
  private:
   static constexpr std::int64_t kFirstId = 10;  // leaves special tokens out
+  static constexpr double kTau = 0.9;
+  static constexpr int kSettle = 40;
   LoadedModel model_;
+  std::shared_ptr<Cache> threshold_cache_;
   std::int64_t vocabulary_;
   std::mt19937_64 generator_{0};
 };
@@ -181,6 +204,51 @@ void identical(benchmark::State& state, Bed& bed) {
       [&](const Inputs& in) { return model.cache().forward(in); }, /*overhead=*/false);
 }
 
+/// Random ids are not similar to one another once their mean is taken off.
+void threshold_miss(benchmark::State& state, Bed& bed) {
+  try {
+    Cache& cache = bed.threshold_cache();
+    cache.clear();
+    bed.settle(cache, {kTokens});
+    const Stats before = cache.stats();
+    run_pairs(
+        state, [&] { return bed.fresh({kTokens}); }, [&](const Inputs& in) { return bed.model().plain(in); },
+        [&](const Inputs& in) { return cache.forward(in); }, /*overhead=*/true);
+    if (cache.stats().similar_hits != before.similar_hits) throw Failure("fresh ids were hits: this is no miss");
+  } catch (const std::exception& error) {
+    fail(state, error);
+  }
+}
+
+/// A request in which one token of a known one is changed, another one each time.
+void threshold_hit(benchmark::State& state, Bed& bed) {
+  try {
+    Cache& cache = bed.threshold_cache();
+    cache.clear();
+    bed.settle(cache, {kTokens});
+    const Inputs known = bed.fresh({kTokens});
+    cache.forward(known);
+    const Stats before = cache.stats();
+    std::int64_t changes = 0;
+    const auto similar = [&] {
+      Inputs inputs = known;
+      const at::Tensor ids = known[0].toTensor().clone();
+      ids[0][kTokens / 2] = 10 + ++changes;  // 10: behind the special tokens
+      inputs[0] = ids;
+      return inputs;
+    };
+    run_pairs(
+        state, similar, [&](const Inputs& in) { return bed.model().plain(in); },
+        [&](const Inputs& in) { return cache.forward(in); }, /*overhead=*/false);
+    const Stats after = cache.stats();
+    if (after.similar_hits - before.similar_hits != after.sequences - before.sequences) {
+      throw Failure("some requests were no hits");
+    }
+  } catch (const std::exception& error) {
+    fail(state, error);
+  }
+}
+
 /// Our own options, taken out of argv.
 struct Settings {
   std::filesystem::path models = (program_folder() / ".." / "models").lexically_normal();
@@ -240,6 +308,8 @@ int run(int argc, char** argv) {
   add("packed", packed);
   add("last", last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
   add("identical", identical);
+  add("threshold_miss", threshold_miss)->Iterations(4 * settings.pairs);
+  add("threshold_hit", threshold_hit);
   benchmark::AddCustomContext("model", settings.model);
   benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
   benchmark::AddCustomContext("torch_threads", "1");

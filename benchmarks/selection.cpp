@@ -164,14 +164,15 @@ std::string list_files(const Arguments& arguments) {
       models.add({name, failure.what(), "", "", ""});
     }
   }
-  Table workloads({"workload", "tokenizer", "source", "order", "requests", "sequences", "tokens"}, 4);
+  Table workloads({"workload", "tokenizer", "source", "order", "task", "fill", "requests", "sequences", "tokens"}, 5);
   for (const WorkloadFile& file : workload_files(arguments.data_folder)) {
     try {
       const TokenFile tokens = read_token_file(file.path);
-      workloads.add({file.workload, file.tokenizer, tokens.source, tokens.order, fmt::format("{}", tokens.requests()),
+      workloads.add({file.workload, file.tokenizer, tokens.source, tokens.order, to_string(tokens.task),
+                     fmt::format("{}", tokens.fill_requests), fmt::format("{}", tokens.requests()),
                      fmt::format("{}", tokens.sequences()), fmt::format("{}", tokens.tokens.size())});
     } catch (const Failure& failure) {
-      workloads.add({file.workload, file.tokenizer, failure.what(), "", "", "", ""});
+      workloads.add({file.workload, file.tokenizer, failure.what(), "", "", "", "", "", ""});
     }
   }
   return fmt::format("{}\n{}", models.text(), workloads.text());

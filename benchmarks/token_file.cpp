@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <map>
 
 #include "failure.h"
 #include "safetensors.h"
@@ -29,22 +29,18 @@ void check_offsets(const std::vector<std::int64_t>& offsets, std::size_t total, 
   }
 }
 
+constexpr std::array kTasks = {Task::kNone,   Task::kClassification, Task::kChoice,    Task::kPerplexity,
+                               Task::kAnswer, Task::kSimilarity,     Task::kDuplicates};
+
 Task task_from(const std::string& text, const Safetensors& in) {
-  static const std::map<std::string, Task> kTasks = {{"", Task::kNone},
-                                                     {"classification", Task::kClassification},
-                                                     {"choice", Task::kChoice},
-                                                     {"perplexity", Task::kPerplexity},
-                                                     {"answer", Task::kAnswer},
-                                                     {"similarity", Task::kSimilarity},
-                                                     {"duplicates", Task::kDuplicates}};
-  const auto found = kTasks.find(text);
+  const auto found = std::ranges::find_if(kTasks, [&](Task task) { return to_string(task) == text; });
   if (found == kTasks.end()) {
     in.damaged(
         fmt::format("its task is '{}', expected classification, choice, perplexity, answer, similarity, "
                     "duplicates or nothing",
                     text));
   }
-  return found->second;
+  return *found;
 }
 
 /// Every value must lie in [low, high].
@@ -197,6 +193,26 @@ class TaskReader {
 };
 
 }  // namespace
+
+const char* to_string(Task task) noexcept {
+  switch (task) {
+    case Task::kNone:
+      return "";
+    case Task::kClassification:
+      return "classification";
+    case Task::kChoice:
+      return "choice";
+    case Task::kPerplexity:
+      return "perplexity";
+    case Task::kAnswer:
+      return "answer";
+    case Task::kSimilarity:
+      return "similarity";
+    case Task::kDuplicates:
+      return "duplicates";
+  }
+  return "";
+}
 
 std::span<const std::int32_t> TokenFile::sequence(std::int64_t i) const {
   const auto index = static_cast<std::size_t>(i);

@@ -30,6 +30,9 @@ namespace llmcache::bench {
 /// What can be said about the quality of a model's outputs on a workload.
 enum class Task { kNone, kClassification, kChoice, kPerplexity, kAnswer, kSimilarity, kDuplicates };
 
+/// As in the metadata; "" for kNone.
+const char* to_string(Task task) noexcept;
+
 /// Tokens [begin, end) of a sequence.
 struct TokenRange {
   std::int64_t begin = 0;

@@ -32,6 +32,10 @@ class ScoreTest : public ::testing::Test {
     file.scored = {{1, 3}, {1, 2}, {2, 3}, {2, 3}};
     file.pair_score = {1, 4};
     file.group = {0, 0};
+    probe.classes = {"a", "b"};
+    probe.dims = 2;
+    probe.weight = {1, 0, 0, 1};
+    probe.bias = {0, 0};
   }
   [[nodiscard]] std::optional<Sample> score(const Scorer& scorer, std::int64_t request, const at::Tensor& output,
                                             std::int64_t cut = 512) const {
@@ -45,9 +49,9 @@ class ScoreTest : public ::testing::Test {
   }
 
   TokenFile file;
-  OutputShape pooled = {.pooled_output = 0, .pooled_dims = 2};
-  OutputShape logits = {.logits_output = 0, .logits_dims = 5};
-  Probe probe = {.classes = {"a", "b"}, .dims = 2, .weight = {1, 0, 0, 1}, .bias = {0, 0}};
+  OutputShape pooled = {.pooled_output = 0, .pooled_dims = 2, .logits_output = -1, .logits_dims = 0};
+  OutputShape logits = {.pooled_output = -1, .pooled_dims = 0, .logits_output = 0, .logits_dims = 5};
+  Probe probe;
 };
 
 TEST_F(ScoreTest, LogLikelihoodReadsTheRowBeforeAToken) {
@@ -111,7 +115,8 @@ TEST_F(ScoreTest, AccuracyOfTheProbe) {
   EXPECT_EQ(score(scorer, 1, at::tensor({1.0, 0.0, 1.0, 0.0}).view({2, 2}))->value, 1);
   EXPECT_FALSE(Scorer(file, pooled, 5, std::nullopt).metric().has_value());
   EXPECT_FALSE(Scorer(file, logits, 5, probe).metric().has_value());
-  EXPECT_THROW(Scorer(file, {.pooled_output = 0, .pooled_dims = 3}, 5, probe), Failure);
+  pooled.pooled_dims = 3;
+  EXPECT_THROW(Scorer(file, pooled, 5, probe), Failure);
 }
 
 TEST_F(ScoreTest, SimilarityIsTheCosineOfAPair) {

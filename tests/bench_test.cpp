@@ -671,7 +671,7 @@ TEST(MetricTest, ChangeIsPairedAndItsIntervalFixed) {
   const Comparison c = compare(Metric::kAccuracy, with, without);
   EXPECT_DOUBLE_EQ(c.value, 0.475);
   EXPECT_DOUBLE_EQ(c.baseline, 0.5);
-  EXPECT_DOUBLE_EQ(c.change, -0.025);
+  EXPECT_NEAR(c.change, -0.025, 1e-12);
   // Paired: the change is a mean of 400 draws that are -1 with probability 1/40, so its standard
   // deviation is 0.0078; unpaired it would be 0.035.
   EXPECT_NEAR(c.ci95.low, -0.025 - 1.96 * 0.0078, 0.003);
@@ -965,7 +965,7 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
                                                                                    {"--threshold", "1.5"},
                                                                                    {"--threshold", "-1.5"},
                                                                                    {"--threshold", "nan"},
-                                                                                   {"--threshold", "0.9,"},
+                                                                                   {"--threshold", "0.9,x"},
                                                                                    {"--fingerprint", "md5"},
                                                                                    {"--fingerprint-layer", "-1"},
                                                                                    {"--centre", "left"},

@@ -95,6 +95,34 @@ class BenchTest(unittest.TestCase):
         self.assertLess(cached["tokens_computed_fraction"], 1)
         self.assertEqual(cached["divergence"]["max"], 0)
 
+    def test_similarity(self) -> None:
+        # At -1 everything is similar: all but the first sequences are hits.
+        document, table = self.results("--mode", "nocache,llmcache,doccache", "--fidelity", "threshold", "--threshold",
+                                       "-1,1", "--fingerprint", "raw", "--centre", "off", "--cache-layers", "0,5")
+        plain, loose, strict, loose_rival, strict_rival = document["records"]
+        self.assertIsNone(plain["threshold"])
+        for record in (loose, strict, loose_rival, strict_rival):
+            self.assertEqual((record["fingerprint"], record["fingerprint_layer"]), ("raw", 0))
+            self.assertEqual((record["centring"], record["eviction"]), ("off", "lru"))
+            self.assertIsNone(record["task"])
+        self.assertEqual((loose["mode"], loose["fidelity"], loose["threshold"]), ("llmcache", "threshold", -1))
+        self.assertEqual((loose_rival["mode"], loose_rival["fidelity"]), ("doccache", None))
+        self.assertEqual(loose["cache_layers"], "0,5")
+        self.assertIsNone(loose_rival["cache_layers"])
+        for record in (loose, loose_rival):
+            self.assertGreater(record["hit_rate"], 0)
+            self.assertGreater(record["divergence"]["max"], 0.1)
+            self.assertLess(record["tokens_computed_fraction"], plain["tokens_computed_fraction"])
+        self.assertEqual(loose["hit_rate"], loose_rival["hit_rate"])
+        self.assertAlmostEqual(sum(loose["hit_rate_by_layer"]), loose["hit_rate"])
+        self.assertLess(strict["divergence"]["max"], 1e-4)
+        self.assertIn("llmcache/threshold -1.00", table)
+
+    def test_layer_that_is_not_there(self) -> None:
+        run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9",
+                         "--cache-layers", "6")
+        self.assert_fails(run, "no layer 6", "0 to 5")
+
     def test_one_mode_alone(self) -> None:
         document, _ = self.results("--mode", "llmcache")
         (cached,) = document["records"]
@@ -111,7 +139,9 @@ class BenchTest(unittest.TestCase):
         helped = self.bench("--help")
         self.assertEqual(helped.returncode, 0)
         for option in ("--model", "--workload", "--mode", "--fidelity", "--threads", "--limit", "--seconds", "--shuffle",
-                       "--zipf", "--capacity-mib", "--data", "--models", "--json", "--list", "--tokenizer"):
+                       "--zipf", "--capacity-mib", "--data", "--models", "--json", "--list", "--tokenizer", "--threshold",
+                       "--fingerprint", "--fingerprint-layer", "--centre", "--pca", "--cache-layers", "--eviction",
+                       "--ttl", "--shadow-rate"):
             self.assertIn(option, helped.stdout)
 
     def test_bad_arguments(self) -> None:
@@ -121,7 +151,10 @@ class BenchTest(unittest.TestCase):
             (("--seconds", "nan"), "--seconds"),
             (("--shuffle", "-1"), "--shuffle"),
             (("--mode", "turbo"), "turbo"),
-            (("--fidelity", "threshold"), "threshold"),
+            (("--fidelity", "budget"), "budget"),
+            (("--threshold", "1.5"), "-1 to 1"),
+            (("--fingerprint", "md5"), "md5"),
+            (("--cache-layers", "first"), "first"),
             (("--nonsense",), "--nonsense"),
         ):
             with self.subTest(arguments=arguments):
