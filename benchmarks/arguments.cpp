@@ -39,7 +39,7 @@ How it measures
   Each request runs in all settings, one after the other, in an order that turns from request to request. The first
   requests are run beforehand to warm up, and the caches are emptied after that. Latency is wall time per request.
   Some workloads have a fill part (banking77 and clinc150: the training queries; qqp: the first texts of the pairs).
-  It is put into the caches before, untimed, in at most 40 % of the time budget, and every request of it is computed
+  It is put into the caches before, untimed, in at most 60 % of the time budget, and every request of it is computed
   and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,
   the fill requests that have a sequence in common with a later one are enough, and only these are run.
   T is a cosine (SimHash: estimated from the Hamming distance; jaccard: the Jaccard similarity). With --centre on the
@@ -239,7 +239,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
       ->type_name("N");
   app.add_option("--seconds", arguments.seconds,
                  "time budget of each model on each workload, warm-up included; one request always runs [with --limit: "
-                 "none; otherwise 30, or less so that all together take 8 minutes]")
+                 "none; otherwise a share of 8 minutes, most where quality can be measured, at most 30 for a workload "
+                 "with a task]")
       ->check(number_between(1e-3, 1e6))
       ->type_name("S");
   app.add_option("--shuffle", arguments.shuffle,

@@ -8,14 +8,22 @@ namespace {
 
 constexpr double kShareSeconds = 30;      // of a cell of weight 1
 constexpr double kAllCellsSeconds = 480;  // loading and wrapping all models comes on top
-constexpr double kTaskWeight = 2;
-constexpr double kFillWeight = 3;
 
 }  // namespace
 
-double cell_weight(const ModelFile& model, const TokenFile& tokens) {
-  if (model.random_weights() || tokens.task == Task::kNone) return 1;
-  return tokens.fill_requests > 0 ? kTaskWeight * kFillWeight : kTaskWeight;
+double cell_weight(const ModelFile& model, const TokenFile& tokens, bool probe) {
+  constexpr double kSpeedOnly = 0.5;
+  if (model.random_weights()) return kSpeedOnly;
+  switch (tokens.task) {
+    case Task::kNone:
+      return kSpeedOnly;
+    case Task::kClassification:
+      return probe ? 12 : kSpeedOnly;
+    case Task::kDuplicates:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 double share_seconds(const Arguments& arguments, double weights) {

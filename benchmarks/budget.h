@@ -7,10 +7,12 @@
 
 namespace llmcache::bench {
 
-/// How much more time a model gets on a workload than one without a task to measure, which gets 1: 2
-/// with one, since more settings run there, and 6 where the caches have to be filled before.
-/// A model with random weights has no task to measure.
-double cell_weight(const ModelFile& model, const TokenFile& tokens);
+/// How much of the time a model gets on a workload, in proportion to the others. Without a quality
+/// that can be measured (random weights, no task, classes but no probe) 0.5: a few requests tell the
+/// speed. With one 1, duplicates 2, since their first texts fill the caches before. Classes with a probe
+/// 12: thousands of training queries fill them, and those are the rows that say what similarity costs.
+/// `probe`: there is one for this model and workload.
+double cell_weight(const ModelFile& model, const TokenFile& tokens, bool probe);
 
 /// Seconds for a weight of 1, where all cells together weigh `weights`; infinite with --limit.
 double share_seconds(const Arguments& arguments, double weights);

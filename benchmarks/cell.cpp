@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kWarmUpRequests = 3;
 constexpr double kWarmUpShare = 0.1;  // of the time budget
-constexpr double kFillShare = 0.4;    // of the time budget; --help says so
+constexpr double kFillShare = 0.6;    // of the time budget; --help says so
 constexpr std::size_t kPcaRows = 2000;
 constexpr std::int64_t kPcaRequestsWithoutFill = 64;
 constexpr std::int64_t kPcaComponents = 64;
@@ -97,8 +97,8 @@ class Cell {
     if (model_.output_shape().pooled_output < 0) return std::nullopt;
     auto found = find_probe(arguments_.data_folder, tokens_, file_);
     if (!found) {
-      progress_.note(fmt::format("note: {}: no file {}/{}.{}.probe.safetensors, so no accuracy; fit a probe",
-                                 tokens_.workload, arguments_.data_folder.string(), tokens_.workload, file_.name));
+      progress_.note(fmt::format("note: {}: no file {}, so no accuracy; fit a probe", tokens_.workload,
+                                 probe_path(arguments_.data_folder, tokens_.workload, file_.name).string()));
     }
     return found;
   }

@@ -67,8 +67,13 @@ Probe parse_probe(std::string_view bytes, const std::string& name) {
 
 Probe read_probe(const std::filesystem::path& path) { return parse_probe(read_file(path, kKind), path.string()); }
 
+std::filesystem::path probe_path(const std::filesystem::path& folder, const std::string& workload,
+                                 const std::string& model) {
+  return folder / fmt::format("{}.{}.probe.safetensors", workload, model);
+}
+
 std::optional<Probe> find_probe(const std::filesystem::path& folder, const TokenFile& file, const ModelFile& model) {
-  const auto path = folder / fmt::format("{}.{}.probe.safetensors", file.workload, model.name);
+  const auto path = probe_path(folder, file.workload, model.name);
   std::error_code error;
   if (!std::filesystem::exists(path, error)) return std::nullopt;
   Probe probe = read_probe(path);

@@ -40,6 +40,10 @@ struct Probe {
 Probe parse_probe(std::string_view bytes, const std::string& name);
 Probe read_probe(const std::filesystem::path& path);
 
+/// FOLDER/WORKLOAD.MODEL.probe.safetensors
+std::filesystem::path probe_path(const std::filesystem::path& folder, const std::string& workload,
+                                 const std::string& model);
+
 /// The probe of `model` on `file` in `folder`; unset if there is none. Throws Failure if it is
 /// damaged, or was fitted for another model, other weights or other classes.
 std::optional<Probe> find_probe(const std::filesystem::path& folder, const TokenFile& file, const ModelFile& model);

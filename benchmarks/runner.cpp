@@ -6,11 +6,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
+#include <system_error>
 
 #include "budget.h"
 #include "cell.h"
 #include "failure.h"
 #include "loaded_model.h"
+#include "probe.h"
 #include "progress.h"
 
 namespace llmcache::bench {
@@ -19,6 +22,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+double weight(const Arguments& arguments, const ModelFile& model, const TokenFile& tokens) {
+  std::error_code error;
+  const auto probe = probe_path(arguments.data_folder, tokens.workload, model.name);
+  return cell_weight(model, tokens, std::filesystem::exists(probe, error));
+}
 
 /// All workloads of one model.
 void run_model(const Selected& selected, const Arguments& arguments, double share, Progress& progress,
@@ -39,7 +48,7 @@ void run_model(const Selected& selected, const Arguments& arguments, double shar
     progress.begin(label);
     const auto start = Clock::now();
     try {
-      const double budget = arguments.seconds.value_or(share * cell_weight(selected.model, *workload));
+      const double budget = arguments.seconds.value_or(share * weight(arguments, selected.model, *workload));
       const auto records = run_cell({model, selected.model, *workload, arguments, budget, progress});
       results.records.insert(results.records.end(), records.begin(), records.end());
       progress.end(fmt::format("{} of {} requests, {:.1f} s", records[0].requests, records[0].requests_available,
@@ -63,7 +72,7 @@ Results run(const Arguments& arguments, const std::vector<Selected>& selected) {
   double weights = 0;
   for (const Selected& one : selected) {
     cells += one.workloads.size();
-    for (const auto& workload : one.workloads) weights += cell_weight(one.model, *workload);
+    for (const auto& workload : one.workloads) weights += weight(arguments, one.model, *workload);
   }
   const double share = share_seconds(arguments, weights);
   Progress progress(cells);

@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no text is made for it
 constexpr const char* kSample = "sample";
 constexpr const char* kSuffix = ".safetensors";
+constexpr const char* kProbeSuffix = ".probe.safetensors";  // no token files, see probe.h
 
 std::string joined(const std::set<std::string>& names) {
   return names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "));
@@ -105,7 +106,7 @@ std::vector<WorkloadFile> workload_files(const fs::path& folder) {
     const std::string name = entry->path().filename().string();
     const auto dot = name.find('.');
     const std::string rest = dot == std::string::npos ? "" : name.substr(dot + 1);
-    if (!rest.ends_with(kSuffix)) continue;
+    if (!rest.ends_with(kSuffix) || rest.ends_with(kProbeSuffix)) continue;
     files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - std::string(kSuffix).size()), entry->path()});
   }
   if (error) {

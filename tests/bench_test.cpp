@@ -24,6 +24,7 @@
 #include "quality_served.h"
 #include "records.h"
 #include "request_stream.h"
+#include "selection.h"
 #include "statistics.h"
 #include "table.h"
 #include "token_file.h"
@@ -743,17 +744,30 @@ TEST_F(ServedTest, AnswersAreComparedByGroup) {
   EXPECT_EQ(counts.same_answer().of, 4);
 }
 
+TEST(SelectionTest, ProbesAreNoTokenFiles) {
+  const Folder folder;
+  for (const char* name : {"w.bert.safetensors", "w.gpt-2.5.safetensors", "w.m.probe.safetensors", "w.json"}) {
+    std::ofstream(folder / name) << "x";
+  }
+  std::vector<std::string> found;
+  for (const WorkloadFile& file : workload_files(folder / "")) found.push_back(file.workload + "/" + file.tokenizer);
+  EXPECT_THAT(found, ElementsAre("w/bert", "w/gpt-2.5"));
+}
+
 TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
   ModelFile model;
   TokenFile file;
   model.weights = "hub:x";
-  EXPECT_EQ(cell_weight(model, file), 1);
+  EXPECT_EQ(cell_weight(model, file, true), 0.5);
   file.task = Task::kPerplexity;
-  EXPECT_EQ(cell_weight(model, file), 2);
-  file.fill_requests = 3;
-  EXPECT_EQ(cell_weight(model, file), 6);
+  EXPECT_EQ(cell_weight(model, file, false), 1);
+  file.task = Task::kDuplicates;
+  EXPECT_EQ(cell_weight(model, file, false), 2);
+  file.task = Task::kClassification;
+  EXPECT_EQ(cell_weight(model, file, false), 0.5);
+  EXPECT_EQ(cell_weight(model, file, true), 12);
   model.weights = "random (seed 0)";
-  EXPECT_EQ(cell_weight(model, file), 1);
+  EXPECT_EQ(cell_weight(model, file, true), 0.5);
   EXPECT_EQ(share_seconds({}, 1), 30);
   EXPECT_EQ(share_seconds({}, 48), 10);
   Arguments limited;
