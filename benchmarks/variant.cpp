@@ -69,7 +69,9 @@ class LayerCacheVariant final : public Variant {
   }
 
   void fill(const Request& request, const FillRun&) override {
-    cache_->forward(request.inputs, options_);
+    RequestOptions keep_all = options_;
+    keep_all.look_up = false;
+    cache_->forward(request.inputs, keep_all);
     remember(cache_->last_report(), request);
   }
 

@@ -335,7 +335,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
 c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const RequestOptions& request,
                                                     std::uint64_t first_number, ForwardReport& report) {
   Stopwatch clock;
-  auto answer = run_model([&] { return threshold->run(batch, request.tenant, first_number, report); });
+  auto answer = run_model([&] { return threshold->run(batch, request, first_number, report); });
   number_rows(report, first_number);
   const double model_ms =
       report.embed_ms + report.head_ms + std::accumulate(report.layer_ms.begin(), report.layer_ms.end(), 0.0);

@@ -333,17 +333,17 @@ std::vector<ThresholdReuse::Learnt> ThresholdReuse::start(const Batch& batch, co
   return learnt;
 }
 
-ThresholdReuse::Answer ThresholdReuse::run(const Batch& batch, const std::string& tenant, std::uint64_t first_number,
-                                           ForwardReport& report) {
+ThresholdReuse::Answer ThresholdReuse::run(const Batch& batch, const RequestOptions& request,
+                                           std::uint64_t first_number, ForwardReport& report) {
   const double now_s = now();
   const auto layers = static_cast<std::int32_t>(model_.layers());
-  const std::string space = space_of(batch, tenant);
+  const std::string space = space_of(batch, request.tenant);
   const Plan plan = batch.full_plan(layers);
   auto learnt = start(batch, plan);
   for (std::size_t i = 0; i < learnt.size(); ++i) {
     learnt[i].number = first_number + static_cast<std::uint64_t>(plan.sequences[i].row);
   }
-  Pass pass(*this, space, learnt, true, now_s);
+  Pass pass(*this, space, learnt, request.look_up, now_s);
   Answer answer;
   answer.rows.resize(static_cast<std::size_t>(batch.rows));
   answer.computed = execute_packed(model_, batch.inputs, plan, {}, nullptr, report, &pass);

@@ -43,7 +43,7 @@ class ThresholdReuse {
   };
 
   /// `batch` can be packed and has a real token. `first_number`: of its first row. Fills `report`.
-  Answer run(const Batch& batch, const std::string& tenant, std::uint64_t first_number, ForwardReport& report);
+  Answer run(const Batch& batch, const RequestOptions& request, std::uint64_t first_number, ForwardReport& report);
 
   void clear();
   void fill(Stats& stats) const;

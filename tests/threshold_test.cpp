@@ -346,6 +346,19 @@ TEST_F(Threshold, TheSameRequestIsKeptOnce) {
   EXPECT_LE(one.stats().layers.at(0).entries, 2U);
 }
 
+TEST_F(Threshold, WithoutLookUpEverythingIsComputedAndKept) {
+  auto layers = cache(any_entry());
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    const auto given = request(9, seed);
+    EXPECT_TRUE(close_on_real(layers.forward(given.inputs, {.look_up = false}), plain(given), given, 1e-4));
+    EXPECT_EQ(layers.last_report().sequences[0].source, Source::kComputed);
+    EXPECT_EQ(layers.stats().layers.at(0).entries, seed);
+  }
+  layers.forward(request(9, 4).inputs);
+  EXPECT_EQ(layers.last_report().sequences[0].source, Source::kSimilar);
+  EXPECT_EQ(layers.stats().similar_hits, 1U);
+}
+
 TEST_F(Threshold, TenantsAndInputsOfOtherTypesNeverMeet) {
   auto one = cache(any_entry());
   const auto a = request(9, 1);

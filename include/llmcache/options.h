@@ -127,6 +127,10 @@ struct RequestOptions {
   /// Requests of different tenants never see each other's entries. Any bytes; default: one tenant
   /// for all who name none.
   std::string tenant = {};
+
+  /// For kThreshold. False: nothing is looked up, so that every sequence is computed, and kept. It
+  /// fills a cache with requests that may be similar to one another. Default: look up.
+  bool look_up = true;
 };
 
 }  // namespace llmcache
