@@ -38,10 +38,9 @@ void run_model(const Selected& selected, const Arguments& arguments, double shar
     const auto& fidelities = arguments.fidelities;
     const bool identical = std::find(fidelities.begin(), fidelities.end(), "identical") != fidelities.end();
     const bool lossless = std::find(fidelities.begin(), fidelities.end(), "lossless") != fidelities.end();
-    Options options;
-    options.fidelity = identical && !lossless ? Fidelity::kIdentical : Fidelity::kLossless;
-    options.capacity_bytes = static_cast<std::size_t>(arguments.capacities_mib.front()) << 20;
-    results.wraps.push_back(model.wrap(options));
+    results.wraps.push_back(
+        model.wrap({.fidelity = identical && !lossless ? Fidelity::kIdentical : Fidelity::kLossless,
+                    .capacity_bytes = static_cast<std::size_t>(arguments.capacities_mib.front()) << 20}));
   }
   for (const auto& workload : selected.workloads) {
     const std::string label = fmt::format("{} on {}", selected.model.name, workload->workload);
