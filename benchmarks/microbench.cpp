@@ -77,8 +77,7 @@ class Bed {
     if (!threshold_cache_) {
       Options options;
       options.fidelity = Fidelity::kThreshold;
-      options.threshold.tau = {kTau};
-      options.threshold.cache_layers = {model_.cache().profile().layers - 1};
+      options.threshold.tau = kTau;
       threshold_cache_ = model_.make_cache(options);
     }
     return *threshold_cache_;

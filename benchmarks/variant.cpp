@@ -218,7 +218,7 @@ Options cache_options(const Setting& setting, const Arguments& arguments, const 
   options.capacity_bytes = bytes(setting);
   if (options.fidelity != Fidelity::kThreshold) return options;
   ThresholdOptions& threshold = options.threshold;
-  threshold.tau = {*setting.threshold};
+  threshold.tau = *setting.threshold;
   threshold.fingerprint = fingerprint;
   threshold.fingerprint_layers = {arguments.fingerprint_layer};
   threshold.cache_layers = parse_cache_layers(arguments.cache_layers, layers);

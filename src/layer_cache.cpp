@@ -232,7 +232,11 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   const std::uint64_t first_number = next_number.fetch_add(static_cast<std::uint64_t>(batch.rows));
   if (fidelity == Fidelity::kThreshold && batch.tokens > 0 && batch.contiguous &&
       (batch.right_padded || profile.left_padding)) {
-    return forward_threshold(batch, request, first_number, report);
+    try {
+      return forward_threshold(batch, request, first_number, report);
+    } catch (const std::exception&) {
+      report = {};  // the model may still take it whole, below
+    }
   }
   const auto layers = static_cast<std::int32_t>(model->layers());
   report.sequences = count_tokens(batch.full_plan(layers));
@@ -240,7 +244,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
 
   Stopwatch clock;
   const bool exact = fidelity == Fidelity::kIdentical;
-  const bool keep = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0;
+  bool keep = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0;
   std::vector<std::string> keys(static_cast<std::size_t>(batch.rows));
   std::vector<std::shared_ptr<const OutputEntry>> known(static_cast<std::size_t>(batch.rows));
   std::vector<std::int64_t> missing;
@@ -290,6 +294,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
         // What the plain model can do must not fail here; if it cannot, what it raises is what the caller gets.
         output_value = model->plain(part.inputs);
         packed = false;
+        keep = false;  // nothing is known about how such a result is made
         report.execution = Execution::kDense;
       }
       report.sequences = std::move(own);

@@ -32,10 +32,11 @@ void ThresholdOptions::validate(std::int64_t layers) const {
   const auto refuse = [](const std::string& what) {
     throw Error(ErrorCode::kInvalidOptions, "ThresholdOptions." + what);
   };
-  if (tau.empty()) refuse("tau is empty; one value, or one for each cached layer is expected");
-  for (const double value : tau) {
-    if (!(value >= -1 && value <= 1)) refuse(fmt::format("tau has the value {}; -1 to 1 is expected", value));
-  }
+  const auto check_tau = [&](const char* field, double value) {
+    if (!(value >= -1 && value <= 1)) refuse(fmt::format("{} has the value {}; -1 to 1 is expected", field, value));
+  };
+  check_tau("tau", tau);
+  for (const double value : layer_taus) check_tau("layer_taus", value);
   const auto check_layers = [&](const char* field, const std::vector<std::int64_t>& chosen) {
     for (std::size_t i = 0; i < chosen.size(); ++i) {
       if (chosen[i] < 0 || (layers > 0 && chosen[i] >= layers)) {
@@ -46,21 +47,21 @@ void ThresholdOptions::validate(std::int64_t layers) const {
       }
     }
   };
-  if (fingerprint_layers.empty()) refuse("fingerprint_layers is empty; at least one layer is expected");
+  const std::int64_t first = fingerprint_layers.empty() ? 0 : fingerprint_layers.front();
   check_layers("fingerprint_layers", fingerprint_layers);
   check_layers("cache_layers", cache_layers);
-  if (!cache_layers.empty() && cache_layers.front() < fingerprint_layers.front()) {
+  if (!cache_layers.empty() && cache_layers.front() < first) {
     refuse(
         fmt::format("cache_layers names layer {}, which has run before the first fingerprint, of the state that enters "
                     "layer {}",
-                    cache_layers.front(), fingerprint_layers.front()));
+                    cache_layers.front(), first));
   }
-  if (fingerprint.attention && fingerprint_layers.front() == 0) {
+  if (fingerprint.attention && first == 0) {
     refuse(
         "fingerprint.attention needs fingerprint_layers of 1 or more: attention statistics exist once the first layer "
         "has run");
   }
-  if (fingerprint.kind == FingerprintKind::kJaccard && (fingerprint_layers.size() > 1 || fingerprint_layers[0] != 0)) {
+  if (fingerprint.kind == FingerprintKind::kJaccard && (fingerprint_layers.size() > 1 || first != 0)) {
     refuse("fingerprint_layers: jaccard compares token ids, which are the same at every layer; {0} is expected");
   }
   for (const double share : capacity_split) {
@@ -72,8 +73,8 @@ void ThresholdOptions::validate(std::int64_t layers) const {
     refuse(
         fmt::format("capacity_split has {} values for {} cached layers", capacity_split.size(), cache_layers.size()));
   }
-  if (!cache_layers.empty() && tau.size() != 1 && tau.size() != cache_layers.size()) {
-    refuse(fmt::format("tau has {} values for {} cached layers", tau.size(), cache_layers.size()));
+  if (!cache_layers.empty() && !layer_taus.empty() && layer_taus.size() != cache_layers.size()) {
+    refuse(fmt::format("layer_taus has {} values for {} cached layers", layer_taus.size(), cache_layers.size()));
   }
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
     refuse(fmt::format("capacity_share is {}; 0 to 1 is expected", capacity_share));

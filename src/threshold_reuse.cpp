@@ -105,6 +105,12 @@ std::string space_of(const Batch& batch, const std::string& tenant) {
   return space + tenant;
 }
 
+/// The options with their defaults filled in.
+ThresholdOptions with_layers(ThresholdOptions options) {
+  if (options.fingerprint_layers.empty()) options.fingerprint_layers = {0};
+  return options;
+}
+
 }  // namespace
 
 std::vector<std::vector<float>> pooled_states(const Model& model, const Batch& batch, std::int32_t layer) {
@@ -208,7 +214,11 @@ class ThresholdReuse::Pass final : public LayerObserver {
 
 ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
                                const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
-    : model_(model), output_(output), profile_(profile), options_(options.threshold), refresh_(options.refresh) {
+    : model_(model),
+      output_(output),
+      profile_(profile),
+      options_(with_layers(options.threshold)),
+      refresh_(options.refresh) {
   const auto unavailable = [](const std::string& why) {
     throw Error(ErrorCode::kNotAvailable, "fidelity 'threshold' is not available for this model: " + why);
   };
@@ -239,7 +249,6 @@ ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, cons
   }
   std::vector<double> taus;
   for (std::size_t b = 0; b < banks_.size(); ++b) {
-    candidate.key = hash_of(space, candidate.inputs);
     const double share = options_.capacity_split.empty() ? 1 : options_.capacity_split[b];
     LayerBank::Settings settings;
     settings.capacity_bytes = static_cast<std::size_t>(static_cast<double>(capacity_bytes) * (share / shares));
@@ -249,7 +258,7 @@ ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, cons
     std::vector<const Fingerprinter*> own;
     for (const std::size_t which : banks_[b]->fingerprints) own.push_back(fingerprinters_[which].get());
     banks_[b]->entries = std::make_unique<LayerBank>(settings, own);
-    taus.push_back(options_.tau.size() == 1 ? options_.tau[0] : options_.tau[b]);
+    taus.push_back(options_.layer_taus.empty() ? options_.tau : options_.layer_taus[b]);
   }
   monitor_ = std::make_unique<DivergenceMonitor>(refresh_, taus);
 }
@@ -261,11 +270,12 @@ void ThresholdReuse::choose_layers() {
   if (layers.empty()) {
     for (std::int64_t l = options_.fingerprint_layers.front(); l < model_.layers(); ++l) layers.push_back(l);
   }
-  if (options_.tau.size() != 1 && options_.tau.size() != layers.size()) {
+  if (!options_.layer_taus.empty() && options_.layer_taus.size() != layers.size()) {
     throw Error(
         ErrorCode::kInvalidOptions,
-        fmt::format("ThresholdOptions.tau has {} values; 1, or one for each of the {} cached layers is expected",
-                    options_.tau.size(), layers.size()));
+        fmt::format("ThresholdOptions.layer_taus has {} values; one for each of the {} cached layers, or none is "
+                    "expected",
+                    options_.layer_taus.size(), layers.size()));
   }
   if (!options_.capacity_split.empty() && options_.capacity_split.size() != layers.size()) {
     throw Error(ErrorCode::kInvalidOptions,
@@ -516,6 +526,7 @@ void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::strin
           input.isTensor() ? input.toTensor().select(0, sequence.row).narrow(0, sequence.first, sequence.tokens).clone()
                            : at::Tensor());
     }
+    candidate.key = hash_of(space, candidate.inputs);
     const double share =
         static_cast<double>(sequence.tokens) / static_cast<double>(std::max<std::int64_t>(1, batch.tokens));
     std::int64_t done = 0;

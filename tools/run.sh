@@ -186,10 +186,10 @@ run_tests() {  # arguments for ctest
 
 # Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
 # run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
-run_sanitizer() {  # preset
-  local preset="$1" folder="$BUILD/$1" plain_addresses=()
+run_sanitizer() {  # preset, target
+  local preset="$1" target="$2" folder="$BUILD/$1" plain_addresses=()
   configure "$preset" "$folder"
-  build "$folder" llmcache-tests
+  build "$folder" "$target"
   # ThreadSanitizer's runtime cannot start where the kernel randomises addresses by more bits than it knows of.
   if command -v setarch >/dev/null && setarch --addr-no-randomize true 2>/dev/null; then
     plain_addresses=(setarch --addr-no-randomize)
@@ -241,15 +241,13 @@ main_test() {
   if (($# > 0)); then
     return  # only some tests were asked for
   fi
-  local preset
-  for preset in asan-ubsan tsan; do
-    if [[ ${LLMCACHE_SKIP_SANITIZERS:-0} == 1 ]]; then
-      step "tests with $preset" ""
-      echo "LLMCACHE_SKIP_SANITIZERS=1: skipped"
-    else
-      run_sanitizer "$preset"
-    fi
-  done
+  if [[ ${LLMCACHE_SKIP_SANITIZERS:-0} == 1 ]]; then
+    step "tests with sanitizers" ""
+    echo "LLMCACHE_SKIP_SANITIZERS=1: skipped"
+    return
+  fi
+  run_sanitizer asan-ubsan all
+  run_sanitizer tsan llmcache-tests  # the others have no threads
 }
 
 main_bench() {

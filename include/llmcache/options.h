@@ -51,17 +51,21 @@ Fidelity fidelity_from_string(const std::string& text);
 /// token for a bidirectional model, at the last one for a causal model; where the entry is shorter,
 /// its nearest token is repeated.
 struct ThresholdOptions {
-  /// Least similarity of a hit, -1 to 1 (above 1 there is no hit). One for all cached layers, or one
-  /// for each of `cache_layers`, in its order. Default: where the paper's mode first costs little
-  /// accuracy on short queries (raw cosine; README).
-  std::vector<double> tau = {0.90};
+  /// Least similarity of a hit, -1 to 1. Default: where the paper's mode first costs little accuracy on
+  /// short queries (raw cosine; README).
+  double tau = 0.90;
+
+  /// Instead of `tau`, one for each cached layer, in the order of `cache_layers`. Empty (default): tau
+  /// for all.
+  std::vector<double> layer_taus = {};
 
   /// What a fingerprint is made of.
   FingerprintOptions fingerprint = {};
 
   /// States that are fingerprinted: 0 is the embedding output, k the output of the first k layers.
-  /// Ascending, below the number of layers. Default: before any layer has run, where a hit saves most.
-  std::vector<std::int64_t> fingerprint_layers = {0};
+  /// Ascending, below the number of layers. Empty (default): {0}, before any layer has run, where a hit
+  /// saves most.
+  std::vector<std::int64_t> fingerprint_layers = {};
 
   /// Layers whose output is kept, counted from 0, ascending. Each must lie behind at least one of
   /// `fingerprint_layers`. Empty (default): all of them.
