@@ -50,13 +50,8 @@ void DocumentCache::clear() {
   index_ = std::make_unique<FingerprintIndex>(options_.fingerprint.kind, std::pmr::new_delete_resource());
 }
 
-std::vector<std::vector<float>> DocumentCache::observe(const Rows& rows, const States& states) {
-  if (!fingerprinter_->needs_state()) return std::vector<std::vector<float>>(rows.size());
-  auto values = states();
-  bool moved = false;
-  for (const auto& state : values) moved = fingerprinter_->observe(state) || moved;
-  if (moved) fingerprint_again();
-  return values;
+std::vector<std::vector<float>> DocumentCache::states_of(const Rows& rows, const States& states) const {
+  return fingerprinter_->needs_state() ? states() : std::vector<std::vector<float>>(rows.size());
 }
 
 /// The centre has moved: old fingerprints cannot be compared with new ones.
@@ -108,9 +103,13 @@ void DocumentCache::insert(Entry entry) {
   by_id_[id] = std::prev(entries_.end());
 }
 
-/// Keeps the `chosen` rows, whose outputs are the rows of `outputs`.
 void DocumentCache::keep(const Rows& rows, std::int64_t label, const std::vector<std::vector<float>>& states,
                          const std::vector<std::size_t>& chosen, const std::vector<at::Tensor>& outputs) {
+  bool moved = false;
+  if (fingerprinter_->needs_state()) {
+    for (const auto& state : states) moved = fingerprinter_->observe(state) || moved;
+  }
+  if (moved) fingerprint_again();
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const std::size_t row = chosen[i];
     auto made = fingerprint(states, rows, row);
@@ -141,7 +140,7 @@ at::Tensor DocumentCache::laid_over(const Entry& entry, std::size_t output, std:
 c10::IValue DocumentCache::forward(const Rows& rows, std::int64_t label, const States& states, const Run& run) {
   const at::NoGradGuard no_grad;
   served_from_.assign(rows.size(), std::nullopt);
-  const auto values = observe(rows, states);
+  const auto values = states_of(rows, states);
   std::vector<std::size_t> missing;
   std::vector<Place> found(rows.size(), entries_.end());
   for (std::size_t row = 0; row < rows.size(); ++row) {
@@ -194,7 +193,7 @@ c10::IValue DocumentCache::forward(const Rows& rows, std::int64_t label, const S
 
 void DocumentCache::fill(const Rows& rows, std::int64_t label, const States& states, const Run& run) {
   const at::NoGradGuard no_grad;
-  const auto values = observe(rows, states);
+  const auto values = states_of(rows, states);
   std::vector<std::size_t> all(rows.size());
   std::iota(all.begin(), all.end(), std::size_t{0});
   keep(rows, label, values, all, checked(run(all), rows.size(), options_.token_output.size()));

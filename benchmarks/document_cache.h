@@ -75,9 +75,10 @@ class DocumentCache {
   };
   using Place = std::list<Entry>::iterator;
 
-  [[nodiscard]] std::vector<std::vector<float>> observe(const Rows& rows, const States& states);
+  [[nodiscard]] std::vector<std::vector<float>> states_of(const Rows& rows, const States& states) const;
   [[nodiscard]] std::optional<Fingerprint> fingerprint(const std::vector<std::vector<float>>& states, const Rows& rows,
                                                        std::size_t row) const;
+  /// Takes all states into the mean, and keeps the `chosen` rows, whose outputs are the rows of `outputs`.
   void keep(const Rows& rows, std::int64_t label, const std::vector<std::vector<float>>& states,
             const std::vector<std::size_t>& chosen, const std::vector<at::Tensor>& outputs);
   void insert(Entry entry);

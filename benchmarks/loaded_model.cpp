@@ -123,6 +123,12 @@ WrapCost LoadedModel::wrap(const Options& options) {
   return cost;
 }
 
+std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const Options& options) {
+  auto& cache = named_[name];
+  if (!cache) cache = make_cache(options);
+  return cache;
+}
+
 Inputs LoadedModel::inputs(const Rows& rows) const {
   std::size_t width = 0;
   for (const auto& row : rows) width = std::max(width, row.size());

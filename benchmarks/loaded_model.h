@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -47,6 +48,8 @@ class LoadedModel {
 
   /// Another cache around the same module. Throws Failure.
   [[nodiscard]] std::shared_ptr<Cache> make_cache(const Options& options) const;
+  /// The same, made once for each `name`, since wrapping takes seconds; the caller clears it.
+  [[nodiscard]] std::shared_ptr<Cache> cache_named(const std::string& name, const Options& options);
 
   /// One an output: true if its second dimension is the token.
   [[nodiscard]] const std::vector<bool>& token_output() const { return token_output_; }
@@ -68,6 +71,7 @@ class LoadedModel {
   std::vector<bool> token_output_;
   OutputShape shape_;
   std::shared_ptr<Cache> cache_;
+  std::map<std::string, std::shared_ptr<Cache>> named_;
 };
 
 }  // namespace llmcache::bench

@@ -15,6 +15,7 @@
 #include "loaded_model.h"
 #include "probe.h"
 #include "progress.h"
+#include "variant.h"
 
 namespace llmcache::bench {
 namespace {
@@ -38,9 +39,10 @@ void run_model(const Selected& selected, const Arguments& arguments, double shar
     const auto& fidelities = arguments.fidelities;
     const bool identical = std::find(fidelities.begin(), fidelities.end(), "identical") != fidelities.end();
     const bool lossless = std::find(fidelities.begin(), fidelities.end(), "lossless") != fidelities.end();
-    results.wraps.push_back(
-        model.wrap({.fidelity = identical && !lossless ? Fidelity::kIdentical : Fidelity::kLossless,
-                    .capacity_bytes = static_cast<std::size_t>(arguments.capacities_mib.front()) << 20}));
+    const Setting setting = {.mode = "llmcache",
+                             .fidelity = identical && !lossless ? "identical" : "lossless",
+                             .capacity_mib = arguments.capacities_mib.front()};
+    results.wraps.push_back(model.wrap(cache_options(setting, arguments, {}, 0)));
   }
   for (const auto& workload : selected.workloads) {
     const std::string label = fmt::format("{} on {}", selected.model.name, workload->workload);

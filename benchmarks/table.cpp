@@ -63,8 +63,8 @@ std::string quality(const Record& r) {
                         number(100 * value.ci95.high, 1));
   };
   if (!std::isnan(r.recall)) text += fmt::format(", recall {:.1f}%", 100 * r.recall);
-  if (r.unsafe_served) rate("unsafe", r.unsafe_served->rate);
-  if (r.same_answer) rate("same answer", *r.same_answer);
+  if (r.unsafe_served && r.unsafe_served->rate.of > 0) rate("unsafe", r.unsafe_served->rate);
+  if (r.same_answer && r.same_answer->of > 0) rate("same answer", *r.same_answer);
   return text.empty() ? "-" : text;
 }
 

@@ -238,10 +238,17 @@ std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantConte
   if (setting.mode == "doccache") return std::make_unique<DocumentVariant>(setting, context);
   Cache& wrapped = context.model.cache();
   const Options options = cache_options(setting, context.arguments, context.fingerprint, wrapped.profile().layers);
-  const bool as_wrapped = options.fidelity != Fidelity::kThreshold && options.fidelity == wrapped.options().fidelity &&
-                          options.capacity_bytes == wrapped.options().capacity_bytes;
-  return std::make_unique<LayerCacheVariant>(
-      setting, context, as_wrapped ? context.model.shared_cache() : context.model.make_cache(options));
+  std::shared_ptr<Cache> cache;
+  if (options.fidelity == wrapped.options().fidelity && options.capacity_bytes == wrapped.options().capacity_bytes) {
+    cache = context.model.shared_cache();
+  } else if (context.fingerprint.pca || context.arguments.shadow_rate > 0) {
+    cache = context.model.make_cache(options);  // fitted on this workload; a threshold that moves stays moved
+  } else {
+    cache = context.model.cache_named(fmt::format("{} {} {} {}", setting.fidelity, setting.threshold.value_or(0),
+                                                  setting.eviction, options.capacity_bytes),
+                                      options);
+  }
+  return std::make_unique<LayerCacheVariant>(setting, context, std::move(cache));
 }
 
 }  // namespace llmcache::bench

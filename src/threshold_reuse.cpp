@@ -548,6 +548,7 @@ void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::strin
 }
 
 void ThresholdReuse::clear() {
+  for (const auto& fingerprinter : fingerprinters_) fingerprinter->forget();
   for (const auto& bank : banks_) bank->entries->clear();
 }
 

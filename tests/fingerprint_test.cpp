@@ -180,6 +180,36 @@ TEST_F(FingerprintTest, CentreChangesAtPowersOfTwoAndFreezes) {
   expect_error(ErrorCode::kInvalidInput, "2 values", [&] { maker.observe(Floats(2)); });
 }
 
+TEST_F(FingerprintTest, ForgettingStartsTheCentreAgain) {
+  RunningCentre centre(2);
+  const std::vector<float> early = {1, 0};
+  const std::vector<float> late = {0, 3};
+  centre.forget();
+  EXPECT_EQ(centre.generation(), 0U) << "there was none";
+  for (int i = 0; i < 40; ++i) centre.observe(early);
+  EXPECT_EQ(centre.generation(), 2U);
+  centre.forget();
+  EXPECT_EQ(centre.centre(), nullptr);
+  EXPECT_EQ(centre.generation(), 3U);
+  EXPECT_EQ(centre.observations(), 0U);
+  for (int i = 0; i < 15; ++i) EXPECT_FALSE(centre.observe(late));
+  EXPECT_TRUE(centre.observe(late));
+  EXPECT_EQ(*centre.centre(), late);
+  EXPECT_EQ(centre.generation(), 4U);
+
+  FingerprintOptions options;
+  options.kind = FingerprintKind::kRaw;
+  Fingerprinter running(options, 2);
+  for (int i = 0; i < 16; ++i) running.observe(early);
+  EXPECT_FALSE(running.make(early, {}).has_value()) << "it is the centre";
+  running.forget();
+  EXPECT_TRUE(running.make(early, {}).has_value());
+  options.centring = Centring::kOff;
+  Fingerprinter none(options, 2);
+  none.forget();
+  EXPECT_EQ(none.generation(), 0U);
+}
+
 TEST_F(FingerprintTest, CentreIsTheMeanOfUsableStates) {
   RunningCentre centre(2);
   EXPECT_EQ(centre.centre(), nullptr);

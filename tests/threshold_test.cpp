@@ -312,6 +312,23 @@ TEST_F(Threshold, EntriesAreStillFoundAfterTheCentreHasMoved) {
   EXPECT_EQ(one.stats().similar_hits, hits + requests.size());
 }
 
+TEST_F(Threshold, ClearingForgetsTheCentre) {
+  Options options{.fidelity = Fidelity::kThreshold, .capacity_bytes = 8 << 20};
+  options.threshold.tau = {0.5};
+  auto used = cache(options);
+  auto fresh = cache(options);
+  for (std::uint64_t seed = 100; seed < 140; ++seed) used.forward(request(6, seed).inputs);
+  used.clear();
+  for (std::uint64_t seed = 0; seed < 70; ++seed) {  // both do the same, before the centre has moved and after
+    const auto asked = request(6, seed % 50);
+    used.forward(asked.inputs);
+    fresh.forward(asked.inputs);
+    EXPECT_EQ(source(used), source(fresh)) << seed;
+    EXPECT_EQ(used.last_report().sequences[0].similarity, fresh.last_report().sequences[0].similarity) << seed;
+  }
+  EXPECT_EQ(used.stats().entries, fresh.stats().entries);
+}
+
 TEST_F(Threshold, AttentionStatisticsArePartOfTheFingerprint) {
   auto options = at_least(0.9999);
   options.threshold.fingerprint_layers = {1};

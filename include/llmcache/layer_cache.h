@@ -67,7 +67,8 @@ class LayerCacheBase {
   [[nodiscard]] const ModelProfile& profile() const noexcept;
   [[nodiscard]] const Options& options() const noexcept;
 
-  /// Drops every entry of every tenant. Running calls are not disturbed; what they compute is kept.
+  /// Drops every entry of every tenant, and forgets the running mean of fingerprints. Running calls are not disturbed;
+  /// what they compute is kept.
   void clear();
 
  protected:

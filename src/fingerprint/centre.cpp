@@ -46,4 +46,13 @@ bool RunningCentre::observe(std::span<const float> state) {
   return true;
 }
 
+void RunningCentre::forget() noexcept {
+  std::fill(sums_.begin(), sums_.end(), 0.0);
+  observations_ = 0;
+  next_ = kFirst;
+  if (!centre_) return;
+  centre_.reset();
+  ++generation_;
+}
+
 }  // namespace llmcache

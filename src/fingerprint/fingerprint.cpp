@@ -111,6 +111,12 @@ bool Fingerprinter::observe(std::span<const float> state) {
   return running_->observe(state);
 }
 
+void Fingerprinter::forget() noexcept {
+  if (!running_) return;
+  const std::lock_guard lock(mutex_);
+  running_->forget();
+}
+
 std::uint64_t Fingerprinter::generation() const { return centre().generation; }
 
 std::optional<Fingerprint> Fingerprinter::make(std::span<const float> state, std::span<const std::int64_t> ids) const {

@@ -34,9 +34,13 @@ class RunningCentre {
   /// Throws Error(kInvalidInput) if the number of values is wrong.
   bool observe(std::span<const float> state);
 
+  /// Forgets all states: there is no centre, until 16 new ones have been seen. That is a change too
+  /// where there was one. Cannot fail.
+  void forget() noexcept;
+
   /// The centre in force; null before the first one. What it points to never changes.
   [[nodiscard]] const std::shared_ptr<const std::vector<float>>& centre() const noexcept { return centre_; }
-  /// How often the centre has changed.
+  /// How often the centre has changed; forget() does not start this again.
   [[nodiscard]] std::uint64_t generation() const noexcept { return generation_; }
   /// States taken in so far, at most kLast.
   [[nodiscard]] std::uint64_t observations() const noexcept { return observations_; }

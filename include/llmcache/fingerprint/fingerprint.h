@@ -46,6 +46,10 @@ class Fingerprinter {
   /// Throws Error(kInvalidInput) if the number of values is wrong.
   bool observe(std::span<const float> state);
 
+  /// Forgets the states of the running mean, as if none had been observed. Fingerprints that were made
+  /// with a running centre can then not be compared with later ones: generation() tells.
+  void forget() noexcept;
+
   /// The fingerprint of a request: of its state (`ids` are not read), or for kJaccard of its token
   /// ids (`state` is not read). Empty if there is none that means anything, and the request must then
   /// be neither cached nor looked up: a value is not finite; the state is zero, or equals the
@@ -56,7 +60,7 @@ class Fingerprinter {
   /// False if `make` reads only the ids.
   [[nodiscard]] bool needs_state() const noexcept { return options_.kind != FingerprintKind::kJaccard; }
 
-  /// Counts the changes of the centre: 0 at first, at most nine.
+  /// Counts the changes of the centre: 0 at first, at most nine, and ten more for each forget().
   [[nodiscard]] std::uint64_t generation() const;
 
   [[nodiscard]] const FingerprintOptions& options() const noexcept { return options_; }
