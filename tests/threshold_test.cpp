@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 #include <random>
-#include <thread>
 
 #include "support.h"
 
@@ -761,43 +760,6 @@ TEST_F(Threshold, OptionsThatAreWrong) {
   expect([](O o) { o.refresh.raise = 2; }, "raise is 2");
   expect([](O o) { o.refresh.lower = -1; }, "lower is -1");
   expect([](O o) { o.refresh.clean_checks = 0; }, "clean_checks is 0");
-}
-
-// --- many threads (also run with ThreadSanitizer) -------------------------------------------------------
-
-TEST(ThresholdThreads, EightThreadsFillAndAsk) {
-  Subject& model = subject("tiny-scripted");
-  Options options = at_least(0.999);
-  options.capacity_bytes = 300 << 10;
-  options.threshold.fingerprint = {};  // SimHash with a running centre
-  options.refresh.shadow_rate = 0.2;
-  LayerCache<Module> cache(load_model("tiny-scripted"), options);
-  std::vector<Request> requests;
-  std::vector<c10::IValue> want;
-  for (std::uint64_t seed = 0; seed < 24; ++seed) {
-    requests.push_back(right_padded(model.info, {6, 3}, seed));
-    want.push_back(run_plain(model.plain, requests.back().inputs));
-  }
-  std::atomic<int> wrong{0};
-  std::vector<std::thread> threads;
-  for (std::size_t t = 0; t < 8; ++t) {
-    threads.emplace_back([&, t] {
-      for (std::size_t i = 0; i < 40; ++i) {
-        const std::size_t r = (i * 5 + t * 3) % requests.size();
-        const auto got = cache.forward(requests[r].inputs);
-        // Distinct random requests are far apart: whatever is served must be the request itself.
-        if (!close_on_real(got, want[r], requests[r], 1e-3)) ++wrong;
-        if (i % 13 == 12 && cache.stats().peak_bytes > options.capacity_bytes) ++wrong;
-        if (i == 25 && t == 0) cache.clear();
-      }
-    });
-  }
-  for (auto& thread : threads) thread.join();
-  EXPECT_EQ(wrong, 0);
-  const auto stats = cache.stats();
-  EXPECT_EQ(stats.sequences, 8U * 40U * 2U);
-  EXPECT_GT(stats.similar_hits, 0U);
-  EXPECT_LE(stats.peak_bytes, options.capacity_bytes);
 }
 
 }  // namespace

@@ -203,9 +203,22 @@ run_benchmark() {  # arguments for llmcache-bench
   "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" --json "$BUILD/results.json" "$@"
 }
 
+replay_trace() {  # eviction policies on a request trace, where the raw data has one
+  local trace="${LLMCACHE_RAW_DATA:-$ROOT/../shared/data}/traces/mooncake_conversation.jsonl"
+  step "eviction policies on a trace" "see the message above; the arguments are shown by: $BIN/llmcache-trace --help"
+  if [[ -f $trace ]]; then
+    "$BIN/llmcache-trace" --trace "$trace" --json "$BUILD/trace.json"
+  else
+    rm -f "$BUILD/trace.json"
+    echo "no $trace: skipped"
+  fi
+}
+
 write_report() {
   step "report" "the figures are in $BUILD/results.json"
-  "$VENV_PYTHON" "$ROOT/tools/report.py" "$BUILD/results.json" -o "$BUILD/report.html"
+  local figures=("$BUILD/results.json")
+  [[ ! -f $BUILD/trace.json ]] || figures+=("$BUILD/trace.json")
+  "$VENV_PYTHON" "$ROOT/tools/report.py" "${figures[@]}" -o "$BUILD/report.html"
   echo "report: $BUILD/report.html"
 }
 
@@ -247,7 +260,7 @@ main_test() {
     return
   fi
   run_sanitizer asan-ubsan all
-  run_sanitizer tsan llmcache-tests  # the others have no threads
+  run_sanitizer tsan llmcache-thread-tests
 }
 
 main_bench() {
@@ -259,6 +272,7 @@ main_bench() {
   setup
   configure_release
   build "$CMAKE_DIR" llmcache-bench
+  build "$CMAKE_DIR" llmcache-trace
   if [[ " $* " =~ \ (-h|--help|--list|--version)\  ]]; then
     "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" "$@"
     return
@@ -268,6 +282,7 @@ main_bench() {
   # The probes judge what a cache does to the answers on labelled workloads; they need this model.
   [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled)\  ]] || fit_probes
   run_benchmark "$@"
+  replay_trace
   write_report
 }
 
