@@ -187,7 +187,8 @@ TEST(Text, OfStatistics) {
   EXPECT_EQ(stats.hit_rate(), 0);
   stats.requests = 7;
   stats.sequences = 20;
-  stats.identical_hits = 5;
+  stats.identical_hits = 3;
+  stats.similar_hits = 2;
   stats.tokens = 4321;
   stats.tokens_computed = 1234;
   stats.padding_skipped = 99;
@@ -197,7 +198,7 @@ TEST(Text, OfStatistics) {
   stats.rejected = 2;
   EXPECT_EQ(stats.hit_rate(), 0.25);
   EXPECT_THAT(stats.to_string(), AllOf(HasSubstr("7 requests"), HasSubstr("20 sequences"),
-                                       HasSubstr("5 identical hits (25.0 %)"), HasSubstr("4321 tokens"),
+                                       HasSubstr("3 identical and 2 similar hits (25.0 %)"), HasSubstr("4321 tokens"),
                                        HasSubstr("1234 computed"), HasSubstr("99 of padding"), HasSubstr("5555 bytes"),
                                        HasSubstr("peak 6666"), HasSubstr("3 evictions"), HasSubstr("2 rejected")));
 }
