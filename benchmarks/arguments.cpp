@@ -21,8 +21,9 @@ constexpr const char* kDescription =
     "process,\n"
     "and reports what became of the answers, speedup, hit rate, latency, divergence from the plain model, and memory.\n"
     "\n"
-    "Without options it runs every full-size model on every workload made for its tokenizer (but the small 'sample'\n"
-    "where others exist) and ends in under 10 minutes.";
+    "Without options it runs every full-size model on the workloads made for its tokenizer (but the small 'sample' "
+    "where\n"
+    "others exist, and clinc150, qqp and stsb only where the model embeds sentences) and ends in under 10 minutes.";
 
 constexpr const char* kFooter = R"(
 Modes
@@ -181,7 +182,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     return app.add_option(name, target, help)->delimiter(',')->type_name(type);
   };
   list("--model", arguments.models, "NAME|PATH", "models by name, or paths of .pt files [all full-size models]");
-  list("--workload", arguments.workloads, "NAME", "workloads by name [all made for the model's tokenizer]");
+  list("--workload", arguments.workloads, "NAME",
+       "workloads by name [those made for the model's tokenizer, see above]");
   const auto* mode = list("--mode", arguments.modes, "MODE",
                           "nocache, llmcache, doccache [all three; doccache only where quality can be measured]")
                          ->check(CLI::IsMember({"nocache", "llmcache", "doccache"}));
@@ -239,7 +241,7 @@ Arguments parse_arguments(int argc, const char* const* argv) {
       ->type_name("N");
   app.add_option("--seconds", arguments.seconds,
                  "time budget of each model on each workload, warm-up included; one request always runs [with --limit: "
-                 "none; otherwise a share of 8 minutes, most where quality can be measured, at most 30 for a workload "
+                 "none; otherwise a share of 6 minutes, most where quality can be measured, at most 30 for a workload "
                  "with a task]")
       ->check(number_between(1e-3, 1e6))
       ->type_name("S");

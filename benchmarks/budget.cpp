@@ -7,7 +7,7 @@ namespace llmcache::bench {
 namespace {
 
 constexpr double kShareSeconds = 30;      // of a cell of weight 1
-constexpr double kAllCellsSeconds = 480;  // loading and wrapping all models comes on top
+constexpr double kAllCellsSeconds = 360;  // loading and wrapping all models comes on top
 
 }  // namespace
 

@@ -18,6 +18,7 @@ struct ModelFile {
   std::int64_t max_tokens = 0;  ///< 0: unknown
   std::string torch_version;    ///< that exported it; empty: unknown
   std::string transformers_version;
+  std::string output;  ///< what forward returns, such as "sentence_embedding"; empty: unknown
   std::string sha256;  ///< of the .pt, as its sidecar says; empty: unknown
 
   [[nodiscard]] bool random_weights() const { return weights.starts_with("random"); }

@@ -17,6 +17,8 @@ namespace {
 namespace fs = std::filesystem;
 constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no text is made for it
 constexpr const char* kSample = "sample";
+/// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
+const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
 constexpr const char* kSuffix = ".safetensors";
 constexpr const char* kProbeSuffix = ".probe.safetensors";  // no token files, see probe.h
 
@@ -73,6 +75,9 @@ std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector
   std::copy_if(all.begin(), all.end(), std::back_inserter(fitting),
                [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
   if (arguments.workloads.empty()) {
+    if (model.output != "sentence_embedding") {
+      std::erase_if(fitting, [](const WorkloadFile& file) { return kForEmbeddings.contains(file.workload); });
+    }
     if (fitting.size() > 1) std::erase_if(fitting, [](const WorkloadFile& file) { return file.workload == kSample; });
     if (fitting.empty() && !arguments.models.empty()) {
       throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
