@@ -769,7 +769,7 @@ TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
   model.weights = "random (seed 0)";
   EXPECT_EQ(cell_weight(model, file, true), 0.5);
   EXPECT_EQ(share_seconds({}, 1), 30);
-  EXPECT_EQ(share_seconds({}, 48), 10);
+  EXPECT_EQ(share_seconds({}, 48), 7.5);
   Arguments limited;
   limited.limit = 5;
   EXPECT_TRUE(std::isinf(share_seconds(limited, 48)));
