@@ -24,6 +24,12 @@ std::vector<float> pooled(const at::Tensor& hidden) {
   return {mean.const_data_ptr<float>(), mean.const_data_ptr<float>() + mean.numel()};
 }
 
+/// A sum with a NaN or an infinity in it is never finite, and costs a fraction of looking at each value; one that only
+/// overflowed is decided by looking.
+bool all_finite(const at::Tensor& state) {
+  return std::isfinite(state.sum(at::kFloat).item<float>()) || state.isfinite().all().item<bool>();
+}
+
 /// A sequence of `tokens` tokens that goes on from donor number `donor`'s state behind layer `layer`.
 SequencePlan resume(std::int64_t row, std::int64_t tokens, std::int64_t layer, std::int32_t layers,
                     std::int32_t donor) {
@@ -511,8 +517,7 @@ void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::strin
     if (one.found) continue;
     const bool usable =
         std::all_of(one.fingerprints.begin(), one.fingerprints.end(), [](const auto& f) { return f.has_value(); }) &&
-        std::all_of(one.kept.begin(), one.kept.end(),
-                    [](const at::Tensor& state) { return state.isfinite().all().template item<bool>(); });
+        std::all_of(one.kept.begin(), one.kept.end(), all_finite);
     if (!usable) {
       ++unusable_;
       continue;
