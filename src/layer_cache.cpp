@@ -13,6 +13,8 @@
 #include "execute/batch.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
+#include "execute/plan_check.h"
+#include "execute/pooled_states.h"
 #include "execute/self_check.h"
 #include "model/probe.h"
 #include "model/tensors_of.h"
@@ -59,21 +61,6 @@ void append(std::string& key, const void* data, std::size_t bytes) {
   key.append(static_cast<const char*>(data), bytes);
 }
 void append(std::string& key, std::int64_t number) { append(key, &number, sizeof(number)); }
-
-/// Are these the key-side tensors of layer l, over `tokens` tokens?
-bool fits(const TokenLevelModel& model, const std::vector<std::vector<at::Tensor>>& sites, std::int64_t l,
-          std::int64_t tokens) {
-  if (static_cast<std::int64_t>(sites.size()) != model.sites(l)) return false;
-  for (std::size_t s = 0; s < sites.size(); ++s) {
-    const auto& dims = model.key_dims(l, static_cast<std::int64_t>(s));
-    if (sites[s].size() != dims.size()) return false;
-    for (std::size_t i = 0; i < dims.size(); ++i) {
-      const at::Tensor& key = sites[s][i];
-      if (!key.defined() || key.dim() <= dims[i] || key.size(dims[i]) != tokens) return false;
-    }
-  }
-  return true;
-}
 
 void number_rows(ForwardReport& report, std::uint64_t first) {
   for (std::size_t i = 0; i < report.sequences.size(); ++i) report.sequences[i].number = first + i;
@@ -387,78 +374,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
   const ModelProfile& profile = impl_->profile;
   model.check_unchanged();
   const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
-  const auto invalid = [](const std::string& what) { throw Error(ErrorCode::kInvalidOptions, "plan: " + what); };
-  plan.validate(donors.size());
-  if (plan.batch != batch.rows || plan.width != batch.width || plan.layers != model.layers()) {
-    invalid(fmt::format("made for batch {}, width {}, {} layers; these inputs and this model have {}, {}, {}",
-                        plan.batch, plan.width, plan.layers, batch.rows, batch.width, model.layers()));
-  }
-  if (profile.granularity == Granularity::kWholeLayers || model.token_level() == nullptr) {
-    throw Error(ErrorCode::kNotAvailable, "this model runs whole layers only; its profile says why");
-  }
-  std::vector<char> named(static_cast<std::size_t>(batch.rows), 0);
-  bool whole = true;
-  bool constant = true;
-  for (const SequencePlan& sequence : plan.sequences) {
-    const RowSpan& span = batch.spans[static_cast<std::size_t>(sequence.row)];
-    if (sequence.first != span.first || sequence.tokens != span.tokens) {
-      invalid(fmt::format("row {} has {} real tokens from position {}, the plan says {} from {}", sequence.row,
-                          span.tokens, span.first, sequence.tokens, sequence.first));
-    }
-    named[static_cast<std::size_t>(sequence.row)] = 1;
-    whole = whole && sequence.computes_all(plan.layers);
-    const SequenceState* donor = sequence.donor < 0 ? nullptr : donors[static_cast<std::size_t>(sequence.donor)].get();
-    if (sequence.donor >= 0 && donor == nullptr) invalid(fmt::format("donor {} is null", sequence.donor));
-    for (const TokenRange& range : sequence.ranges) {
-      if (range.first_layer == 0 && range.last_layer == plan.layers) continue;
-      if (range.first_layer != 0 || range.last_layer != 0) constant = false;
-      const std::int64_t count = range.end - range.begin;
-      const auto has_layer = [&](std::int32_t l) {
-        return donor->keys.size() == static_cast<std::size_t>(plan.layers) &&
-               fits(*model.token_level(), donor->keys[static_cast<std::size_t>(l)], l, donor->tokens);
-      };
-      const auto has_hidden = [&](std::int32_t l) {
-        if (donor->hidden.size() != static_cast<std::size_t>(plan.layers) + 1) return false;
-        const at::Tensor& state = donor->hidden[static_cast<std::size_t>(l)];
-        return state.defined() && state.scalar_type() == profile.dtype &&
-               state.sizes() == at::IntArrayRef({1, donor->tokens, profile.hidden});
-      };
-      if (range.donor_begin > donor->tokens - count) {  // their sum may overflow
-        invalid(fmt::format("row {}: {} tokens from position {} of a donor of {}", sequence.row, count,
-                            range.donor_begin, donor->tokens));
-      }
-      if (range.first_layer > 0 && range.first_layer < range.last_layer && !has_hidden(range.first_layer)) {
-        invalid(fmt::format("row {}: its donor has no hidden state before layer {}", sequence.row, range.first_layer));
-      }
-      if (range.last_layer < plan.layers && !has_hidden(plan.layers)) {
-        invalid(fmt::format("row {}: its donor has no final state", sequence.row));
-      }
-      for (std::int32_t l = 0; l < plan.layers; ++l) {
-        if (l >= range.first_layer && l < range.last_layer) continue;
-        bool needed = false;
-        for (const TokenRange& other : sequence.ranges) {
-          needed = needed || (l >= other.first_layer && l < other.last_layer);
-        }
-        if (needed && !has_layer(l)) invalid(fmt::format("row {}: its donor has no keys of layer {}", sequence.row, l));
-      }
-    }
-  }
-  for (std::int64_t row = 0; row < batch.rows; ++row) {
-    if (!named[static_cast<std::size_t>(row)] && batch.spans[static_cast<std::size_t>(row)].tokens > 0) {
-      invalid(fmt::format("row {} has real tokens, but no sequence", row));
-    }
-  }
-  if (plan.sequences.empty()) invalid("no sequence");
-  if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
-  if (!batch.right_padded && !profile.left_padding) {
-    throw Error(ErrorCode::kNotAvailable, "this model's left-padded batches are not packed; its profile says why");
-  }
-  if (!whole && profile.granularity != Granularity::kTokens) {
-    throw Error(ErrorCode::kNotAvailable, "this model runs whole sequences only; its profile says why");
-  }
-  if (!constant && !model.token_level()->self_contained()) {
-    throw Error(ErrorCode::kNotAvailable, "this model's layers need the same tokens throughout; its profile says why");
-  }
+  check_plan(plan, batch, model, profile, donors);
   ForwardReport report;
   auto result = run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
   report.total_ms = clock.lap();
@@ -482,13 +398,7 @@ std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& input
   }
   model.check_unchanged();
   const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
-  if (profile.granularity == Granularity::kWholeLayers) {
-    throw Error(ErrorCode::kNotAvailable, "this model runs whole layers only; its profile says why");
-  }
-  if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
-  if (!batch.right_padded && !profile.left_padding) {
-    throw Error(ErrorCode::kNotAvailable, "this model's left-padded batches are not packed; its profile says why");
-  }
+  check_packable(batch, model, profile);
   return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
 }
 

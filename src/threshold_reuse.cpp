@@ -11,18 +11,13 @@
 
 #include "execute/engine.h"
 #include "execute/observer.h"
+#include "execute/pooled_states.h"
 #include "fingerprint/attention.h"
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
 
 namespace llmcache {
 namespace {
-
-/// Mean over its tokens of a hidden state `[1, tokens, hidden]`.
-std::vector<float> pooled(const at::Tensor& hidden) {
-  const auto mean = hidden.to(at::kFloat).mean(1).flatten().cpu().contiguous();
-  return {mean.const_data_ptr<float>(), mean.const_data_ptr<float>() + mean.numel()};
-}
 
 /// A sum with a NaN or an infinity in it is never finite, and costs a fraction of looking at each value; one that only
 /// overflowed is decided by looking.
@@ -52,24 +47,6 @@ void add_times(ForwardReport& sum, const ForwardReport& part) {
   sum.layer_ms.resize(std::max(sum.layer_ms.size(), part.layer_ms.size()), 0.0);
   for (std::size_t l = 0; l < part.layer_ms.size(); ++l) sum.layer_ms[l] += part.layer_ms[l];
 }
-
-/// Copies the states at one layer and ends the pass there.
-class PoolAndStop final : public LayerObserver {
- public:
-  PoolAndStop(const Plan& plan, std::int32_t layer) : layer_(layer), means_(plan.sequences.size()) {}
-  bool watches(std::int32_t l) const override { return l == layer_; }
-  std::vector<std::size_t> at_layer(std::int32_t /*l*/, const std::vector<at::Tensor>& states) override {
-    std::vector<std::size_t> all(states.size());
-    std::iota(all.begin(), all.end(), std::size_t{0});
-    for (const std::size_t i : all) means_[i] = pooled(states[i]);
-    return all;
-  }
-  const std::vector<std::vector<float>>& means() const { return means_; }
-
- private:
-  std::int32_t layer_;
-  std::vector<std::vector<float>> means_;
-};
 
 /// Copies the states behind some layers, and the shape of the first attention's queries.
 class Recorder final : public LayerObserver {
@@ -118,19 +95,6 @@ ThresholdOptions with_layers(ThresholdOptions options) {
 }
 
 }  // namespace
-
-std::vector<std::vector<float>> pooled_states(const Model& model, const Batch& batch, std::int32_t layer) {
-  std::vector<std::vector<float>> means(static_cast<std::size_t>(batch.rows));
-  const Plan plan = batch.full_plan(static_cast<std::int32_t>(model.layers()));
-  if (plan.sequences.empty()) return means;
-  PoolAndStop observer(plan, layer);
-  ForwardReport report;
-  execute_packed(model, batch.inputs, plan, {}, nullptr, report, &observer);
-  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
-    means[static_cast<std::size_t>(plan.sequences[i].row)] = observer.means()[i];
-  }
-  return means;
-}
 
 /// Fingerprints the sequences as their pass reaches the fingerprint layers, looks them up, and copies
 /// what the banks keep.
@@ -183,7 +147,7 @@ class ThresholdReuse::Pass final : public LayerObserver {
     const Fingerprinter& fingerprinter = *owner_.fingerprinters_[which];
     if (fingerprinter.needs_state()) {
       auto& values = learnt.states[which];
-      values = pooled(state);
+      values = mean_state(state);
       // Each statistic weighs like one more dimension of the state.
       double square = 0;
       for (const float value : values) square += static_cast<double>(value) * value;

@@ -20,10 +20,6 @@
 
 namespace llmcache {
 
-/// Mean over the real tokens of each row's state that enters layer `layer` (L: the final state), one
-/// vector a row, empty without real tokens. The batch can be packed.
-std::vector<std::vector<float>> pooled_states(const Model& model, const Batch& batch, std::int32_t layer);
-
 /// Thread-safe.
 class ThresholdReuse {
  public:

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -17,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "bench_support.h"
 #include "failure.h"
 #include "trace_arguments.h"
 #include "trace_report.h"
@@ -30,15 +30,6 @@ using ::testing::HasSubstr;
 Trace read(const std::string& text, std::optional<std::int64_t> limit = {}) {
   std::istringstream in(text);
   return read_trace(in, "test.jsonl", limit);
-}
-
-void expect_failure(const std::function<void()>& function, const std::string& part) {
-  try {
-    function();
-    FAIL() << "no Failure; expected one with: " << part;
-  } catch (const Failure& failure) {
-    EXPECT_THAT(failure.what(), HasSubstr(part));
-  }
 }
 
 Trace trace_of(const std::vector<std::vector<std::uint32_t>>& requests) {
