@@ -358,8 +358,13 @@ TEST_F(Threshold, TheSameRequestIsKeptOnce) {
   for (int i = 0; i < 5; ++i) one.forward(a.inputs);
   Request twice = right_padded(model_.info, {9, 9}, 1);
   for (auto& input : twice.inputs) input.toTensor()[1].copy_(input.toTensor()[0]);
-  one.forward(twice.inputs);
-  EXPECT_LE(one.stats().layers.at(0).entries, 2U);
+  one.forward(twice.inputs, {.look_up = false});
+  EXPECT_EQ(one.stats().layers.at(0).entries, 1U);
+  one.forward(a.inputs, {.tenant = "other", .look_up = false});
+  EXPECT_EQ(one.stats().layers.at(0).entries, 2U);
+  one.clear();
+  one.forward(a.inputs, {.look_up = false});
+  EXPECT_EQ(one.stats().layers.at(0).entries, 1U);
 }
 
 TEST_F(Threshold, WithoutLookUpEverythingIsComputedAndKept) {

@@ -44,7 +44,7 @@ class Tokenizer:
 
     name: str
     raw: Path | None
-    label: str = ""
+    stand_in: str = ""  # the tokenizer whose ids are taken instead; known once it is loaded
     _loaded: Any = None
 
     @property
@@ -55,7 +55,6 @@ class Tokenizer:
         """-> a function from texts to id lists (decoders), or a `tokenizers` object (encoders)."""
         if self._loaded is None:
             self._loaded = getattr(self, "_" + self.name.split("-")[0])()
-            self.label = self.label or self.name
         return self._loaded
 
     def _bert(self) -> Any:
@@ -86,7 +85,7 @@ class Tokenizer:
 
             hub = AutoTokenizer.from_pretrained("gpt2")
             return lambda texts: hub(texts, add_special_tokens=False)["input_ids"]
-        self.label = "smollm2 (stands in for gpt2)"  # its ids are all below GPT-2's vocabulary size
+        self.stand_in = "smollm2"  # its ids are all below GPT-2's vocabulary size
         return self._smollm2()
 
     def encode(self, sequences: list[Sequence]) -> list[Encoded]:
@@ -185,7 +184,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
     recipe = digest.hexdigest()
     known = load(path)
     # A stand-in is made again, in case the real tokenizer has come.
-    if known and known[1].get("recipe") == recipe and "stands in" not in known[1]["tokenizer"]:
+    if known and known[1].get("recipe") == recipe and "stand_in" not in known[1]:
         print(f"{path.name}: already there, skipped", flush=True)
         return
     traffic = workload.read(*sources)
@@ -194,11 +193,14 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         raise DataError(
             f"{path.name}: token id {arrays['tokens'].max()} does not fit a model with a vocabulary of {vocab}"
         )
+    source = "data/sample/sample.jsonl" if workload.name == "sample" else ", ".join(workload.files)
+    if tokenizer.stand_in:
+        source += f" (token ids of {tokenizer.stand_in}, which stand in for {tokenizer.name}'s)"
     metadata = {
         "version": FORMAT_VERSION,
         "workload": workload.name,
-        "tokenizer": tokenizer.label,
-        "source": "data/sample/sample.jsonl" if workload.name == "sample" else ", ".join(workload.files),
+        "tokenizer": tokenizer.name,
+        "source": source,
         "description": workload.description,
         "order": workload.order,
         "max_tokens": str(MAX_TOKENS),
@@ -206,12 +208,18 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         "fill_requests": str(traffic.fill),
         "recipe": recipe,
     }
+    if tokenizer.stand_in:
+        metadata["stand_in"] = tokenizer.stand_in
     if traffic.label_names:
         metadata["label_names"] = json.dumps(traffic.label_names)
     save(path, arrays, metadata)
     requests, sequences = len(arrays["request_offsets"]) - 1, len(arrays["sequence_offsets"]) - 1
     fill = f" ({traffic.fill} of them fill)" if traffic.fill else ""
-    print(f"{path.name}: {requests} requests{fill}, {sequences} sequences, {arrays['tokens'].size} tokens", flush=True)
+    stand_in = f", token ids of {tokenizer.stand_in}" if tokenizer.stand_in else ""
+    print(
+        f"{path.name}: {requests} requests{fill}, {sequences} sequences, {arrays['tokens'].size} tokens{stand_in}",
+        flush=True,
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,8 +12,6 @@ namespace {
 constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
 /// What a FingerprintIndex takes of itself, at most.
 constexpr std::size_t kIndexBytes = 1024;
-/// Fingerprints this similar may be of the same request.
-constexpr double kSame = 1 - 1e-6;
 
 bool same_inputs(const LayerEntry& entry, const std::vector<at::Tensor>& inputs) {
   if (entry.inputs().size() != inputs.size()) return false;
@@ -47,6 +45,7 @@ LayerBank::LayerBank(Settings settings, std::vector<const Fingerprinter*> finger
       spaces_(&memory_),
       nodes_(&memory_),
       free_(&memory_),
+      by_key_(&memory_),
       policy_(settings_.eviction, &memory_),
       ttl_(settings_.ttl_seconds, &memory_),
       generations_(fingerprinters_.size(), 0) {}
@@ -76,7 +75,7 @@ void LayerBank::insert(std::string_view space, const Candidate& candidate, doubl
   flush_old(now_s);
   follow_centres();
   const auto fingerprints = current(candidate);
-  if (!fingerprints || holds_same(space, candidate, *fingerprints, now_s)) return;
+  if (!fingerprints || holds_same(space, candidate, now_s)) return;
   bool room = bytes <= account_.limit();
   while (room && !account_.try_reserve(bytes)) room = evict_one(now_s);
   if (!room) {
@@ -116,6 +115,7 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
   std::uint32_t local = 0;
   std::size_t indexed = 0;
   bool in_policy = false;
+  bool keyed = false;
   try {
     // Whatever is freed later finds its place in the lists without taking memory.
     if (free_.empty()) {
@@ -150,6 +150,8 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
       node.ids.assign(candidate.ids.begin(), candidate.ids.end());
     }
     for (; indexed < own.indices.size(); ++indexed) own.indices[indexed].insert(local, fingerprints[indexed]);
+    // Another request with this key, if there is one, stays the one that is found by it.
+    keyed = by_key_.try_emplace(candidate.key, slot).second;
     const std::size_t bytes = static_cast<std::size_t>(entry->hidden().nbytes());
     policy_.insert(slot, {bytes, candidate.saved_ms, candidate.key}, now_s);
     in_policy = true;
@@ -157,6 +159,7 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
     node.entry = entry;
     node.space = it;
     node.local = local;
+    node.key = candidate.key;
     own.slots[local] = slot;
     own.free.pop_back();
     free_.pop_back();
@@ -164,6 +167,7 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
     ++counters_.entries;
   } catch (...) {
     if (in_policy) policy_.erase(slot);
+    if (keyed) by_key_.erase(candidate.key);
     while (indexed > 0) own.indices[--indexed].erase(local);
     if (slot < nodes_.size() && !nodes_[slot].entry) {
       std::pmr::vector<float>(&memory_).swap(nodes_[slot].states);
@@ -175,15 +179,12 @@ void LayerBank::place(std::string_view space, const Candidate& candidate,
 }
 
 /// Is a request with the same inputs there already? Then it counts as used.
-bool LayerBank::holds_same(std::string_view space, const Candidate& candidate,
-                           const std::vector<Fingerprint>& fingerprints, double now_s) {
-  const auto it = spaces_.find(space);
-  if (it == spaces_.end() || fingerprints.empty()) return false;
-  const auto match = it->second.indices[0].best(fingerprints[0], kSame);
-  if (!match) return false;
-  const std::uint32_t slot = it->second.slots[match->id];
-  if (!same_inputs(*nodes_[slot].entry, candidate.inputs)) return false;
-  policy_.hit(slot, now_s);
+bool LayerBank::holds_same(std::string_view space, const Candidate& candidate, double now_s) {
+  const auto it = by_key_.find(candidate.key);
+  if (it == by_key_.end()) return false;
+  const Node& node = nodes_[it->second];
+  if (node.space->first != space || !same_inputs(*node.entry, candidate.inputs)) return false;
+  policy_.hit(it->second, now_s);
   return true;
 }
 
@@ -266,6 +267,7 @@ void LayerBank::remove(std::uint32_t slot) noexcept {
   for (FingerprintIndex& index : space->second.indices) index.erase(node.local);
   space->second.free.push_back(node.local);
   --space->second.entries;
+  if (const auto it = by_key_.find(node.key); it != by_key_.end() && it->second == slot) by_key_.erase(it);
   policy_.erase(slot);
   ttl_.erase(slot);
   counters_.checked_entries -= node.checks == 0 ? 0 : 1;
@@ -304,6 +306,7 @@ void LayerBank::clear() {
   spaces_.clear();
   std::pmr::vector<Node>(&memory_).swap(nodes_);
   std::pmr::vector<std::uint32_t>(&memory_).swap(free_);
+  decltype(by_key_)(&memory_).swap(by_key_);
   counters_.entries = 0;
   counters_.checked_entries = 0;
 }

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "bank/memory.h"
@@ -90,7 +91,7 @@ class LayerBank {
     std::vector<std::optional<Fingerprint>> fingerprints;  ///< of the states
     std::vector<std::int64_t> ids;                         ///< of the sequence
     double saved_ms = 0;                                   ///< by a hit
-    std::uint64_t key = 0;                                 ///< hash of the inputs; 0: not known
+    std::uint64_t key = 0;                                 ///< hash of the space and the inputs
   };
 
   struct Counters {
@@ -107,8 +108,8 @@ class LayerBank {
   std::optional<Hit> find(std::string_view space, std::size_t which, const Fingerprint& fingerprint, double tau,
                           double now_s);
 
-  /// Keeps a sequence's state. Never fails: what finds no room is counted as rejected. A sequence with the same
-  /// inputs that is found by its fingerprint is used instead, not kept twice.
+  /// Keeps a sequence's state. Never fails: what finds no room is counted as rejected. An entry with the same inputs
+  /// is used instead, not kept twice; the key finds it, the inputs are compared.
   void insert(std::string_view space, const Candidate& candidate, double now_s);
 
   /// Keeps, with what find() returned, that a check found this relative drift; or drops it, if it is
@@ -142,6 +143,7 @@ class LayerBank {
     Spaces::iterator space;
     std::uint32_t local = 0;
     std::uint32_t checks = 0;
+    std::uint64_t key = 0;
     double drift_sum = 0;
     // What the fingerprints are made of, to make them again.
     std::pmr::vector<float> states;  ///< one after another
@@ -150,8 +152,7 @@ class LayerBank {
 
   void place(std::string_view space, const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
              const std::vector<Fingerprint>& fingerprints, double now_s);
-  [[nodiscard]] bool holds_same(std::string_view space, const Candidate& candidate,
-                                const std::vector<Fingerprint>& fingerprints, double now_s);
+  [[nodiscard]] bool holds_same(std::string_view space, const Candidate& candidate, double now_s);
   [[nodiscard]] std::optional<std::vector<Fingerprint>> current(const Candidate& candidate);
   [[nodiscard]] std::optional<Fingerprint> fingerprint_of(const Node& node, std::size_t which) const;
   void flush_old(double now_s);
@@ -166,8 +167,9 @@ class LayerBank {
   AccountedResource memory_;
   mutable std::mutex mutex_;
   Spaces spaces_;
-  std::pmr::vector<Node> nodes_;          ///< by slot
-  std::pmr::vector<std::uint32_t> free_;  ///< slots that are not in use
+  std::pmr::vector<Node> nodes_;                                  ///< by slot
+  std::pmr::vector<std::uint32_t> free_;                          ///< slots that are not in use
+  std::pmr::unordered_map<std::uint64_t, std::uint32_t> by_key_;  ///< slots
   EvictionPolicy policy_;
   TtlQueue ttl_;
   std::vector<std::uint64_t> generations_;  ///< of the fingerprints held, one a Fingerprinter

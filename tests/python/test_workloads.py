@@ -6,6 +6,7 @@ import json
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support import ROOT, ToolTest  # lets the tools be imported
 
@@ -19,10 +20,10 @@ class PrepareDataTest(ToolTest):
     def prepare(self, *arguments: object) -> tuple[int, str, str]:
         return self.run_tool(prepare_data, "--out", self.folder / "out", *arguments)
 
-    def models_with(self, tokenizer: str) -> Path:
+    def models_with(self, tokenizer: str, vocab: int = 30522) -> Path:
         folder = self.folder / "models"
         folder.mkdir(exist_ok=True)
-        (folder / "model.json").write_text(json.dumps({"tokenizer": tokenizer, "vocab": 30522}))
+        (folder / "model.json").write_text(json.dumps({"tokenizer": tokenizer, "vocab": vocab}))
         return folder
 
     def raw(self, file: str, content: bytes) -> Path:
@@ -116,6 +117,21 @@ class PrepareDataTest(ToolTest):
         self.assertIn("squad: squad_v2/squad_v2_dev.jsonl is not in the raw data", out)
         names = [path.name for path in (self.folder / "out").glob("*.safetensors")]
         self.assertEqual(names, ["sample.bert-base-uncased.safetensors"])
+
+    def test_a_stand_in_keeps_the_name_of_the_tokenizer(self) -> None:
+        """The benchmark finds token files by the tokenizer's name; without a hub and raw data GPT-2's is not there."""
+        models = self.models_with("gpt2", vocab=50257)
+        raw = self.folder / "raw"
+        raw.mkdir()
+        with mock.patch.object(prepare_data, "hub_answers", return_value=False):
+            for _ in range(2):  # made again, in case the real one has come
+                status, out, err = self.prepare("--only", "sample", "--raw", raw, "--models", models)
+                self.assertEqual(status, 0, err)
+                self.assertIn("token ids of smollm2", out)
+        loaded = prepare_data.load(self.folder / "out" / "sample.gpt2.safetensors")
+        assert loaded is not None
+        self.assertEqual(loaded[1]["tokenizer"], "gpt2")
+        self.assertIn("token ids of smollm2, which stand in for gpt2's", loaded[1]["source"])
 
     def test_raw_folder_that_is_not_there(self) -> None:
         status, _, err = self.prepare("--raw", self.folder / "nowhere")
