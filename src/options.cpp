@@ -28,6 +28,72 @@ Fidelity fidelity_from_string(const std::string& text) {
               fmt::format("'{}' is no fidelity; known are identical, lossless, budget, threshold", text));
 }
 
+const char* to_string(Output output) noexcept {
+  switch (output) {
+    case Output::kAll:
+      return "all";
+    case Output::kLastToken:
+      return "last";
+    case Output::kNewTokens:
+      return "new";
+  }
+  return "unknown";
+}
+
+Output output_from_string(const std::string& text) {
+  for (const auto output : {Output::kAll, Output::kLastToken, Output::kNewTokens}) {
+    if (text == to_string(output)) return output;
+  }
+  throw Error(ErrorCode::kInvalidOptions, fmt::format("'{}' is no output; known are all, last, new", text));
+}
+
+const char* to_string(Weights weights) noexcept {
+  switch (weights) {
+    case Weights::kAsLoaded:
+      return "as-loaded";
+    case Weights::kPackedFp32:
+      return "packed-fp32";
+    case Weights::kPackedFp16:
+      return "packed-fp16";
+  }
+  return "unknown";
+}
+
+Weights weights_from_string(const std::string& text) {
+  for (const auto weights : {Weights::kAsLoaded, Weights::kPackedFp32, Weights::kPackedFp16}) {
+    if (text == to_string(weights)) return weights;
+  }
+  throw Error(ErrorCode::kInvalidOptions,
+              fmt::format("'{}' is no kind of weights; known are as-loaded, packed-fp32, packed-fp16", text));
+}
+
+namespace {
+
+/// Throws for a list of layers that does not ascend or names one that the model does not have.
+void check_layers(const std::string& field, const std::vector<std::int64_t>& chosen, std::int64_t layers) {
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    if (chosen[i] < 0 || (layers > 0 && chosen[i] >= layers)) {
+      throw Error(ErrorCode::kInvalidOptions,
+                  fmt::format("{} names layer {}; the model has the layers 0 to {}", field, chosen[i], layers - 1));
+    }
+    if (i > 0 && chosen[i] <= chosen[i - 1]) {
+      throw Error(ErrorCode::kInvalidOptions,
+                  fmt::format("{} has {} behind {}; ascending layers are expected", field, chosen[i], chosen[i - 1]));
+    }
+  }
+}
+
+}  // namespace
+
+void PrefixOptions::validate(std::int64_t model_layers) const {
+  if (!(capacity_share >= 0 && capacity_share <= 1)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("PrefixOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));
+  }
+  check_layers("PrefixOptions.layers", layers, model_layers);
+  eviction.validate();
+}
+
 void ThresholdOptions::validate(std::int64_t layers) const {
   const auto refuse = [](const std::string& what) {
     throw Error(ErrorCode::kInvalidOptions, "ThresholdOptions." + what);
@@ -37,19 +103,9 @@ void ThresholdOptions::validate(std::int64_t layers) const {
   };
   check_tau("tau", tau);
   for (const double value : layer_taus) check_tau("layer_taus", value);
-  const auto check_layers = [&](const char* field, const std::vector<std::int64_t>& chosen) {
-    for (std::size_t i = 0; i < chosen.size(); ++i) {
-      if (chosen[i] < 0 || (layers > 0 && chosen[i] >= layers)) {
-        refuse(fmt::format("{} names layer {}; the model has the layers 0 to {}", field, chosen[i], layers - 1));
-      }
-      if (i > 0 && chosen[i] <= chosen[i - 1]) {
-        refuse(fmt::format("{} has {} behind {}; ascending layers are expected", field, chosen[i], chosen[i - 1]));
-      }
-    }
-  };
   const std::int64_t first = fingerprint_layers.empty() ? 0 : fingerprint_layers.front();
-  check_layers("fingerprint_layers", fingerprint_layers);
-  check_layers("cache_layers", cache_layers);
+  check_layers("ThresholdOptions.fingerprint_layers", fingerprint_layers, layers);
+  check_layers("ThresholdOptions.cache_layers", cache_layers, layers);
   if (!cache_layers.empty() && cache_layers.front() < first) {
     refuse(
         fmt::format("cache_layers names layer {}, which has run before the first fingerprint, of the state that enters "
@@ -97,6 +153,11 @@ void check_fidelity(Fidelity fidelity) {
 
 void Options::validate() const {
   check_fidelity(fidelity);
+  if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kPackedFp16)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("Options.weights is {}, which is no Weights", static_cast<int>(weights)));
+  }
+  prefix.validate();
   threshold.validate();
   refresh.validate();
   if (refresh.flush_below > 0 && threshold.eviction.policy != Eviction::kDecay) {

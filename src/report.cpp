@@ -10,6 +10,8 @@ const char* to_string(Source source) noexcept {
       return "computed";
     case Source::kIdentical:
       return "identical";
+    case Source::kPrefix:
+      return "prefix";
     case Source::kPartial:
       return "partial";
     case Source::kSimilar:
@@ -61,6 +63,10 @@ std::string ForwardReport::to_string() const {
       text += fmt::format("; similarity {:.4f} to sequence number {}, went on at layer {}", sequence.similarity,
                           sequence.entry, sequence.resumed_layer);
     }
+    if (sequence.source == Source::kPrefix) {
+      text += fmt::format("; {} tokens known, which go on at layer {}", sequence.reused_tokens, sequence.resumed_layer);
+    }
+    if (sequence.shared_tokens > 0) text += fmt::format("; {} shared with another row", sequence.shared_tokens);
     if (sequence.shadowed) text += fmt::format("; checked, drift {:.4f}", sequence.drift);
     text += "\n";
   }
@@ -69,16 +75,19 @@ std::string ForwardReport::to_string() const {
 }
 
 double Stats::hit_rate() const noexcept {
-  return sequences == 0 ? 0 : static_cast<double>(identical_hits + similar_hits) / static_cast<double>(sequences);
+  return sequences == 0
+             ? 0
+             : static_cast<double>(identical_hits + prefix_hits + similar_hits) / static_cast<double>(sequences);
 }
 
 std::string Stats::to_string() const {
   auto text = fmt::format(
-      "{} requests, {} sequences, {} identical and {} similar hits ({:.1f} %); {} tokens, {} computed, {} of padding "
+      "{} requests, {} sequences, {} identical, {} prefix and {} similar hits ({:.1f} %); {} tokens, {} reused, {} "
+      "computed, {} of padding "
       "skipped; "
       "{} entries in {} bytes (peak {}), {} insertions, {} evictions, {} rejected",
-      requests, sequences, identical_hits, similar_hits, 100 * hit_rate(), tokens, tokens_computed, padding_skipped,
-      entries, bytes, peak_bytes, insertions, evictions, rejected);
+      requests, sequences, identical_hits, prefix_hits, similar_hits, 100 * hit_rate(), tokens, tokens_reused,
+      tokens_computed, padding_skipped, entries, bytes, peak_bytes, insertions, evictions, rejected);
   if (unusable_states > 0) text += fmt::format("; {} sequences with unusable states", unusable_states);
   for (const LayerStats& l : layers) {
     text += fmt::format(

@@ -20,9 +20,10 @@ enum class Fidelity {
   /// A request that is not known runs exactly as the plain model runs it, padding included, so the
   /// result is bit-identical to what the model returned when that request was first computed.
   kIdentical,
-  /// As kIdentical, and the rows of a padded batch are packed so that padding is never computed.
-  /// Equal to the plain model up to floating-point rounding; bit-identical where nothing is padded and
-  /// no row is known from a batch that was.
+  /// As kIdentical, and the rows of a padded batch are packed so that padding is never computed, and a
+  /// causal model computes only the tokens behind the longest prefix that it has computed before
+  /// (PrefixOptions). Equal to the plain model up to floating-point rounding; bit-identical where
+  /// nothing is padded and nothing is known from another batch or a longer or shorter sequence.
   kLossless,
   /// Reuse within a calibrated error budget. Not available in this version: refused.
   kBudget,
@@ -36,6 +37,60 @@ const char* to_string(Fidelity fidelity) noexcept;
 /// The inverse of to_string ("identical", "lossless", "budget", "threshold").
 /// Throws Error(kInvalidOptions) for any other text.
 Fidelity fidelity_from_string(const std::string& text);
+
+/// Which tokens' results a call returns. Outputs without a token dimension (a pooled or classified
+/// sequence) are the same for all three.
+enum class Output {
+  /// Exactly what the module returns.
+  kAll,
+  /// Of each sequence the last real token: token dimensions have size 1. Rows without a real token are zero.
+  kLastToken,
+  /// Of each sequence the tokens that were not known before the call: the last
+  /// SequenceReport::tokens - SequenceReport::reused_tokens of it. They stand at the start of the token
+  /// dimension, whose size is the largest such number in the batch (0: all rows were known); behind
+  /// them is zero.
+  kNewTokens,
+};
+
+/// "all", "last", "new".
+const char* to_string(Output output) noexcept;
+/// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
+Output output_from_string(const std::string& text);
+
+/// How the weights of linear layers (aten::linear, and aten::addmm as in GPT-2) are held.
+enum class Weights {
+  /// The module's own tensors. Bit-identical to the module.
+  kAsLoaded,
+  /// Packed for the CPU's matrix product by oneDNN. Equal up to floating-point rounding.
+  kPackedFp32,
+  /// Rounded to half precision and packed (FBGEMM): half the memory, fastest for few tokens. Results move
+  /// by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
+  kPackedFp16,
+};
+
+/// "as-loaded", "packed-fp32", "packed-fp16".
+const char* to_string(Weights weights) noexcept;
+/// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
+Weights weights_from_string(const std::string& text);
+
+/// Settings of prefix reuse: for a causal model, Fidelity::kLossless keeps keys and values (the KV cache)
+/// of all sequences in a prefix tree, so that a request computes only what follows the longest prefix
+/// known from any earlier request of its tenant. Used where ModelProfile::prefix_reuse is true.
+struct PrefixOptions {
+  /// Part of Options::capacity_bytes that keys and values get, 0 to 1; the rest keeps whole outputs.
+  /// 0 switches prefix reuse off. Default 0.9: outputs of a language model are large and cheap to make again.
+  double capacity_share = 0.9;
+
+  /// Layers whose keys and values are kept, counted from 0, ascending. A known prefix runs again through all
+  /// layers up to the highest that is not kept. Empty (default): all of them.
+  std::vector<std::int64_t> layers = {};
+
+  /// Which part of the tree goes when room is needed; of a branch the end goes first.
+  EvictionOptions eviction = {};
+
+  /// Throws Error(kInvalidOptions) that names the field at fault. `layers`: of the model, 0 if not known.
+  void validate(std::int64_t model_layers = 0) const;
+};
 
 /// Settings of Fidelity::kThreshold, the mode of the LLMCache paper (arXiv 2512.16843).
 ///
@@ -109,6 +164,13 @@ struct Options {
   /// found by probing. -1: the model takes no mask, every token is real.
   std::optional<int> mask_argument = {};
 
+  /// How weights are held. Packing takes a CPU and float32 weights; elsewhere wrapping the model throws
+  /// Error(kNotAvailable). Default: as they are.
+  Weights weights = Weights::kAsLoaded;
+
+  /// For Fidelity::kLossless and causal models.
+  PrefixOptions prefix = {};
+
   /// For Fidelity::kThreshold.
   ThresholdOptions threshold = {};
 
@@ -127,6 +189,10 @@ void check_fidelity(Fidelity fidelity);
 struct RequestOptions {
   /// Overrides Options::fidelity for this call.
   std::optional<Fidelity> fidelity = {};
+
+  /// Which tokens' results are wanted. Work behind the last layer (final norm, lm_head) is done for these
+  /// only, where ModelProfile::head_tokenwise. Default: all, as the module returns them.
+  Output output = Output::kAll;
 
   /// Requests of different tenants never see each other's entries. Any bytes; default: one tenant
   /// for all who name none.

@@ -12,6 +12,7 @@ namespace llmcache {
 enum class Source {
   kComputed,   ///< all its tokens were computed
   kIdentical,  ///< the whole output of an identical earlier request
+  kPrefix,     ///< its first tokens were known, the others were computed
   kPartial,    ///< some tokens computed, the states of others taken from a donor (forced Plan)
   kSimilar,    ///< the hidden state of another request, above the threshold (kThreshold)
 };
@@ -38,9 +39,12 @@ struct SequenceReport {
   std::int64_t tokens = 0;            ///< real tokens, padding excluded
   Source source = Source::kComputed;  ///< where its result came from
   double similarity = 0;              ///< to the entry it was taken from; 1 for identical, 0 for none
+  std::int64_t reused_tokens = 0;     ///< kPrefix, kIdentical: length of the prefix that was known before the call
+  std::int64_t shared_tokens = 0;     ///< tokens behind that prefix which another row of the same batch computes for it
   std::uint64_t number = 0;           ///< of this sequence: all of a cache's are numbered from 0
   std::int64_t entry = -1;            ///< kSimilar: number of the sequence whose state was used; else -1
-  std::int64_t resumed_layer = -1;    ///< kSimilar: first layer that ran on that state (L: none); else -1
+  std::int64_t resumed_layer = -1;    ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
+                                      ///< layer that the known prefix does not run through. Else -1
   bool shadowed = false;              ///< a hit that the divergence monitor computed in full: source is kComputed
   double drift = 0;                   ///< of that check: relative L2 between what would have been served and that
   std::vector<LayerTokens> layers;    ///< one a layer
@@ -92,6 +96,8 @@ struct Stats {
   std::uint64_t requests = 0;         ///< calls of forward that returned
   std::uint64_t sequences = 0;        ///< rows in them
   std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
+  std::uint64_t prefix_hits = 0;      ///< rows of which a part was known (kLossless, causal models)
+  std::uint64_t tokens_reused = 0;    ///< real tokens of these, and of identical requests, that were known
   std::uint64_t similar_hits = 0;     ///< rows that went on from another request's state (kThreshold)
   std::uint64_t tokens = 0;           ///< real tokens asked for
   std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer
@@ -105,7 +111,7 @@ struct Stats {
   std::uint64_t unusable_states = 0;  ///< sequences whose states were not finite, or had no fingerprint: not kept
   std::vector<LayerStats> layers;     ///< one a cached layer, shallow to deep; empty without kThreshold
 
-  [[nodiscard]] double hit_rate() const noexcept;  ///< (identical_hits + similar_hits) / sequences
+  [[nodiscard]] double hit_rate() const noexcept;  ///< (identical_hits + prefix_hits + similar_hits) / sequences
   [[nodiscard]] std::string to_string() const;
 };
 

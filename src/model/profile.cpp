@@ -36,6 +36,7 @@ std::string ModelProfile::to_string() const {
                       granularity != Granularity::kWholeLayers && mask_argument >= 0
                           ? (left_padding ? ", right and left padding packed" : ", right padding packed")
                           : "");
+  text += fmt::format("prefix reuse:      {}\n", yes(prefix_reuse));
   text += fmt::format("head:              {}\n", head_tokenwise ? "token-wise" : "on the padded batch");
   text +=
       fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
@@ -43,6 +44,11 @@ std::string ModelProfile::to_string() const {
   if (weight_bytes > 0) {
     text += fmt::format("weights:           {:.1f} MB, shared with the caller's module\n",
                         static_cast<double>(weight_bytes) / 1e6);
+  }
+  if (packed_weights > 0) {
+    text += fmt::format("packed weights:    {}, {} linear layers, {:.1f} MB; {:.1f} MB of the weights released\n",
+                        weights, packed_weights, static_cast<double>(packed_weight_bytes) / 1e6,
+                        static_cast<double>(released_weight_bytes) / 1e6);
   }
   text += fmt::format("digest:            {}\n", digest);
   text += fmt::format("wrapping took:     {:.0f} ms\n", wrap_ms);

@@ -42,13 +42,18 @@ struct ModelProfile {
   bool rows_independent = false;    ///< a sequence's output does not depend on the rest of its batch
   bool per_row_output = false;      ///< every output tensor has one entry a sequence
   Granularity granularity = Granularity::kWholeLayers;
+  bool prefix_reuse = false;       ///< causal, and reuse of a prefix in a longer sequence was verified
   bool left_padding = false;       ///< packing was verified for left padding too
   std::vector<std::string> notes;  ///< why something is not available, one reason a line
   at::ScalarType dtype = at::kFloat;
   std::string device;
-  std::size_t weight_bytes = 0;  ///< parameters and buffers of the model, each storage once
-  std::string digest;            ///< of structure and weights, hexadecimal
-  double wrap_ms = 0;            ///< time that finding, probing and checking took
+  std::size_t weight_bytes = 0;           ///< parameters and buffers of the model, each storage once
+  std::string weights;                    ///< how those of linear layers are held: as-loaded, packed-fp32, packed-fp16
+  std::size_t packed_weights = 0;         ///< linear layers whose weights were packed
+  std::size_t packed_weight_bytes = 0;    ///< what the packed weights take
+  std::size_t released_weight_bytes = 0;  ///< of `weight_bytes`, what the library no longer holds because of packing
+  std::string digest;                     ///< of structure and weights, hexadecimal
+  double wrap_ms = 0;                     ///< time that finding, probing and checking took
 
   [[nodiscard]] std::string to_string() const;
 };

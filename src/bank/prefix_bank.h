@@ -1,0 +1,140 @@
+// Keys and values of the sequences of a causal model: a prefix tree over their tokens, whose nodes hold ranges of
+// blocks of tensors. What several sequences have in common is held once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "bank/memory.h"
+#include "llmcache/bank/eviction.h"
+
+namespace llmcache {
+
+/// What is kept for each token in one place of the model: the shape of one token's tensor.
+struct KeySpec {
+  std::vector<std::int64_t> sizes;  ///< with any number at token_dim
+  std::int64_t token_dim = 0;
+  at::TensorOptions options;
+};
+
+/// Tensors with room for a number of tokens, one for each KeySpec. Ranges of them belong to nodes of the tree and to
+/// running passes; a range is written once, by the pass that claimed it, before anybody else can see it.
+class KeyBlock {
+ public:
+  KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account);
+  ~KeyBlock();
+  KeyBlock(const KeyBlock&) = delete;
+  KeyBlock& operator=(const KeyBlock&) = delete;
+
+  [[nodiscard]] std::int64_t room() const noexcept { return room_; }
+  /// Tensor number i (the order of the specs), all of its room.
+  [[nodiscard]] const at::Tensor& tensor(std::size_t i) const { return tensors_[i]; }
+
+ private:
+  friend class PrefixBank;
+  std::vector<at::Tensor> tensors_;
+  std::int64_t room_;
+  std::int64_t claimed_ = 0;  ///< tokens from the start that belong to somebody; guarded by the bank's lock
+  std::int64_t pins_ = 0;     ///< running passes that use it; guarded by the bank's lock
+  std::size_t bytes_;
+  MemoryAccount& account_;
+};
+
+/// Neighbouring tokens in a block.
+struct KeyRange {
+  std::shared_ptr<KeyBlock> block;
+  std::int64_t offset = 0;
+  std::int64_t tokens = 0;
+};
+
+class PrefixBank;
+
+/// What one sequence of a running pass uses of a bank: while it lives, nothing of that is evicted. Movable. Room that
+/// was reserved and not committed is given back at its end.
+class PrefixLease {
+ public:
+  PrefixLease() = default;
+  PrefixLease(PrefixLease&& other) noexcept;
+  PrefixLease& operator=(PrefixLease&& other) noexcept;
+  ~PrefixLease();
+
+  /// The known prefix, in order; together known_tokens().
+  [[nodiscard]] const std::vector<KeyRange>& known() const noexcept { return known_; }
+  [[nodiscard]] std::int64_t known_tokens() const noexcept { return known_tokens_; }
+  /// True if the known prefix is all of an earlier sequence, so that this one is its continuation.
+  [[nodiscard]] bool continues() const noexcept { return continues_; }
+  /// What reserve() gave, in order.
+  [[nodiscard]] const std::vector<KeyRange>& reserved() const noexcept { return reserved_; }
+
+ private:
+  friend class PrefixBank;
+  PrefixBank* bank_ = nullptr;
+  std::vector<KeyRange> known_;
+  std::vector<KeyRange> reserved_;
+  std::int64_t known_tokens_ = 0;
+  bool continues_ = false;
+};
+
+/// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index are
+/// counted, before memory is taken: the capacity holds at every moment.
+///
+/// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in spaces that
+/// never see each other (tenant, position of the first token). Tokens are compared, hashes only find.
+///
+/// When room is needed the eviction policy names a node; if that has children, a leaf below it goes instead. Nodes
+/// whose blocks a running pass uses are skipped. Blocks must not outlive the bank.
+class PrefixBank {
+ public:
+  struct Settings {
+    std::size_t capacity_bytes = 0;
+    EvictionOptions eviction;
+    std::size_t token_width = 1;
+    std::vector<KeySpec> specs;
+  };
+  struct Counters {
+    std::uint64_t entries = 0;  ///< nodes
+    std::uint64_t tokens = 0;   ///< that the nodes hold
+    std::uint64_t insertions = 0, evictions = 0, rejected = 0;
+    std::size_t bytes = 0, peak_bytes = 0;
+  };
+
+  explicit PrefixBank(Settings settings);
+  ~PrefixBank();
+  PrefixBank(const PrefixBank&) = delete;
+  PrefixBank& operator=(const PrefixBank&) = delete;
+
+  /// The longest known prefix of `tokens` (token after token, token_width numbers each), at the granularity of tokens.
+  /// All nodes on its path count as used. Throws nothing but std::bad_alloc of the lease itself.
+  [[nodiscard]] PrefixLease find(std::string_view space, std::span<const std::int64_t> tokens, double now_s);
+
+  /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after` is used first, if that ends
+  /// where the claimed part of its block does; the rest is one new block of at least `room` tokens (of just what is
+  /// needed if there is no memory for more). Evicts for it. False, and nothing taken, if it finds no room; that is
+  /// counted as rejected.
+  bool reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room, double now_s);
+
+  /// Makes `tokens` known: `ranges`, in order, hold one entry for each of them. What is known already stays as it is,
+  /// so that only the ranges behind it become nodes; a node is split where the sequences part. Whatever the lease
+  /// reserved is then no longer its own. `saved_ms`: for the eviction policy, time that one token's entry saves. Never
+  /// fails: what finds no room for its nodes is counted as rejected.
+  void commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
+              std::span<const KeyRange> ranges, double saved_ms, double now_s);
+
+  /// Drops every node. Leases stay valid.
+  void clear();
+  [[nodiscard]] Counters counters() const;
+
+ private:
+  friend class PrefixLease;
+  void release(PrefixLease& lease) noexcept;
+  // (state of the bank)
+};
+
+}  // namespace llmcache
