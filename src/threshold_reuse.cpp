@@ -125,7 +125,10 @@ class ThresholdReuse::Pass final : public LayerObserver {
   bool watches_attention(std::int32_t l) const override { return l == 0 && owner_.options_.fingerprint.attention; }
   void attended(std::int32_t /*l*/, std::int64_t site, std::size_t sequence, const SiteTensors& tensors) override {
     if (site != 0) return;
-    learnt_[sequence].attention = attention_statistics(tensors.queries[0], tensors.keys[0], owner_.profile_.causal);
+    // Heads that share keys (grouped-query attention) get a copy each.
+    const auto shared = tensors.queries[0].size(1) / tensors.keys[0].size(1);
+    const auto keys = shared > 1 ? tensors.keys[0].repeat_interleave(shared, 1) : tensors.keys[0];
+    learnt_[sequence].attention = attention_statistics(tensors.queries[0], keys, owner_.profile_.causal);
   }
 
   const std::vector<Found>& found() const { return found_; }

@@ -80,27 +80,6 @@ std::vector<std::size_t> listed(const ActiveSets& active) {
   return indices;
 }
 
-const SequenceState* donor_of(const SequencePlan& sequence, const Donors& donors) {
-  return sequence.donor < 0 ? nullptr : donors[static_cast<std::size_t>(sequence.donor)].get();
-}
-
-/// A sequence's tokens along `dim`: active ones from `fresh` (in order), the others from `cached`.
-at::Tensor merge(const SequencePlan& sequence, std::int32_t layer, const at::Tensor& fresh, const at::Tensor& cached,
-                 std::int64_t dim) {
-  std::vector<at::Tensor> pieces;
-  std::int64_t used = 0;
-  for (const TokenRange& range : sequence.ranges) {
-    const std::int64_t n = range.end - range.begin;
-    if (layer >= range.first_layer && layer < range.last_layer) {
-      pieces.push_back(fresh.narrow(dim, used, n));
-      used += n;
-    } else {
-      pieces.push_back(cached.narrow(dim, range.donor_begin, n));
-    }
-  }
-  return pieces.size() == 1 ? pieces[0] : at::cat(pieces, dim);
-}
-
 /// Puts the sequences' results side by side along `dim`, token by token in memory, `rows` in all.
 at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t rows) {
   for (const at::Tensor& part : parts) rows -= part.size(dim);
@@ -112,10 +91,12 @@ at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t r
 
 class PackedExecution {
  public:
-  PackedExecution(const Model& model, const Plan& plan, const Donors& donors, bool capture, LayerObserver* observer)
+  PackedExecution(const Model& model, const Plan& plan, StateSource& source, const Selection& selection, bool capture,
+                  LayerObserver* observer)
       : model_(*model.token_level()),
         plan_(plan),
-        donors_(donors),
+        source_(source),
+        selection_(selection),
         device_(model.device()),
         observer_(observer),
         stopped_at_(plan.sequences.size(), plan.layers + 1) {
@@ -140,8 +121,7 @@ class PackedExecution {
       if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms;
     }
     observe(plan_.layers);
-    c10::IValue result;
-    if (gather_final(embedded)) result = run_->head();
+    c10::IValue result = run_head(embedded);
     report.head_ms = clock.lap();
     return result;
   }
@@ -224,8 +204,7 @@ class PackedExecution {
         } else if (l == 0) {
           pieces.push_back(embedded_.narrow(0, sequence.row, 1).narrow(1, sequence.first + range.begin, n));
         } else {
-          const auto& state = donor_of(sequence, donors_)->hidden[static_cast<std::size_t>(l)];
-          pieces.push_back(state.narrow(1, range.donor_begin, n));
+          pieces.push_back(source_.entering(i, l, range.begin, range.end));
         }
       }
       offset += static_cast<std::int64_t>(before.size());
@@ -242,30 +221,31 @@ class PackedExecution {
       const SiteTensors tensors = run_->before(l, s);
       const auto& query_dims = model_.query_dims(l, s);
       const auto& key_dims = model_.key_dims(l, s);
+      const auto own_rows = [&](const at::Tensor& all, std::int64_t dim, const PackedSequence& packed) {
+        return packed.rows == layout_.rows ? all : all.narrow(dim, packed.offset, packed.rows);
+      };
+      std::vector<std::vector<KeySegment>> keys;
+      for (std::size_t q = 0; q < listed_.size(); ++q) {
+        std::vector<at::Tensor> fresh;
+        for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
+          fresh.push_back(own_rows(tensors.keys[i], key_dims[i], layout_.sequences[q]));
+        }
+        keys.push_back(source_.keys(listed_[q], l, s, std::move(fresh)));
+      }
       std::vector<at::Tensor> parts;
       parts.reserve(listed_.size());
       for (std::size_t q = 0; q < listed_.size(); ++q) {
-        const PackedSequence& packed = layout_.sequences[q];
-        const SequencePlan& sequence = plan_.sequences[listed_[q]];
-        const bool alone = packed.rows == layout_.rows;
-        SiteTensors own;
+        std::vector<at::Tensor> queries;
         for (std::size_t i = 0; i < tensors.queries.size(); ++i) {
-          own.queries.push_back(alone ? tensors.queries[i]
-                                      : tensors.queries[i].narrow(query_dims[i], packed.offset, packed.rows));
+          queries.push_back(own_rows(tensors.queries[i], query_dims[i], layout_.sequences[q]));
         }
-        for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
-          auto fresh = alone ? tensors.keys[i] : tensors.keys[i].narrow(key_dims[i], packed.offset, packed.rows);
-          if (packed.active.defined()) {
-            const auto& keys = donor_of(sequence, donors_)->keys[static_cast<std::size_t>(l)];
-            fresh = merge(sequence, l, fresh, keys[static_cast<std::size_t>(s)][i], key_dims[i]);
-          }
-          own.keys.push_back(std::move(fresh));
+        if (observer_ != nullptr && observer_->watches_attention(l)) {
+          observer_->attended(l, s, listed_[q], {queries, keys[q].at(0).keys});
         }
-        if (observer_ != nullptr && observer_->watches_attention(l)) observer_->attended(l, s, listed_[q], own);
-        parts.push_back(run_->attend(l, s, q, own));
+        parts.push_back(run_->attend(l, s, q, queries, keys[q]));
         if (!captured_.empty()) {
           auto& kept = captured_[listed_[q]]->keys[static_cast<std::size_t>(l)].emplace_back();
-          for (const at::Tensor& key : own.keys) kept.push_back(key.clone());
+          for (const at::Tensor& key : keys[q].at(0).keys) kept.push_back(key.clone());
         }
       }
       run_->after(l, s, join(parts, model_.output_dim(l, s), layout_.rows));
@@ -283,31 +263,27 @@ class PackedExecution {
     }
   }
 
-  /// Completes the final states from the donors and makes all real tokens of the sequences that have
-  /// not stopped the current rows; false if there are none.
-  bool gather_final(const Activations& embedded) {
-    ActiveSets all;
-    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
-      auto& set = all.emplace_back();
-      for (std::int64_t t = 0; running(i) && t < plan_.sequences[i].tokens; ++t) set.push_back(t);
+  /// Runs the head on the selected tokens of the sequences that have not stopped; None if there are none.
+  c10::IValue run_head(const Activations& embedded) {
+    std::int64_t offset = 0;
+    for (std::size_t i = 0; i < active_.size(); ++i) {
+      const auto own = static_cast<std::int64_t>(active_[i].size());
+      if (own > 0 && running(i)) source_.finished(i, run_->hidden().narrow(1, offset, own));
+      offset += own;
     }
-    const auto layout = make_layout(plan_, all, device_);
-    if (layout.rows == 0) return false;
-    if (!run_ || active_ != all) {
+    ActiveSets wanted;
+    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
+      auto& set = wanted.emplace_back();
+      const auto& span = selection_.spans[i];
+      for (std::int64_t t = 0; running(i) && t < span.tokens; ++t) set.push_back(span.begin + t);
+    }
+    const auto layout = make_layout(plan_, wanted, device_);
+    if (layout.rows == 0) return {};
+    if (!run_ || active_ != wanted) {
       std::vector<at::Tensor> pieces;
-      std::int64_t offset = 0;
-      for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
-        const SequencePlan& sequence = plan_.sequences[i];
-        const auto own = static_cast<std::int64_t>(active_[i].size());
-        if (!running(i)) {
-          offset += own;
-          continue;
-        }
-        const auto* donor = donor_of(sequence, donors_);
-        const at::Tensor fresh = own > 0 ? run_->hidden().narrow(1, offset, own) : at::Tensor();
-        const at::Tensor cached = donor != nullptr ? donor->hidden.back() : at::Tensor();
-        pieces.push_back(merge(sequence, plan_.layers - 1, fresh, cached, 1));
-        offset += own;
+      for (const std::size_t i : listed(wanted)) {
+        const auto& span = selection_.spans[i];
+        pieces.push_back(source_.final_states(i, span.begin, span.begin + span.tokens));
       }
       std::int64_t rows = 0;
       for (const at::Tensor& piece : pieces) rows += piece.size(1);
@@ -316,18 +292,32 @@ class PackedExecution {
       if (!run_) run_ = model_.start(embedded, layout);
       run_->set_rows(layout, std::move(hidden));
     }
-    if (captured_.empty()) return true;
-    const auto final_rows = listed(all);
-    for (std::size_t i = 0; i < layout.sequences.size(); ++i) {
-      const PackedSequence& packed = layout.sequences[i];
-      captured_[final_rows[i]]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
+    if (!captured_.empty()) {
+      const auto final_rows = listed(wanted);
+      for (std::size_t i = 0; i < layout.sequences.size(); ++i) {
+        const PackedSequence& packed = layout.sequences[i];
+        captured_[final_rows[i]]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
+      }
     }
-    return true;
+    return run_->head(placed(layout, listed(wanted)));
+  }
+
+  /// The layout with the places of the results instead of those of the tokens.
+  [[nodiscard]] PackedLayout placed(const PackedLayout& layout, const std::vector<std::size_t>& sequences) const {
+    PackedLayout result = layout;
+    result.width = selection_.width;
+    for (std::size_t i = 0; i < result.sequences.size(); ++i) {
+      const auto& span = selection_.spans[sequences[i]];
+      result.sequences[i].first = span.first;
+      result.sequences[i].tokens = span.tokens;
+    }
+    return result;
   }
 
   const TokenLevelModel& model_;
   const Plan& plan_;
-  const Donors& donors_;
+  StateSource& source_;
+  const Selection& selection_;
   at::Device device_;
   LayerObserver* observer_;
   std::vector<std::int32_t> stopped_at_;  ///< by sequence; above the number of layers: it has not
@@ -386,13 +376,21 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
   return result;
 }
 
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
-                           Donors* capture, ForwardReport& report, LayerObserver* observer) {
+Selection select_all(const Plan& plan) {
+  Selection all{plan.width, {}};
+  for (const SequencePlan& sequence : plan.sequences) all.spans.push_back({0, sequence.tokens, sequence.first});
+  return all;
+}
+
+namespace {
+
+c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+                    const Selection& selection, Donors* capture, ForwardReport& report, LayerObserver* observer) {
   report.execution = Execution::kPacked;
   Stopwatch clock;
   const Activations embedded = model.embed(inputs);
   report.embed_ms = clock.lap();
-  PackedExecution execution(model, plan, donors, capture != nullptr, observer);
+  PackedExecution execution(model, plan, source, selection, capture != nullptr, observer);
   auto result = execution.run(embedded, report);
   report.sequences = count_tokens(plan);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
@@ -404,6 +402,19 @@ c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan&
   }
   if (capture != nullptr) *capture = std::move(execution).captured();
   return result;
+}
+
+}  // namespace
+
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
+                           Donors* capture, ForwardReport& report, LayerObserver* observer) {
+  DonorStates source(*model.token_level(), plan, donors);
+  return execute(model, inputs, plan, source, select_all(plan), capture, report, observer);
+}
+
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+                           const Selection& selection, ForwardReport& report) {
+  return execute(model, inputs, plan, source, selection, nullptr, report, nullptr);
 }
 
 }  // namespace llmcache

@@ -4,7 +4,9 @@
 #include <memory>
 #include <vector>
 
+#include "execute/donor_states.h"
 #include "execute/observer.h"
+#include "execute/state_source.h"
 #include "llmcache/execute/sequence_state.h"
 #include "llmcache/match/plan.h"
 #include "llmcache/model/layered_model.h"
@@ -12,11 +14,23 @@
 
 namespace llmcache {
 
-using Donors = std::vector<std::shared_ptr<const SequenceState>>;
-
 /// Runs the model as it is: [batch, tokens, hidden], padding included. Fills execution and times of
 /// `report`, not its sequences.
 c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardReport& report);
+
+/// Tokens whose results are wanted, and where these stand in the result.
+struct Selection {
+  struct Span {
+    std::int64_t begin = 0;   ///< first token, counted from the sequence's first real token
+    std::int64_t tokens = 0;  ///< 0: none
+    std::int64_t first = 0;   ///< position of its result in the row
+  };
+  std::int64_t width = 0;   ///< of the result's rows
+  std::vector<Span> spans;  ///< one a sequence of the plan
+};
+
+/// All tokens, in their places.
+Selection select_all(const Plan& plan);
 
 /// Runs `plan` on packed rows. The plan has been validated against inputs and donors, the model has
 /// a token level, and at least one token is real. Fills `report`; `capture`, if given, gets one state
@@ -24,6 +38,11 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
 /// the result is None if it stopped all.
 c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
                            Donors* capture, ForwardReport& report, LayerObserver* observer = nullptr);
+
+/// The same with states from `source`, and the results of `selection` only (which must be all tokens where the head is
+/// not token-wise). None if that selects no token.
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+                           const Selection& selection, ForwardReport& report);
 
 /// Counts of `plan` for a report.
 std::vector<SequenceReport> count_tokens(const Plan& plan);

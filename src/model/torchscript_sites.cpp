@@ -172,6 +172,47 @@ std::vector<Node*> hidden_nodes(const Analysis& analysis, std::int64_t part) {
   return nodes;
 }
 
+/// Elements of a value for each token.
+std::int64_t elements_per_token(const Analysis& analysis, const Value* value) {
+  const auto info = analysis.infos.find(value);
+  if (info == analysis.infos.end() || !info->second.is_tensor()) return 0;
+  std::int64_t elements = 1;
+  for (const Label& label : info->second.dims) elements *= label.factor;
+  return elements;
+}
+
+/// Grouped-query attention: heads of `keys` may be repeated in front of the attention operator. The nodes that do so
+/// move into its region, so that keys are kept before. Returns the value that enters them, `keys` if there are none.
+const Value* absorb_repetition(const Analysis& analysis, const std::vector<Node*>& nodes, std::vector<int>& region_of,
+                               int region, const Value* keys) {
+  static const std::unordered_set<c10::Symbol> kRepeating{aten::slice, aten::unsqueeze, aten::expand, aten::reshape,
+                                                          aten::view};
+  const auto index_of = [&](const Node* node) {
+    return static_cast<std::size_t>(std::find(nodes.begin(), nodes.end(), node) - nodes.begin());
+  };
+  std::vector<std::size_t> chain;
+  std::size_t absorbed = 0;
+  const Value* source = keys;
+  const Value* best = keys;
+  for (const Node* user = nullptr;;) {
+    const Node* node = source->node();
+    const auto i = index_of(node);
+    const bool only_here = source->uses().size() == 1 && (user == nullptr || source->uses()[0].user == user);
+    if (i == nodes.size() || region_of[i] != -1 || !kRepeating.count(node->kind()) || !only_here) break;
+    chain.push_back(i);
+    user = node;
+    source = node->input(0);
+    if (elements_per_token(analysis, source) > 0 &&
+        elements_per_token(analysis, source) < elements_per_token(analysis, keys) &&
+        elements_per_token(analysis, source) <= elements_per_token(analysis, best)) {
+      best = source;
+      absorbed = chain.size();
+    }
+  }
+  for (std::size_t i = 0; i < absorbed; ++i) region_of[chain[i]] = region;
+  return best;
+}
+
 }  // namespace
 
 namespace {
@@ -325,7 +366,36 @@ bool accumulates_over_tokens(const Analysis& analysis, const Node* node) {
   return d >= info->second.dims.size() || info->second.dims[d].kind != Kind::kConstant;
 }
 
+namespace {
+
+/// Sizes of repeated keys that are the same for all inputs become constants, so that nothing but attention uses them.
+void fix_constant_sizes(Analysis& analysis) {
+  auto& graph = *analysis.flat.graph;
+  std::vector<Value*> sizes;
+  for (Node* node : graph.nodes()) {
+    if (node->kind() != kSdpa) continue;
+    for (const std::size_t input : {std::size_t{1}, std::size_t{2}}) {
+      for (const auto& use : node->input(input)->uses()) {
+        const Node* user = use.user;
+        if (user->kind() != aten::size || user->outputs().size() != 1 || user->inputs().size() != 2) continue;
+        const Label* label = integer_label(analysis, user->output());
+        if (label != nullptr && label->kind == Kind::kConstant) sizes.push_back(use.user->output());
+      }
+    }
+  }
+  for (Value* size : sizes) {
+    const torch::jit::WithInsertPoint guard(*graph.nodes().begin());
+    Value* constant = graph.insertConstant(integer_label(analysis, size)->factor);
+    analysis.flat.part[constant->node()] = 0;
+    analysis.infos[constant] = analysis.infos.at(size);
+    size->replaceAllUsesWith(constant);
+  }
+}
+
+}  // namespace
+
 void detach_region_scalars(Analysis& analysis) {
+  fix_constant_sizes(analysis);
   for (std::int64_t part = 1; part <= analysis.flat.layers; ++part) {
     const auto nodes = hidden_nodes(analysis, part);
     std::vector<int> region_of;
@@ -377,8 +447,12 @@ std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t par
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     if (region_of[i] != -1) split.regions[static_cast<std::size_t>(region_of[i])].nodes.push_back(nodes[i]);
   }
-  for (Region& region : split.regions) {
-    region.sdpa = region.nodes.size() == 1 && region.nodes[0]->kind() == kSdpa;
+  for (std::size_t r = 0; r < split.regions.size(); ++r) {
+    Region& region = split.regions[r];
+    if (region.nodes.size() != 1 || region.nodes[0]->kind() != kSdpa) continue;
+    region.sdpa = region.nodes[0];
+    region.keys = absorb_repetition(analysis, nodes, region_of, static_cast<int>(r), region.sdpa->input(1));
+    region.values = absorb_repetition(analysis, nodes, region_of, static_cast<int>(r), region.sdpa->input(2));
   }
   // Scalars that only a region uses, made from sizes of its per-token inputs, move into it: there
   // they are taken of one sequence, not of all packed rows.
@@ -408,7 +482,6 @@ std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t par
     }
     if (!scalar || target < 0) continue;
     region_of[i] = target;
-    split.regions[static_cast<std::size_t>(target)].sdpa = false;
   }
   for (Region& region : split.regions) region.nodes.clear();
   for (std::size_t i = 0; i < nodes.size(); ++i) {

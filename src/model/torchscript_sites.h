@@ -34,7 +34,9 @@ struct SiteInput {
 /// A part of a layer's graph in which tokens meet: scores are made, normalised and applied.
 struct Region {
   std::vector<Node*> nodes;
-  bool sdpa = false;  ///< exactly one scaled_dot_product_attention
+  const Node* sdpa = nullptr;   ///< the scaled_dot_product_attention, if the region is that and what prepares its keys
+  const Value* keys = nullptr;  ///< of sdpa, before heads are repeated
+  const Value* values = nullptr;  ///< likewise
   std::vector<SiteInput> inputs;
   const Value* output = nullptr;
   int output_dim = -1;

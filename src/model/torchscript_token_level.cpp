@@ -1,5 +1,7 @@
-// Token-level operation of a TorchScript module: its layers, cut at the attention sites, run on
-// packed rows.
+// Token-level operation of a TorchScript module: its layers, cut at the attention sites.
+#include "model/torchscript_token_level.h"
+
+#include <ATen/ATen.h>
 #include <fmt/core.h>
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -7,13 +9,10 @@
 #include <numeric>
 
 #include "llmcache/error.h"
-#include "model/packing.h"
 #include "model/tensors_of.h"
-#include "model/torchscript_sites.h"
+#include "model/torchscript_run.h"
 
 namespace llmcache::ts {
-namespace {
-
 using Kind = Label::Kind;
 
 std::int64_t length_of(const Label& label, std::int64_t batch, std::int64_t tokens) {
@@ -29,137 +28,18 @@ std::int64_t length_of(const Label& label, std::int64_t batch, std::int64_t toke
   }
 }
 
-/// An integer as the graph has it: a number or a 0-dimensional tensor like `sample`.
 c10::IValue integer_like(const c10::IValue& sample, std::int64_t value) {
   if (!sample.isTensor()) return value;
   return at::scalar_tensor(value, sample.toTensor().options());
 }
 
 TokenDims token_dims(const ValueInfo& info) {
-  TokenDims dims{info.only(Kind::kBatch), info.only(Kind::kTokens), info.only(Kind::kBatchTokens)};
-  return dims;
+  return {info.only(Kind::kBatch), info.only(Kind::kTokens), info.only(Kind::kBatchTokens)};
 }
 
-/// A value from before the layers as the packed segments need it.
-struct PackRule {
-  enum class Kind { kAsIs, kRows, kLength };
-  int slot = -1;
-  Kind kind = Kind::kAsIs;
-  TokenDims dims;
-  Label length;
-};
-
-/// The arguments of an sdpa node that are not tensors of the request.
-struct SdpaSettings {
-  bool causal = false;
-  std::optional<double> scale;
-  bool grouped = false;
-};
-
-std::optional<SdpaSettings> sdpa_settings(const Node* node) {
-  if (node->inputs().size() != 8) return std::nullopt;
-  const auto dropout = torch::jit::constant_as<double>(node->input(4));
-  const auto causal = torch::jit::constant_as<bool>(node->input(5));
-  const auto scale = torch::jit::toIValue(node->input(6));
-  const auto grouped = torch::jit::constant_as<bool>(node->input(7));
-  if (!dropout || *dropout != 0.0 || !causal || !scale || !grouped) return std::nullopt;
-  SdpaSettings settings;
-  settings.causal = *causal;
-  if (scale->isDouble()) settings.scale = scale->toDouble();
-  settings.grouped = *grouped;
-  return settings;
+std::unique_ptr<TokenRun> TokenLevel::start(const Activations& embedded, const PackedLayout& layout) const {
+  return std::make_unique<Run>(*this, std::static_pointer_cast<Env>(embedded.context), embedded.hidden, layout);
 }
-
-struct Site {
-  Region region;
-  Segment segment;
-  std::vector<int> slots;  ///< of region.inputs
-  int output_slot = -1;
-  std::optional<SdpaSettings> sdpa;  ///< call the operator itself: q, k, v are inputs 0, 1, 2
-  int sdpa_mask = -1;                ///< its input for the mask; -1: none
-  std::vector<std::int64_t> query_dims, key_dims;
-};
-
-struct PackedLayer {
-  std::vector<Segment> pieces;
-  std::vector<Site> sites;
-  std::vector<int> dead;  ///< slots of values that no later layer and no head reads
-};
-
-class TokenLevel;
-
-class Run final : public TokenRun {
- public:
-  Run(const TokenLevel& model, std::shared_ptr<Env> full, const at::Tensor& hidden, const PackedLayout& layout);
-
-  void set_rows(const PackedLayout& layout, at::Tensor hidden) override;
-  const at::Tensor& hidden() const override { return hidden_; }
-  SiteTensors before(std::int64_t l, std::int64_t s) override;
-  at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const SiteTensors& site) override;
-  void after(std::int64_t l, std::int64_t s, at::Tensor attended) override;
-  void finish(std::int64_t l) override;
-  c10::IValue head() override;
-
- private:
-  void pack_sides();
-  const c10::IValue& side_of(const SiteInput& input, int slot, std::size_t q);
-  const c10::IValue& value_of(const SiteInput& input, int slot) const;
-
-  const TokenLevel& model_;
-  std::shared_ptr<Env> full_;  ///< values from before the layers, batch by tokens
-  Env env_;                    ///< values of the packed segments
-  PackedLayout layout_;
-  at::Tensor hidden_;
-  std::unordered_map<std::uint64_t, c10::IValue> sides_;  ///< by slot and sequence, reused by all layers
-};
-
-class TokenLevel final : public TokenLevelModel {
- public:
-  TokenLevel(std::shared_ptr<const Analysis> analysis, Program& program)
-      : analysis_(std::move(analysis)), program_(program), self_(analysis_->module._ivalue()) {}
-
-  /// False with a reason if some layer cannot be split.
-  bool build(std::vector<AttentionSite>& sites, std::vector<std::string>& notes);
-
-  std::int64_t sites(std::int64_t layer) const override { return static_cast<std::int64_t>(at(layer).sites.size()); }
-  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].query_dims;
-  }
-  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].key_dims;
-  }
-  std::int64_t output_dim(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].region.output_dim;
-  }
-  bool partial() const override { return partial_; }
-  bool head_tokenwise() const override { return head_tokenwise_; }
-  bool self_contained() const override { return self_contained_; }
-
-  std::unique_ptr<TokenRun> start(const Activations& embedded, const PackedLayout& layout) const override {
-    return std::make_unique<Run>(*this, std::static_pointer_cast<Env>(embedded.context), embedded.hidden, layout);
-  }
-
- private:
-  friend class Run;
-  const PackedLayer& at(std::int64_t layer) const { return layers_.at(static_cast<std::size_t>(layer)); }
-  bool add_rules(const std::vector<int>& slots, std::string& reason);
-  bool find_roles(Site& site, const std::unordered_map<const Value*, c10::IValue>& values, std::string& reason);
-  bool try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values, bool partial) const;
-  void build_head(std::vector<std::string>& notes);
-
-  std::shared_ptr<const Analysis> analysis_;
-  Program& program_;
-  c10::IValue self_;
-  std::vector<PackedLayer> layers_;
-  std::vector<PackRule> rules_;
-  std::unordered_set<int> ruled_;
-  Segment packed_head_;
-  std::vector<int> head_rows_;          ///< slots of per-token values that the dense head needs
-  std::vector<TokenDims> result_dims_;  ///< of the tensors in the result
-  bool partial_ = true;
-  bool head_tokenwise_ = false;
-  bool self_contained_ = true;
-};
 
 bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
   for (const int slot : slots) {
@@ -346,6 +226,66 @@ bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Valu
   }
 }
 
+std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site,
+                                              const std::unordered_map<const Value*, c10::IValue>& values) const {
+  const Node* node = site.region.sdpa;
+  const auto& inputs = site.region.inputs;
+  if (node->inputs().size() != 8) return std::nullopt;
+  const auto dropout = torch::jit::constant_as<double>(node->input(4));
+  const auto causal = torch::jit::constant_as<bool>(node->input(5));
+  const auto scale = torch::jit::toIValue(node->input(6));
+  if (!dropout || *dropout != 0.0 || !causal || !scale || (!scale->isNone() && !scale->isDouble())) return std::nullopt;
+  SdpaSite found;
+  found.settings.causal = *causal;
+  if (scale->isDouble()) found.settings.scale = scale->toDouble();
+  std::size_t known = 0;
+  const auto index_of = [&](const Value* value, Role role) -> std::optional<std::size_t> {
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (inputs[i].value != value || inputs[i].role != role) continue;
+      ++known;
+      return i;
+    }
+    return std::nullopt;
+  };
+  const auto query = index_of(node->input(0), Role::kQuery);
+  const auto key = index_of(site.region.keys, Role::kKey);
+  const auto value = index_of(site.region.values, Role::kKey);
+  if (!query || !key || !value || *value < *key) return std::nullopt;
+  found.query = *query;
+  found.key = *key;
+  found.value = *value;
+  const auto constant = torch::jit::toIValue(node->input(3));
+  if (!constant || !constant->isNone()) {
+    auto mask = index_of(node->input(3), Role::kSide);
+    if (!mask) mask = index_of(node->input(3), Role::kFixed);
+    if (!mask) return std::nullopt;
+    found.mask = static_cast<int>(*mask);
+  }
+  for (const SiteInput& input : inputs) {
+    if (input.role == Role::kQuery || input.role == Role::kKey) continue;
+    if (input.role == Role::kSide && found.mask < 0) return std::nullopt;
+  }
+  const auto tensors = static_cast<std::size_t>(std::count_if(inputs.begin(), inputs.end(), [](const SiteInput& input) {
+    return input.role == Role::kQuery || input.role == Role::kKey || input.role == Role::kSide;
+  }));
+  if (tensors > known) return std::nullopt;
+  // Does it give what the graph gives, from keys whose heads are not repeated yet?
+  try {
+    const auto tensor = [&](std::size_t i) { return values.at(inputs[i].value).toTensor(); };
+    std::optional<at::Tensor> mask;
+    if (found.mask >= 0) mask = tensor(static_cast<std::size_t>(found.mask));
+    for (const auto i : {found.query, found.key, found.value}) {
+      if (tensor(i).dim() != 4 || tensor(i).size(0) != 1 || inputs[i].token_dim != 2) return std::nullopt;
+    }
+    const auto got = attend(found.settings, tensor(found.query),
+                            {{tensor(found.key).size(2), {tensor(found.key), tensor(found.value)}}}, mask, {});
+    if (!nearly_equal(got, values.at(site.region.output).toTensor())) return std::nullopt;
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+  return found;
+}
+
 bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c10::IValue>& values,
                             std::string& reason) {
   auto& inputs = site.region.inputs;
@@ -394,185 +334,13 @@ bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c
       if (!has_query || !has_key || !try_roles(site, values, partial)) continue;
       site.region.partial = partial;
       partial_ = partial_ && partial;
-      if (site.region.sdpa) {
-        const Node* node = site.region.nodes[0];
-        site.sdpa = sdpa_settings(node);
-        if (site.sdpa) {
-          // The operator takes its tensors in this order, so external_inputs lists them so.
-          const bool plain = inputs.size() >= 3 && inputs[0].value == node->input(0) &&
-                             inputs[1].value == node->input(1) && inputs[2].value == node->input(2) &&
-                             inputs[0].role == Role::kQuery && inputs[1].role == Role::kKey &&
-                             inputs[2].role == Role::kKey && inputs.size() <= 4;
-          if (!plain)
-            site.sdpa.reset();
-          else if (inputs.size() == 4 && (inputs[3].role == Role::kSide || inputs[3].role == Role::kFixed))
-            site.sdpa_mask = 3;
-          else if (inputs.size() == 4)
-            site.sdpa.reset();
-          else if (!torch::jit::toIValue(node->input(3)) || !torch::jit::toIValue(node->input(3))->isNone())
-            site.sdpa.reset();
-        }
-      }
+      if (site.region.sdpa != nullptr) site.sdpa = find_sdpa(site, values);
       return true;
     }
   }
   reason = "its attention could not be reproduced one sequence at a time";
   return false;
 }
-
-Run::Run(const TokenLevel& model, std::shared_ptr<Env> full, const at::Tensor& hidden, const PackedLayout& layout)
-    : model_(model), full_(std::move(full)), env_(model.program_.slots.size()) {
-  full_->resize(model.program_.slots.size());
-  set_rows(layout, pack_rows(hidden, {0, 1, -1}, layout));
-}
-
-void Run::set_rows(const PackedLayout& layout, at::Tensor hidden) {
-  layout_ = layout;
-  hidden_ = std::move(hidden);
-  sides_.clear();
-  pack_sides();
-}
-
-void Run::pack_sides() {
-  for (const PackRule& rule : model_.rules_) {
-    const auto slot = static_cast<std::size_t>(rule.slot);
-    const c10::IValue& value = (*full_)[slot];
-    switch (rule.kind) {
-      case PackRule::Kind::kAsIs:
-        env_[slot] = value;
-        break;
-      case PackRule::Kind::kLength:
-        env_[slot] = integer_like(value, length_of(rule.length, 1, layout_.rows));
-        break;
-      case PackRule::Kind::kRows:
-        env_[slot] = pack_rows(value.toTensor(), rule.dims, layout_);
-        break;
-    }
-  }
-}
-
-SiteTensors Run::before(std::int64_t l, std::int64_t s) {
-  const PackedLayer& layer = model_.at(l);
-  if (s == 0) env_[static_cast<std::size_t>(model_.program_.hidden[static_cast<std::size_t>(l)])] = std::move(hidden_);
-  layer.pieces[static_cast<std::size_t>(s)].run(model_.self_, env_);
-  const Site& site = layer.sites[static_cast<std::size_t>(s)];
-  SiteTensors tensors;
-  for (std::size_t i = 0; i < site.slots.size(); ++i) {
-    const Role role = site.region.inputs[i].role;
-    if (role != Role::kQuery && role != Role::kKey) continue;
-    auto tensor = env_[static_cast<std::size_t>(site.slots[i])].toTensor();
-    (role == Role::kQuery ? tensors.queries : tensors.keys).push_back(std::move(tensor));
-  }
-  return tensors;
-}
-
-const c10::IValue& Run::side_of(const SiteInput& input, int slot, std::size_t q) {
-  const std::uint64_t key = static_cast<std::uint64_t>(slot) << 32 | q;
-  const auto [it, fresh] = sides_.try_emplace(key);
-  if (!fresh) return it->second;
-  const PackedSequence& sequence = layout_.sequences[q];
-  at::Tensor side = (*full_)[static_cast<std::size_t>(slot)].toTensor();
-  if (input.batch_dim >= 0) {
-    side = side.narrow(input.batch_dim, sequence.row * input.batch_factor, input.batch_factor);
-  }
-  if (input.key_dim >= 0) side = side.narrow(input.key_dim, sequence.first, sequence.tokens);
-  if (input.query_dim >= 0) {
-    side = side.narrow(input.query_dim, sequence.first, sequence.tokens);
-    if (sequence.active.defined()) side = side.index_select(input.query_dim, sequence.active);
-  }
-  it->second = side.contiguous();
-  return it->second;
-}
-
-const c10::IValue& Run::value_of(const SiteInput& input, int slot) const {
-  const bool packed = model_.analysis_->dependent.count(input.value) > 0;
-  return packed ? env_[static_cast<std::size_t>(slot)] : (*full_)[static_cast<std::size_t>(slot)];
-}
-
-at::Tensor Run::attend(std::int64_t l, std::int64_t s, std::size_t q, const SiteTensors& tensors) {
-  const Site& site = model_.at(l).sites[static_cast<std::size_t>(s)];
-  const PackedSequence& sequence = layout_.sequences[q];
-  if (site.sdpa) {
-    std::optional<at::Tensor> mask;
-    if (site.sdpa_mask >= 0) {
-      const auto i = static_cast<std::size_t>(site.sdpa_mask);
-      const SiteInput& input = site.region.inputs[i];
-      mask = input.role == Role::kSide ? side_of(input, site.slots[i], q).toTensor()
-                                       : value_of(input, site.slots[i]).toTensor();
-    }
-    bool causal = site.sdpa->causal;
-    if (causal && sequence.active.defined()) {
-      const auto positions = at::arange(sequence.tokens, sequence.active.options());
-      mask = positions.unsqueeze(0).le(sequence.active.unsqueeze(1));
-      causal = false;
-    }
-    return at::scaled_dot_product_attention(tensors.queries[0], tensors.keys[0], tensors.keys[1], mask, 0.0, causal,
-                                            site.sdpa->scale, site.sdpa->grouped);
-  }
-  std::vector<c10::IValue> inputs;
-  std::size_t queries = 0;
-  std::size_t keys = 0;
-  for (std::size_t i = 0; i < site.slots.size(); ++i) {
-    const SiteInput& input = site.region.inputs[i];
-    switch (input.role) {
-      case Role::kQuery:
-        inputs.emplace_back(tensors.queries[queries++]);
-        break;
-      case Role::kKey:
-        inputs.emplace_back(tensors.keys[keys++]);
-        break;
-      case Role::kSide:
-        inputs.push_back(side_of(input, site.slots[i], q));
-        break;
-      case Role::kLength:
-        inputs.push_back(
-            integer_like(value_of(input, site.slots[i]),
-                         length_of(input.length, 1, input.length_of_keys ? sequence.tokens : sequence.rows)));
-        break;
-      case Role::kFixed:
-        inputs.push_back(value_of(input, site.slots[i]));
-        break;
-    }
-  }
-  return site.segment.call(model_.self_, std::move(inputs)).toTensor();
-}
-
-void Run::after(std::int64_t l, std::int64_t s, at::Tensor attended) {
-  const Site& site = model_.at(l).sites[static_cast<std::size_t>(s)];
-  env_[static_cast<std::size_t>(site.output_slot)] = std::move(attended);
-}
-
-void Run::finish(std::int64_t l) {
-  const PackedLayer& layer = model_.at(l);
-  const auto& hidden_slots = model_.program_.hidden;
-  if (layer.sites.empty()) env_[static_cast<std::size_t>(hidden_slots[static_cast<std::size_t>(l)])] = hidden_;
-  layer.pieces.back().run(model_.self_, env_);
-  hidden_ = env_[static_cast<std::size_t>(hidden_slots[static_cast<std::size_t>(l) + 1])].toTensor();
-  for (const int slot : layer.dead) env_[static_cast<std::size_t>(slot)] = {};
-}
-
-c10::IValue Run::head() {
-  const auto final_slot = static_cast<std::size_t>(model_.program_.hidden.back());
-  env_[final_slot] = hidden_;
-  if (model_.head_tokenwise_) {
-    model_.packed_head_.run(model_.self_, env_);
-    auto result = std::move(env_[static_cast<std::size_t>(model_.packed_head_.out()[0])]);
-    std::size_t leaf = 0;
-    return map_tensors(
-        result, [&](const at::Tensor& packed) { return unpack_rows(packed, model_.result_dims_.at(leaf++), layout_); });
-  }
-  for (const int slot : model_.head_rows_) {
-    const auto i = static_cast<std::size_t>(slot);
-    const auto& info = model_.analysis_->infos.at(model_.program_.slots.value(slot));
-    (*full_)[i] = info.is_tensor() && !info.is_scalar()
-                      ? c10::IValue(unpack_rows(env_[i].toTensor(), token_dims(info), layout_))
-                      : env_[i];
-  }
-  model_.program_.head.run(model_.self_, *full_);
-  return std::move((*full_)[static_cast<std::size_t>(model_.program_.head.out()[0])]);
-}
-
-}  // namespace
 
 std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis, Program& program,
                                                   std::vector<AttentionSite>& sites, std::vector<std::string>& notes) {

@@ -47,6 +47,12 @@ struct SiteTensors {
   std::vector<at::Tensor> keys;
 };
 
+/// Key-side tensors of some neighbouring tokens of one sequence.
+struct KeySegment {
+  std::int64_t tokens = 0;
+  std::vector<at::Tensor> keys;  ///< in the order of SiteTensors::keys
+};
+
 /// One packed pass over a model's layers. Belongs to one thread. Calls come in this order, a layer
 /// at a time: before(l, 0), [attend(l, 0, ...) per sequence], before(l, 1), ..., finish(l).
 class TokenRun {
@@ -60,17 +66,19 @@ class TokenRun {
 
   /// Runs layer l up to its attention site s and returns the tensors that meet there.
   virtual SiteTensors before(std::int64_t l, std::int64_t s) = 0;
-  /// Attention of sequence number `q` of the layout at site s of layer l: `site.queries` cut to its
-  /// active rows, `site.keys` covering all its tokens.
-  virtual at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const SiteTensors& site) = 0;
+  /// Attention of sequence number `q` of the layout at site s of layer l: `queries` are cut to its active rows, `keys`
+  /// cover all its tokens, in order.
+  virtual at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
+                            const std::vector<KeySegment>& keys) = 0;
   /// Gives the site's result for all packed rows; the token dimension is output_dim(l, s).
   virtual void after(std::int64_t l, std::int64_t s, at::Tensor attended) = 0;
   /// Runs the rest of layer l.
   virtual void finish(std::int64_t l) = 0;
 
-  /// The model's result from the final states of all real tokens (the layout must list each of
-  /// them, in order): token dimensions are filled in place, padding is zero.
-  virtual c10::IValue head() = 0;
+  /// The model's result from the current rows, which must be final states. `placed` says where their results stand:
+  /// it lists the same rows in the same order, in a batch of perhaps another width; elsewhere is zero. Where the head
+  /// is not token-wise the rows must be all real tokens, and `placed` the current layout.
+  virtual c10::IValue head(const PackedLayout& placed) = 0;
 };
 
 /// The token-level side of a Model. Const and thread-safe.
