@@ -18,6 +18,7 @@
 #include "execute/self_check.h"
 #include "model/probe.h"
 #include "model/tensors_of.h"
+#include "prefix_reuse.h"
 #include "threshold_reuse.h"
 
 namespace llmcache {
@@ -82,10 +83,7 @@ auto run_model(Run run) {
 
 struct LayerCacheBase::Impl {
   Impl(std::unique_ptr<Model> wrapped, Options chosen)
-      : model(std::move(wrapped)),
-        options(std::move(chosen)),
-        inputs(model->input_spec()),
-        bank(options.capacity_bytes - layer_capacity(options)) {
+      : model(std::move(wrapped)), options(std::move(chosen)), inputs(model->input_spec()) {
     const c10::NoGradGuard no_grad;
     Stopwatch clock;
     model->describe(profile);
@@ -93,21 +91,53 @@ struct LayerCacheBase::Impl {
     self_check(*model, inputs.vocabulary, output, profile);
     all_per_token =
         std::all_of(output.leaves.begin(), output.leaves.end(), [](const TokenDims& dims) { return dims.tokens >= 0; });
-    // The structure of a result, to be filled when nothing has to be run.
+    // The structure of a result, without data, to be filled when nothing has to be run.
     if (keeps_rows()) {
-      skeleton = map_tensors(model->plain(probe_inputs(inputs.vocabulary, model->device(), 1, 5)),
-                             [](const at::Tensor& t) { return t.new_empty({0}); });
+      const auto given = probe_inputs(inputs.vocabulary, model->device(), 1, 5);
+      auto result = model->plain(given);
+      if (result.isNone()) result = run_dense(*model, given);
+      skeleton =
+          map_tensors(result, [](const at::Tensor& t) { return at::empty(t.sizes(), t.options().device(at::kMeta)); });
     }
+    std::size_t capacity = options.capacity_bytes;
+    const auto share = [&](double part) {
+      const auto bytes = static_cast<std::size_t>(static_cast<double>(options.capacity_bytes) * part);
+      capacity -= bytes;
+      return bytes;
+    };
     if (options.fidelity == Fidelity::kThreshold) {
-      threshold = std::make_unique<ThresholdReuse>(*model, inputs, output, profile, options, layer_capacity(options));
+      threshold = std::make_unique<ThresholdReuse>(*model, inputs, output, profile, options,
+                                                   share(options.threshold.capacity_share));
+    } else {
+      options.prefix.validate(model->layers());
+      make_prefix_reuse(share);
     }
+    bank = std::make_unique<OutputBank>(capacity);
     profile.wrap_ms += clock.lap();
   }
 
-  /// Bytes for the states of the layers; the rest is for whole outputs.
-  static std::size_t layer_capacity(const Options& options) {
-    if (options.fidelity != Fidelity::kThreshold) return 0;
-    return static_cast<std::size_t>(static_cast<double>(options.capacity_bytes) * options.threshold.capacity_share);
+  /// Where the model lets a sequence take its beginning from another one.
+  template <class Share>
+  void make_prefix_reuse(Share share) {
+    if (!profile.causal || profile.granularity != Granularity::kTokens || !keeps_rows()) return;
+    // Verified in a cache of its own, whatever the capacity is.
+    constexpr std::size_t kVerifying = std::size_t{1} << 30;
+    PrefixOptions all = options.prefix;
+    all.layers.clear();
+    std::string why;
+    try {
+      profile.prefix_reuse = PrefixReuse(*model, inputs, output, profile, all, kVerifying).verify(why);
+    } catch (const std::exception& error) {
+      why = reason_of(error);
+    }
+    if (!profile.prefix_reuse) {
+      profile.notes.push_back("prefix reuse is not available: " + why);
+      return;
+    }
+    if (options.fidelity != Fidelity::kLossless || options.capacity_bytes == 0) return;
+    if (options.prefix.capacity_share == 0) return;
+    prefix = std::make_unique<PrefixReuse>(*model, inputs, output, profile, options.prefix,
+                                           share(options.prefix.capacity_share));
   }
 
   [[nodiscard]] bool keeps_rows() const { return profile.rows_independent && profile.per_row_output; }
@@ -116,8 +146,8 @@ struct LayerCacheBase::Impl {
   /// part of the key.
   [[nodiscard]] bool ignores_padding() const { return profile.granularity != Granularity::kWholeLayers; }
 
-  [[nodiscard]] bool packs(const Batch& batch) const {
-    return batch.padded && batch.contiguous && batch.tokens > 0 && profile.granularity != Granularity::kWholeLayers &&
+  [[nodiscard]] bool can_pack(const Batch& batch) const {
+    return batch.contiguous && batch.tokens > 0 && profile.granularity != Granularity::kWholeLayers &&
            (batch.right_padded || profile.left_padding);
   }
 
@@ -188,7 +218,37 @@ struct LayerCacheBase::Impl {
     });
   }
 
+  /// Rows of a batch whose outputs are kept, and those that are not.
+  struct Known {
+    explicit Known(std::size_t rows) : keys(rows), entries(rows), missing(rows) {
+      std::iota(missing.begin(), missing.end(), std::int64_t{0});
+    }
+    std::vector<std::string> keys;  ///< empty for a row that cannot be kept
+    std::vector<std::shared_ptr<const OutputEntry>> entries;
+    std::vector<std::int64_t> missing;
+  };
+  /// What was run for the missing rows.
+  struct Computed {
+    c10::IValue result;
+    bool packed = false;
+    bool keep = true;
+    bool cut = false;  ///< the result is already that of the tokens asked for
+    std::int64_t padding_skipped = 0;
+  };
+
+  static std::vector<std::int64_t> known_tokens(const ForwardReport& report) {
+    std::vector<std::int64_t> known;
+    for (const SequenceReport& sequence : report.sequences) known.push_back(sequence.reused_tokens);
+    return known;
+  }
+
   c10::IValue forward(const Inputs& given, const RequestOptions& request, ForwardReport& report);
+  Known look_up(const Batch& batch, const std::string& tenant, bool exact, ForwardReport& report);
+  Computed compute(const Batch& part, const RequestOptions& request, bool exact, bool prefixes, ForwardReport& report);
+  void keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
+            const ForwardReport& report);
+  [[nodiscard]] c10::IValue no_tokens(std::int64_t rows) const;
+  void count(const Batch& batch, const ForwardReport& report, const Computed& computed);
   c10::IValue forward_threshold(const Batch& batch, const RequestOptions& request, std::uint64_t first_number,
                                 ForwardReport& report);
 
@@ -199,16 +259,18 @@ struct LayerCacheBase::Impl {
   OutputSpec output;
   bool all_per_token = false;
   c10::IValue skeleton;
-  OutputBank bank;
+  std::unique_ptr<OutputBank> bank;
+  std::unique_ptr<PrefixReuse> prefix;        ///< null unless the cache was made for kLossless and the model allows it
   std::unique_ptr<ThresholdReuse> threshold;  ///< null unless the cache was made for kThreshold
   std::shared_ptr<const int> identity = std::make_shared<const int>(0);
-  std::atomic<std::uint64_t> next_number{0}, requests{0}, sequences{0}, hits{0}, tokens{0}, tokens_computed{0},
-      padding_skipped{0};
+  std::atomic<std::uint64_t> next_number{0}, requests{0}, sequences{0}, hits{0}, prefix_hits{0}, tokens{0},
+      tokens_reused{0}, tokens_computed{0}, padding_skipped{0};
 };
 
 c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOptions& request, ForwardReport& report) {
   const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
   check_fidelity(fidelity);
+  check_output(request.output);
   if (fidelity == Fidelity::kThreshold && threshold == nullptr) {
     throw Error(ErrorCode::kInvalidOptions,
                 "RequestOptions.fidelity is 'threshold', but this cache keeps no states of layers; construct it with "
@@ -217,111 +279,166 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   model->check_unchanged();
   const Batch batch = check_batch(given, inputs, profile, model->device());
   const std::uint64_t first_number = next_number.fetch_add(static_cast<std::uint64_t>(batch.rows));
-  if (fidelity == Fidelity::kThreshold && batch.tokens > 0 && batch.contiguous &&
-      (batch.right_padded || profile.left_padding)) {
+  if (fidelity == Fidelity::kThreshold && can_pack(batch)) {
     try {
-      return forward_threshold(batch, request, first_number, report);
+      const auto all = forward_threshold(batch, request, first_number, report);
+      return cut_output(all, output, batch, known_tokens(report), request.output);
     } catch (const std::exception&) {
       report = {};  // the model may still take it whole, below
     }
   }
-  const auto layers = static_cast<std::int32_t>(model->layers());
-  report.sequences = count_tokens(batch.full_plan(layers));
-  number_rows(report, first_number);
+  report.sequences = count_tokens(batch.full_plan(static_cast<std::int32_t>(model->layers())));
 
   Stopwatch clock;
+  const bool prefixes = fidelity == Fidelity::kLossless && prefix && can_pack(batch);
   const bool exact = fidelity == Fidelity::kIdentical;
-  bool keep = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0;
-  std::vector<std::string> keys(static_cast<std::size_t>(batch.rows));
-  std::vector<std::shared_ptr<const OutputEntry>> known(static_cast<std::size_t>(batch.rows));
-  std::vector<std::int64_t> missing;
-  if (keep) {
-    std::vector<at::Tensor> on_cpu;
-    for (const c10::IValue& input : batch.inputs) {
-      on_cpu.push_back(input.isTensor() ? input.toTensor().cpu().contiguous() : at::Tensor());
-    }
-    bool any_known = false;
-    for (std::int64_t row = 0; row < batch.rows; ++row) {
-      const auto i = static_cast<std::size_t>(row);
-      if (batch.spans[i].tokens == 0) continue;
-      keys[i] = row_key(batch, on_cpu, row, request.tenant);
-      known[i] = bank.find(keys[i], exact);
-      any_known = any_known || known[i];
-    }
-    for (std::int64_t row = 0; row < batch.rows; ++row) {
-      const auto i = static_cast<std::size_t>(row);
-      const bool only_padding = batch.spans[i].tokens == 0 && all_per_token && any_known;
-      if (!known[i] && !only_padding) missing.push_back(row);
-      if (!known[i]) continue;
-      report.sequences[i].source = Source::kIdentical;
-      report.sequences[i].similarity = 1;
-      for (LayerTokens& layer : report.sequences[i].layers) std::swap(layer.computed, layer.reused);
-    }
-  } else {
-    for (std::int64_t row = 0; row < batch.rows; ++row) missing.push_back(row);
-  }
+  // Where only a part is wanted of what prefixes leave to compute, a whole output is not made.
+  const bool keeps = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0 &&
+                     !(prefixes && request.output != Output::kAll);
+  Known known = keeps ? look_up(batch, request.tenant, exact, report) : Known(static_cast<std::size_t>(batch.rows));
   report.lookup_ms = clock.lap();
 
-  c10::IValue result;
-  const bool all_missing = static_cast<std::int64_t>(missing.size()) == batch.rows;
-  std::int64_t computed_tokens = 0;
-  std::int64_t skipped = 0;
-  bool packed = false;
-  if (all_missing || !missing.empty()) {
-    const Batch part = all_missing ? batch : batch.select(missing);
-    packed = !exact && packs(part);
-    computed_tokens = part.tokens;
-    result = run_model([&] {
-      auto own = std::move(report.sequences);
-      c10::IValue output_value;
-      try {
-        output_value = packed ? execute_packed(*model, part.inputs, part.full_plan(layers), {}, nullptr, report)
-                              : execute_dense(*model, part.inputs, report);
-      } catch (const std::exception&) {
-        // What the plain model can do must not fail here; if it cannot, what it raises is what the caller gets.
-        output_value = model->plain(part.inputs);
-        packed = false;
-        keep = false;  // nothing is known about how such a result is made
-        report.execution = Execution::kDense;
-      }
-      report.sequences = std::move(own);
-      return output_value;
-    });
-    if (packed) skipped = part.rows * part.width - part.tokens;
+  Computed computed;
+  const bool all_missing = static_cast<std::int64_t>(known.missing.size()) == batch.rows;
+  if (all_missing || !known.missing.empty()) {
+    const Batch part = all_missing ? batch : batch.select(known.missing);
+    ForwardReport own;
+    own.lookup_ms = report.lookup_ms;
+    computed = run_model([&] { return compute(part, request, exact, prefixes, own); });
+    for (std::size_t m = 0; m < known.missing.size(); ++m) {
+      report.sequences[static_cast<std::size_t>(known.missing[m])] = std::move(own.sequences[m]);
+    }
+    own.sequences = std::move(report.sequences);
+    report = std::move(own);
   }
+  number_rows(report, first_number);
   clock.lap();
-  const bool computed_any = !missing.empty() || all_missing;
-  if (keep && computed_any) {
-    const auto leaves = tensors_of(result);
-    for (std::size_t m = 0; m < missing.size(); ++m) {
-      const auto i = static_cast<std::size_t>(missing[m]);
-      if (keys[i].empty()) continue;
-      const RowSpan& span = batch.spans[i];
-      const bool cut = ignores_padding() && batch.contiguous;
-      bank.insert(keys[i],
-                  row_of(result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
-                         cut ? span.tokens : batch.width, batch.width),
-                  !packed);
-    }
-  }
+  if (keeps && computed.keep) keep(batch, known, computed, prefixes, report);
+  c10::IValue result = std::move(computed.result);
   if (!all_missing) {
-    std::vector<std::vector<at::Tensor>> tensors(known.size());
-    for (std::size_t i = 0; i < known.size(); ++i) {
-      if (known[i]) tensors[i].assign(known[i]->tensors().begin(), known[i]->tensors().end());
+    std::vector<std::vector<at::Tensor>> tensors(known.entries.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (known.entries[i]) tensors[i].assign(known.entries[i]->tensors().begin(), known.entries[i]->tensors().end());
     }
-    result = assemble(batch, tensors, missing, result);
+    result = assemble(batch, tensors, known.missing, result);
   }
-  report.store_ms = clock.lap();
+  if (!computed.cut) result = cut_output(result, output, batch, known_tokens(report), request.output);
+  report.store_ms += clock.lap();
+  count(batch, report, computed);
+  return result;
+}
 
-  std::uint64_t found = 0;
-  for (const auto& entry : known) found += entry ? 1 : 0;
+LayerCacheBase::Impl::Known LayerCacheBase::Impl::look_up(const Batch& batch, const std::string& tenant, bool exact,
+                                                          ForwardReport& report) {
+  Known known(static_cast<std::size_t>(batch.rows));
+  known.missing.clear();
+  std::vector<at::Tensor> on_cpu;
+  for (const c10::IValue& input : batch.inputs) {
+    on_cpu.push_back(input.isTensor() ? input.toTensor().cpu().contiguous() : at::Tensor());
+  }
+  bool any_known = false;
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    const auto i = static_cast<std::size_t>(row);
+    if (batch.spans[i].tokens == 0) continue;
+    known.keys[i] = row_key(batch, on_cpu, row, tenant);
+    known.entries[i] = bank->find(known.keys[i], exact);
+    any_known = any_known || known.entries[i];
+  }
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    const auto i = static_cast<std::size_t>(row);
+    const bool only_padding = batch.spans[i].tokens == 0 && all_per_token && any_known;
+    if (!known.entries[i] && !only_padding) known.missing.push_back(row);
+    if (!known.entries[i]) continue;
+    SequenceReport& sequence = report.sequences[i];
+    sequence.source = Source::kIdentical;
+    sequence.similarity = 1;
+    sequence.reused_tokens = sequence.tokens;
+    for (LayerTokens& layer : sequence.layers) std::swap(layer.computed, layer.reused);
+  }
+  return known;
+}
+
+LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, const RequestOptions& request,
+                                                             bool exact, bool prefixes, ForwardReport& report) {
+  Computed computed;
+  const auto plan = part.full_plan(static_cast<std::int32_t>(model->layers()));
+  const double looked_up = report.lookup_ms;
+  try {
+    if (prefixes && can_pack(part)) {
+      computed.result = prefix->run(part, request.tenant, request.output, report);
+      computed.cut = profile.head_tokenwise;
+      computed.packed = true;
+      if (computed.result.isNone()) computed.result = no_tokens(part.rows);
+    } else if (!exact && part.padded && can_pack(part)) {
+      computed.result = execute_packed(*model, part.inputs, plan, {}, nullptr, report);
+      computed.packed = true;
+    } else {
+      computed.result = execute_dense(*model, part.inputs, report);
+      report.sequences = count_tokens(plan);
+    }
+  } catch (const std::exception&) {
+    // What the plain model can do must not fail here; if it cannot, what it raises is what the caller gets.
+    computed = {};
+    computed.result = model->plain(part.inputs);
+    computed.keep = false;  // nothing is known about how such a result is made
+    report = {};
+    report.lookup_ms = looked_up;
+    report.sequences = count_tokens(plan);
+    report.execution = Execution::kDense;
+  }
+  if (computed.packed) computed.padding_skipped = part.rows * part.width - part.tokens;
+  return computed;
+}
+
+void LayerCacheBase::Impl::keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
+                                const ForwardReport& report) {
+  for (std::size_t m = 0; m < known.missing.size(); ++m) {
+    const auto i = static_cast<std::size_t>(known.missing[m]);
+    if (known.keys[i].empty()) continue;
+    const RowSpan& span = batch.spans[i];
+    const bool cut = ignores_padding() && batch.contiguous;
+    const auto tensors = row_of(computed.result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
+                                cut ? span.tokens : batch.width, batch.width);
+    if (prefixes) {
+      // Its states are kept, which give the output again: worth room only for whole requests and small outputs.
+      std::size_t bytes = 0;
+      for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes();
+      if (report.sequences[i].reused_tokens > 0 || bytes > bank->capacity() / 8) continue;
+    }
+    bank->insert(known.keys[i], tensors, !computed.packed);
+  }
+}
+
+c10::IValue LayerCacheBase::Impl::no_tokens(std::int64_t rows) const {
+  std::size_t leaf = 0;
+  return map_tensors(skeleton, [&](const at::Tensor& like) {
+    const TokenDims& dims = output.leaves[leaf++];
+    auto shape = like.sizes().vec();
+    shape[static_cast<std::size_t>(dims.batch)] = rows;
+    if (dims.tokens >= 0) shape[static_cast<std::size_t>(dims.tokens)] = 0;
+    return at::zeros(shape, like.options().device(model->device()));
+  });
+}
+
+void LayerCacheBase::Impl::count(const Batch& batch, const ForwardReport& report, const Computed& computed) {
+  std::uint64_t identical = 0;
+  std::uint64_t partly = 0;
+  std::int64_t reused = 0;
+  std::int64_t run = 0;
+  for (const SequenceReport& sequence : report.sequences) {
+    identical += sequence.source == Source::kIdentical ? 1 : 0;
+    partly += sequence.source == Source::kPrefix ? 1 : 0;
+    reused += sequence.reused_tokens;
+    if (!sequence.layers.empty()) run += sequence.layers.front().computed;
+  }
   requests += 1;
   sequences += static_cast<std::uint64_t>(batch.rows);
-  hits += found;
+  hits += identical;
+  prefix_hits += partly;
   tokens += static_cast<std::uint64_t>(batch.tokens);
-  tokens_computed += static_cast<std::uint64_t>(computed_tokens);
-  padding_skipped += static_cast<std::uint64_t>(skipped);
-  return result;
+  tokens_reused += static_cast<std::uint64_t>(reused);
+  tokens_computed += static_cast<std::uint64_t>(run);
+  padding_skipped += static_cast<std::uint64_t>(computed.padding_skipped);
 }
 
 c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const RequestOptions& request,
@@ -412,13 +529,24 @@ Stats LayerCacheBase::stats() const {
   stats.tokens = impl_->tokens;
   stats.tokens_computed = impl_->tokens_computed;
   stats.padding_skipped = impl_->padding_skipped;
-  const auto counters = impl_->bank.counters();
+  stats.prefix_hits = impl_->prefix_hits;
+  stats.tokens_reused = impl_->tokens_reused;
+  const auto counters = impl_->bank->counters();
   stats.insertions = counters.insertions;
   stats.evictions = counters.evictions;
   stats.rejected = counters.rejected;
   stats.entries = counters.entries;
   stats.bytes = counters.bytes;
   stats.peak_bytes = counters.peak_bytes;
+  if (impl_->prefix) {
+    const auto kept = impl_->prefix->counters();
+    stats.insertions += kept.insertions;
+    stats.evictions += kept.evictions;
+    stats.rejected += kept.rejected;
+    stats.entries += kept.entries;
+    stats.bytes += kept.bytes;
+    stats.peak_bytes += kept.peak_bytes;
+  }
   if (impl_->threshold) impl_->threshold->fill(stats);
   return stats;
 }
@@ -426,7 +554,8 @@ Stats LayerCacheBase::stats() const {
 const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->profile; }
 const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
 void LayerCacheBase::clear() {
-  impl_->bank.clear();
+  impl_->bank->clear();
+  if (impl_->prefix) impl_->prefix->clear();
   if (impl_->threshold) impl_->threshold->clear();
 }
 

@@ -151,6 +151,13 @@ void check_fidelity(Fidelity fidelity) {
   }
 }
 
+void check_output(Output output) {
+  const auto value = static_cast<int>(output);
+  if (value < 0 || value > static_cast<int>(Output::kNewTokens)) {
+    throw Error(ErrorCode::kInvalidOptions, fmt::format("output is {}, which is no Output", value));
+  }
+}
+
 void Options::validate() const {
   check_fidelity(fidelity);
   if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kPackedFp16)) {

@@ -185,6 +185,9 @@ struct Options {
 /// Throws Error(kInvalidOptions) for a value that is no Fidelity, Error(kNotAvailable) for one of a later version.
 void check_fidelity(Fidelity fidelity);
 
+/// Throws Error(kInvalidOptions) for a value that is no Output.
+void check_output(Output output);
+
 /// Settings of one call.
 struct RequestOptions {
   /// Overrides Options::fidelity for this call.

@@ -65,6 +65,7 @@ class OutputBank {
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact);
 
   void clear();
+  [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }
 
   struct Counters {
     std::uint64_t insertions = 0;

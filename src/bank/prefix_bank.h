@@ -14,6 +14,7 @@
 
 #include "bank/memory.h"
 #include "llmcache/bank/eviction.h"
+#include "match/prefix_tree.h"
 
 namespace llmcache {
 
@@ -80,6 +81,7 @@ class PrefixLease {
   std::vector<KeyRange> reserved_;
   std::int64_t known_tokens_ = 0;
   bool continues_ = false;
+  bool committed_ = false;
 };
 
 /// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index are
@@ -133,8 +135,28 @@ class PrefixBank {
 
  private:
   friend class PrefixLease;
+  using Tree = PrefixTree<KeyRange>;
+
   void release(PrefixLease& lease) noexcept;
-  // (state of the bank)
+  [[nodiscard]] std::size_t bytes_of(std::int64_t tokens) const noexcept;
+  [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::int64_t room, double now_s);
+  void insert(std::string_view space, std::span<const std::int64_t> tokens, std::span<const KeyRange> ranges,
+              double saved_ms, double now_s);
+  void touch(const std::vector<Tree::Step>& path, double now_s);
+  [[nodiscard]] EntryCost cost_of(std::int64_t tokens, double saved_ms) const noexcept;
+  bool evict_one(double now_s) noexcept;
+  [[nodiscard]] Tree::Slot leaf_below(Tree::Slot slot) noexcept;
+  void compact(Tree::Slot slot) noexcept;
+
+  const Settings settings_;
+  std::size_t token_bytes_ = 0;    ///< of one token in all tensors
+  std::size_t largest_bytes_ = 0;  ///< of one token in the largest tensor
+  MemoryAccount account_;
+  AccountedResource memory_;
+  mutable std::mutex mutex_;
+  Tree tree_;
+  EvictionPolicy policy_;
+  Counters counters_;
 };
 
 }  // namespace llmcache

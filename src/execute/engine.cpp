@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 #include "execute/clock.h"
 
@@ -91,9 +93,11 @@ at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t r
 
 class PackedExecution {
  public:
-  PackedExecution(const Model& model, const Plan& plan, StateSource& source, const Selection& selection, bool capture,
-                  LayerObserver* observer)
-      : model_(*model.token_level()),
+  PackedExecution(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+                  const Selection& selection, bool capture, LayerObserver* observer)
+      : whole_(model),
+        model_(*model.token_level()),
+        inputs_(inputs),
         plan_(plan),
         source_(source),
         selection_(selection),
@@ -109,20 +113,22 @@ class PackedExecution {
     }
   }
 
-  c10::IValue run(const Activations& embedded, ForwardReport& report) {
+  c10::IValue run(ForwardReport& report) {
     report.layer_ms.assign(static_cast<std::size_t>(plan_.layers), 0.0);
-    embedded_ = embedded.hidden;
     Stopwatch clock;
+    prepare();
+    report.embed_ms = clock.lap();
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
       observe(l);
-      const bool needed = enter(l, embedded);
+      const bool needed = enter(l);
       if (needed) run_layer(l);
       const double ms = clock.lap();
-      if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms;
+      if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms - take_started(report);
     }
     observe(plan_.layers);
-    c10::IValue result = run_head(embedded);
+    c10::IValue result = run_head();
     report.head_ms = clock.lap();
+    report.head_ms -= take_started(report);
     return result;
   }
 
@@ -134,6 +140,56 @@ class PackedExecution {
   }
 
  private:
+  /// Time that start() took since it was last asked for: it counts as embedding.
+  double take_started(ForwardReport& report) {
+    report.embed_ms += started_ms_;
+    return std::exchange(started_ms_, 0.0);
+  }
+
+  /// Positions of the tokens that run, and of those whose results are wanted.
+  [[nodiscard]] std::vector<std::int64_t> needed_positions() const {
+    std::vector<char> needed(static_cast<std::size_t>(plan_.width), 0);
+    for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
+      const SequencePlan& sequence = plan_.sequences[i];
+      const auto mark = [&](std::int64_t begin, std::int64_t end) {
+        const auto first = needed.begin() + sequence.first;
+        std::fill(first + begin, first + end, char{1});
+      };
+      for (const TokenRange& range : sequence.ranges) {
+        if (range.first_layer < range.last_layer) mark(range.begin, range.end);
+      }
+      const auto& span = selection_.spans[i];
+      mark(span.begin, span.begin + span.tokens);
+    }
+    std::vector<std::int64_t> positions;
+    for (std::size_t p = 0; p < needed.size(); ++p) {
+      if (needed[p]) positions.push_back(static_cast<std::int64_t>(p));
+    }
+    return positions;
+  }
+
+  /// Embeds all tokens, unless few are needed and nobody looks at the others: start() then embeds these.
+  void prepare() {
+    if (observer_ == nullptr && captured_.empty() && model_.head_tokenwise()) {
+      const auto needed = needed_positions();
+      if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.width) {
+        positions_ = at::tensor(needed, at::TensorOptions().dtype(at::kLong)).to(device_);
+        return;
+      }
+    }
+    embedded_ = whole_.embed(inputs_);
+  }
+
+  void start(const PackedLayout& layout) {
+    Stopwatch clock;
+    if (positions_.defined()) run_ = model_.start_at(inputs_, positions_, layout);
+    if (!run_) {
+      if (!embedded_) embedded_ = whole_.embed(inputs_);
+      run_ = model_.start(*embedded_, layout);
+    }
+    started_ms_ = clock.lap();
+  }
+
   [[nodiscard]] bool running(std::size_t i) const { return stopped_at_[i] > plan_.layers; }
 
   /// Shows the observer the states that enter layer l, and stops the sequences that it names.
@@ -147,7 +203,7 @@ class PackedExecution {
       const auto rows = i < active_.size() ? static_cast<std::int64_t>(active_[i].size()) : 0;
       if (running(i)) {
         if (l == 0) {
-          states[i] = embedded_.narrow(0, sequence.row, 1).narrow(1, sequence.first, sequence.tokens);
+          states[i] = embedded_->hidden.narrow(0, sequence.row, 1).narrow(1, sequence.first, sequence.tokens);
         } else if (rows == sequence.tokens) {
           states[i] = run_->hidden().narrow(1, offset, rows);
         }
@@ -160,7 +216,7 @@ class PackedExecution {
   }
 
   /// Makes the active rows of layer l current; false if nobody is active.
-  bool enter(std::int32_t l, const Activations& embedded) {
+  bool enter(std::int32_t l) {
     auto active = active_in(plan_, l);
     for (std::size_t i = 0; i < active.size(); ++i) {
       if (!running(i)) active[i].clear();
@@ -169,7 +225,7 @@ class PackedExecution {
     auto layout = make_layout(plan_, active, device_);
     if (layout.rows > 0) {
       if (!run_) {
-        run_ = model_.start(embedded, layout);
+        start(layout);
         bool all_from_embedding = true;
         for (const SequencePlan& sequence : plan_.sequences) {
           for (const TokenRange& range : sequence.ranges) {
@@ -202,7 +258,7 @@ class PackedExecution {
           const auto at = std::lower_bound(before.begin(), before.end(), range.begin) - before.begin();
           pieces.push_back(previous.narrow(1, offset + at, n));
         } else if (l == 0) {
-          pieces.push_back(embedded_.narrow(0, sequence.row, 1).narrow(1, sequence.first + range.begin, n));
+          pieces.push_back(embedded_->hidden.narrow(0, sequence.row, 1).narrow(1, sequence.first + range.begin, n));
         } else {
           pieces.push_back(source_.entering(i, l, range.begin, range.end));
         }
@@ -264,7 +320,7 @@ class PackedExecution {
   }
 
   /// Runs the head on the selected tokens of the sequences that have not stopped; None if there are none.
-  c10::IValue run_head(const Activations& embedded) {
+  c10::IValue run_head() {
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < active_.size(); ++i) {
       const auto own = static_cast<std::int64_t>(active_[i].size());
@@ -289,7 +345,7 @@ class PackedExecution {
       for (const at::Tensor& piece : pieces) rows += piece.size(1);
       append_filler(pieces, filler_rows(rows), 1);
       auto hidden = at::cat(pieces, 1);
-      if (!run_) run_ = model_.start(embedded, layout);
+      if (!run_) start(layout);
       run_->set_rows(layout, std::move(hidden));
     }
     if (!captured_.empty()) {
@@ -314,7 +370,9 @@ class PackedExecution {
     return result;
   }
 
+  const Model& whole_;
   const TokenLevelModel& model_;
+  const Inputs& inputs_;
   const Plan& plan_;
   StateSource& source_;
   const Selection& selection_;
@@ -322,7 +380,9 @@ class PackedExecution {
   LayerObserver* observer_;
   std::vector<std::int32_t> stopped_at_;  ///< by sequence; above the number of layers: it has not
   std::unique_ptr<TokenRun> run_;
-  at::Tensor embedded_;
+  double started_ms_ = 0;
+  std::optional<Activations> embedded_;  ///< of all tokens; empty: only of those at positions_
+  at::Tensor positions_;
   ActiveSets active_;
   PackedLayout layout_;
   std::vector<std::size_t> listed_;
@@ -387,11 +447,8 @@ namespace {
 c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
                     const Selection& selection, Donors* capture, ForwardReport& report, LayerObserver* observer) {
   report.execution = Execution::kPacked;
-  Stopwatch clock;
-  const Activations embedded = model.embed(inputs);
-  report.embed_ms = clock.lap();
-  PackedExecution execution(model, plan, source, selection, capture != nullptr, observer);
-  auto result = execution.run(embedded, report);
+  PackedExecution execution(model, inputs, plan, source, selection, capture != nullptr, observer);
+  auto result = execution.run(report);
   report.sequences = count_tokens(plan);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     auto& layers = report.sequences[static_cast<std::size_t>(plan.sequences[i].row)].layers;

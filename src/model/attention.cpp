@@ -116,17 +116,19 @@ at::Tensor attend(const AttentionSettings& settings, const at::Tensor& queries, 
     if (causal) own = causal_mask(active, first, segment.tokens);
     if (own) {
       if (heads != key_heads) own = group_mask(*own, heads, key_heads);
+      while (own->dim() < 4) own = own->unsqueeze(0);
       own = additive(*own, queries);
     }
     auto [output, log_sum] = at::_scaled_dot_product_flash_attention_for_cpu(grouped, segment.keys[0], segment.keys[1],
                                                                              0.0, false, own, settings.scale);
+    // Where a query sees nothing of the segment the operator's log-sum-exp means nothing.
+    if (own) log_sum = log_sum.masked_fill(own->amax(-1).isneginf(), -std::numeric_limits<double>::infinity());
     outputs.push_back(std::move(output));
     log_sums.push_back(std::move(log_sum));
     first += segment.tokens;
   }
-  // A segment of which a query sees nothing has no log-sum-exp: its weight is zero.
-  const auto weights = at::softmax(at::stack(log_sums).nan_to_num(-std::numeric_limits<double>::infinity()), 0)
-                           .nan_to_num(0.0)
+  const auto weights = at::softmax(at::stack(log_sums), 0)
+                           .nan_to_num(0.0)  // a query that sees nothing at all
                            .to(queries.scalar_type())
                            .unsqueeze(-1);
   auto merged = (at::stack(outputs) * weights).sum(0);

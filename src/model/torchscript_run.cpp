@@ -13,6 +13,28 @@ Run::Run(const TokenLevel& model, std::shared_ptr<Env> full, const at::Tensor& h
   set_rows(layout, pack_rows(hidden, {0, 1, -1}, layout));
 }
 
+Run::Run(const TokenLevel& model, std::shared_ptr<Env> full, Env cut, const at::Tensor& positions,
+         const PackedLayout& layout)
+    : model_(model),
+      full_(std::move(full)),
+      cut_(std::move(cut)),
+      positions_(positions),
+      env_(model.program_.slots.size()) {
+  const at::Tensor hidden = cut_[static_cast<std::size_t>(model.program_.hidden[0])].toTensor();
+  set_rows(layout, pack_rows(hidden, {0, 1, -1}, narrowed(layout)));
+}
+
+/// The layout in tensors that are cut to positions_.
+PackedLayout Run::narrowed(const PackedLayout& layout) const {
+  PackedLayout narrow = layout;
+  narrow.width = positions_.size(0);
+  narrow.position = at::searchsorted(positions_, layout.position);
+  narrow.flat_index = layout.batch == 1
+                          ? narrow.position
+                          : layout.flat_index.div(layout.width, "floor").mul(narrow.width).add(narrow.position);
+  return narrow;
+}
+
 void Run::set_rows(const PackedLayout& layout, at::Tensor hidden) {
   layout_ = layout;
   hidden_ = std::move(hidden);
@@ -21,6 +43,7 @@ void Run::set_rows(const PackedLayout& layout, at::Tensor hidden) {
 }
 
 void Run::pack_sides() {
+  const PackedLayout narrow = positions_.defined() ? narrowed(layout_) : PackedLayout{};
   for (const PackRule& rule : model_.rules_) {
     const auto slot = static_cast<std::size_t>(rule.slot);
     const c10::IValue& value = (*full_)[slot];
@@ -32,7 +55,8 @@ void Run::pack_sides() {
         env_[slot] = integer_like(value, length_of(rule.length, 1, layout_.rows));
         break;
       case PackRule::Kind::kRows:
-        env_[slot] = pack_rows(value.toTensor(), rule.dims, layout_);
+        env_[slot] = cut_.empty() || cut_[slot].isNone() ? pack_rows(value.toTensor(), rule.dims, layout_)
+                                                         : pack_rows(cut_[slot].toTensor(), rule.dims, narrow);
         break;
     }
   }
@@ -58,12 +82,18 @@ const c10::IValue& Run::side_of(const SiteInput& input, int slot, std::size_t q)
   const auto [it, fresh] = sides_.try_emplace(key);
   if (!fresh) return it->second;
   const PackedSequence& sequence = layout_.sequences[q];
-  at::Tensor side = (*full_)[static_cast<std::size_t>(slot)].toTensor();
+  const bool narrow = positions_.defined() && input.query_dim >= 0;
+  at::Tensor side = (narrow ? cut_ : *full_)[static_cast<std::size_t>(slot)].toTensor();
   if (input.batch_dim >= 0) {
     side = side.narrow(input.batch_dim, sequence.row * input.batch_factor, input.batch_factor);
   }
   if (input.key_dim >= 0) side = side.narrow(input.key_dim, sequence.first, sequence.tokens);
-  if (input.query_dim >= 0) {
+  if (narrow) {
+    const auto wanted = sequence.active.defined()
+                            ? sequence.active.add(sequence.first)
+                            : at::arange(sequence.first, sequence.first + sequence.tokens, positions_.options());
+    side = side.index_select(input.query_dim, at::searchsorted(positions_, wanted));
+  } else if (input.query_dim >= 0) {
     side = side.narrow(input.query_dim, sequence.first, sequence.tokens);
     if (sequence.active.defined()) side = side.index_select(input.query_dim, sequence.active);
   }

@@ -11,6 +11,9 @@ namespace llmcache::ts {
 class Run final : public TokenRun {
  public:
   Run(const TokenLevel& model, std::shared_ptr<Env> full, const at::Tensor& hidden, const PackedLayout& layout);
+  /// From values of which some are there at `positions` only: these are in `cut`.
+  Run(const TokenLevel& model, std::shared_ptr<Env> full, Env cut, const at::Tensor& positions,
+      const PackedLayout& layout);
 
   void set_rows(const PackedLayout& layout, at::Tensor hidden) override;
   const at::Tensor& hidden() const override { return hidden_; }
@@ -23,11 +26,14 @@ class Run final : public TokenRun {
 
  private:
   void pack_sides();
+  [[nodiscard]] PackedLayout narrowed(const PackedLayout& layout) const;
   const c10::IValue& side_of(const SiteInput& input, int slot, std::size_t q);
   const c10::IValue& value_of(const SiteInput& input, int slot) const;
 
   const TokenLevel& model_;
   std::shared_ptr<Env> full_;  ///< values from before the layers, batch by tokens
+  Env cut_;                    ///< those of them that are there at positions_ only
+  at::Tensor positions_;       ///< undefined: nothing is cut
   Env env_;                    ///< values of the packed segments
   PackedLayout layout_;
   at::Tensor hidden_;

@@ -6,7 +6,9 @@
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
+#include <set>
 
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
@@ -39,6 +41,15 @@ TokenDims token_dims(const ValueInfo& info) {
 
 std::unique_ptr<TokenRun> TokenLevel::start(const Activations& embedded, const PackedLayout& layout) const {
   return std::make_unique<Run>(*this, std::static_pointer_cast<Env>(embedded.context), embedded.hidden, layout);
+}
+
+std::unique_ptr<TokenRun> TokenLevel::start_at(const std::vector<c10::IValue>& inputs, const at::Tensor& positions,
+                                               const PackedLayout& layout) const {
+  if (!narrow_embed_) return nullptr;
+  auto whole = std::make_shared<Env>(program_.slots.size());
+  Env cut(program_.slots.size());
+  narrow_embed_->run(self_, inputs, positions, *whole, cut);
+  return std::make_unique<Run>(*this, std::move(whole), std::move(cut), positions, layout);
 }
 
 bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
@@ -142,7 +153,35 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
     notes.push_back("layers use values of other layers than the one before: all layers run the same tokens");
   }
   build_head(notes);
+  build_narrow_embed();
   return true;
+}
+
+void TokenLevel::build_narrow_embed() {
+  if (!head_tokenwise_) return;
+  std::map<std::pair<int, int>, NarrowEmbed::Output> wanted;
+  const auto want = [&](int slot, int dim) { wanted[{slot, dim}] = {program_.slots.value(slot), slot, dim}; };
+  want(program_.hidden[0], 1);
+  for (const PackRule& rule : rules_) {
+    want(rule.slot, rule.kind == PackRule::Kind::kRows && rule.dims.merged < 0 ? rule.dims.tokens : -1);
+  }
+  for (const PackedLayer& layer : layers_) {
+    for (const Site& site : layer.sites) {
+      for (std::size_t i = 0; i < site.slots.size(); ++i) {
+        const SiteInput& input = site.region.inputs[i];
+        if (analysis_->dependent.count(input.value)) continue;
+        want(site.slots[i], input.role == Role::kSide ? input.query_dim : -1);
+      }
+    }
+  }
+  std::vector<NarrowEmbed::Output> outputs;
+  std::set<int> cut;
+  for (const auto& [key, output] : wanted) {
+    // One cut a slot: a value that is needed along two of its dimensions is none that we know.
+    if (output.dim >= 0 && !cut.insert(output.slot).second) return;
+    outputs.push_back(output);
+  }
+  narrow_embed_ = NarrowEmbed::build(*analysis_, outputs);
 }
 
 void TokenLevel::build_head(std::vector<std::string>& notes) {

@@ -11,6 +11,7 @@
 
 #include "model/attention.h"
 #include "model/packing.h"
+#include "model/torchscript_narrow_embed.h"
 #include "model/torchscript_sites.h"
 
 namespace llmcache::ts {
@@ -77,6 +78,8 @@ class TokenLevel final : public TokenLevelModel {
   bool self_contained() const override { return self_contained_; }
 
   std::unique_ptr<TokenRun> start(const Activations& embedded, const PackedLayout& layout) const override;
+  std::unique_ptr<TokenRun> start_at(const std::vector<c10::IValue>& inputs, const at::Tensor& positions,
+                                     const PackedLayout& layout) const override;
 
  private:
   friend class Run;
@@ -87,6 +90,7 @@ class TokenLevel final : public TokenLevelModel {
                                     const std::unordered_map<const Value*, c10::IValue>& values) const;
   bool try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values, bool partial) const;
   void build_head(std::vector<std::string>& notes);
+  void build_narrow_embed();
 
   std::shared_ptr<const Analysis> analysis_;
   Program& program_;
@@ -95,6 +99,7 @@ class TokenLevel final : public TokenLevelModel {
   std::vector<PackRule> rules_;
   std::unordered_set<int> ruled_;
   Segment packed_head_;
+  std::optional<NarrowEmbed> narrow_embed_;
   std::vector<int> head_rows_;          ///< slots of per-token values that the dense head needs
   std::vector<TokenDims> result_dims_;  ///< of the tensors in the result
   bool partial_ = true;

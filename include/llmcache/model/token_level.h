@@ -102,6 +102,15 @@ class TokenLevelModel {
   /// Starts a packed pass from embedded activations.
   [[nodiscard]] virtual std::unique_ptr<TokenRun> start(const Activations& embedded,
                                                         const PackedLayout& layout) const = 0;
+
+  /// Starts a packed pass from the model's inputs, preparing nothing but what tokens at `positions` need (of any row;
+  /// int64 `[n]`, ascending, on the model's device): layouts may list only these. The head must be token-wise. Null
+  /// where a model cannot do that.
+  [[nodiscard]] virtual std::unique_ptr<TokenRun> start_at(const std::vector<c10::IValue>& /*inputs*/,
+                                                           const at::Tensor& /*positions*/,
+                                                           const PackedLayout& /*layout*/) const {
+    return nullptr;
+  }
 };
 
 }  // namespace llmcache

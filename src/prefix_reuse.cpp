@@ -1,0 +1,427 @@
+#include "prefix_reuse.h"
+
+#include <ATen/ATen.h>
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <span>
+
+#include "execute/clock.h"
+#include "model/packing.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+namespace {
+
+/// Least room of a block for a sequence that grows, tokens.
+constexpr std::int64_t kLeastRoom = 64;
+
+/// The first `tokens` tokens of ranges.
+std::vector<KeyRange> first_of(const std::vector<KeyRange>& ranges, std::int64_t tokens) {
+  std::vector<KeyRange> first;
+  for (const KeyRange& range : ranges) {
+    if (tokens == 0) break;
+    first.push_back({range.block, range.offset, std::min(range.tokens, tokens)});
+    tokens -= first.back().tokens;
+  }
+  return first;
+}
+
+/// Appends a range, as part of the last one where it follows that in the same block.
+void append(std::vector<KeyRange>& ranges, const KeyRange& range) {
+  if (!ranges.empty() && ranges.back().block == range.block &&
+      ranges.back().offset + ranges.back().tokens == range.offset) {
+    ranges.back().tokens += range.tokens;
+  } else {
+    ranges.push_back(range);
+  }
+}
+
+void append_bytes(std::string& text, const void* data, std::size_t bytes) {
+  text.append(static_cast<const char*>(data), bytes);
+}
+
+Batch batch_of(const Inputs& inputs, const std::vector<RowSpan>& spans, std::int64_t width) {
+  Batch batch;
+  batch.inputs = inputs;
+  batch.rows = static_cast<std::int64_t>(spans.size());
+  batch.width = width;
+  batch.spans = spans;
+  for (const RowSpan& span : spans) {
+    batch.tokens += span.tokens;
+    batch.padded = batch.padded || span.tokens < width;
+    batch.right_padded = batch.right_padded && span.first == 0;
+  }
+  return batch;
+}
+
+}  // namespace
+
+/// A sequence of the batch that runs.
+struct PrefixReuse::Row {
+  std::int64_t row = 0;
+  RowSpan span;
+  std::string space;
+  std::vector<std::int64_t> tokens;  ///< token after token
+  std::size_t width = 1;             ///< numbers a token
+  PrefixLease lease;
+  std::vector<KeyRange> prefix;  ///< known before, and computed by another row of the batch
+  std::int64_t prefix_tokens = 0;
+  std::vector<KeyRange> own;  ///< where what it computes goes; empty: it is not kept
+  bool kept = false;
+
+  [[nodiscard]] std::int64_t fresh() const { return span.tokens - prefix_tokens; }
+};
+
+/// States of one pass: from the ranges of its rows, into those that they reserved.
+class PrefixReuse::Pass final : public StateSource {
+ public:
+  Pass(const PrefixReuse& owner, const std::vector<Row>& rows) : owner_(owner), rows_(rows), final_(rows.size()) {}
+
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+                               std::vector<at::Tensor> fresh) override {
+    const Row& row = rows_[sequence];
+    const int first = owner_.key_specs_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
+    const auto& dims = owner_.model_.token_level()->key_dims(layer, site);
+    const bool all = row.prefix_tokens == 0 || layer < owner_.resume_;
+    if (first >= 0 && row.kept) {
+      for (std::size_t i = 0; i < fresh.size(); ++i) {
+        write(row, static_cast<std::size_t>(first) + i, dims[i], fresh[i], all ? row.prefix_tokens : 0);
+      }
+    }
+    if (all) return {{row.span.tokens, std::move(fresh)}};
+    auto ranges = row.prefix;
+    if (row.kept) {
+      for (const KeyRange& range : row.own) append(ranges, range);
+    }
+    std::vector<KeySegment> segments;
+    for (const KeyRange& range : ranges) {
+      KeySegment& segment = segments.emplace_back(KeySegment{range.tokens, {}});
+      for (std::size_t i = 0; i < fresh.size(); ++i) {
+        segment.keys.push_back(
+            range.block->tensor(static_cast<std::size_t>(first) + i).narrow(dims[i], range.offset, range.tokens));
+      }
+    }
+    if (!row.kept) segments.push_back({row.fresh(), std::move(fresh)});
+    return segments;
+  }
+
+  at::Tensor entering(std::size_t, std::int32_t, std::int64_t, std::int64_t) override { return {}; }
+
+  void finished(std::size_t sequence, const at::Tensor& fresh) override {
+    const Row& row = rows_[sequence];
+    const std::int64_t skip = fresh.size(1) - row.fresh();
+    final_[sequence] = fresh.narrow(1, skip, row.fresh());
+    if (row.kept) write(row, owner_.final_spec_, 1, fresh, skip);
+  }
+
+  at::Tensor final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) override {
+    const Row& row = rows_[sequence];
+    std::vector<at::Tensor> pieces;
+    std::int64_t at = 0;
+    for (const KeyRange& range : row.prefix) {
+      const auto from = std::max(begin, at);
+      const auto to = std::min(end, at + range.tokens);
+      if (from < to) {
+        pieces.push_back(range.block->tensor(owner_.final_spec_).narrow(1, range.offset + from - at, to - from));
+      }
+      at += range.tokens;
+    }
+    if (end > at) {
+      const auto from = std::max(begin, at);
+      pieces.push_back(final_[sequence].narrow(1, from - at, end - from));
+    }
+    return pieces.size() == 1 ? pieces[0] : at::cat(pieces, 1);
+  }
+
+ private:
+  /// `fresh` from token `skip` on, into the row's own ranges.
+  static void write(const Row& row, std::size_t spec, std::int64_t dim, const at::Tensor& fresh, std::int64_t skip) {
+    for (const KeyRange& range : row.own) {
+      range.block->tensor(spec).narrow(dim, range.offset, range.tokens).copy_(fresh.narrow(dim, skip, range.tokens));
+      skip += range.tokens;
+    }
+  }
+
+  const PrefixReuse& owner_;
+  const std::vector<Row>& rows_;
+  std::vector<at::Tensor> final_;  ///< of the row's own tokens
+};
+
+PrefixReuse::PrefixReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
+                         const ModelProfile& profile, const PrefixOptions& options, std::size_t capacity_bytes)
+    : model_(model),
+      inputs_(inputs),
+      output_(output),
+      profile_(profile),
+      options_((options.validate(model.layers()), options)),
+      bank_({capacity_bytes, options.eviction, inputs.names.size(), key_specs()}) {}
+
+std::vector<KeySpec> PrefixReuse::key_specs() {
+  // One tiny sequence shows what there is to keep.
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  const auto probe = probe_inputs(inputs_.vocabulary, model_.device(), 1, 2);
+  Donors captured;
+  ForwardReport report;
+  execute_packed(model_, probe, batch_of(probe, {{0, 2}}, 2).full_plan(layers), {}, &captured, report);
+  std::vector<KeySpec> specs;
+  const auto add = [&](const at::Tensor& tensor, std::int64_t dim) {
+    specs.push_back({tensor.sizes().vec(), dim, tensor.options()});
+  };
+  for (std::int32_t l = 0; l < layers; ++l) {
+    const bool kept = options_.layers.empty() || std::binary_search(options_.layers.begin(), options_.layers.end(), l);
+    if (!kept) resume_ = l + 1;
+    auto& sites = key_specs_.emplace_back();
+    for (std::int64_t s = 0; s < model_.token_level()->sites(l); ++s) {
+      sites.push_back(kept ? static_cast<int>(specs.size()) : -1);
+      if (!kept) continue;
+      const auto& keys = captured[0]->keys[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)];
+      for (std::size_t i = 0; i < keys.size(); ++i) add(keys[i], model_.token_level()->key_dims(l, s)[i]);
+    }
+  }
+  final_spec_ = specs.size();
+  add(captured[0]->hidden.back(), 1);
+  return specs;
+}
+
+double PrefixReuse::now() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+}
+
+std::vector<PrefixReuse::Row> PrefixReuse::look_up(const Batch& batch, const std::string& tenant) {
+  std::vector<at::Tensor> values;  // [batch, tokens] on the CPU, of all inputs
+  std::string types;
+  for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
+    const c10::IValue& input = batch.inputs[i];
+    types.push_back(input.isTensor() ? static_cast<char>(input.toTensor().scalar_type()) : static_cast<char>(-1));
+    values.push_back(input.isTensor() ? input.toTensor().to(at::kCPU, at::kLong).contiguous()
+                                      : at::zeros({batch.rows, batch.width}, at::kLong));
+  }
+  std::vector<Row> rows;
+  for (std::int64_t r = 0; r < batch.rows; ++r) {
+    const RowSpan& span = batch.spans[static_cast<std::size_t>(r)];
+    if (span.tokens == 0) continue;
+    Row& row = rows.emplace_back();
+    row.row = r;
+    row.span = span;
+    row.width = values.size();
+    row.tokens.reserve(static_cast<std::size_t>(span.tokens) * values.size());
+    for (std::int64_t t = 0; t < span.tokens; ++t) {
+      for (const at::Tensor& value : values) {
+        row.tokens.push_back(value.const_data_ptr<std::int64_t>()[r * batch.width + span.first + t]);
+      }
+    }
+    // Padding in front decides positions, in some models by what it holds.
+    append_bytes(row.space, &span.first, sizeof(span.first));
+    for (const at::Tensor& value : values) {
+      append_bytes(row.space, value.const_data_ptr<std::int64_t>() + r * batch.width,
+                   static_cast<std::size_t>(span.first) * sizeof(std::int64_t));
+    }
+    row.space += types + tenant;
+    row.lease = bank_.find(row.space, row.tokens, now());
+    row.prefix = row.lease.known();
+    row.prefix_tokens = row.lease.known_tokens();
+  }
+  return rows;
+}
+
+void PrefixReuse::reserve(Row& row) {
+  if (row.fresh() == 0) {
+    row.kept = true;
+    return;
+  }
+  const std::int64_t room = row.lease.continues() ? std::max(kLeastRoom, row.prefix_tokens) : 0;
+  row.kept = bank_.reserve(row.lease, row.prefix.empty() ? nullptr : &row.prefix.back(), row.fresh(), room, now());
+  if (row.kept) row.own = row.lease.reserved();
+}
+
+/// Rows that begin alike compute their common beginning once: the first of them does.
+void PrefixReuse::share(std::vector<Row>& rows) const {
+  Row& row = rows.back();
+  std::int64_t best = row.prefix_tokens;
+  const Row* from = nullptr;
+  for (std::size_t j = 0; j + 1 < rows.size(); ++j) {
+    const Row& other = rows[j];
+    if (!other.kept || other.space != row.space) continue;
+    const auto length = std::min(row.tokens.size(), other.tokens.size());
+    const auto [end, _] = std::mismatch(row.tokens.begin(), row.tokens.begin() + static_cast<std::ptrdiff_t>(length),
+                                        other.tokens.begin());
+    const auto common = (end - row.tokens.begin()) / static_cast<std::ptrdiff_t>(row.width);
+    if (common > best) {
+      best = common;
+      from = &other;
+    }
+  }
+  if (from == nullptr) return;
+  auto ranges = from->prefix;
+  for (const KeyRange& range : from->own) append(ranges, range);
+  row.prefix = first_of(ranges, best);
+  row.prefix_tokens = best;
+}
+
+Plan PrefixReuse::plan(const Batch& batch, const std::vector<Row>& rows) const {
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  Plan plan{batch.rows, batch.width, layers, {}};
+  for (const Row& row : rows) {
+    SequencePlan sequence{row.row, row.span.first, row.span.tokens, -1, {}};
+    if (row.prefix_tokens > 0) sequence.ranges.push_back({0, row.prefix_tokens, 0, resume_, 0});
+    if (row.fresh() > 0) sequence.ranges.push_back({row.prefix_tokens, row.span.tokens, 0, layers, 0});
+    plan.sequences.push_back(std::move(sequence));
+  }
+  return plan;
+}
+
+Selection PrefixReuse::select(const Plan& plan, const std::vector<Row>& rows, Output output) const {
+  if (output == Output::kAll || !profile_.head_tokenwise) return select_all(plan);
+  Selection selection{output == Output::kLastToken ? 1 : 0, {}};
+  for (const Row& row : rows) {
+    const auto tokens = output == Output::kLastToken ? 1 : row.span.tokens - row.lease.known_tokens();
+    selection.spans.push_back({row.span.tokens - tokens, tokens, 0});
+    selection.width = std::max(selection.width, tokens);
+  }
+  return selection;
+}
+
+c10::IValue PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report) {
+  Stopwatch clock;
+  auto all = look_up(batch, tenant);
+  std::vector<Row> rows;
+  rows.reserve(all.size());
+  for (Row& row : all) {
+    rows.push_back(std::move(row));
+    share(rows);
+    reserve(rows.back());
+  }
+  const Plan passed = plan(batch, rows);
+  report.lookup_ms += clock.lap();
+  Pass pass(*this, rows);
+  auto result = execute_packed(model_, batch.inputs, passed, pass, select(passed, rows, output), report);
+  const double model_ms = clock.lap();
+
+  std::int64_t computed = 0;
+  for (const Row& row : rows) computed += row.fresh();
+  const double saved_ms = computed == 0 ? 0 : model_ms / static_cast<double>(computed);
+  for (Row& row : rows) {
+    if (row.kept && row.fresh() > 0) {
+      auto ranges = row.prefix;
+      ranges.insert(ranges.end(), row.own.begin(), row.own.end());
+      bank_.commit(row.lease, row.space, row.tokens, ranges, saved_ms, now());
+    }
+    SequenceReport& sequence = report.sequences[static_cast<std::size_t>(row.row)];
+    const std::int64_t known = row.lease.known_tokens();
+    const bool identical = known == row.span.tokens && resume_ == 0;
+    sequence.source = known == 0 ? Source::kComputed : identical ? Source::kIdentical : Source::kPrefix;
+    sequence.similarity = identical ? 1 : 0;
+    sequence.reused_tokens = known;
+    sequence.shared_tokens = row.prefix_tokens - known;
+    if (known > 0) sequence.resumed_layer = resume_;
+  }
+  report.store_ms += clock.lap();
+  return result;
+}
+
+bool PrefixReuse::agrees(const Inputs& inputs, const Batch& batch, std::string& why) {
+  c10::IValue plain;
+  try {
+    plain = model_.plain(inputs);
+  } catch (const std::exception&) {
+    return true;  // the model itself does not take this shape
+  }
+  ForwardReport report;
+  const auto got = run(batch, "", Output::kAll, report);
+  for (std::int64_t r = 0; r < batch.rows; ++r) {
+    const RowSpan& span = batch.spans[static_cast<std::size_t>(r)];
+    const auto a = row_of(got, output_, r, span.first, span.tokens, batch.width);
+    const auto b = row_of(plain, output_, r, span.first, span.tokens, batch.width);
+    for (std::size_t i = 0; i < b.size(); ++i) {
+      if (a.size() == b.size() && nearly_equal(a[i], b[i])) continue;
+      why = fmt::format("a sequence of {} tokens, {} of them known, comes out otherwise than from the plain model",
+                        span.tokens, report.sequences[static_cast<std::size_t>(r)].reused_tokens);
+      return false;
+    }
+  }
+  return true;
+}
+
+bool PrefixReuse::verify(std::string& why) {
+  const auto device = model_.device();
+  const auto mask = profile_.mask_argument;
+  // All sequences are beginnings of `main`, or leave it for `other` at some token.
+  const auto main = probe_inputs(inputs_.vocabulary, device, 1, 40, 5);
+  const auto other = probe_inputs(inputs_.vocabulary, device, 1, 40, 17);
+  struct Line {
+    std::int64_t from_main, tokens;
+  };
+  const auto check = [&](const std::vector<Line>& lines, bool left) {
+    std::int64_t width = 0;
+    for (const Line& line : lines) width = std::max(width, line.tokens);
+    std::vector<RowSpan> spans;
+    for (const Line& line : lines) spans.push_back({left ? width - line.tokens : 0, line.tokens});
+    Inputs inputs;
+    for (std::size_t i = 0; i < main.size(); ++i) {
+      const auto& first = main[i].toTensor();
+      const auto& second = other[i].toTensor();
+      auto all = at::zeros({static_cast<std::int64_t>(lines.size()), width}, first.options());
+      for (std::size_t r = 0; r < lines.size(); ++r) {
+        const Line& line = lines[r];
+        auto row = all[static_cast<std::int64_t>(r)].narrow(0, spans[r].first, line.tokens);
+        if (static_cast<int>(i) == mask) {
+          row.fill_(1);
+          continue;
+        }
+        row.narrow(0, 0, line.from_main).copy_(first[0].narrow(0, 0, line.from_main));
+        row.narrow(0, line.from_main, line.tokens - line.from_main)
+            .copy_(second[0].narrow(0, line.from_main, line.tokens - line.from_main));
+      }
+      inputs.emplace_back(all);
+    }
+    return agrees(inputs, batch_of(inputs, spans, width), why);
+  };
+  bool right = false;
+  try {
+    right = check({{9, 9}}, false) &&    // computed
+            check({{5, 14}}, false) &&   // leaves it in the middle
+            check({{12, 12}}, false) &&  // continues it
+            check({{13, 13}}, false) &&  // by one token
+            check({{7, 7}}, false) &&    // a part of it
+            check({{3, 36}}, false) &&   // far longer
+            check({{20, 20}, {20, 20}}, false);
+    if (right && mask >= 0) right = check({{14, 18}, {6, 9}, {22, 24}, {14, 15}}, false);
+    if (right && mask >= 0 && profile_.left_padding) {
+      right = check({{4, 6}, {9, 11}}, true) && check({{4, 7}, {9, 12}}, true);
+    }
+  } catch (const std::exception& error) {
+    why = reason_of(error);
+  }
+  clear();
+  return right;
+}
+
+c10::IValue cut_output(const c10::IValue& result, const OutputSpec& spec, const Batch& batch,
+                       const std::vector<std::int64_t>& known, Output output) {
+  if (output == Output::kAll) return result;
+  std::size_t leaf = 0;
+  return map_tensors(result, [&](const at::Tensor& all) {
+    const TokenDims& dims = spec.leaves.at(leaf++);
+    if (dims.tokens < 0 || dims.batch < 0 || all.size(dims.tokens) != batch.width) return all;
+    std::int64_t width = output == Output::kLastToken ? 1 : 0;
+    for (std::int64_t r = 0; r < batch.rows && output == Output::kNewTokens; ++r) {
+      const auto i = static_cast<std::size_t>(r);
+      width = std::max(width, batch.spans[i].tokens - known[i]);
+    }
+    auto shape = all.sizes().vec();
+    shape[static_cast<std::size_t>(dims.tokens)] = width;
+    auto cut = at::zeros(shape, all.options());
+    for (std::int64_t r = 0; r < batch.rows; ++r) {
+      const RowSpan& span = batch.spans[static_cast<std::size_t>(r)];
+      const auto tokens = output == Output::kLastToken ? std::min<std::int64_t>(1, span.tokens)
+                                                       : span.tokens - known[static_cast<std::size_t>(r)];
+      cut.narrow(dims.batch, r, 1)
+          .narrow(dims.tokens, 0, tokens)
+          .copy_(all.narrow(dims.batch, r, 1).narrow(dims.tokens, span.first + span.tokens - tokens, tokens));
+    }
+    return cut;
+  });
+}
+
+}  // namespace llmcache
