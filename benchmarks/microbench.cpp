@@ -36,11 +36,13 @@ constexpr const char* kUsage =
 
   --models DIR   folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's folder]
   --model NAME   which model [$LLMCACHE_MODEL, or bert-base]
+  --weights KIND how the cache holds weights: as-loaded, packed-fp32, packed-fp16 [as-loaded]; plain is as loaded
   --pairs N      pairs of plain and cached runs of each benchmark [15]; miss runs four times as many
 
 miss          128 fresh tokens, bank on: ratio = time of cache / time of plain (the overhead of a miss)
 packed        64/17/5/33 fresh tokens: ratio = plain, padded / packed; ideal = padded tokens / real tokens
 last/A        the last A of 128 tokens recomputed from a captured donor: ratio = plain, all 128 / cache
+decode/N      causal models: one token behind N known ones, last logits only: ratio = plain, all N + 1 / cache
 identical     128 tokens that are known: ratio = plain / cache
 threshold_miss 128 fresh tokens, fidelity threshold, nothing similar: ratio = time of cache / time of plain (the
               overhead of fingerprint, look-up and insertion)
@@ -65,9 +67,12 @@ void fail(benchmark::State& state, const std::exception& error) {
 /// The model under test, and ids for it that were never used before.
 class Bed {
  public:
-  explicit Bed(const ModelFile& file) : model_(file), vocabulary_(file.vocabulary) {
+  Bed(const ModelFile& file, Weights weights) : model_(file), weights_(weights), vocabulary_(file.vocabulary) {
     if (vocabulary_ <= kFirstId) throw Failure(fmt::format("model {}: its sidecar gives no vocabulary", file.name));
-    model_.wrap({});
+    Options options;
+    options.weights = weights_;
+    options.capacity_bytes = kCapacity;
+    model_.wrap(options);
   }
 
   LoadedModel& model() { return model_; }
@@ -77,6 +82,7 @@ class Bed {
     if (!threshold_cache_) {
       Options options;
       options.fidelity = Fidelity::kThreshold;
+      options.weights = weights_;
       options.threshold.tau = kTau;
       threshold_cache_ = model_.make_cache(options);
     }
@@ -104,7 +110,9 @@ class Bed {
   static constexpr std::int64_t kFirstId = 10;  // leaves special tokens out
   static constexpr double kTau = 0.9;
   static constexpr int kSettle = 40;
+  static constexpr std::size_t kCapacity = std::size_t{1} << 30;
   LoadedModel model_;
+  const Weights weights_;
   std::shared_ptr<Cache> threshold_cache_;
   std::int64_t vocabulary_;
   std::mt19937_64 generator_{0};
@@ -194,6 +202,36 @@ void last(benchmark::State& state, Bed& bed) {
   }
 }
 
+void decode(benchmark::State& state, Bed& bed) {
+  LoadedModel& model = bed.model();
+  Cache& cache = model.cache();
+  if (!cache.profile().prefix_reuse) {
+    state.SkipWithError("the model has no prefix reuse");
+    return;
+  }
+  try {
+    cache.clear();
+    Inputs inputs = bed.fresh({state.range(0)});
+    cache.forward(inputs, {.output = Output::kLastToken});
+    const auto grow = [&] {
+      const Inputs one = bed.fresh({1});
+      for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] = at::cat({inputs[i].toTensor(), one[i].toTensor()}, 1);
+      return inputs;
+    };
+    run_pairs(
+        state, grow, [&](const Inputs& in) { return model.plain(in); },
+        [&](const Inputs& in) { return cache.forward(in, {.output = Output::kLastToken}); }, /*overhead=*/false);
+    const ForwardReport report = cache.last_report();
+    if (report.sequences[0].reused_tokens + 1 != report.sequences[0].tokens) throw Failure("the context was not known");
+    state.counters["embed_ms"] = report.embed_ms;
+    state.counters["head_ms"] = report.head_ms;
+    state.counters["lookup_ms"] = report.lookup_ms;
+    state.counters["store_ms"] = report.store_ms;
+  } catch (const std::exception& error) {
+    fail(state, error);
+  }
+}
+
 void identical(benchmark::State& state, Bed& bed) {
   LoadedModel& model = bed.model();
   model.cache().clear();
@@ -252,6 +290,7 @@ void threshold_hit(benchmark::State& state, Bed& bed) {
 struct Settings {
   std::filesystem::path models = (program_folder() / ".." / "models").lexically_normal();
   std::string model = "bert-base";
+  Weights weights = Weights::kAsLoaded;
   int pairs = 15;
 };
 
@@ -272,6 +311,8 @@ Settings take_settings(int& argc, char** argv) {
       settings.models = models;
     } else if (const char* model = value(i, "--model")) {
       settings.model = model;
+    } else if (const char* weights = value(i, "--weights")) {
+      settings.weights = weights_from_string(weights);
     } else if (const char* pairs = value(i, "--pairs")) {
       char* end = nullptr;
       const long number = std::strtol(pairs, &end, 10);
@@ -295,7 +336,7 @@ int run(int argc, char** argv) {
   at::set_num_interop_threads(1);
   at::set_num_threads(1);
   const ModelFile file = read_model_file(settings.models / (settings.model + ".pt"));
-  Bed bed(file);
+  Bed bed(file, settings.weights);
   const auto add = [&](const char* name, void (*function)(benchmark::State&, Bed&)) {
     return benchmark::RegisterBenchmark((settings.model + "/" + name).c_str(),
                                         [&bed, function](benchmark::State& state) { function(state, bed); })
@@ -306,11 +347,18 @@ int run(int argc, char** argv) {
   add("miss", miss)->Iterations(4 * settings.pairs);
   add("packed", packed);
   add("last", last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
+  if (bed.model().cache().profile().prefix_reuse) {
+    auto* benchmark = add("decode", decode);
+    for (const std::int64_t context : {128, 512, 1000}) {
+      if (file.max_tokens == 0 || context + settings.pairs + kWarmUp < file.max_tokens) benchmark->Arg(context);
+    }
+  }
   add("identical", identical);
   add("threshold_miss", threshold_miss)->Iterations(4 * settings.pairs);
   add("threshold_hit", threshold_hit);
   benchmark::AddCustomContext("model", settings.model);
   benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
+  benchmark::AddCustomContext("held_weights", to_string(settings.weights));
   benchmark::AddCustomContext("torch_threads", "1");
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
