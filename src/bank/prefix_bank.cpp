@@ -1,37 +1,50 @@
 #include "bank/prefix_bank.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <xxhash.h>
 
 #include <algorithm>
+#include <exception>
+#include <new>
 #include <utility>
 
 namespace llmcache {
 namespace {
 
 /// What a tensor takes beside its data.
-constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
+constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl) + sizeof(at::Tensor);
+/// What a block takes beside its tensors: itself and the counts of its shared_ptr.
+constexpr std::size_t kBlockOverhead = sizeof(KeyBlock) + 4 * sizeof(void*);
 
-at::Tensor empty_like_spec(const KeySpec& spec, std::int64_t tokens) {
-  auto sizes = spec.sizes;
-  sizes[static_cast<std::size_t>(spec.token_dim)] = tokens;
-  return at::empty(sizes, spec.options);
-}
-
-std::size_t bytes_a_token(const KeySpec& spec) {
+/// What one token takes in a tensor of this spec.
+std::size_t bytes_of_token(const KeySpec& spec) {
   std::size_t bytes = spec.options.dtype().itemsize();
-  for (std::size_t d = 0; d < spec.sizes.size(); ++d) {
-    if (static_cast<std::int64_t>(d) != spec.token_dim) bytes *= static_cast<std::size_t>(spec.sizes[d]);
+  for (std::size_t i = 0; i < spec.sizes.size(); ++i) {
+    if (static_cast<std::int64_t>(i) != spec.token_dim) bytes *= static_cast<std::size_t>(spec.sizes[i]);
   }
   return bytes;
+}
+
+std::int64_t end_of(const KeyRange& range) { return range.offset + range.tokens; }
+
+/// True if `next` lies right behind `range`.
+bool follows(const KeyRange& range, const KeyRange& next) {
+  return range.block == next.block && end_of(range) == next.offset;
 }
 
 }  // namespace
 
 KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account)
-    : room_(room), bytes_(0), account_(account) {
+    : room_(room), bytes_(bytes), account_(account) {
+  // A tensor made in inference mode could not be written to outside of it.
+  const c10::InferenceMode normal(false);
   tensors_.reserve(specs.size());
-  for (const KeySpec& spec : specs) tensors_.push_back(empty_like_spec(spec, room));
-  bytes_ = bytes;  // from here on its own to release
+  for (const KeySpec& spec : specs) {
+    std::vector<std::int64_t> sizes = spec.sizes;
+    sizes[static_cast<std::size_t>(spec.token_dim)] = room;
+    tensors_.push_back(at::empty(sizes, spec.options));
+  }
 }
 
 KeyBlock::~KeyBlock() {
@@ -41,22 +54,21 @@ KeyBlock::~KeyBlock() {
 
 PrefixLease::PrefixLease(PrefixLease&& other) noexcept
     : bank_(std::exchange(other.bank_, nullptr)),
-      known_(std::move(other.known_)),
-      reserved_(std::move(other.reserved_)),
-      known_tokens_(other.known_tokens_),
-      continues_(other.continues_),
-      committed_(other.committed_) {}
+      known_(std::exchange(other.known_, {})),
+      reserved_(std::exchange(other.reserved_, {})),
+      kept_(std::exchange(other.kept_, {})),
+      known_tokens_(std::exchange(other.known_tokens_, 0)),
+      continues_(std::exchange(other.continues_, false)) {}
 
 PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
-  if (this != &other) {
-    if (bank_ != nullptr) bank_->release(*this);
-    bank_ = std::exchange(other.bank_, nullptr);
-    known_ = std::move(other.known_);
-    reserved_ = std::move(other.reserved_);
-    known_tokens_ = other.known_tokens_;
-    continues_ = other.continues_;
-    committed_ = other.committed_;
-  }
+  if (this == &other) return *this;
+  if (bank_ != nullptr) bank_->release(*this);
+  bank_ = std::exchange(other.bank_, nullptr);
+  known_ = std::exchange(other.known_, {});
+  reserved_ = std::exchange(other.reserved_, {});
+  kept_ = std::exchange(other.kept_, {});
+  known_tokens_ = std::exchange(other.known_tokens_, 0);
+  continues_ = std::exchange(other.continues_, false);
   return *this;
 }
 
@@ -64,6 +76,7 @@ PrefixLease::~PrefixLease() {
   if (bank_ != nullptr) bank_->release(*this);
 }
 
+// The containers start empty and allocate nothing until the first commit.
 PrefixBank::PrefixBank(Settings settings)
     : settings_(std::move(settings)),
       account_(settings_.capacity_bytes),
@@ -71,114 +84,97 @@ PrefixBank::PrefixBank(Settings settings)
       tree_(settings_.token_width, &memory_),
       policy_(settings_.eviction, &memory_) {
   for (const KeySpec& spec : settings_.specs) {
-    const auto bytes = bytes_a_token(spec);
-    token_bytes_ += bytes;
-    largest_bytes_ = std::max(largest_bytes_, bytes);
+    token_bytes_.push_back(bytes_of_token(spec));
+    all_token_bytes_ += token_bytes_.back();
   }
 }
 
 PrefixBank::~PrefixBank() = default;
 
-std::size_t PrefixBank::bytes_of(std::int64_t tokens) const noexcept {
-  return static_cast<std::size_t>(tokens) * token_bytes_ + settings_.specs.size() * kTensorOverhead;
-}
-
-EntryCost PrefixBank::cost_of(std::int64_t tokens, double saved_ms) const noexcept {
-  EntryCost cost;
-  cost.bytes = static_cast<std::size_t>(tokens) * token_bytes_;
-  cost.saved_ms = saved_ms * static_cast<double>(tokens);
-  return cost;
-}
-
 PrefixLease PrefixBank::find(std::string_view space, std::span<const std::int64_t> tokens, double now_s) {
   PrefixLease lease;
   const std::lock_guard lock(mutex_);
-  const auto path = tree_.walk(space, tokens);
-  lease.known_.reserve(path.size());
-  lease.bank_ = this;
-  for (const auto& step : path) {
-    if (step.tokens == 0) continue;
-    const KeyRange& range = tree_.payload(step.slot);
-    lease.known_.push_back({range.block, range.offset, static_cast<std::int64_t>(step.tokens)});
-    ++range.block->pins_;
-    lease.known_tokens_ += static_cast<std::int64_t>(step.tokens);
-  }
-  if (!path.empty()) {
-    const auto& last = path.back();
-    lease.continues_ = last.tokens == tree_.tokens(last.slot) && tree_.first_child(last.slot) == Tree::kNone;
-  }
-  touch(path, now_s);
-  return lease;
-}
-
-void PrefixBank::touch(const std::vector<Tree::Step>& path, double now_s) {
-  // The end first: what is older goes first, and a branch goes from its end.
-  for (auto step = path.rbegin(); step != path.rend(); ++step) policy_.hit(step->slot, now_s);
-}
-
-std::shared_ptr<KeyBlock> PrefixBank::make_block(std::int64_t room, double now_s) {
-  const std::size_t bytes = bytes_of(room);
-  if (bytes > account_.limit()) return nullptr;
-  while (!account_.try_reserve(bytes)) {
-    if (!evict_one(now_s)) return nullptr;
-  }
-  for (;;) {
-    try {
-      const std::pmr::polymorphic_allocator<KeyBlock> allocator(&memory_);
-      return std::allocate_shared<KeyBlock>(allocator, settings_.specs, room, bytes, account_);
-    } catch (const std::bad_alloc&) {
-      if (evict_one(now_s)) continue;
-    } catch (const std::exception&) {  // LibTorch has no memory
+  const PrefixTree::Match match = tree_.match(space, tokens);
+  if (match.tokens > 0) {
+    for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) {
+      KeyRange part = held(node);
+      if (node == match.node) part.tokens = static_cast<std::int64_t>(match.in_node);
+      if (!lease.known_.empty() && follows(part, lease.known_.back())) {
+        lease.known_.back().offset = part.offset;
+        lease.known_.back().tokens += part.tokens;
+      } else {
+        lease.known_.push_back(std::move(part));
+      }
     }
-    account_.release(bytes);
-    return nullptr;
+    // Nothing fails from here on. The root was used last, so that a leaf is older than what is above it.
+    std::ranges::reverse(lease.known_);
+    for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) policy_.hit(node, now_s);
+    for (const KeyRange& range : lease.known_) pin(*range.block);
+    lease.known_tokens_ = static_cast<std::int64_t>(match.tokens);
+    lease.continues_ = match.in_node == tree_.size(match.node) && tree_.is_leaf(match.node);
   }
+  lease.bank_ = this;
+  return lease;
 }
 
 bool PrefixBank::reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room,
                          double now_s) {
-  lease.reserved_.reserve(lease.reserved_.size() + 2);
-  lease.bank_ = this;
-  const std::lock_guard lock(mutex_);
-  const std::size_t before = lease.reserved_.size();
-  if (after != nullptr) {
-    KeyBlock& block = *after->block;
-    const auto spare = after->offset + after->tokens == block.claimed_ ? block.room_ - block.claimed_ : 0;
-    if (const auto taken = std::min(spare, count); taken > 0) {
-      lease.reserved_.push_back({after->block, block.claimed_, taken});
-      block.claimed_ += taken;
-      ++block.pins_;
-      count -= taken;
-    }
+  if (count <= 0) return true;
+  const KeyRange last = after == nullptr ? KeyRange{} : *after;  // `after` may lie in the vector that grows
+  std::unique_lock lock(mutex_);
+  try {
+    lease.reserved_.reserve(lease.reserved_.size() + 2);
+    lease.kept_.reserve(lease.reserved_.size() + 2);
+  } catch (const std::bad_alloc&) {
+    ++counters_.rejected;
+    return false;
   }
-  if (count == 0) return true;
-  auto block = room > count ? make_block(room, now_s) : nullptr;
-  if (!block) block = make_block(count, now_s);
+  const auto give = [&lease, this](const std::shared_ptr<KeyBlock>& block, std::int64_t tokens) {
+    lease.bank_ = this;
+    lease.reserved_.push_back({block, block->claimed_, tokens});
+    lease.kept_.push_back(0);
+    block->claimed_ += tokens;
+    pin(*block);
+  };
+  const std::size_t before = lease.reserved_.size();
+  std::int64_t spare = 0;
+  if (last.block && end_of(last) == last.block->claimed_) spare = std::min(count, last.block->room_ - end_of(last));
+  if (spare > 0) give(last.block, spare);
+  if (spare == count) return true;
+  const std::int64_t rest = count - spare;
+  std::shared_ptr<KeyBlock> block;
+  if (room > rest) block = make_block(lock, room, now_s);
+  if (!block) block = make_block(lock, rest, now_s);
   if (block) {
-    block->claimed_ = count;
-    block->pins_ = 1;
-    lease.reserved_.push_back({std::move(block), 0, count});
+    give(block, rest);
+    unpin(*block);  // make_block() has pinned it already
     return true;
   }
-  if (lease.reserved_.size() > before) {
-    KeyBlock& spare = *lease.reserved_.back().block;
-    spare.claimed_ = lease.reserved_.back().offset;
-    --spare.pins_;
-    lease.reserved_.pop_back();
-  }
   ++counters_.rejected;
+  if (lease.reserved_.size() > before) {
+    if (last.block->claimed_ == end_of(last) + spare) last.block->claimed_ -= spare;
+    unpin(*last.block);
+    lease.reserved_.pop_back();
+    lease.kept_.pop_back();
+  }
   return false;
 }
 
 void PrefixBank::commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
                         std::span<const KeyRange> ranges, double saved_ms, double now_s) {
+  std::size_t held = 0;
+  for (const KeyRange& range : ranges) held += static_cast<std::size_t>(range.tokens);
+  const std::size_t count = std::min(tokens.size() / settings_.token_width, held);
+  const Sequence sequence{space, tokens.first(count * settings_.token_width), ranges, saved_ms, now_s};
   const std::lock_guard lock(mutex_);
-  lease.committed_ = true;
   for (;;) {
     try {
-      insert(space, tokens, ranges, saved_ms, now_s);
+      // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
+      if (grow(lease, sequence)) ++counters_.insertions;
       return;
     } catch (const std::bad_alloc&) {
+      tree_.drop_if_empty(space);
+      if (tree_.empty()) ranges_.reset();
       if (evict_one(now_s)) continue;
       ++counters_.rejected;
       return;
@@ -186,158 +182,125 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view space, std::span<co
   }
 }
 
-void PrefixBank::insert(std::string_view space, std::span<const std::int64_t> tokens, std::span<const KeyRange> ranges,
-                        double saved_ms, double now_s) {
-  const auto width = settings_.token_width;
-  auto path = tree_.walk(space, tokens);
-  std::int64_t known = 0;
-  for (const auto& step : path) known += static_cast<std::int64_t>(step.tokens);
-  if (known * static_cast<std::int64_t>(width) >= static_cast<std::int64_t>(tokens.size())) {
-    touch(path, now_s);
-    return;
+/// Makes known what is not yet; false if all is. std::bad_alloc: a part of it may be known then.
+bool PrefixBank::grow(PrefixLease& lease, const Sequence& sequence) {
+  const std::size_t count = sequence.tokens.size() / settings_.token_width;
+  const PrefixTree::Match match = tree_.match(sequence.space, sequence.tokens);
+  if (match.tokens == count) return false;
+  std::uint32_t node = match.node;
+  if (node == PrefixTree::kNone) {
+    node = tree_.root(sequence.space);
+  } else if (!tree_.is_root(node) && match.in_node < tree_.size(node)) {
+    node = split(node, match.in_node, sequence, match.tokens);
   }
-  // Each step below leaves a tree that is right, so that a later one may fail.
-  const auto in_policy = [&](std::int64_t count, auto make) {
-    const auto slot = tree_.next_slot();
-    policy_.insert(slot, cost_of(count, saved_ms), now_s);
-    try {
-      make();
-    } catch (...) {
-      policy_.erase(slot);
-      throw;
-    }
-    ++counters_.entries;
-    return slot;
-  };
-  path.reserve(path.size() + ranges.size() + 1);
-  Tree::Slot at = path.empty() ? tree_.root(space) : path.back().slot;
-  if (!path.empty() && path.back().tokens < tree_.tokens(at)) {
-    const auto cut = static_cast<std::int64_t>(path.back().tokens);
-    const KeyRange whole = tree_.payload(at);
-    const auto slot = in_policy(cut, [&] {
-      tree_.split(at, static_cast<std::size_t>(cut), {whole.block, whole.offset, cut},
-                  {whole.block, whole.offset + cut, whole.tokens - cut});
-    });
-    at = path.back().slot = slot;
-  }
-  bool added = false;
-  try {
-    std::int64_t position = 0;
-    for (const KeyRange& range : ranges) {
-      const auto skip = std::min(range.tokens, std::max<std::int64_t>(known - position, 0));
-      const KeyRange rest{range.block, range.offset + skip, range.tokens - skip};
-      position += skip;
-      if (rest.tokens == 0) continue;
-      const auto own =
-          tokens.subspan(static_cast<std::size_t>(position) * width, static_cast<std::size_t>(rest.tokens) * width);
-      KeyRange& last = tree_.payload(at);
-      const bool grows = !tree_.is_root(at) && tree_.first_child(at) == Tree::kNone && last.block == rest.block &&
-                         last.offset + last.tokens == rest.offset;
-      if (grows) {
-        tree_.extend(at, own);
-        last.tokens += rest.tokens;
+  std::size_t begin = 0;  // of the range that comes, in the sequence
+  KeyRange next;
+  for (std::size_t i = 0; i < sequence.ranges.size() && begin < count; ++i) {
+    const KeyRange& range = sequence.ranges[i];
+    const std::size_t end = std::min(begin + static_cast<std::size_t>(range.tokens), count);
+    if (end > match.tokens) {
+      const auto skipped = static_cast<std::int64_t>(std::max(begin, match.tokens) - begin);
+      const KeyRange piece{range.block, range.offset + skipped, static_cast<std::int64_t>(end - begin) - skipped};
+      if (next.block && follows(next, piece)) {
+        next.tokens += piece.tokens;
       } else {
-        at = in_policy(rest.tokens, [&] { tree_.add(at, own, rest); });
-        path.push_back({at, static_cast<std::size_t>(rest.tokens)});
+        next = piece;
       }
-      position += rest.tokens;
-      counters_.tokens += static_cast<std::uint64_t>(rest.tokens);
-      if (!std::exchange(added, true)) ++counters_.insertions;
+      // The ranges that follow in the same block go with it.
+      const bool more = i + 1 < sequence.ranges.size() && end < count && follows(range, sequence.ranges[i + 1]);
+      if (!more && next.tokens > 0) {
+        node = append(node, next, sequence, end - static_cast<std::size_t>(next.tokens));
+        for (std::size_t j = 0; j < lease.reserved_.size(); ++j) {
+          const KeyRange& own = lease.reserved_[j];
+          if (own.block != next.block || next.offset >= end_of(own)) continue;
+          lease.kept_[j] = std::max(lease.kept_[j], std::min(end_of(next), end_of(own)) - own.offset);
+        }
+        next = {};
+      }
     }
+    begin = end;
+  }
+  return true;
+}
+
+/// Cuts a node behind `count` tokens, where `end` tokens of the sequence end. Returns the upper half. The lower one
+/// keeps its place in the policy, at the cost that was given for both: the hits that it has had are worth more than
+/// that.
+std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Sequence& sequence, std::size_t end) {
+  const auto tokens = static_cast<std::int64_t>(count);
+  const std::uint32_t slot = prepare(tokens, sequence, end);
+  try {
+    tree_.split(node, count);
   } catch (...) {
-    tree_.drop_if_empty(at);
+    policy_.erase(slot);
     throw;
   }
-  touch(path, now_s);
+  KeyRange& lower = held(node);
+  held(slot) = {lower.block, lower.offset, tokens};
+  lower.offset += tokens;
+  lower.tokens -= tokens;
+  ++counters_.entries;
+  return slot;
 }
 
-/// A node below `slot`, or that itself, which can go: no children, and no running pass uses its block.
-PrefixBank::Tree::Slot PrefixBank::leaf_below(Tree::Slot slot) noexcept {
-  constexpr int kTries = 64;  // among many children that are all in use, the next victim does as well
-  const Tree::Slot top = slot;
-  for (int i = 0; i < kTries; ++i) {
-    while (tree_.first_child(slot) != Tree::kNone) slot = tree_.first_child(slot);
-    if (tree_.payload(slot).block->pins_ == 0) return slot;
-    while (slot != top && tree_.next_sibling(slot) == Tree::kNone) slot = tree_.parent(slot);
-    if (slot == top) break;
-    slot = tree_.next_sibling(slot);
-  }
-  return Tree::kNone;
-}
-
-bool PrefixBank::evict_one(double now_s) noexcept {
-  for (std::size_t tries = policy_.size(); tries > 0; --tries) {
-    const auto victim = policy_.victim(now_s);
-    if (!victim) return false;
-    const auto leaf = leaf_below(*victim);
-    if (leaf == Tree::kNone) {
-      policy_.hit(*victim, now_s);  // in use
-      continue;
+/// Puts tokens of the sequence, from number `begin` on, behind a node. Returns the node that holds them.
+std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, const Sequence& sequence,
+                                 std::size_t begin) {
+  const std::size_t width = settings_.token_width;
+  const auto count = static_cast<std::size_t>(range.tokens);
+  const auto tokens = sequence.tokens.subspan(begin * width, count * width);
+  std::uint32_t holder = node;
+  if (!tree_.is_root(node) && tree_.is_leaf(node) && follows(held(node), range)) {
+    tree_.extend(node, tokens);
+    held(node).tokens += range.tokens;
+  } else {
+    holder = prepare(range.tokens, sequence, begin + count);
+    try {
+      tree_.attach(node, tokens);
+    } catch (...) {
+      policy_.erase(holder);
+      throw;
     }
-    const auto parent = tree_.parent(leaf);
-    const bool shared = !tree_.is_root(parent) && tree_.payload(parent).block == tree_.payload(leaf).block;
-    counters_.tokens -= static_cast<std::uint64_t>(tree_.payload(leaf).tokens);
-    --counters_.entries;
-    ++counters_.evictions;
-    policy_.erase(leaf);
-    tree_.remove(leaf);
-    if (shared) compact(parent);
-    return true;
+    held(holder) = range;
+    ++counters_.entries;
   }
-  return false;
+  counters_.tokens += count;
+  return holder;
 }
 
-/// Gives back the room in the block of a node without children that nobody else uses, where that is half of it.
-void PrefixBank::compact(Tree::Slot slot) noexcept {
-  KeyRange& range = tree_.payload(slot);
-  KeyBlock& block = *range.block;
-  if (tree_.first_child(slot) != Tree::kNone || block.pins_ > 0 || range.block.use_count() > 1) return;
-  if (2 * range.tokens > block.room_) return;
-  // One tensor after the other, so that little more room is taken meanwhile.
-  const std::size_t transient = largest_bytes_ * static_cast<std::size_t>(range.tokens) + kTensorOverhead;
-  if (!account_.try_reserve(transient)) return;
-  try {
-    for (std::size_t i = 0; i < block.tensors_.size(); ++i) {
-      const KeySpec& spec = settings_.specs[i];
-      auto smaller = empty_like_spec(spec, range.tokens);
-      smaller.copy_(block.tensors_[i].narrow(spec.token_dim, range.offset, range.tokens));
-      block.tensors_[i] = std::move(smaller);
-    }
-  } catch (const std::exception&) {  // some are replaced, so that the node is of no use
-    counters_.tokens -= static_cast<std::uint64_t>(range.tokens);
-    --counters_.entries;
-    ++counters_.evictions;
-    policy_.erase(slot);
-    tree_.remove(slot);
-    account_.release(transient);
-    return;
-  }
-  const std::size_t bytes = bytes_of(range.tokens);
-  account_.release(block.bytes_ - bytes + transient);
-  block.bytes_ = bytes;
-  block.room_ = block.claimed_ = range.tokens;
-  range.offset = 0;
+/// All that a new node needs beside the tree, which gives it this slot next. `end`: where it ends in the sequence.
+std::uint32_t PrefixBank::prepare(std::int64_t tokens, const Sequence& sequence, std::size_t end) {
+  const std::uint32_t slot = tree_.next_slot();
+  if (!ranges_) ranges_.emplace(&memory_);
+  while (slot >= ranges_->size()) ranges_->emplace_back();
+  EntryCost cost;
+  cost.bytes = static_cast<std::size_t>(tokens) * all_token_bytes_;
+  cost.saved_ms = static_cast<double>(tokens) * sequence.saved_ms;
+  cost.key = XXH3_64bits_withSeed(sequence.tokens.data(), end * settings_.token_width * sizeof(std::int64_t),
+                                  XXH3_64bits(sequence.space.data(), sequence.space.size()));
+  policy_.insert(slot, cost, sequence.now_s);
+  return slot;
 }
 
 void PrefixBank::release(PrefixLease& lease) noexcept {
-  {
-    const std::lock_guard lock(mutex_);
-    for (const KeyRange& range : lease.known_) --range.block->pins_;
-    for (auto range = lease.reserved_.rbegin(); range != lease.reserved_.rend(); ++range) {
-      --range->block->pins_;
-      const bool last = range->block->claimed_ == range->offset + range->tokens;
-      if (!lease.committed_ && last) range->block->claimed_ = range->offset;
-    }
+  lease.bank_ = nullptr;
+  const std::vector<KeyRange> known = std::exchange(lease.known_, {});
+  const std::vector<KeyRange> reserved = std::exchange(lease.reserved_, {});
+  const std::vector<std::int64_t> kept = std::exchange(lease.kept_, {});
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = reserved.size(); i-- > 0;) {
+    KeyBlock& block = *reserved[i].block;
+    if (block.claimed_ == end_of(reserved[i])) block.claimed_ = reserved[i].offset + kept[i];
+    unpin(block);
   }
-  lease.known_.clear();
-  lease.reserved_.clear();
+  for (const KeyRange& range : known) unpin(*range.block);
 }
 
 void PrefixBank::clear() {
   const std::lock_guard lock(mutex_);
   policy_.clear();
-  std::destroy_at(&tree_);
-  std::construct_at(&tree_, settings_.token_width, &memory_);
+  tree_.clear();
+  ranges_.reset();
   counters_.entries = 0;
   counters_.tokens = 0;
 }
@@ -348,6 +311,137 @@ PrefixBank::Counters PrefixBank::counters() const {
   counters.bytes = account_.used();
   counters.peak_bytes = account_.peak();
   return counters;
+}
+
+/// Empty if it is more than the capacity.
+std::optional<std::size_t> PrefixBank::block_bytes(std::int64_t room) const noexcept {
+  const auto tokens = static_cast<std::size_t>(room);
+  if (all_token_bytes_ > 0 && tokens > account_.limit() / all_token_bytes_) return std::nullopt;
+  return tokens * all_token_bytes_ + settings_.specs.size() * kTensorOverhead + kBlockOverhead;
+}
+
+/// A block, pinned, or null if there is no room for it. Its tensors are made without the lock, with their bytes already
+/// reserved.
+std::shared_ptr<KeyBlock> PrefixBank::make_block(std::unique_lock<std::mutex>& lock, std::int64_t room, double now_s) {
+  const auto bytes = block_bytes(room);
+  if (!bytes || !make_room(*bytes, now_s)) return nullptr;
+  pinned_bytes_ += *bytes;
+  lock.unlock();
+  std::shared_ptr<KeyBlock> block;
+  try {
+    block = std::make_shared<KeyBlock>(settings_.specs, room, *bytes, account_);
+  } catch (const std::exception&) {
+    account_.release(*bytes);
+  }
+  lock.lock();
+  if (block) {
+    block->pins_ = 1;
+  } else {
+    pinned_bytes_ -= *bytes;
+  }
+  return block;
+}
+
+/// Reserves bytes in the account. Evicts nothing if they cannot be had anyway.
+bool PrefixBank::make_room(std::size_t bytes, double now_s) noexcept {
+  const std::size_t limit = account_.limit();
+  if (bytes > limit || pinned_bytes_ > limit - bytes) return false;
+  while (!account_.try_reserve(bytes)) {
+    if (!evict_one(now_s)) return false;
+  }
+  return true;
+}
+
+bool PrefixBank::evict_one(double now_s) noexcept {
+  // A node that a running pass uses counts as used again, so that the policy names another one. How often is bounded:
+  // some policies name it several times before they do.
+  for (int attempts = 0; attempts < 64; ++attempts) {
+    const auto victim = policy_.victim(now_s);
+    if (!victim) return false;
+    if (const std::uint32_t leaf = idle_leaf(*victim); leaf != PrefixTree::kNone) {
+      evict(leaf);
+      return true;
+    }
+    policy_.hit(*victim, now_s);
+  }
+  for (std::uint32_t slot = 0; slot < tree_.slots(); ++slot) {
+    if (policy_.contains(slot) && tree_.is_leaf(slot) && idle(slot)) {
+      evict(slot);
+      return true;
+    }
+  }
+  return false;
+}
+
+/// The first leaf at or below a node that no running pass uses, in the order in which children came; kNone if there is
+/// none.
+std::uint32_t PrefixBank::idle_leaf(std::uint32_t node) const noexcept {
+  for (std::uint32_t at = node;;) {
+    if (!tree_.is_leaf(at)) {
+      at = tree_.first_child(at);
+      continue;
+    }
+    if (idle(at)) return at;
+    while (at != node && tree_.next_sibling(at) == PrefixTree::kNone) at = tree_.parent(at);
+    if (at == node) return PrefixTree::kNone;
+    at = tree_.next_sibling(at);
+  }
+}
+
+bool PrefixBank::idle(std::uint32_t node) const noexcept { return (*ranges_)[node].block->pins_ == 0; }
+
+void PrefixBank::evict(std::uint32_t leaf) noexcept {
+  const KeyRange gone = std::exchange(held(leaf), {});
+  policy_.erase(leaf);
+  tree_.remove(leaf);
+  if (tree_.empty()) ranges_.reset();
+  --counters_.entries;
+  counters_.tokens -= static_cast<std::uint64_t>(gone.tokens);
+  ++counters_.evictions;
+  KeyBlock& block = *gone.block;
+  if (gone.block.use_count() == 1) return;  // the block goes with it
+  // What was the end of the block is spare room again; where that is more than half of it, it is given back.
+  if (block.claimed_ == end_of(gone)) block.claimed_ = gone.offset;
+  block.wasteful_ = true;
+  trim_if_wasteful(block);
+}
+
+void PrefixBank::trim_if_wasteful(KeyBlock& block) noexcept {
+  if (block.wasteful_) block.wasteful_ = block.claimed_ > 0 && block.claimed_ <= block.room_ / 2 && !trim(block);
+}
+
+/// Gives back the spare room of a block that nobody uses now, tensor by tensor, so that it takes little memory to do
+/// so. False if even that cannot be had.
+bool PrefixBank::trim(KeyBlock& block) noexcept {
+  std::size_t transient = 0;
+  for (const std::size_t bytes : token_bytes_) transient = std::max(transient, bytes);
+  transient *= static_cast<std::size_t>(block.claimed_);
+  if (!account_.try_reserve(transient)) return false;
+  try {
+    const c10::InferenceMode normal(false);
+    for (std::size_t i = 0; i < block.tensors_.size(); ++i) {
+      at::Tensor& tensor = block.tensors_[i];
+      const std::size_t before = tensor.nbytes();
+      tensor = tensor.narrow(settings_.specs[i].token_dim, 0, block.claimed_).clone(at::MemoryFormat::Contiguous);
+      const std::size_t freed = before - tensor.nbytes();
+      block.bytes_ -= freed;
+      account_.release(freed);
+    }
+  } catch (const std::exception&) {  // the other tensors stay larger than they need to be
+  }
+  block.room_ = block.claimed_;
+  account_.release(transient);
+  return true;
+}
+
+void PrefixBank::pin(KeyBlock& block) noexcept {
+  if (block.pins_++ == 0) pinned_bytes_ += block.bytes_;
+}
+
+void PrefixBank::unpin(KeyBlock& block) noexcept {
+  if (--block.pins_ > 0) return;
+  pinned_bytes_ -= block.bytes_;
+  trim_if_wasteful(block);
 }
 
 }  // namespace llmcache

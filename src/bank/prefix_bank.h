@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <memory_resource>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -44,6 +46,7 @@ class KeyBlock {
   std::int64_t room_;
   std::int64_t claimed_ = 0;  ///< tokens from the start that belong to somebody; guarded by the bank's lock
   std::int64_t pins_ = 0;     ///< running passes that use it; guarded by the bank's lock
+  bool wasteful_ = false;     ///< was to give back its spare room and could not; guarded by the bank's lock
   std::size_t bytes_;
   MemoryAccount& account_;
 };
@@ -79,9 +82,9 @@ class PrefixLease {
   PrefixBank* bank_ = nullptr;
   std::vector<KeyRange> known_;
   std::vector<KeyRange> reserved_;
+  std::vector<std::int64_t> kept_;  ///< of each reserved range: how much of its start the bank has taken over
   std::int64_t known_tokens_ = 0;
   bool continues_ = false;
-  bool committed_ = false;
 };
 
 /// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index are
@@ -101,9 +104,11 @@ class PrefixBank {
     std::vector<KeySpec> specs;
   };
   struct Counters {
-    std::uint64_t entries = 0;  ///< nodes
-    std::uint64_t tokens = 0;   ///< that the nodes hold
-    std::uint64_t insertions = 0, evictions = 0, rejected = 0;
+    std::uint64_t entries = 0;     ///< nodes
+    std::uint64_t tokens = 0;      ///< that the nodes hold
+    std::uint64_t insertions = 0;  ///< commits that made something known
+    std::uint64_t evictions = 0;   ///< of nodes
+    std::uint64_t rejected = 0;    ///< calls of reserve() and commit()
     std::size_t bytes = 0, peak_bytes = 0;
   };
 
@@ -135,27 +140,45 @@ class PrefixBank {
 
  private:
   friend class PrefixLease;
-  using Tree = PrefixTree<KeyRange>;
-
   void release(PrefixLease& lease) noexcept;
-  [[nodiscard]] std::size_t bytes_of(std::int64_t tokens) const noexcept;
-  [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::int64_t room, double now_s);
-  void insert(std::string_view space, std::span<const std::int64_t> tokens, std::span<const KeyRange> ranges,
-              double saved_ms, double now_s);
-  void touch(const std::vector<Tree::Step>& path, double now_s);
-  [[nodiscard]] EntryCost cost_of(std::int64_t tokens, double saved_ms) const noexcept;
+
+  [[nodiscard]] std::optional<std::size_t> block_bytes(std::int64_t room) const noexcept;
+  [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::unique_lock<std::mutex>& lock, std::int64_t room,
+                                                     double now_s);
+  bool make_room(std::size_t bytes, double now_s) noexcept;
   bool evict_one(double now_s) noexcept;
-  [[nodiscard]] Tree::Slot leaf_below(Tree::Slot slot) noexcept;
-  void compact(Tree::Slot slot) noexcept;
+  [[nodiscard]] std::uint32_t idle_leaf(std::uint32_t node) const noexcept;
+  [[nodiscard]] KeyRange& held(std::uint32_t node) noexcept { return (*ranges_)[node]; }
+  [[nodiscard]] bool idle(std::uint32_t node) const noexcept;
+  void evict(std::uint32_t leaf) noexcept;
+  void trim_if_wasteful(KeyBlock& block) noexcept;
+  bool trim(KeyBlock& block) noexcept;
+  void pin(KeyBlock& block) noexcept;
+  void unpin(KeyBlock& block) noexcept;
+
+  /// A sequence on its way into the tree.
+  struct Sequence {
+    std::string_view space;
+    std::span<const std::int64_t> tokens;
+    std::span<const KeyRange> ranges;
+    double saved_ms;
+    double now_s;
+  };
+  bool grow(PrefixLease& lease, const Sequence& sequence);
+  std::uint32_t split(std::uint32_t node, std::size_t count, const Sequence& sequence, std::size_t end);
+  std::uint32_t append(std::uint32_t node, const KeyRange& range, const Sequence& sequence, std::size_t begin);
+  std::uint32_t prepare(std::int64_t tokens, const Sequence& sequence, std::size_t end);
 
   const Settings settings_;
-  std::size_t token_bytes_ = 0;    ///< of one token in all tensors
-  std::size_t largest_bytes_ = 0;  ///< of one token in the largest tensor
+  std::vector<std::size_t> token_bytes_;  ///< of each of the specs
+  std::size_t all_token_bytes_ = 0;
   MemoryAccount account_;
   AccountedResource memory_;
   mutable std::mutex mutex_;
-  Tree tree_;
-  EvictionPolicy policy_;
+  PrefixTree tree_;
+  std::optional<std::pmr::deque<KeyRange>> ranges_;  ///< of the nodes, by slot; none while there are none
+  EvictionPolicy policy_;                            ///< of the nodes; roots are not in it
+  std::size_t pinned_bytes_ = 0;                     ///< of blocks that cannot be evicted now
   Counters counters_;
 };
 
