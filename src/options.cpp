@@ -158,6 +158,15 @@ void check_output(Output output) {
   }
 }
 
+void check_weights_as_loaded(const Options& options) {
+  if (options.weights == Weights::kAsLoaded) return;
+  throw Error(
+      ErrorCode::kNotAvailable,
+      fmt::format("Options.weights is {}, but this kind of model keeps its weights to itself; use as-loaded, or "
+                  "wrap a TorchScript module",
+                  to_string(options.weights)));
+}
+
 void Options::validate() const {
   check_fidelity(fidelity);
   if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kPackedFp16)) {

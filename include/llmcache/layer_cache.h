@@ -87,7 +87,8 @@ struct ModelTraits {
   static_assert(LayeredModel<M>,
                 "LayerCache<M>: M must satisfy llmcache::LayeredModel (embed, layers, layer, head, device, dtype, "
                 "digest), or llmcache::ModelTraits<M> must be specialised");
-  static std::unique_ptr<Model> wrap(M model, const Options&) {
+  static std::unique_ptr<Model> wrap(M model, const Options& options) {
+    check_weights_as_loaded(options);
     return std::make_unique<LayeredModelAdapter<M>>(std::move(model));
   }
 };

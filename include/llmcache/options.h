@@ -188,6 +188,9 @@ void check_fidelity(Fidelity fidelity);
 /// Throws Error(kInvalidOptions) for a value that is no Output.
 void check_output(Output output);
 
+/// Throws Error(kNotAvailable) if `options` ask for packed weights: for models whose weights the library does not see.
+void check_weights_as_loaded(const Options& options);
+
 /// Settings of one call.
 struct RequestOptions {
   /// Overrides Options::fidelity for this call.

@@ -1,5 +1,6 @@
 #include "llmcache/model/layered_model.h"
 
+#include "llmcache/options.h"
 #include "model/probe.h"
 
 namespace llmcache {
@@ -21,6 +22,7 @@ void Model::describe(ModelProfile& profile) const {
   profile.inputs = input_spec().names;
   profile.dtype = dtype();
   profile.device = device().str();
+  profile.weights = to_string(Weights::kAsLoaded);
   profile.digest = digest();
   profile.rows_independent = true;
   profile.notes.emplace_back("token-level reuse is not available: the model offers whole layers only");

@@ -356,14 +356,22 @@ bool is_pure(Node* node) {
   return true;
 }
 
-at::Tensor attribute_tensor(const Value* value, const Value* self, const Module& module) {
+std::optional<std::string> attribute_path(const Value* value, const Value* self) {
+  return value == self ? std::nullopt : module_path(value, self, "");
+}
+
+c10::IValue attribute_value(const Value* value, const Value* self, const Module& module) {
   const Node* node = value->node();
   if (node->kind() != prim::GetAttr) return {};
   const auto path = module_path(node->input(0), self, "");
   if (!path) return {};
   const auto owner = module_at(module, *path);
   if (!owner || !owner->hasattr(node->s(attr::name))) return {};
-  const auto attribute = owner->attr(node->s(attr::name));
+  return owner->attr(node->s(attr::name));
+}
+
+at::Tensor attribute_tensor(const Value* value, const Value* self, const Module& module) {
+  const auto attribute = attribute_value(value, self, module);
   return attribute.isTensor() ? attribute.toTensor() : at::Tensor();
 }
 

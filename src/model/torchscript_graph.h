@@ -5,6 +5,7 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -101,6 +102,12 @@ ValueInfos label_values(const FlatGraph& flat, const Module& module, MakeInputs 
 
 /// Rows of the embedding that each model input selects from directly; 0: none.
 std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module);
+
+/// Dotted path of a value that a chain of attribute look-ups on self gives; none for other values.
+std::optional<std::string> attribute_path(const Value* value, const Value* self);
+
+/// What such a chain finds in `module`; None if it is none.
+c10::IValue attribute_value(const Value* value, const Value* self, const Module& module);
 
 /// The tensor behind a chain of attribute look-ups on self; undefined if it is none.
 at::Tensor attribute_tensor(const Value* value, const Value* self, const Module& module);

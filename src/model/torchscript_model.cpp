@@ -13,6 +13,7 @@
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
 #include "model/probe.h"
+#include "model/torchscript_packed_weights.h"
 #include "model/torchscript_sites.h"
 
 namespace llmcache::ts {
@@ -125,20 +126,6 @@ bool choose_hidden(Analysis& analysis, bool named) {
   return true;
 }
 
-/// Drops nodes whose values nobody uses, and all that is known of them.
-void remove_dead(Analysis& analysis) {
-  auto& flat = analysis.flat;
-  auto graph = flat.graph;
-  torch::jit::EliminateDeadCode(graph);
-  const std::unordered_set<const Node*> nodes(graph->nodes().begin(), graph->nodes().end());
-  std::unordered_set<const Value*> values(graph->inputs().begin(), graph->inputs().end());
-  for (const Node* node : nodes) values.insert(node->outputs().begin(), node->outputs().end());
-  std::erase_if(flat.part, [&](const auto& item) { return !nodes.count(item.first); });
-  std::erase_if(analysis.infos, [&](const auto& item) { return !values.count(item.first); });
-  analysis.detached.clear();
-  analysis.dependent = dependants(flat, analysis.hidden[0]);
-}
-
 /// What depends on the hidden state and stands before the first layer belongs to it.
 void start_layers(Analysis& analysis) {
   for (Node* node : analysis.flat.graph->nodes()) {
@@ -189,6 +176,19 @@ void refuse_what_cannot_be_wrapped(const Module& module) {
 }
 
 }  // namespace
+
+void remove_dead(Analysis& analysis) {
+  auto& flat = analysis.flat;
+  auto graph = flat.graph;
+  torch::jit::EliminateDeadCode(graph);
+  const std::unordered_set<const Node*> nodes(graph->nodes().begin(), graph->nodes().end());
+  std::unordered_set<const Value*> values(graph->inputs().begin(), graph->inputs().end());
+  for (const Node* node : nodes) values.insert(node->outputs().begin(), node->outputs().end());
+  std::erase_if(flat.part, [&](const auto& item) { return !nodes.count(item.first); });
+  std::erase_if(analysis.infos, [&](const auto& item) { return !values.count(item.first); });
+  analysis.detached.clear();
+  analysis.dependent = dependants(flat, analysis.hidden[0]);
+}
 
 std::vector<Node*> Analysis::nodes(std::int64_t part) const {
   std::vector<Node*> found;
@@ -324,6 +324,31 @@ Program build_program(const Analysis& analysis) {
   return program;
 }
 
+namespace {
+
+[[noreturn]] void changed(const std::string& what) {
+  throw Error(ErrorCode::kModelChanged,
+              what + " after wrapping; construct a new LayerCache from the module as it is now");
+}
+
+}  // namespace
+
+WeightGuard::State::State(const at::Tensor& tensor)
+    : data(tensor.has_storage() ? tensor.const_data_ptr() : nullptr),
+      dtype(tensor.scalar_type()),
+      version(tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version())) {}
+
+void WeightGuard::State::check(const std::string& name, const at::Tensor& now) const {
+  if (now.scalar_type() != dtype) {
+    changed(
+        fmt::format("'{}' was converted from {} to {}", name, c10::toString(dtype), c10::toString(now.scalar_type())));
+  }
+  if (data != nullptr && now.const_data_ptr() != data) changed("'" + name + "' was moved");
+  if (!now.is_inference() && static_cast<std::uint64_t>(now._version()) != version) {
+    changed("'" + name + "' was written to");
+  }
+}
+
 WeightGuard::WeightGuard(const Module& module) : module_(module) {
   std::unordered_set<const void*> seen;
   const auto add = [&](const Module& owner, const std::string& prefix) {
@@ -336,21 +361,21 @@ WeightGuard::WeightGuard(const Module& module) : module_(module) {
       }
       if (!value.isTensor() || !value.toTensor().defined()) continue;
       const auto tensor = value.toTensor();
-      const bool has_data = tensor.has_storage();
-      const void* data = has_data ? tensor.const_data_ptr() : nullptr;
-      slots_.push_back({object, i, prefix + type->getAttributeName(i), tensor, data, tensor.scalar_type(),
-                        tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version())});
-      if (has_data && seen.insert(tensor.storage().data()).second) bytes_ += tensor.storage().nbytes();
+      slots_.push_back({object, i, prefix + type->getAttributeName(i), tensor, State(tensor)});
+      if (tensor.has_storage() && seen.insert(tensor.storage().data()).second) bytes_ += tensor.storage().nbytes();
     }
   };
   for (const auto& item : module.named_modules()) add(item.value, item.name.empty() ? "" : item.name + ".");
 }
 
+void WeightGuard::let_go() {
+  for (const Slot& slot : slots_) loose_.push_back({slot.name, WeakTensor(slot.tensor.getIntrusivePtr()), slot.state});
+  slots_.clear();
+  scalars_.clear();
+  module_ = Module();
+}
+
 void WeightGuard::check() const {
-  const auto changed = [](const std::string& what) {
-    throw Error(ErrorCode::kModelChanged,
-                what + " after wrapping; construct a new LayerCache from the module as it is now");
-  };
   for (const Scalar& scalar : scalars_) {
     const c10::IValue& now = scalar.owner->slots()[scalar.index];
     if (now.tagKind() == scalar.value.tagKind() && now == scalar.value) continue;
@@ -361,14 +386,10 @@ void WeightGuard::check() const {
     if (!value.isTensor() || value.unsafeToTensorImpl() != slot.tensor.unsafeGetTensorImpl()) {
       changed("'" + slot.name + "' was replaced");
     }
-    if (slot.tensor.scalar_type() != slot.dtype) {
-      changed(fmt::format("'{}' was converted from {} to {}", slot.name, c10::toString(slot.dtype),
-                          c10::toString(slot.tensor.scalar_type())));
-    }
-    if (slot.data != nullptr && slot.tensor.const_data_ptr() != slot.data) changed("'" + slot.name + "' was moved");
-    if (!slot.tensor.is_inference() && static_cast<std::uint64_t>(slot.tensor._version()) != slot.version) {
-      changed("'" + slot.name + "' was written to");
-    }
+    slot.state.check(slot.name, slot.tensor);
+  }
+  for (const Loose& loose : loose_) {
+    if (auto held = loose.tensor.lock()) loose.state.check(loose.name, at::Tensor(std::move(held)));
   }
 }
 
@@ -377,10 +398,10 @@ std::string WeightGuard::digest(const std::string& structure) const {
   XXH3_128bits_reset(state);
   XXH3_128bits_update(state, structure.data(), structure.size());
   for (const Slot& slot : slots_) {
-    const auto description =
-        fmt::format("{} {} {}\n", slot.name, c10::toString(slot.dtype), fmt::join(slot.tensor.sizes().vec(), "x"));
+    const auto description = fmt::format("{} {} {}\n", slot.name, c10::toString(slot.state.dtype),
+                                         fmt::join(slot.tensor.sizes().vec(), "x"));
     XXH3_128bits_update(state, description.data(), description.size());
-    if (slot.data == nullptr || !slot.tensor.is_non_overlapping_and_dense()) continue;
+    if (slot.state.data == nullptr || !slot.tensor.is_non_overlapping_and_dense()) continue;
     const auto on_cpu = slot.tensor.cpu().contiguous();
     XXH3_128bits_update(state, on_cpu.const_data_ptr(), on_cpu.nbytes());
   }
@@ -391,14 +412,35 @@ std::string WeightGuard::digest(const std::string& structure) const {
 
 namespace {
 
+InputSpec spec_of(const Analysis& analysis) {
+  InputSpec spec;
+  const auto& arguments = analysis.module.get_method("forward").function().getSchema().arguments();
+  for (std::size_t i = 1; i < arguments.size(); ++i) {
+    spec.names.push_back(arguments[i].name());
+    spec.optional.push_back(arguments[i].type()->kind() == c10::TypeKind::OptionalType);
+  }
+  spec.vocabulary = analysis.vocabulary;
+  return spec;
+}
+
 class TorchScriptModel final : public Model {
  public:
-  explicit TorchScriptModel(std::shared_ptr<const Analysis> analysis)
-      : analysis_(std::move(analysis)),
-        self_(analysis_->module._ivalue()),
-        program_(build_program(*analysis_)),
-        guard_(analysis_->module),
-        digest_(guard_.digest(analysis_->flat.graph->toString(/*print_source_locations=*/false))) {
+  TorchScriptModel(Analysis analysis, Weights weights)
+      : weights_(weights), guard_(analysis.module), spec_(spec_of(analysis)) {
+    auto structure = analysis.flat.graph->toString(/*print_source_locations=*/false);
+    if (weights != Weights::kAsLoaded) {
+      digest_ = guard_.digest(structure + to_string(weights));
+      packed_ = pack_weights(analysis, weights);
+      if (packed_.empty())
+        notes_.push_back(fmt::format("no linear layer was found whose weights could be {}", to_string(weights)));
+      own_guard_.emplace(analysis.module);
+      guard_.let_go();
+    } else {
+      digest_ = guard_.digest(structure);
+    }
+    analysis_ = std::make_shared<const Analysis>(std::move(analysis));
+    self_ = analysis_->module._ivalue();
+    program_ = build_program(*analysis_);
     token_level_ = make_token_level(analysis_, program_, sites_, notes_);
   }
 
@@ -435,23 +477,18 @@ class TorchScriptModel final : public Model {
   at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
   std::string digest() const override { return digest_; }
 
-  InputSpec input_spec() const override {
-    InputSpec spec;
-    const auto& arguments = analysis_->module.get_method("forward").function().getSchema().arguments();
-    for (std::size_t i = 1; i < arguments.size(); ++i) {
-      spec.names.push_back(arguments[i].name());
-      spec.optional.push_back(arguments[i].type()->kind() == c10::TypeKind::OptionalType);
-    }
-    spec.vocabulary = analysis_->vocabulary;
-    return spec;
-  }
+  InputSpec input_spec() const override { return spec_; }
 
   c10::IValue plain(const Inputs& inputs) const override {
+    if (weights_ != Weights::kAsLoaded) return Model::plain(inputs);  // the module itself may be gone
     auto module = analysis_->module;
     return module.forward(inputs);
   }
 
-  void check_unchanged() const override { guard_.check(); }
+  void check_unchanged() const override {
+    guard_.check();
+    if (own_guard_) own_guard_->check();
+  }
   const TokenLevelModel* token_level() const override { return token_level_.get(); }
 
   void describe(ModelProfile& profile) const override {
@@ -473,15 +510,23 @@ class TorchScriptModel final : public Model {
     profile.dtype = dtype();
     profile.device = device().str();
     profile.weight_bytes = guard_.bytes();
+    profile.weights = to_string(weights_);
+    profile.packed_weights = packed_.size();
+    for (const auto& packed : packed_) profile.packed_weight_bytes += packed->bytes();
+    if (own_guard_) profile.released_weight_bytes = guard_.bytes() - own_guard_->bytes();
     profile.digest = digest_;
   }
 
  private:
+  Weights weights_;
+  WeightGuard guard_;                     ///< of the caller's module
+  std::optional<WeightGuard> own_guard_;  ///< of what is used of it, if weights were packed
+  InputSpec spec_;
+  std::string digest_;
+  PackedWeights packed_;  ///< outlives the program
   std::shared_ptr<const Analysis> analysis_;
   c10::IValue self_;
   Program program_;
-  WeightGuard guard_;
-  std::string digest_;
   std::vector<AttentionSite> sites_;
   std::vector<std::string> notes_;
   std::unique_ptr<TokenLevelModel> token_level_;
@@ -494,13 +539,15 @@ namespace llmcache {
 
 std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
   const at::NoGradGuard no_grad;
-  auto analysis = std::make_shared<ts::Analysis>(ts::analyse(module, options));
-  const auto dtype = analysis->infos.at(analysis->hidden[0]).dtype;
+  auto analysis = ts::analyse(module, options);
+  const auto dtype = analysis.infos.at(analysis.hidden[0]).dtype;
   if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
     throw Error(ErrorCode::kUnsupportedModel,
                 fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
   }
-  return std::make_unique<ts::TorchScriptModel>(std::move(analysis));
+  auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), options.weights);
+  if (options.weights != Weights::kAsLoaded) ts::check_packed(*model, module, options.weights);
+  return model;
 }
 
 }  // namespace llmcache

@@ -1,0 +1,50 @@
+// The weight of a linear layer, packed for the CPU's matrix product.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "llmcache/options.h"
+
+namespace llmcache {
+
+/// A packed weight. Const and thread-safe. While it lives it can be found by its number, which is what a graph holds.
+class PackedLinear {
+ public:
+  PackedLinear(const PackedLinear&) = delete;
+  PackedLinear& operator=(const PackedLinear&) = delete;
+  virtual ~PackedLinear();
+
+  /// Packs `weight`, `[out, in]` of any strides. `name` stands in errors. Throws Error(kNotAvailable): not on a CPU,
+  /// not float32, a value that half precision cannot hold, a LibTorch without the engine.
+  static std::shared_ptr<const PackedLinear> pack(Weights kind, const at::Tensor& weight, const std::string& name);
+
+  /// The one of this number. Throws Error(kModelFailed) if it is gone.
+  static const PackedLinear& find(std::int64_t number);
+  [[nodiscard]] std::int64_t number() const noexcept { return number_; }
+
+  /// at::linear(x, weight, bias) for float32 `x`, `[..., in]`, of any strides. What a row becomes depends on the number
+  /// of rows in its rounding only.
+  [[nodiscard]] at::Tensor apply(const at::Tensor& x, const std::optional<at::Tensor>& bias) const;
+
+  [[nodiscard]] std::int64_t inputs() const noexcept { return in_; }
+  [[nodiscard]] std::int64_t outputs() const noexcept { return out_; }
+  /// What the packed weight takes, with all that the engine adds.
+  [[nodiscard]] virtual std::size_t bytes() const = 0;
+
+ protected:
+  explicit PackedLinear(const at::Tensor& weight);
+  /// The same for a contiguous `[rows, in]` of at least one row.
+  [[nodiscard]] virtual at::Tensor multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const = 0;
+
+ private:
+  std::int64_t in_;
+  std::int64_t out_;
+  std::int64_t number_;
+};
+
+}  // namespace llmcache

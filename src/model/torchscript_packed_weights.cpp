@@ -1,0 +1,265 @@
+#include "model/torchscript_packed_weights.h"
+
+#include <fmt/core.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/runtime/custom_operator.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "llmcache/error.h"
+#include "model/probe.h"
+#include "model/tensors_of.h"
+
+namespace llmcache::ts {
+namespace {
+
+namespace prim = c10::prim;
+namespace aten = c10::aten;
+
+const c10::Symbol& packed_linear_symbol() {
+  static const auto symbol = c10::Symbol::fromQualString("llmcache::packed_linear");
+  return symbol;
+}
+
+/// Once a process; nothing is registered in a program that never packs.
+void register_operator() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    torch::jit::registerOperator(torch::jit::Operator(
+        "llmcache::packed_linear(Tensor x, int weight, Tensor? bias) -> Tensor",
+        [](torch::jit::Stack& stack) {
+          const auto bias = torch::jit::pop(stack).toOptional<at::Tensor>();
+          const auto weight = torch::jit::pop(stack).toInt();
+          const auto x = torch::jit::pop(stack).toTensor();
+          torch::jit::push(stack, PackedLinear::find(weight).apply(x, bias));
+        },
+        c10::AliasAnalysisKind::FROM_SCHEMA));
+  });
+}
+
+void visit_nodes(torch::jit::Block* block, const std::function<void(Node*)>& visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node* node = *it++;  // `visit` may destroy it
+    for (torch::jit::Block* inner : node->blocks()) visit_nodes(inner, visit);
+    visit(node);
+  }
+}
+
+/// An attribute, or its transpose, as it is multiplied with.
+struct Matrix {
+  at::Tensor tensor;
+  std::string name;
+};
+
+std::optional<Matrix> matrix_of(const Value* value, const Analysis& analysis) {
+  const Node* node = value->node();
+  static const auto kNumpyT = c10::Symbol::fromQualString("aten::numpy_T");
+  bool transposed = node->kind() == aten::t || node->kind() == kNumpyT;
+  if (node->kind() == aten::transpose) {
+    const auto a = torch::jit::constant_as<std::int64_t>(node->input(1));
+    const auto b = torch::jit::constant_as<std::int64_t>(node->input(2));
+    transposed = a && b && (*a - *b) % 2 != 0;  // of two dimensions, counted from either end
+  }
+  if (transposed) {
+    auto inner = matrix_of(node->input(0), analysis);
+    if (inner) inner->tensor = inner->tensor.t();
+    return inner;
+  }
+  auto tensor = attribute_tensor(value, analysis.flat.self(), analysis.module);
+  if (!tensor.defined() || tensor.dim() != 2 || tensor.numel() == 0) return std::nullopt;
+  return Matrix{std::move(tensor), attribute_path(value, analysis.flat.self()).value_or("")};
+}
+
+bool is_one(const Value* value) {
+  const auto constant = torch::jit::toIValue(value);
+  return constant &&
+         ((constant->isInt() && constant->toInt() == 1) || (constant->isDouble() && constant->toDouble() == 1.0));
+}
+
+/// A node that can be replaced.
+struct Linear {
+  Value* x = nullptr;
+  Value* bias = nullptr;  ///< null: none
+  Matrix weight;          ///< `[out, in]`
+};
+
+std::optional<Linear> linear_of(Node* node, const Analysis& analysis) {
+  Linear linear;
+  std::optional<Matrix> weight;
+  if (node->kind() == aten::linear && node->inputs().size() == 3) {
+    linear.x = node->input(0);
+    linear.bias = node->input(2);
+    weight = matrix_of(node->input(1), analysis);
+  } else if (node->kind() == aten::addmm && node->inputs().size() == 5 && is_one(node->input(3)) &&
+             is_one(node->input(4))) {
+    linear.x = node->input(1);
+    linear.bias = node->input(0);
+    weight = matrix_of(node->input(2), analysis);
+    if (weight) weight->tensor = weight->tensor.t();
+  } else if ((node->kind() == aten::matmul || node->kind() == aten::mm) && node->inputs().size() == 2) {
+    linear.x = node->input(0);
+    weight = matrix_of(node->input(1), analysis);
+    if (weight) weight->tensor = weight->tensor.t();
+  }
+  if (!weight) return std::nullopt;
+  linear.weight = std::move(*weight);
+  if (linear.bias != nullptr) {
+    const auto constant = torch::jit::toIValue(linear.bias);
+    if (constant && constant->isNone()) {
+      linear.bias = nullptr;
+    } else {
+      const auto bias = attribute_tensor(linear.bias, analysis.flat.self(), analysis.module);
+      if (!bias.defined() || bias.dim() != 1 || bias.size(0) != linear.weight.tensor.size(0)) return std::nullopt;
+    }
+  }
+  return linear;
+}
+
+class Packer {
+ public:
+  Packer(Analysis& analysis, Weights kind) : analysis_(analysis), kind_(kind) {}
+
+  PackedWeights run() {
+    visit_nodes(graph().block(), [&](Node* node) {
+      if (const auto linear = linear_of(node, analysis_)) replace(node, *linear);
+    });
+    return std::move(made_);
+  }
+
+ private:
+  Graph& graph() { return *analysis_.flat.graph; }
+
+  /// Tied weights are the same memory, whatever tensors they are.
+  const PackedLinear& packed(const Matrix& weight) {
+    const at::Tensor& tensor = weight.tensor;
+    const Key key{tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+    auto& found = by_memory_[key];
+    if (found == nullptr) {
+      made_.push_back(PackedLinear::pack(kind_, tensor, weight.name));
+      found = made_.back().get();
+    }
+    return *found;
+  }
+
+  void replace(Node* node, const Linear& linear) {
+    auto& flat = analysis_.flat;
+    const bool top = node->owningBlock() == graph().block();
+    const torch::jit::WithInsertPoint guard(node);
+    Value* number = graph().insertConstant(packed(linear.weight).number());
+    Value* bias = linear.bias != nullptr ? linear.bias : graph().insertConstant(c10::IValue());
+    Node* made = graph().insertNode(graph().create(packed_linear_symbol(), {linear.x, number, bias}));
+    made->output()->setType(c10::TensorType::get());
+    if (top) {
+      const int part = flat.part.at(node);
+      for (Node* added : {number->node(), bias->node(), made}) flat.part.try_emplace(added, part);
+      flat.part.erase(node);
+    }
+    const Value* old = node->output();
+    if (const auto info = analysis_.infos.find(old); info != analysis_.infos.end()) {
+      auto copy = info->second;
+      analysis_.infos.erase(info);
+      analysis_.infos.emplace(made->output(), std::move(copy));
+    }
+    std::replace(analysis_.hidden.begin(), analysis_.hidden.end(), node->output(), made->output());
+    node->output()->replaceAllUsesWith(made->output());
+    node->destroy();
+  }
+
+  using Key = std::tuple<const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+  Analysis& analysis_;
+  Weights kind_;
+  std::map<Key, const PackedLinear*> by_memory_;
+  PackedWeights made_;
+};
+
+/// Lets the graph read its attributes from an object that has no others.
+void move_attributes(Analysis& analysis) {
+  auto& flat = analysis.flat;
+  Graph& graph = *flat.graph;
+  Value* self = flat.self();
+  const auto reads = [](const torch::jit::Use& use) { return use.user->kind() == prim::GetAttr; };
+  if (!std::all_of(self->uses().begin(), self->uses().end(), reads)) return;  // the module itself is used: keep it
+
+  Module own(c10::QualifiedName("__torch__.llmcache.Attributes"), std::make_shared<torch::jit::CompilationUnit>());
+  std::vector<std::pair<Node*, std::string>> found;
+  visit_nodes(graph.block(), [&](Node* node) {
+    if (node->kind() != prim::GetAttr) return;
+    const auto& uses = node->output()->uses();
+    if (std::all_of(uses.begin(), uses.end(), reads)) return;
+    const auto path = attribute_path(node->output(), self);
+    if (!path) return;
+    found.emplace_back(node, *path);
+    if (own.hasattr(*path)) return;
+    const auto value = attribute_value(node->output(), self, analysis.module);
+    own.register_attribute(*path, node->output()->type(), value, /*is_param=*/value.isTensor());
+  });
+  self->setType(own.type());
+  for (const auto& [node, path] : found) {
+    Node* made = graph.createGetAttr(self, path);
+    made->insertBefore(node);
+    if (const auto part = flat.part.find(node); part != flat.part.end()) flat.part[made] = part->second;
+    if (const auto info = analysis.infos.find(node->output()); info != analysis.infos.end()) {
+      analysis.infos[made->output()] = info->second;
+    }
+    node->output()->replaceAllUsesWith(made->output());
+  }
+  analysis.module = own;
+}
+
+/// Largest difference in relation to the largest magnitude; infinite where shapes, types or values that are not finite
+/// differ.
+double relative_difference(const at::Tensor& got, const at::Tensor& want) {
+  constexpr double kInfinite = std::numeric_limits<double>::infinity();
+  if (got.sizes() != want.sizes() || got.scalar_type() != want.scalar_type()) return kInfinite;
+  if (want.numel() == 0) return 0;
+  const auto a = got.to(at::kDouble);
+  const auto b = want.to(at::kDouble);
+  const auto finite = b.isfinite();
+  if (!at::equal(finite, a.isfinite())) return kInfinite;
+  const auto difference = (a - b).masked_fill(finite.logical_not(), 0).abs().max().item<double>();
+  return difference / std::max(b.masked_fill(finite.logical_not(), 0).abs().max().item<double>(), 1e-3);
+}
+
+}  // namespace
+
+PackedWeights pack_weights(Analysis& analysis, Weights kind) {
+  register_operator();
+  auto made = Packer(analysis, kind).run();
+  remove_dead(analysis);  // transposed weights
+  move_attributes(analysis);
+  remove_dead(analysis);  // the way to the attributes
+  return made;
+}
+
+void check_packed(const Model& model, const Module& module, Weights weights) {
+  const double allowed = weights == Weights::kPackedFp16 ? 5e-2 : 1e-3;
+  auto original = module;
+  for (const auto& shape : {std::pair<std::int64_t, std::int64_t>{2, 5}, {1, 1}, {1, 3}, {3, 8}}) {
+    const auto inputs =
+        llmcache::probe_inputs(model.input_spec().vocabulary, model.device(), shape.first, shape.second);
+    c10::IValue plain;
+    try {
+      plain = original.forward(inputs);
+    } catch (const std::exception&) {
+      continue;  // the module does not take this shape
+    }
+    const auto want = tensors_of(plain);
+    const auto got = tensors_of(model.plain(inputs));
+    double worst = got.size() == want.size() ? 0 : std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < want.size() && i < got.size(); ++i) {
+      worst = std::max(worst, relative_difference(got[i], want[i]));
+    }
+    if (worst <= allowed) continue;
+    throw Error(ErrorCode::kNotAvailable,
+                fmt::format("with weights that are {} the model's results move by {:.2g} of their scale, {} is the "
+                            "limit; use as-loaded",
+                            to_string(weights), worst, allowed));
+  }
+}
+
+}  // namespace llmcache::ts

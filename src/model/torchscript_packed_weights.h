@@ -1,0 +1,27 @@
+// Linear layers of an analysed TorchScript model on packed weights. Internal to model/torchscript*.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "llmcache/options.h"
+#include "model/packed_linear.h"
+#include "model/torchscript_model.h"
+
+namespace llmcache::ts {
+
+/// The weights that pack_weights() made; must live as long as the graph that it changed.
+using PackedWeights = std::vector<std::shared_ptr<const PackedLinear>>;
+
+/// Replaces the linear layers of the flat graph, nodes of nested blocks included, by an operator on packed weights:
+/// aten::linear, aten::addmm (beta and alpha 1), aten::mm and aten::matmul whose weight is an attribute of the module,
+/// transposed or not. A weight that several of them use is packed once. The graph then reads what is left of the
+/// attributes from an object of its own, which replaces Analysis::module: the caller's module stays as it was, and what
+/// was packed is no longer held for it. Throws Error(kNotAvailable) as PackedLinear::pack().
+PackedWeights pack_weights(Analysis& analysis, Weights kind);
+
+/// Compares `model`, made on packed weights, with `module` as it was given, on tiny inputs: no later check does. Throws
+/// Error(kNotAvailable) if results move by more than what the format explains.
+void check_packed(const Model& model, const Module& module, Weights weights);
+
+}  // namespace llmcache::ts
