@@ -218,6 +218,7 @@ void run(const Arguments& arguments) {
       arguments.python, arguments.helper,
       arguments.tokenizer.empty() ? tokenizer_beside(model) : std::filesystem::path(arguments.tokenizer));
   Cache cache(module, {.weights = llmcache::weights_from_string(arguments.weights)});
+  if (cache.profile().causal) throw std::runtime_error("the model is a causal one, expected an encoder");
   const auto max_tokens =
       sidecar.max_tokens > 0 ? std::min(arguments.max_tokens, sidecar.max_tokens) : arguments.max_tokens;
   Embedder embedder(cache, arguments.compare ? &module : nullptr, tokenizer, max_tokens);

@@ -235,11 +235,10 @@ void run(const Arguments& arguments) {
                                   .weights = llmcache::weights_from_string(arguments.weights)});
   Generator generator(cache, tokenizer, arguments, sidecar.max_tokens);
 
-  std::printf("%s (weights: %s), held %s; %d threads\n", model.filename().c_str(),
+  std::printf("%s (weights: %s), held %s; %d threads%s\n", model.filename().c_str(),
               sidecar.weights.empty() ? "unknown" : sidecar.weights.c_str(), arguments.weights.c_str(),
-              at::get_num_threads());
-  if (!cache.profile().prefix_reuse)
-    std::printf("prefixes are not reused with this model: llmcache-inspect says why\n");
+              at::get_num_threads(),
+              cache.profile().prefix_reuse ? "" : "; prefixes are not reused: llmcache-inspect says why");
   const auto questions = arguments.questions.empty() ? std::vector<std::string>{""} : arguments.questions;
   for (std::size_t i = 0; i < questions.size(); ++i) {
     if (!questions[i].empty()) std::printf("\n== %zu. %s\n", i + 1, questions[i].c_str());

@@ -84,6 +84,8 @@ class Helper:
         self.end = [] if end_id is None else [end_id]
         template = folder / "chat_template.jinja"
         self.template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+        if not isinstance(self.template, str):  # none, or several with names, of which none is asked for here
+            self.template = None
         self.stream = TextStream(self.tokenizer)
 
     @staticmethod
@@ -92,7 +94,7 @@ class Helper:
             return {}
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"{file} holds no JSON object")
+            raise OSError(f"{file} holds no JSON object")
         return config
 
     def about(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Helper:
             "ready": True,
             "vocabulary": self.tokenizer.get_vocab_size(),
             "end": self.end,
-            "chat": isinstance(self.template, str),
+            "chat": self.template is not None,
         }
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Helper:
             self.tokenizer.no_truncation()
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
-        if not isinstance(self.template, str):
+        if self.template is None:
             raise ValueError("the tokenizer has no chat template")
         # A template is a program that came with a model: it gets nothing but the messages.
         from jinja2.sandbox import ImmutableSandboxedEnvironment

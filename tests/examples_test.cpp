@@ -1,0 +1,603 @@
+// The example programs as a user runs them, on tiny models; and the tokenizer that they share.
+#include <ATen/ATen.h>
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <llmcache/llmcache.h>
+#include <spawn.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <torch/script.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <regex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "sampling.h"
+#include "sidecar.h"
+#include "tokenizer.h"
+
+extern char** environ;
+
+namespace llmcache::examples {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::Not;
+using Ids = std::vector<std::int64_t>;
+
+fs::path folder_of(const char* variable) {
+  const char* value = std::getenv(variable);
+  if (value == nullptr) throw std::runtime_error(std::string(variable) + " is not set: tools/run.sh test sets it");
+  return value;
+}
+
+fs::path models() { return folder_of("LLMCACHE_MODELS_DIR"); }
+std::string model(const std::string& name) { return (models() / (name + ".pt")).string(); }
+fs::path tiny_tokenizer() { return models() / "tokenizers" / "tiny"; }
+
+std::string text_of(const fs::path& path) {
+  std::ostringstream text;
+  text << std::ifstream(path, std::ios::binary).rdbuf();
+  return text.str();
+}
+
+class ExampleTest : public ::testing::Test {
+ protected:
+  ExampleTest() {
+    std::string name = (fs::temp_directory_path() / "llmcache-examples-XXXXXX").string();
+    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
+    folder_ = name;
+  }
+  ~ExampleTest() override {
+    std::error_code ignored;
+    fs::remove_all(folder_, ignored);
+  }
+
+  fs::path write(const std::string& name, const std::string& text) const {
+    std::ofstream(folder_ / name, std::ios::binary) << text;
+    return folder_ / name;
+  }
+
+  struct Result {
+    int status = -1;
+    std::string out;
+    std::string err;
+  };
+
+  /// Runs build/bin/PROGRAM, whose input is empty.
+  Result run(const std::string& program, std::vector<std::string> arguments) const {
+    arguments.insert(arguments.begin(), (folder_of("LLMCACHE_BIN_DIR") / program).string());
+    std::vector<char*> argv;
+    for (std::string& argument : arguments) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    const std::string out = folder_ / "out";
+    const std::string err = folder_ / "err";
+    posix_spawn_file_actions_t actions;
+    ::posix_spawn_file_actions_init(&actions);
+    ::posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+    ::posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    ::posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    pid_t process = -1;
+    const int error = ::posix_spawn(&process, argv[0], &actions, nullptr, argv.data(), environ);
+    ::posix_spawn_file_actions_destroy(&actions);
+    if (error != 0) throw std::runtime_error(arguments[0] + " cannot be started");
+    int status = 0;
+    ::waitpid(process, &status, 0);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), text_of(out), text_of(err)};
+  }
+
+  fs::path folder_;
+};
+
+// --- the tokenizer ------------------------------------------------------------------------------------
+
+class TokenizerTest : public ExampleTest {
+ protected:
+  static void expect_error(const std::function<void()>& function, const std::string& part) {
+    EXPECT_THAT(function,
+                ::testing::Throws<TokenizerError>(::testing::Property(&TokenizerError::what, HasSubstr(part))));
+  }
+  /// A helper that is not ours, run by a shell.
+  void expect_bad_helper(const std::string& script, const std::string& part) const {
+    const auto helper = write("helper.sh", script);
+    expect_error([&] { Tokenizer("/bin/sh", helper, tiny_tokenizer()); }, part);
+  }
+  static Tokenizer tiny() { return {default_python(), default_helper(), tiny_tokenizer()}; }
+};
+
+TEST_F(TokenizerTest, TextComesBack) {
+  auto tokenizer = tiny();
+  EXPECT_EQ(tokenizer.vocabulary(), 259);
+  EXPECT_THAT(tokenizer.end_tokens(), ElementsAre(2));
+  EXPECT_TRUE(tokenizer.has_chat_template());
+  const std::string text = "two lines\n\"quoted\" \\ h\u00e9llo \u20ac \U0001F642";
+  const auto ids = tokenizer.encode(text);
+  EXPECT_EQ(ids.size(), text.size()) << "one token a byte";
+  EXPECT_EQ(tokenizer.decode(ids), text);
+  EXPECT_THAT(tokenizer.encode(""), IsEmpty());
+  EXPECT_EQ(tokenizer.encode(text, 3), Ids(ids.begin(), ids.begin() + 3));
+  EXPECT_EQ(tokenizer.encode(text), ids) << "the limit was for one call";
+}
+
+TEST_F(TokenizerTest, SpecialTokensAreFoundAndLeftOut) {
+  auto tokenizer = tiny();
+  EXPECT_EQ(tokenizer.id_of("<end>"), 2);
+  EXPECT_EQ(tokenizer.id_of("no such token"), -1);
+  auto ids = tokenizer.encode("ab");
+  ids.insert(ids.begin() + 1, 2);
+  EXPECT_EQ(tokenizer.decode(ids), "ab");
+}
+
+TEST_F(TokenizerTest, ChatTemplateIsApplied) {
+  auto tokenizer = tiny();
+  EXPECT_EQ(tokenizer.decode(tokenizer.chat({{"system", "be {{ brief }}"}, {"user", "hi"}})),
+            "system: be {{ brief }}\nuser: hi\nassistant: ");
+}
+
+TEST_F(TokenizerTest, StreamHoldsBackWhatIsNoWholeCharacter) {
+  auto tokenizer = tiny();
+  const std::string text = "a\u00e9\u20ac\U0001F642b";  // 1, 2, 3, 4 and 1 bytes
+  std::vector<std::string> pieces;
+  for (const auto id : tokenizer.encode(text)) pieces.push_back(tokenizer.stream(id));
+  EXPECT_THAT(pieces, ElementsAre("a", "", "\u00e9", "", "", "\u20ac", "", "", "", "\U0001F642", "b"));
+  EXPECT_EQ(tokenizer.finish(), "");
+}
+
+TEST_F(TokenizerTest, StreamShowsBytesThatNeverBecomeACharacter) {
+  auto tokenizer = tiny();
+  const auto euro = tokenizer.encode("\u20ac");  // three bytes
+  const auto letter = tokenizer.encode("x");
+  std::string text;
+  Ids all;
+  for (int i = 0; i < 5; ++i) {
+    for (const auto id : {euro[0], euro[1], letter[0], euro[1], std::int64_t{280}}) {  // 280: no token
+      text += tokenizer.stream(id);
+      all.push_back(id);
+    }
+  }
+  text += tokenizer.stream(euro[0]);
+  all.push_back(euro[0]);
+  EXPECT_EQ(text + tokenizer.finish(), tokenizer.decode(all));
+  EXPECT_EQ(std::count(text.begin(), text.end(), 'x'), 5) << "held back for good: " << text;
+}
+
+TEST_F(TokenizerTest, FinishBeginsANewText) {
+  auto tokenizer = tiny();
+  const auto euro = tokenizer.encode("\u20ac");
+  EXPECT_EQ(tokenizer.stream(euro[0]), "");
+  EXPECT_EQ(tokenizer.finish(), "\ufffd");
+  EXPECT_EQ(tokenizer.finish(), "");
+  std::string text;
+  for (const auto id : euro) text += tokenizer.stream(id);
+  EXPECT_EQ(text, "\u20ac");
+}
+
+TEST_F(TokenizerTest, ARefusedRequestLeavesTheNextOneAlone) {
+  fs::copy_file(tiny_tokenizer() / "tokenizer.json", folder_ / "tokenizer.json");  // alone: no end token, no template
+  Tokenizer tokenizer(default_python(), default_helper(), folder_ / "tokenizer.json");
+  EXPECT_FALSE(tokenizer.has_chat_template());
+  EXPECT_THAT(tokenizer.end_tokens(), IsEmpty());
+  expect_error([&] { (void)tokenizer.chat({{"user", "hi"}}); }, "no chat template");
+  expect_error([&] { (void)tokenizer.encode("\xff\xfe"); }, "not UTF-8");
+  expect_error([&] { (void)tokenizer.decode({-1}); }, "");
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("still here")), "still here");
+}
+
+TEST_F(TokenizerTest, ATemplateReachesNothingButTheMessages) {
+  fs::copy_file(tiny_tokenizer() / "tokenizer.json", folder_ / "tokenizer.json");
+  write("chat_template.jinja", "{{ messages.__class__.__mro__ }}");
+  Tokenizer tokenizer(default_python(), default_helper(), folder_);
+  expect_error([&] { (void)tokenizer.chat({{"user", "hi"}}); }, "SecurityError");
+}
+
+TEST_F(TokenizerTest, MissingAndDamagedFilesAreNamed) {
+  expect_error([&] { Tokenizer(default_python(), folder_ / "helper.py", tiny_tokenizer()); }, "--helper");
+  expect_error([&] { Tokenizer(default_python(), default_helper(), folder_ / "none"); }, "--tokenizer");
+  expect_error([&] { Tokenizer(default_python(), default_helper(), folder_); }, "tokenizer.json is not there");
+  expect_error([&] { Tokenizer("no-such-python", default_helper(), tiny_tokenizer()); }, "--python");
+  const auto damaged = write("damaged.json", text_of(tiny_tokenizer() / "tokenizer.json").substr(0, 1000));
+  expect_error([&] { Tokenizer(default_python(), default_helper(), damaged); }, "tokenizer: ");
+}
+
+TEST_F(TokenizerTest, ArgumentsMeetNoShell) {
+  const fs::path odd = folder_ / "$(touch injected); 'x";
+  fs::create_directory(odd);
+  fs::copy_file(tiny_tokenizer() / "tokenizer.json", odd / "tokenizer.json");
+  Tokenizer tokenizer(default_python(), default_helper(), odd);
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("; $(ls)")), "; $(ls)");
+}
+
+TEST_F(TokenizerTest, AHelperThatMisbehavesIsAnError) {
+  expect_bad_helper("exit 3", "exit status 3");
+  expect_bad_helper("kill -9 $$", "signal 9");
+  expect_bad_helper("echo hello", "'hello'");
+  expect_bad_helper("echo '[1]'", "expected");
+  expect_bad_helper("echo '{\"ready\": true}'", "--helper");
+  expect_bad_helper("echo '{\"ready\": true, \"vocabulary\": \"x\", \"end\": [], \"chat\": true}'", "--helper");
+  expect_bad_helper("echo '{\"error\": \"out of luck\"}'", "out of luck");
+}
+
+TEST_F(TokenizerTest, AKilledHelperIsAnError) {
+  auto tokenizer = tiny();
+  ASSERT_GT(tokenizer.process(), 0);
+  ASSERT_EQ(::kill(tokenizer.process(), SIGKILL), 0);
+  expect_error([&] { (void)tokenizer.encode("hello"); }, "signal 9");
+  expect_error([&] { (void)tokenizer.encode("hello"); }, "no longer answers");
+}
+
+TEST_F(TokenizerTest, TheHelperEndsWithItsTokenizer) {
+  pid_t process = -1;
+  {
+    auto tokenizer = tiny();
+    process = tokenizer.process();
+  }
+  EXPECT_NE(::kill(process, 0), 0) << "still running";
+}
+
+// --- generate -----------------------------------------------------------------------------------------
+
+class GenerateTest : public ExampleTest {
+ protected:
+  Result generate(const std::string& name, std::vector<std::string> arguments) const {
+    arguments.insert(arguments.begin(), {"--model", model(name)});
+    return run("llmcache-generate", arguments);
+  }
+
+  static Tokenizer tiny() { return {default_python(), default_helper(), tiny_tokenizer()}; }
+
+  /// What the plain module says, one whole pass a token.
+  static Ids expected(const std::string& name, Ids ids, std::size_t count, const Sampling& sampling = {},
+                      std::uint64_t seed = 0) {
+    auto module = torch::jit::load(model(name));
+    const at::NoGradGuard no_grad;
+    std::mt19937_64 generator(seed);
+    Ids answer;
+    while (answer.size() < count) {
+      const auto row = at::tensor(ids, at::kLong).unsqueeze(0);
+      const auto logits = module.forward({row, at::ones_like(row)}).toTensor().select(1, -1)[0].contiguous();
+      const auto next = sample({logits.const_data_ptr<float>(), static_cast<std::size_t>(logits.numel())}, sampling,
+                               next_draw(generator));
+      if (next == 2) break;  // <end>
+      answer.push_back(next);
+      ids.push_back(next);
+    }
+    return answer;
+  }
+
+  /// The answers in the output, in order.
+  static std::vector<std::string> answers(const std::string& out) {
+    std::vector<std::string> found;
+    for (std::size_t end = out.find("\n\nprefill: "); end != std::string::npos;
+         end = out.find("\n\nprefill: ", end + 1)) {
+      const auto heading = out.rfind("\n== ", end);
+      const auto begin = out.find('\n', heading == std::string::npos ? 0 : heading + 1) + 1;
+      found.push_back(out.substr(begin, end - begin));
+    }
+    return found;
+  }
+
+  /// Prompt tokens, known tokens.
+  static std::vector<std::pair<int, int>> prefills(const std::string& out) {
+    const std::regex line(
+        "prefill: (\\d+) tokens, (\\d+) of them known \\(\\d+\\.\\d % reused\\), \\d+\\.\\d ms, "
+        "\\d+\\.\\d tokens/s\n");
+    std::vector<std::pair<int, int>> found;
+    for (std::sregex_iterator match(out.begin(), out.end(), line), end; match != end; ++match) {
+      found.emplace_back(std::stoi((*match)[1]), std::stoi((*match)[2]));
+    }
+    return found;
+  }
+
+  static bool reuses_prefixes(const std::string& name) {
+    return LayerCache(torch::jit::load(model(name))).profile().prefix_reuse;
+  }
+};
+
+TEST_F(GenerateTest, QuestionsAreAnsweredAsThePlainModuleAnswersThem) {
+  auto tokenizer = tiny();
+  for (const std::string name : {"tiny-gpt2-sdpa", "tiny-llama-sdpa"}) {
+    SCOPED_TRACE(name);
+    const std::string passage = "It rises in the Alps, and ends in the sea.";
+    const auto result = generate(
+        name, {"--prompt", passage, "--question", "Where?", "--question", "Why \u20ac?", "--max-tokens", "12"});
+    ASSERT_EQ(result.status, 0) << result.err;
+    std::vector<std::string> texts;
+    for (const char* question : {"Where?", "Why \u20ac?"}) {
+      texts.push_back(tokenizer.decode(expected(name, tokenizer.encode(passage + "\n\n" + question), /*count=*/12)));
+    }
+    EXPECT_EQ(answers(result.out), texts) << result.out;
+    EXPECT_THAT(result.out, HasSubstr("random (seed 0)"));
+
+    // "\n\nW" is common to both, beside the passage; the second question finds it known.
+    const int first = static_cast<int>(passage.size()) + 8;
+    const bool reused = reuses_prefixes(name);
+    const int common = reused ? static_cast<int>(passage.size()) + 4 - 1 : 0;
+    EXPECT_THAT(prefills(result.out), ElementsAre(std::pair(first, 0), std::pair(first + 1 + 2 - 1, common)))
+        << result.out;
+    EXPECT_EQ(result.out.find("prefixes are not reused") == std::string::npos, reused);
+    EXPECT_THAT(result.out, ::testing::ContainsRegex("decode:  11 tokens, [0-9.]+ ms a token, [0-9.]+ tokens/s, "));
+    EXPECT_THAT(result.out, HasSubstr("stopped: --max-tokens, after 12 tokens"));
+  }
+}
+
+TEST_F(GenerateTest, SamplingIsFixedByTheSeed) {
+  auto tokenizer = tiny();
+  const auto run_with = [&](const std::string& seed) {
+    const auto result =
+        generate("tiny-gpt2-sdpa", {"--prompt", "Once upon a time", "--max-tokens", "16", "--temperature", "0.9",
+                                    "--top-k", "40", "--top-p", "0.95", "--seed", seed});
+    EXPECT_EQ(result.status, 0) << result.err;
+    const auto found = answers(result.out);
+    return found.empty() ? "" : found[0];
+  };
+  const Sampling sampling{.temperature = 0.9, .top_k = 40, .top_p = 0.95};
+  const auto prompt = tokenizer.encode("Once upon a time");
+  const auto first = run_with("7");
+  EXPECT_EQ(first, tokenizer.decode(expected("tiny-gpt2-sdpa", prompt, 16, sampling, 7)));
+  EXPECT_EQ(run_with("7"), first);
+  EXPECT_NE(run_with("8"), first);
+}
+
+TEST_F(GenerateTest, StopsAtAnEndToken) {
+  auto tokenizer = tiny();
+  const auto answer = expected("tiny-llama-sdpa", tokenizer.encode("Stop here"), 40);
+  const auto vocabulary = nlohmann::json::parse(text_of(tiny_tokenizer() / "tokenizer.json"))["model"]["vocab"];
+  // A token that has a text and comes late for the first time, as the end token.
+  std::string end;
+  Ids before;
+  for (const auto id : answer) {
+    const bool late = before.size() >= 3 && std::find(before.begin(), before.end(), id) == before.end();
+    for (const auto& [token, number] : vocabulary.items()) {
+      if (late && number == id) end = token;
+    }
+    if (!end.empty()) break;
+    before.push_back(id);
+  }
+  ASSERT_FALSE(end.empty()) << "choose another prompt";
+  const auto result = generate("tiny-llama-sdpa", {"--prompt", "Stop here", "--max-tokens", "40", "--end-token", end});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("stopped: end token, after " + std::to_string(before.size()) + " tokens"));
+  EXPECT_THAT(answers(result.out), ElementsAre(tokenizer.decode(before)));
+}
+
+TEST_F(GenerateTest, StopsWhereTheModelTakesNoMore) {
+  const auto full = generate("tiny-gpt2-sdpa", {"--prompt", std::string(250, 'x'), "--max-tokens", "50"});
+  ASSERT_EQ(full.status, 0) << full.err;
+  EXPECT_THAT(full.out, HasSubstr("stopped: the model takes no longer sequence, after 7 tokens"));
+  const auto over = generate("tiny-gpt2-sdpa", {"--prompt", std::string(257, 'x')});
+  EXPECT_EQ(over.status, 1);
+  EXPECT_THAT(over.err, AllOf(HasSubstr("257"), HasSubstr("256")));
+}
+
+TEST_F(GenerateTest, ReadsThePromptFromAFileAndPutsItThroughTheChatTemplate) {
+  auto tokenizer = tiny();
+  const auto file = write("prompt.txt", "line one\nline \"two\"");
+  const auto plain = generate("tiny-gpt2-sdpa", {"--prompt-file", file, "--max-tokens", "1"});
+  ASSERT_EQ(plain.status, 0) << plain.err;
+  EXPECT_THAT(prefills(plain.out), ElementsAre(std::pair(19, 0)));
+  EXPECT_THAT(plain.out, HasSubstr("decode:  none"));
+  const auto chat =
+      generate("tiny-gpt2-sdpa", {"--prompt-file", file, "--question", "And?", "--chat", "--max-tokens", "5"});
+  ASSERT_EQ(chat.status, 0) << chat.err;
+  const auto ids = tokenizer.encode("user: line one\nline \"two\"\n\nAnd?\nassistant: ");
+  EXPECT_THAT(prefills(chat.out), ElementsAre(std::pair(static_cast<int>(ids.size()), 0)));
+  EXPECT_THAT(answers(chat.out), ElementsAre(tokenizer.decode(expected("tiny-gpt2-sdpa", ids, 5))));
+}
+
+TEST_F(GenerateTest, BadFlagsAreRefused) {
+  const auto refused = [&](const std::vector<std::string>& arguments, const std::string& part) {
+    const auto result = generate("tiny-gpt2-sdpa", arguments);
+    EXPECT_EQ(result.status, 2) << part << result.out << result.err;
+    EXPECT_THAT(result.out + result.err, HasSubstr(part));
+  };
+  refused({"--prompt", "a", "--top-k", "5"}, "temperature above 0");
+  refused({"--prompt", "a", "--top-p", "0.5"}, "temperature above 0");
+  refused({"--prompt", "a", "--temperature=-1"}, "temperature");
+  refused({"--prompt", "a", "--temperature", "1", "--top-p", "1.5"}, "top_p");
+  refused({"--prompt", "a", "--temperature", "warm"}, "--temperature");
+  refused({"--prompt", "a", "--max-tokens", "0"}, "--max-tokens");
+  refused({"--prompt", "a", "--weights", "fp4"}, "fp4");
+  refused({"--prompt", "a", "--prompt-file", "b"}, "--prompt");
+  refused({"--prompt", "a", "--no-such-flag"}, "--no-such-flag");
+  const auto no_model = run("llmcache-generate", {"--prompt", "a"});
+  EXPECT_EQ(no_model.status, 2);
+  EXPECT_THAT(no_model.err, HasSubstr("--model"));
+  const auto help = run("llmcache-generate", {"--help"});
+  EXPECT_EQ(help.status, 0);
+  EXPECT_THAT(help.out, HasSubstr("--top-p"));
+}
+
+TEST_F(GenerateTest, WhatIsMissingIsNamed) {
+  const auto fails = [&](const std::string& name, const std::vector<std::string>& arguments, const std::string& part) {
+    const auto result = generate(name, arguments);
+    EXPECT_EQ(result.status, 1) << part << result.out << result.err;
+    EXPECT_THAT(result.err, HasSubstr(part));
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+  };
+  fails("no-such-model", {"--prompt", "a"}, "no-such-model.pt");
+  fails("tiny-gpt2-sdpa", {"--prompt", "a", "--tokenizer", folder_ / "none.json"}, "none.json");
+  fails("tiny-gpt2-sdpa", {"--prompt", "a", "--helper", folder_ / "none.py"}, "none.py");
+  fails("tiny-gpt2-sdpa", {"--prompt", "a", "--python", folder_ / "no-python"}, "--python");
+  fails("tiny-gpt2-sdpa", {"--prompt-file", folder_ / "none.txt"}, "none.txt");
+  fails("tiny-gpt2-sdpa", {"--prompt", ""}, "--prompt");
+  fails("tiny-gpt2-sdpa", {"--prompt", "a", "--end-token", "<stop>"}, "<stop>");
+  fails("tiny-gpt2-sdpa", {"--prompt", "\xff"}, "UTF-8");
+  fails("tiny-bert-sdpa", {"--prompt", "a"}, "causal");
+  fails("tiny-gpt2-sdpa", {"--prompt", "Rovers", "--tokenizer", models() / "tokenizers" / "bert-base-uncased"},
+        "another model's");
+}
+
+TEST_F(GenerateTest, ADamagedModelIsAnError) {
+  write("damaged.pt", text_of(model("tiny-gpt2-sdpa")).substr(0, 5000));
+  const auto damaged = run("llmcache-generate", {"--model", folder_ / "damaged.pt", "--prompt", "a"});
+  EXPECT_EQ(damaged.status, 1);
+  EXPECT_THAT(damaged.err, HasSubstr("damaged.pt"));
+  fs::copy_file(model("tiny-gpt2-sdpa"), folder_ / "alone.pt");  // without sidecar
+  const auto alone = run("llmcache-generate", {"--model", folder_ / "alone.pt", "--prompt", "a"});
+  EXPECT_EQ(alone.status, 1);
+  EXPECT_THAT(alone.err, HasSubstr("--tokenizer"));
+  const auto given = run("llmcache-generate", {"--model", folder_ / "alone.pt", "--prompt", "a", "--max-tokens", "2",
+                                               "--tokenizer", tiny_tokenizer()});
+  EXPECT_EQ(given.status, 0) << given.err;
+  write("alone.json", "{\"tokenizer\": 3}");
+  const auto sidecar = run("llmcache-generate", {"--model", folder_ / "alone.pt", "--prompt", "a"});
+  EXPECT_EQ(sidecar.status, 1);
+  EXPECT_THAT(sidecar.err, HasSubstr("alone.json"));
+}
+
+TEST_F(GenerateTest, AHelperThatDiesInBetweenIsAnError) {
+  // Answers the first request, and is killed at the second: in the middle of the streamed text.
+  const auto helper = write("dies.sh",
+                            "echo '{\"ready\": true, \"vocabulary\": 259, \"end\": [], \"chat\": false}'\n"
+                            "read -r request\necho '{\"ids\": [5, 6, 7]}'\nread -r request\nkill -9 $$\n");
+  const auto result = generate("tiny-gpt2-sdpa", {"--prompt", "a", "--python", "/bin/sh", "--helper", helper});
+  EXPECT_EQ(result.status, 1) << result.out;
+  EXPECT_THAT(result.err, HasSubstr("signal 9"));
+}
+
+// --- classify -----------------------------------------------------------------------------------------
+
+class ClassifyTest : public ExampleTest {
+ protected:
+  Result classify(const std::string& name, std::vector<std::string> arguments) const {
+    arguments.insert(arguments.begin(), {"--model", model(name)});
+    return run("llmcache-classify", arguments);
+  }
+  /// The numbers of "N texts in B batches: C tokens computed, P with padding (R real)": N, B, C, P, R.
+  static std::vector<int> sums(const std::string& out) {
+    const std::regex line(
+        "(\\d+) texts in (\\d+) batches: (\\d+) tokens computed, (\\d+) with padding \\((\\d+) real\\); "
+        "\\d+\\.\\d ms, \\d+\\.\\d\\d ms a text\n");
+    std::smatch match;
+    std::vector<int> numbers;
+    if (std::regex_search(out, match, line)) {
+      for (std::size_t i = 1; i < match.size(); ++i) numbers.push_back(std::stoi(match[i]));
+    }
+    return numbers;
+  }
+};
+
+TEST_F(ClassifyTest, FindsTheLabelsOfPlainTexts) {
+  const auto labels = write("labels.txt",
+                            "sports: sports, a match, a team, a player\n\nmoney: companies, banks, markets, money\n"
+                            "weather: the weather, rain, sun, wind, temperatures\n");
+  const auto texts =
+      write("texts.tsv",
+            "sports\tThe striker scored twice and the team won the cup final after extra time.\n"
+            "money\tShares fell.\n"
+            "weather\tHeavy rain and strong winds are expected in the north tomorrow.\n"
+            "money\tThe bank raised its interest rate to fight inflation, which investors had feared.\n");
+  const auto result =
+      classify("minilm", {"--labels", labels, "--texts", texts, "--labelled", "--compare", "--batch", "3"});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("right label: 4 of 4 (100.0 %)")) << result.out;
+  const auto numbers = sums(result.out);
+  ASSERT_EQ(numbers.size(), 5U) << result.out;
+  EXPECT_EQ(numbers[0], 4);
+  EXPECT_EQ(numbers[1], 2);
+  EXPECT_EQ(numbers[2], numbers[4]) << "padding was computed";
+  EXPECT_LT(numbers[4], numbers[3]);
+  std::smatch difference;
+  ASSERT_TRUE(std::regex_search(result.out, difference, std::regex("difference of a vector's element (\\S+)\n")));
+  EXPECT_LT(std::stod(difference[1]), 1e-5);
+}
+
+TEST_F(ClassifyTest, SimilaritiesAreThoseOfThePlainModule) {
+  Tokenizer tokenizer(default_python(), default_helper(), tiny_tokenizer());
+  const std::vector<std::string> texts = {"short", "a text that is quite a bit longer", "12345"};
+  const std::vector<std::string> labels = {"the first", "the second one", "third"};
+  for (const std::string name : {"tiny-bert-sdpa", "tiny-bert-pooled", "tiny-bert-types-sdpa"}) {
+    SCOPED_TRACE(name);
+    auto module = torch::jit::load(model(name));
+    const at::NoGradGuard no_grad;
+    const auto vector = [&](const std::string& text) {  // each text alone: no padding
+      const auto ids = at::tensor(tokenizer.encode(text), at::kLong).unsqueeze(0);
+      std::vector<c10::IValue> inputs = {ids, at::ones_like(ids)};
+      if (name == "tiny-bert-types-sdpa") inputs.emplace_back(at::zeros_like(ids));
+      const auto result = module.forward(inputs);
+      auto output = result.isTuple() ? result.toTupleRef().elements()[0].toTensor() : result.toTensor();
+      output = output.dim() == 3 ? output.mean(1) : output;
+      return output[0] / output[0].norm();
+    };
+    std::vector<std::string> arguments;
+    std::vector<std::string> lines;
+    for (std::size_t i = 0; i < labels.size(); ++i) {
+      arguments.insert(arguments.end(), {"--label", "label" + std::to_string(i) + ": " + labels[i]});
+    }
+    for (const auto& text : texts) {
+      arguments.insert(arguments.end(), {"--text", text});
+      std::vector<std::pair<double, int>> ranked;
+      for (std::size_t i = 0; i < labels.size(); ++i) {
+        ranked.emplace_back(at::dot(vector(text), vector(labels[i])).item<double>(), static_cast<int>(i));
+      }
+      std::sort(ranked.rbegin(), ranked.rend());
+      char line[200];
+      std::snprintf(line, sizeof(line), "label%d               %6.3f  (next: label%d %.3f)  %s\n", ranked[0].second,
+                    ranked[0].first, ranked[1].second, ranked[1].first, text.c_str());
+      lines.emplace_back(line);
+    }
+    const auto result = classify(name, arguments);
+    ASSERT_EQ(result.status, 0) << result.err;
+    for (const auto& line : lines) EXPECT_THAT(result.out, HasSubstr(line));
+    const auto real = static_cast<int>(texts[0].size() + texts[1].size() + texts[2].size());
+    EXPECT_THAT(sums(result.out), ElementsAre(3, 1, real, 3 * static_cast<int>(texts[1].size()), real));
+  }
+}
+
+TEST_F(ClassifyTest, AKnownTextIsNotComputedAgain) {
+  const auto result = classify("tiny-bert-sdpa", {"--label", "a", "--label", "b", "--text", "the same", "--text",
+                                                  "the same", "--batch", "1", "--quiet"});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(sums(result.out), ElementsAre(2, 2, 8, 16, 16));
+  EXPECT_THAT(result.out, Not(HasSubstr("next:")));
+}
+
+TEST_F(ClassifyTest, LongTextsAreCut) {
+  const auto result = classify(
+      "tiny-bert-sdpa", {"--label", "a", "--label", "b", "--text", std::string(1000, 'x'), "--max-tokens", "1000"});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(sums(result.out), ElementsAre(1, 1, 256, 256, 256));
+}
+
+TEST_F(ClassifyTest, FailuresAreNamed) {
+  const auto fails = [&](int status, const std::string& name, const std::vector<std::string>& arguments,
+                         const std::string& part) {
+    const auto result = classify(name, arguments);
+    EXPECT_EQ(result.status, status) << part << result.out << result.err;
+    EXPECT_THAT(result.out + result.err, HasSubstr(part));
+  };
+  const std::vector<std::string> two = {"--label", "a", "--label", "b"};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), two.begin(), two.end());
+    return more;
+  };
+  fails(1, "tiny-bert-sdpa", {"--label", "a", "--text", "x"}, "two labels");
+  fails(1, "tiny-bert-sdpa", two, "no text");
+  fails(1, "tiny-bert-sdpa", with({"--text", "c\tx", "--labelled"}), "none of the labels");
+  fails(1, "tiny-bert-sdpa", with({"--texts", folder_ / "none.txt"}), "none.txt");
+  fails(1, "tiny-bert-sdpa", with({"--text", "x", "--tokenizer", folder_ / "none"}), "none");
+  fails(1, "tiny-bert-sdpa", with({"--text", "x", "--helper", folder_ / "none.py"}), "none.py");
+  fails(1, "no-such-model", with({"--text", "x"}), "no-such-model.pt");
+  fails(1, "tiny-gpt2-sdpa", with({"--text", "x"}), "expected an encoder");
+  fails(1, "tiny-nan", with({"--text", "x"}), "NaN");
+  fails(2, "tiny-bert-sdpa", with({"--text", "x", "--weights", "fp4"}), "fp4");
+  fails(2, "tiny-bert-sdpa", with({"--text", "x", "--batch", "0"}), "--batch");
+}
+
+}  // namespace
+}  // namespace llmcache::examples
