@@ -6,9 +6,10 @@ usage() {
   cat <<'HELP'
 usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, then some with sanitizers
        tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
+       tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure side by side with ONNX Runtime and others
        tools/run.sh help
 
-Both install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
+All install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
 the models, prepare the data, configure and build. A second call does only what is missing.
 `bench --model NAME...` and `bench --workload NAME...` export and prepare only those.
 
@@ -37,6 +38,7 @@ readonly BUILD
 readonly MODELS="$BUILD/models" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$BUILD/cmake"
 readonly VENV="$BUILD/venv"
 readonly VENV_PYTHON="$VENV/bin/python"
+readonly PEERS_VENV="$BUILD/peers-venv"
 
 STEP="" HINT="" STARTED=0
 
@@ -286,8 +288,39 @@ main_bench() {
   write_report
 }
 
+# A virtual environment of its own, which sees the packages of the other: onnxruntime is for this comparison only.
+make_peers_venv() {
+  step "Python packages of the comparison" "read pip's messages above"
+  local wanted
+  wanted="$(cat "$ROOT/benchmarks/peers/requirements.txt" "$VENV/.requirements" | sha256sum)"
+  if [[ -f $PEERS_VENV/.requirements && $(<"$PEERS_VENV/.requirements") == "$wanted" ]]; then
+    echo "$PEERS_VENV is up to date, skipped"
+    return
+  fi
+  "$VENV_PYTHON" -m venv "$PEERS_VENV"
+  "$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$(
+    "$PEERS_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tools.pth"
+  # shellcheck disable=SC2086
+  "$PEERS_VENV/bin/python" -m pip install ${LLMCACHE_PIP_ARGS:-} -r "$ROOT/benchmarks/peers/requirements.txt"
+  echo "$wanted" >"$PEERS_VENV/.requirements"
+}
+
+main_peers() {
+  local models
+  mapfile -t models < <(values_of --model "$@")
+  ((${#models[@]} > 0)) || models=(minilm bert-base gpt2 smollm2)
+  setup
+  make_peers_venv
+  configure_release
+  build "$CMAKE_DIR" llmcache-peer
+  export_models "${models[@]}"
+  step "comparison" "see the message above; the arguments are shown by: benchmarks/peers/compare.py --help"
+  "$PEERS_VENV/bin/python" "$ROOT/benchmarks/peers/compare.py" --models "$MODELS" --bin "$BIN" --onnx "$BUILD/onnx" \
+    --json "$BUILD/peers.json" --markdown "$BUILD/peers.md" "$@"
+}
+
 case "${1:-help}" in
-  test | bench)
+  test | bench | peers)
     command="$1"
     shift
     "main_$command" "$@"

@@ -1,0 +1,151 @@
+// llmcache-peer: a lane of compare.py: the TorchScript module plain, frozen, or wrapped in a LayerCache. One JSON
+// object a line in, one a line out; a request that fails is answered by {"error": TEXT}. The clock runs here, around
+// the call of the module only.
+//
+//   first line out                                           {"ready": true, "versions": {...}}
+//   {"op": "load", "lane": "plain" | "frozen" | "ours", "model": FILE, "threads": N, "weights": W, "capacity_mib": N}
+//                                                            {"load_ms": T, "note": TEXT}
+//   {"op": "pass", "ids": [row, ...], "save": FILE}          {"ms": T}   whole output
+//   {"op": "start", "ids": [...], "run": BOOL, "save": FILE} {"ms": T}   a sequence: logits of its last token
+//   {"op": "step", "id": N, "run": BOOL, "save": FILE}       {"ms": T}   the same with one more token
+// "run": false only takes note of the tokens ({"ms": 0}). "save" (may be left out): the output goes there as float32,
+// as the machine has it. The answers of the last three have "tokens" and "reused" too.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <torch/csrc/jit/serialization/import.h>
+#include <torch/version.h>
+
+#include <chrono>
+#include <cstdint>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "llmcache/llmcache.h"
+#include "llmcache/version.h"
+#include "loaded_model.h"
+#include "machine.h"
+#include "outputs.h"
+
+namespace {
+
+using llmcache::bench::Cache;
+using llmcache::bench::one_line;
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+using Ids = std::vector<std::int64_t>;
+
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+class Lane {
+ public:
+  Json answer(const Json& request) {
+    const std::string operation = request.at("op");
+    if (operation == "load") return load(request);
+    if (!cache_ && !module_) throw std::runtime_error("nothing is loaded");
+    if (operation == "pass") {
+      const auto rows = request.at("ids").get<std::vector<Ids>>();
+      std::vector<at::Tensor> tensors;
+      for (const Ids& row : rows) tensors.push_back(at::tensor(row, at::kLong));
+      return run(at::stack(tensors), /*last=*/false, request);
+    }
+    if (operation == "start") {
+      sequence_ = request.at("ids").get<Ids>();
+    } else if (operation == "step") {
+      sequence_.push_back(request.at("id").get<std::int64_t>());
+    } else {
+      throw std::runtime_error("no operation is called " + operation);
+    }
+    if (!request.at("run").get<bool>()) return {{"ms", 0}};
+    return run(at::tensor(sequence_, at::kLong).unsqueeze(0), /*last=*/true, request);
+  }
+
+ private:
+  Json load(const Json& request) {
+    at::set_num_interop_threads(1);
+    at::set_num_threads(request.at("threads").get<int>());
+    const auto start = Clock::now();
+    const std::string lane = request.at("lane");
+    auto module = torch::jit::load(request.at("model").get<std::string>(), at::kCPU);
+    std::string note;
+    if (lane == "plain") {
+      module_ = std::make_unique<torch::jit::Module>(module);
+    } else if (lane == "frozen") {
+      module.eval();
+      auto frozen = torch::jit::freeze(module);
+      module_ = std::make_unique<torch::jit::Module>(torch::jit::optimize_for_inference(frozen));
+    } else if (lane == "ours") {
+      llmcache::Options options;
+      options.weights = llmcache::weights_from_string(request.at("weights"));
+      options.capacity_bytes = request.at("capacity_mib").get<std::size_t>() << 20;
+      cache_ = std::make_unique<Cache>(std::move(module), options);
+      note = note_on(cache_->profile(), options);
+    } else {
+      throw std::runtime_error("no lane is called " + lane);
+    }
+    return {{"load_ms", ms_since(start)}, {"note", note}};
+  }
+
+  /// What a reader of the figures must know. Throws if the weights are not held as was asked for.
+  static std::string note_on(const llmcache::ModelProfile& profile, const llmcache::Options& options) {
+    if (options.weights != llmcache::Weights::kAsLoaded && profile.packed_weights == 0) {
+      throw std::runtime_error(fmt::format("asked for {} weights, none was packed", to_string(options.weights)));
+    }
+    return profile.causal && !profile.prefix_reuse ? "prefixes are not reused" : "";
+  }
+
+  Json run(const at::Tensor& ids, bool last, const Json& request) {
+    const at::NoGradGuard no_grad;
+    const llmcache::Inputs inputs = {ids, at::ones_like(ids)};
+    const llmcache::RequestOptions options{.output = last ? llmcache::Output::kLastToken : llmcache::Output::kAll};
+    const auto start = Clock::now();
+    const c10::IValue result = cache_ ? cache_->forward(inputs, options) : module_->forward(inputs);
+    const double ms = ms_since(start);
+    std::int64_t reused = 0;
+    if (cache_) {
+      for (const auto& sequence : cache_->last_report().sequences) reused += sequence.reused_tokens;
+    }
+    const at::Tensor output = llmcache::bench::tensors_of(result).at(0);
+    if (request.contains("save")) save(last ? output.select(1, -1) : output, request.at("save").get<std::string>());
+    return {{"ms", ms}, {"tokens", ids.numel()}, {"reused", reused}};
+  }
+
+  static void save(const at::Tensor& tensor, const std::filesystem::path& path) {
+    const at::Tensor values = tensor.to(at::kFloat).contiguous();
+    std::ofstream file(path, std::ios::binary);
+    file.write(static_cast<const char*>(values.const_data_ptr()), static_cast<std::streamsize>(values.nbytes()));
+    if (!file.flush()) throw std::runtime_error("cannot write " + path.string());
+  }
+
+  std::unique_ptr<torch::jit::Module> module_;  // plain, frozen
+  std::unique_ptr<Cache> cache_;                // ours
+  Ids sequence_;
+};
+
+void say(const Json& answer) { std::cout << answer.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl; }
+
+}  // namespace
+
+int main() {
+  say({{"ready", true},
+       {"versions",
+        {{"LibTorch", TORCH_VERSION}, {"LLMCache", LLMCACHE_VERSION}, {"compiler", llmcache::bench::compiler()}}}});
+  Lane lane;
+  for (std::string line; std::getline(std::cin, line);) {
+    try {
+      say(lane.answer(Json::parse(line)));
+    } catch (const std::exception& error) {
+      say({{"error", one_line(error)}});
+    }
+  }
+  return 0;
+}
