@@ -25,10 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "tools")]
 
-from model_list import MODELS
-
 import onnx_export
 from lanes import LANES, Lane, LaneError, LaneSpec
+from model_list import MODELS
 from table import Quality, Times, markdown_report, paired_ratio, summary, text_report
 
 DEFAULT_MODELS = ("minilm", "bert-base", "gpt2", "smollm2")
@@ -56,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few and short measurements: to see that it runs")
     parser.add_argument("--models", type=Path, default=build / "models", help="exported models (%(default)s)")
     parser.add_argument("--bin", type=Path, default=build / "bin", help="where llmcache-peer is (%(default)s)")
-    parser.add_argument("--onnx", type=Path, default=build / "peers", help="where ONNX files go (%(default)s)")
+    parser.add_argument("--onnx", type=Path, default=build / "onnx", help="where ONNX files go (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one answer (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, for a README")
@@ -296,6 +295,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": pages / 2**30}
 
 
+def command(arguments: list[str]) -> str:
+    """To be shown: without the options that name files and folders."""
+    shown, folders = [], ("--models", "--bin", "--onnx", "--json", "--markdown")
+    skip = False
+    for argument in arguments:
+        if not skip and argument.partition("=")[0] not in folders:
+            shown.append(argument)
+        skip = argument in folders
+    return shlex.join(["tools/run.sh", "peers", *shown])
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
@@ -315,12 +325,11 @@ def main(arguments: list[str] | None = None) -> int:
     except CompareError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
-    shown = sys.argv[1:] if arguments is None else arguments
     document = {
         "machine": machine(),
         "threads": options.threads,
         "versions": versions,
-        "command": shlex.join(["benchmarks/peers/compare.py", *shown]),
+        "command": command(sys.argv[1:] if arguments is None else arguments),
         "quick": options.quick,
         "models": models,
     }

@@ -140,7 +140,7 @@ class Lane:
             self.close()
             raise
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, /, **request: Any) -> dict[str, Any]:
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
         except OSError as error:
