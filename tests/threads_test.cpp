@@ -105,6 +105,57 @@ TEST_P(Threads, ForcedPlansBesideOrdinaryCalls) {
   EXPECT_EQ(wrong, 0);
 }
 
+// Conversations that begin alike and grow at the same time, in a cache that is too small for all of them.
+TEST(ThreadsOfConversations, GrowWithoutSeeingEachOther) {
+  for (const char* name : {"tiny-gpt2-sdpa", "tiny-llama-sdpa"}) {
+    SCOPED_TRACE(name);
+    constexpr std::int64_t kLength = 40;
+    constexpr unsigned kThreads = 8;
+    constexpr std::size_t kCapacity = std::size_t{400} << 10;
+    const auto info = model_info(name);
+    Module plain = load_model(name);
+    LayerCache<Module> cache(load_model(name), {.capacity_bytes = kCapacity});
+    ASSERT_TRUE(cache.profile().prefix_reuse);
+    // All positions of a causal model's result at once. Some conversations have their first half in common.
+    std::vector<Request> whole;
+    std::vector<at::Tensor> wanted;
+    for (unsigned t = 0; t < kThreads; ++t) {
+      whole.push_back(right_padded(info, {kLength}, 1 + t / 2));
+      whole.back().ids().narrow(1, kLength / 2, kLength / 2).fill_(20 + static_cast<std::int64_t>(t));
+      wanted.push_back(run_plain(plain, whole.back().inputs).toTensor());
+    }
+    std::atomic<int> wrong{0};
+    std::atomic<int> reused{0};
+    std::vector<std::thread> threads;
+    for (unsigned t = 0; t < kThreads; ++t) {
+      threads.emplace_back([&, t] {
+        try {
+          for (std::int64_t n = 6; n <= kLength; n += 1 + n % 3) {
+            Inputs inputs;
+            for (const auto& input : whole[t].inputs)
+              inputs.emplace_back(input.toTensor().narrow(1, 0, n).contiguous());
+            const auto got = cache.forward(inputs, {.output = Output::kLastToken}).toTensor();
+            const auto want = wanted[t].narrow(1, n - 1, 1);
+            const auto scale = std::max(want.abs().max().item<double>(), 1e-3);
+            if ((got - want).abs().max().item<double>() > tolerance_of(info) * scale) ++wrong;
+            if (cache.last_report().sequences.at(0).reused_tokens > 0) ++reused;
+            if (cache.stats().bytes > kCapacity) ++wrong;
+            if (t == 0 && n % 7 == 0) cache.clear();
+          }
+        } catch (const std::exception&) {
+          ++wrong;
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    EXPECT_EQ(wrong, 0);
+    EXPECT_GT(reused, 0);
+    EXPECT_LE(cache.stats().peak_bytes, kCapacity);
+    cache.clear();
+    EXPECT_EQ(cache.stats().bytes, 0U);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Tiny, Threads, ::testing::Values("tiny-scripted", "tiny-llama-eager", "tiny-bert-sdpa-bf16"),
                          test_name);
 
