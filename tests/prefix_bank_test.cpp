@@ -284,6 +284,8 @@ TEST_F(PrefixBanks, TwoThatContinueTheSameLeafPart) {
   EXPECT_EQ(known(bank, "s", left), 13);
   EXPECT_EQ(known(bank, "s", right), 12);
   EXPECT_EQ(known(bank, "s", joined(iota(10), {100, 999})), 11);
+  EXPECT_TRUE(bank.find("s", left, 0).continues());
+  EXPECT_FALSE(bank.find("s", joined(iota(10), {100}), 0).continues()) << "both go on behind it";
   EXPECT_EQ(bank.counters().tokens, 14U);
 }
 
@@ -464,6 +466,23 @@ TEST_P(PrefixEviction, GivesUpWhereAllIsInUse) {
   passes.clear();
   EXPECT_TRUE(Pass(bank, "x", iota(200)).complete);
   EXPECT_GT(bank.counters().evictions, before.evictions);
+}
+
+TEST_F(PrefixBanks, EvictsNothingWhereThatWouldNotBeEnough) {
+  PrefixBank bank(settings(32 << 10));
+  for (std::int64_t n = 0; n < 5; ++n) add(bank, "s", iota(20, 100 * n));
+  {
+    Pass pass(bank, "t", iota(300));
+    ASSERT_TRUE(pass.complete);
+    ASSERT_EQ(bank.counters().evictions, 0U);
+    EXPECT_FALSE(Pass(bank, "u", iota(290)).complete) << "fits beside the others, not beside what is in use";
+    const Pass small(bank, "u", iota(20), 0, 290);
+    ASSERT_TRUE(small.complete);
+    EXPECT_EQ(small.lease.reserved()[0].block->room(), 20);
+    EXPECT_EQ(bank.counters().evictions, 0U);
+  }
+  EXPECT_TRUE(Pass(bank, "u", iota(500)).complete);
+  EXPECT_GT(bank.counters().evictions, 0U);
 }
 
 TEST_F(PrefixBanks, LeastRecentlyUsedGoesFirst) {
@@ -718,9 +737,9 @@ TEST_F(PrefixBanks, TensorsThatCannotBeMade) {
 TEST_F(PrefixBanks, MemoryThatTheMachineDoesNotHave) {
   PrefixBank bank(settings(std::size_t{1} << 60U));
   PrefixLease lease = bank.find("s", Tokens{}, 0);
-  EXPECT_FALSE(bank.reserve(lease, nullptr, std::int64_t{1} << 50, 0, 0));
+  for (int i = 0; i < 30; ++i) EXPECT_FALSE(bank.reserve(lease, nullptr, std::int64_t{1} << 50, 0, 0));
   EXPECT_EQ(bank.counters().bytes, 0U);
-  EXPECT_EQ(bank.counters().rejected, 1U);
+  EXPECT_EQ(bank.counters().rejected, 30U);
   EXPECT_TRUE(bank.reserve(lease, nullptr, 5, std::int64_t{1} << 50, 0)) << "less will do";
   EXPECT_EQ(lease.reserved()[0].block->room(), 5);
 }

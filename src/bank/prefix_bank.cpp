@@ -243,7 +243,8 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
   return slot;
 }
 
-/// Puts tokens of the sequence, from number `begin` on, behind a node. Returns the node that holds them.
+/// Puts tokens of the sequence, from number `begin` on, behind a node. Returns the node that holds them. A leaf that
+/// they continue in its own block is extended, and keeps its place in the policy too.
 std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, const Sequence& sequence,
                                  std::size_t begin) {
   const std::size_t width = settings_.token_width;

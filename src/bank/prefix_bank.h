@@ -121,16 +121,17 @@ class PrefixBank {
   /// All nodes on its path count as used. Throws nothing but std::bad_alloc of the lease itself.
   [[nodiscard]] PrefixLease find(std::string_view space, std::span<const std::int64_t> tokens, double now_s);
 
-  /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after` is used first, if that ends
-  /// where the claimed part of its block does; the rest is one new block of at least `room` tokens (of just what is
-  /// needed if there is no memory for more). Evicts for it. False, and nothing taken, if it finds no room; that is
-  /// counted as rejected.
+  /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after`, one of the lease's ranges or
+  /// null, is used first, if that ends where the claimed part of its block does; the rest is one new block of at least
+  /// `room` tokens (of just what is needed if there is no memory for more). Evicts for it. False, and nothing taken, if
+  /// it finds no room; that is counted as rejected.
   bool reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room, double now_s);
 
-  /// Makes `tokens` known: `ranges`, in order, hold one entry for each of them. What is known already stays as it is,
-  /// so that only the ranges behind it become nodes; a node is split where the sequences part. Whatever the lease
-  /// reserved is then no longer its own. `saved_ms`: for the eviction policy, time that one token's entry saves. Never
-  /// fails: what finds no room for its nodes is counted as rejected.
+  /// Makes `tokens` known, or as many of them as `ranges`, in order, hold entries for. What is known already stays as
+  /// it is, so that only the ranges behind it become nodes; a node is split where the sequences part. Of what the lease
+  /// reserved, that is then the bank's; it stays readable while the lease lives. The ranges are the lease's, known or
+  /// reserved. `saved_ms`: for the eviction policy, time that one token's entry saves. Never fails: what finds no room
+  /// for its nodes is counted as rejected.
   void commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
               std::span<const KeyRange> ranges, double saved_ms, double now_s);
 
