@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,20 @@ from atomic_files import folder_lock, sha256_of
 from model_sources import ModelError, hub_answers, minilm_folder, smollm2_file
 from raw_files import DataError
 from token_file import FORMAT_VERSION, Arrays, load, save
-from workloads import MAX_TOKENS, WORKLOADS, Sequence, Traffic, Workload
+from workloads import (
+    ASSISTANT,
+    MAX_TOKENS,
+    NEXT_USER,
+    SHOTS,
+    SYSTEM,
+    USER,
+    WORKLOADS,
+    Sequence,
+    Traffic,
+    Workload,
+    named,
+    with_shots,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -36,6 +50,17 @@ CODE = (
     "raw_files.py",
     "token_file.py",
 )  # files made by another version of these are made again
+# How the turns of a conversation are marked: as the model was trained to read them, or in plain words.
+PLAIN_MARKS = {SYSTEM: "", USER: "User: ", ASSISTANT: "\nAssistant:", NEXT_USER: "\nUser: "}
+END_OF_TURN = "<|im_end|>"
+CHAT_MARKS = {
+    "smollm2": {
+        SYSTEM: "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+        USER: "<|im_start|>user\n",
+        ASSISTANT: f"{END_OF_TURN}\n<|im_start|>assistant\n",
+        NEXT_USER: f"{END_OF_TURN}\n<|im_start|>user\n",
+    }
+}
 
 
 @dataclass
@@ -93,9 +118,14 @@ class Tokenizer:
         if self.encoder:
             texts = [first if second is None else (first, second) for first, second in (s.pair for s in sequences)]
             return [Encoded(encoding.ids) for encoding in loaded.encode_batch(texts)]
+        marks = CHAT_MARKS.get(self.name, PLAIN_MARKS)
         distinct = list(dict.fromkeys(piece for sequence in sequences for piece in sequence.pieces))
-        ids = dict(zip(distinct, loaded(distinct), strict=True))
+        ids = dict(zip(distinct, loaded([marks.get(piece, piece) for piece in distinct]), strict=True))
         return [join([ids[piece] for piece in s.pieces], s.shorten, s.scored) for s in sequences]
+
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer, if the model knows one."""
+        return self.load()([END_OF_TURN])[0][0] if self.name in CHAT_MARKS else None
 
 
 @dataclass
@@ -136,6 +166,12 @@ def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[A
             previous = rows[0].ids
             if full:
                 continue
+        if workload.prompt_tokens:
+            if min(len(row.ids) for row in rows) < workload.prompt_tokens:
+                continue
+            rows = [Encoded(row.ids[: workload.prompt_tokens]) for row in rows]
+        elif workload.new_tokens and sum(len(row.ids) + workload.new_tokens for row in rows) > MAX_TOKENS:
+            continue
         for row, sequence in zip(rows, request.sequences, strict=True):
             arrays["tokens"].extend(row.ids)
             arrays["sequence_offsets"].append(len(arrays["tokens"]))
@@ -189,6 +225,8 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         return
     traffic = workload.read(*sources)
     arrays, task = build(workload, tokenizer, traffic)
+    if not arrays["tokens"].size:
+        raise DataError(f"{sources[0]}: no text in it is long enough for {workload.name}; fetch the file again")
     if vocab is not None and arrays["tokens"].max() >= vocab:
         raise DataError(
             f"{path.name}: token id {arrays['tokens'].max()} does not fit a model with a vocabulary of {vocab}"
@@ -210,6 +248,11 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
     }
     if tokenizer.stand_in:
         metadata["stand_in"] = tokenizer.stand_in
+    if workload.new_tokens:
+        metadata["new_tokens"] = str(workload.new_tokens)
+        end = tokenizer.end_of_turn() if workload.name == "chat" else None
+        if end is not None:
+            metadata["stop_token"] = str(end)
     if traffic.label_names:
         metadata["label_names"] = json.dumps(traffic.label_names)
     save(path, arrays, metadata)
@@ -225,9 +268,16 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
 def run(options: argparse.Namespace) -> None:
     raw, chosen = raw_folder(options.raw)
     print(f"raw data: {raw} ({chosen})" if raw else "raw data: none, only the repository's sample", flush=True)
-    names = list(dict.fromkeys(options.only or WORKLOADS))
+    workloads = dict(WORKLOADS)
+    names = list(dict.fromkeys(name for given in options.only or WORKLOADS for name in named(given)))
+    if options.shots:
+        shot = with_shots(options.shots)
+        workloads[shot.name] = shot
+        names = [shot.name if options.only and name == SHOTS else name for name in names]
+        if shot.name not in names:
+            names.append(shot.name)
     absent = {
-        name: [file for file in WORKLOADS[name].files if not (raw and (raw / file).exists())]
+        name: [file for file in workloads[name].files if not (raw and (raw / file).exists())]
         for name in names
         if name != "sample"
     }
@@ -244,7 +294,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizers = [Tokenizer(name, raw) for name in TOKENIZERS if not vocabulary or name in vocabulary]
     with folder_lock(options.out):
         for name in names:
-            workload = WORKLOADS[name]
+            workload = workloads[name]
             if name in missing:
                 continue
             folder = SAMPLE if name == "sample" else raw
@@ -254,12 +304,26 @@ def run(options: argparse.Namespace) -> None:
                     prepare(workload, tokenizer, sources, options.out, vocabulary.get(tokenizer.name))
 
 
+def shot_count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 99")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, metavar="DIR", help="raw data sets")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared files go")
     parser.add_argument("--models", type=Path, metavar="DIR", help="prepare only what the models there can use")
-    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=list(WORKLOADS), help="default: all")
+    names = sorted({*WORKLOADS, *(re.sub(r"-\d+$", "", name) for name in WORKLOADS)})
+    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=names, help=f"of {', '.join(names)} [all]")
+    parser.add_argument(
+        "--shots",
+        type=shot_count,
+        default=0,
+        metavar="N",
+        help=f"{SHOTS} with N solved examples in front, the same for all questions, as the workload {SHOTS}-Nshot",
+    )
     try:
         run(parser.parse_args(arguments))
     except (DataError, ModelError, OSError) as error:

@@ -11,7 +11,8 @@ usage: tools/run.sh test  [ctest arguments]            build everything, run all
 
 All install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
 the models, prepare the data, configure and build. A second call does only what is missing.
-`bench --model NAME...` and `bench --workload NAME...` export and prepare only those.
+`bench --model NAME...` and `bench --workload NAME...` export and prepare only those. `bench --workload openbookqa
+--shots 5` puts five solved examples in front of each question, the same for all.
 
 Environment:
   LLMCACHE_BUILD_DIR   where everything goes (default: build, in the repository)
@@ -266,10 +267,11 @@ main_test() {
 }
 
 main_bench() {
-  local models workloads
+  local models workloads shots
   # A .pt file of the user's own needs no export.
   mapfile -t models < <(values_of --model "$@" | grep -v '\.pt$')
   mapfile -t workloads < <(values_of --workload "$@")
+  mapfile -t shots < <(values_of --shots "$@")
   [[ " $* " == *" --model"[\ =]* ]] || models=(bench)
   setup
   configure_release
@@ -280,7 +282,7 @@ main_bench() {
     return
   fi
   ((${#models[@]} == 0)) || export_models "${models[@]}"
-  prepare_data ${workloads[0]:+--only "${workloads[@]}"}
+  prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots[0]:+--shots "${shots[0]}"}
   # The probes judge what a cache does to the answers on labelled workloads; they need this model.
   [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled)\  ]] || fit_probes
   run_benchmark "$@"

@@ -11,9 +11,12 @@ What the task needs, where it applies:
   partner           int64   [requests]: duplicates: the fill request that the asking pair names; -1 in the fill part
   pair_label        int64   [requests]: duplicates: 1 duplicate, 0 not; -1 in the fill part
   pair_score        float32 [requests]: similarity: gold score of the pair
+Where text is generated (task generation), a request is a conversation: its sequences are the user's parts of it, each
+answered by the model with new_tokens tokens, or until it says stop_token.
 Metadata (all texts): version, workload, tokenizer, source, description, order, max_tokens, task, fill_requests (the
 first that many requests only fill the cache and are not measured), label_names (classification: a JSON list),
-recipe and content_sha256 (what it was made from, and its content)."""
+new_tokens and stop_token (generation; the latter where there is one), recipe and content_sha256 (what it was made from,
+and its content)."""
 
 from __future__ import annotations
 

@@ -3,23 +3,31 @@
 A request is a batch of sequences. For an encoder a sequence is (first text, second text or None), which
 its tokenizer joins with its own special tokens; for a decoder it is a list of pieces that are tokenised
 one by one and put together, so that a shared beginning is shared token by token. What a workload's task
-needs to be scored (classes, gold answers, pairs) stands beside the text."""
+needs to be scored (classes, gold answers, pairs) stands beside the text. Where text is generated, the sequences
+of a request are the user's parts of one conversation: the model's answers come between them."""
 
 from __future__ import annotations
 
 import random
 import re
 import string
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from raw_files import DataError, bad_line, json_lines, lines, number_of, text_of, tsv_rows
 
 MAX_TOKENS = 512
+NEW_TOKENS = 32  # that are generated for each prompt
+PROMPT_TOKENS = (128, 512)
+SHOTS = "openbookqa"  # the workload that can have solved examples in front
 IN_ORDER, SHUFFLED = "data order", "shuffled, seed 0"
 FILL_SHUFFLED = "fill part and asking part each shuffled, seed 0"
+# Pieces that each tokenizer writes in its own way, see prepare_data.py.
+SYSTEM, USER, ASSISTANT, NEXT_USER = "\0system", "\0user", "\0assistant", "\0next user"
 T = TypeVar("T")
 
 
@@ -55,10 +63,12 @@ class Workload:
     description: str
     order: str
     read: Callable[..., Traffic]  # from the files' paths
-    task: str = ""  # "", classification, choice, perplexity, answer, similarity or duplicates
+    task: str = ""  # "", classification, choice, perplexity, answer, similarity, duplicates or generation
     decoders_only: bool = False
     encoders_only: bool = False
     growing: bool = False  # each request is a document so far: stop once it has reached MAX_TOKENS
+    prompt_tokens: int = 0  # each sequence is cut to that many, shorter ones are left out; 0: as they are
+    new_tokens: int = 0  # task generation: that many are generated behind each sequence
 
 
 def _some(requests: list[Request], path: Path) -> list[Request]:
@@ -88,10 +98,9 @@ def _question(passage: str, question: str, answer: str | None = None) -> Sequenc
     return Sequence((question, passage), (*pieces, f" {answer}"), shorten=0, scored=2)
 
 
-def read_wikitext(path: Path) -> Traffic:
-    """Every article, once for each of its paragraphs: the article up to and with that paragraph, which is scored."""
+def _paragraphs(path: Path) -> Iterator[list[str]]:
+    """Every article of WikiText, once for each of its paragraphs: its paragraphs up to and with that one."""
     heading = re.compile(r" (?P<level>=( =)*) [^=].* (?P=level) ")
-    requests: list[Request] = []
     pieces: list[str] = []
     waiting = ""  # headings go with the paragraph after them
     for number, line in lines(path):
@@ -109,8 +118,46 @@ def read_wikitext(path: Path) -> Traffic:
             raise bad_line(path, number, "text before the first ' = Title = ' line", "WikiText raw text")
         pieces.append(waiting + line + "\n")
         waiting = ""
-        requests.append(Request([Sequence(("".join(pieces), None), tuple(pieces), scored=len(pieces) - 1)]))
+        yield pieces
+
+
+def read_wikitext(path: Path) -> Traffic:
+    """Every article, once for each of its paragraphs: the article up to and with that paragraph, which is scored."""
+    requests = [
+        Request([Sequence(("".join(pieces), None), tuple(pieces), scored=len(pieces) - 1)])
+        for pieces in _paragraphs(path)
+    ]
     return Traffic(_some(requests, path))
+
+
+def read_beginnings(path: Path) -> Traffic:
+    """The beginning of every article of WikiText, as many paragraphs as have MAX_TOKENS words, or all."""
+    texts: list[str] = []
+    for pieces in _paragraphs(path):
+        text = "".join(pieces)
+        if len(pieces) == 1:
+            texts.append(text)
+        elif len(texts[-1].split()) < MAX_TOKENS:
+            texts[-1] = text
+    return Traffic(_some([Request([_single(text)]) for text in texts], path))
+
+
+def _conversation(turns: list[str]) -> Request:
+    parts = [(SYSTEM, USER, turns[0], ASSISTANT), *((NEXT_USER, turn, ASSISTANT) for turn in turns[1:])]
+    return Request([Sequence((turn, None), part) for turn, part in zip(turns, parts, strict=True)])
+
+
+def read_chat(bench: Path, two_turns: Path) -> Traffic:
+    """Conversations of one or two turns; what the model answers is not part of them."""
+    requests: list[Request] = []
+    for number, row in json_lines(bench):
+        turns = row.get("turns")
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise bad_line(bench, number, f"'turns' is {str(turns)[:40]}", "a list of texts in 'turns'")
+        requests.append(_conversation(turns))
+    for number, row in json_lines(two_turns):
+        requests.append(_conversation([text_of(row, turn, two_turns, number) for turn in ("u0", "u1")]))
+    return Traffic(_some(_shuffled(requests), bench))
 
 
 def normal_answer(text: str) -> str:
@@ -134,8 +181,8 @@ def read_squad(path: Path) -> Traffic:
     return Traffic(_some(requests, path))
 
 
-def read_openbookqa(path: Path) -> Traffic:
-    requests: list[Request] = []
+def _choices(path: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """Each question of OpenBookQA with its four choices, of which one is right (1)."""
     for number, row in json_lines(path):
         question = row.get("question")
         choices = question.get("choices") if isinstance(question, dict) else None
@@ -146,14 +193,26 @@ def read_openbookqa(path: Path) -> Traffic:
         right = [int(choice.get("label") == row.get("answerKey")) for choice in choices]
         if sum(right) != 1:
             raise bad_line(path, number, f"'answerKey' is {row.get('answerKey')!r}", "the label of one choice")
-        requests.append(
-            Request(
-                [
-                    Sequence((stem, text), (stem, f" {text}"), shorten=0, scored=1, label=label)
-                    for text, label in zip(texts, right, strict=True)
-                ]
-            )
+        yield stem, list(zip(texts, right, strict=True))
+
+
+def read_openbookqa(path: Path, examples: Path | None = None, shots: int = 0) -> Traffic:
+    """A question with its four choices is a request; in front of all stand the same `shots` solved examples."""
+    solved = [
+        f"{stem} {next(text for text, right in choices if right)}\n"
+        for stem, choices in islice(_choices(examples) if examples else (), shots)
+    ]
+    if len(solved) < shots:
+        raise DataError(f"{examples}: {len(solved)} questions in it, too few for {shots} examples")
+    requests = [
+        Request(
+            [
+                Sequence((stem, text), (*solved, stem, f" {text}"), shorten=shots, scored=shots + 1, label=label)
+                for text, label in choices
+            ]
         )
+        for stem, choices in _choices(path)
+    ]
     return Traffic(_some(requests, path))
 
 
@@ -288,6 +347,31 @@ WORKLOADS: dict[str, Workload] = {
             task="similarity",
             encoders_only=True,
         ),
+        *(
+            Workload(
+                f"generate-{tokens}",
+                ("wikitext/wiki.test.raw",),
+                f"The first {tokens} tokens of WikiText test articles, each continued by {NEW_TOKENS} tokens",
+                IN_ORDER,
+                read_beginnings,
+                task="generation",
+                decoders_only=True,
+                prompt_tokens=tokens,
+                new_tokens=NEW_TOKENS,
+            )
+            for tokens in PROMPT_TOKENS
+        ),
+        Workload(
+            "chat",
+            ("prompts/mt_vicuna_bench.jsonl", "prompts/meancache_multiturn.jsonl"),
+            f"MT-bench, Vicuna-bench and two-turn conversations: each turn sends the conversation so far and is answered "
+            f"by up to {NEW_TOKENS} tokens; those that would be longer than {MAX_TOKENS} tokens are left out",
+            SHUFFLED,
+            read_chat,
+            task="generation",
+            decoders_only=True,
+            new_tokens=NEW_TOKENS,
+        ),
         Workload(
             "sample",
             ("sample.jsonl",),
@@ -297,3 +381,21 @@ WORKLOADS: dict[str, Workload] = {
         ),
     )
 }
+
+
+def with_shots(shots: int) -> Workload:
+    """The workload SHOTS with that many solved examples in front of each question, the same for all."""
+    plain = WORKLOADS[SHOTS]
+    return replace(
+        plain,
+        name=f"{SHOTS}-{shots}shot",
+        files=(*plain.files, "openbookqa/train_sample.jsonl"),
+        description=f"{plain.description}, behind {shots} solved training questions, the same for all",
+        read=partial(read_openbookqa, shots=shots),
+        decoders_only=True,
+    )
+
+
+def named(name: str) -> list[str]:
+    """The workloads that a name means: itself, or all that are it with a number behind it."""
+    return [known for known in WORKLOADS if known == name or re.fullmatch(re.escape(name) + r"-\d+", known)]
