@@ -15,6 +15,7 @@ namespace llmcache::bench {
 namespace {
 
 constexpr std::size_t kNameColumn = 30;
+constexpr const char* kShotWorkload = "openbookqa";
 
 constexpr const char* kDescription =
     "llmcache-bench: runs recorded requests through a model, plain and wrapped in caches, side by side in one "
@@ -23,17 +24,23 @@ constexpr const char* kDescription =
     "\n"
     "Without options it runs every full-size model on the workloads made for its tokenizer (but the small 'sample' "
     "where\n"
-    "others exist, and clinc150, qqp and stsb only where the model embeds sentences) and ends in under 10 minutes.";
+    "others exist, clinc150, qqp and stsb only where the model embeds sentences, and chat only where the weights are\n"
+    "real) and ends in under 10 minutes.";
 
 constexpr const char* kFooter = R"(
 Modes
-  nocache    the TorchScript module as loaded, on the padded batch, without gradients.
+  nocache    the TorchScript module as loaded, on the padded batch, without gradients. All outputs are computed.
+  kvcache    what an ordinary decoder does (models that llmcache can reuse prefixes of): keys and values are kept inside
+             one request, whose later tokens are computed behind them, and nothing across requests, nor across the turns
+             of a conversation. It is llmcache, fidelity lossless, emptied before each request and turn. Requests that
+             are sent in one piece, such as the four choices of a question, are computed whole; their padding is not.
   llmcache   llmcache::LayerCache around the same module: weights are shared, not loaded twice. With --fidelity
              identical, lossless or threshold: the last is the LLMCache paper (arXiv 2512.16843), whole hidden states of
              the most similar earlier request where its similarity is T or more.
   doccache   the paper's rival, a semantic cache of final outputs: same fingerprint, same T; a hit returns the kept
              output of the most similar earlier request, and the model's layers do not run at all.
-  Every value of --threshold, --capacity-mib and --eviction is a setting with a cache of its own and a line of its own.
+  Every value of --threshold, --capacity-mib, --eviction and --weights is a setting with a cache of its own and a line
+  of its own.
   threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured.
 
 How it measures
@@ -43,6 +50,12 @@ How it measures
   It is put into the caches before, untimed, in at most 60 % of the time budget, and every request of it is computed
   and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,
   the fill requests that have a sequence in common with a later one are enough, and only these are run.
+  kvcache and llmcache ask for the outputs that the workload needs (--output changes that): of decoders the tokens that
+  are new where log-likelihoods are scored (wikitext, openbookqa), otherwise the last token of each sequence. A squad
+  request is sent as a decoder would be asked to score an answer: passage and question, of which the last token's output
+  is wanted ('prefill'), then the same with the gold answer behind it. llmcache with fidelity threshold or identical,
+  and doccache, return all.
+  Prefill is the time until the first token's output is there: of the first call of a request, of nocache the whole one.
   T is a cosine (SimHash: estimated from the Hamming distance; jaccard: the Jaccard similarity). With --centre on the
   mean state is taken off first, and cosines are much smaller than without.
 
@@ -56,6 +69,9 @@ Quality (models with random weights: none, only divergence)
   precision        qqp: served from the pair's other text and labelled a duplicate / served from it. recall: the same /
                    pairs labelled duplicate. unsafe: labelled no duplicate / all served, with Wilson's 95 % interval.
                    A text with the same tokens counts as right; one of another pair has no label and counts as served.
+  Log-likelihoods are summed over the tokens whose logits came back in every setting. That is all of them, unless a
+  request was known before: an output of new tokens lacks the logits that predict the first of them. (Of a growing
+  document the benchmark has these from the request before.)
   The change against nocache over the same requests follows, with its 95 % interval (paired bootstrap over requests).
 
 Columns
@@ -63,8 +79,22 @@ Columns
   requests   run, of those in the stream; fewer where the time budget ended first.
   speedup    sum of nocache latencies / sum of this setting's latencies, over the same requests.
   computed   tokens that went through the layers / real tokens; padding counts, so a plain padded batch is above 1.
-  divergence relative L2 distance of the real (not padding) outputs of a request from nocache's: mean and largest.
+  divergence relative L2 distance of a request's outputs that came back from nocache's, padding excluded: mean, largest.
+  prefill ms, vs nocache, vs kvcache
+             mean, and how many times as fast as these over the same requests; kvcache with the same weights.
+  reused     tokens of the prompts known from earlier requests / all. shared: computed once for several rows / all.
+  decode ms  mean time of a further token. tokens/s: new tokens / all time, prefill included.
+  later turns
+             of conversations: prefill of the second turn, which sends the whole conversation again.
+  greedy     tokens that come out on top as in nocache / all that were compared; the others are listed below the table
+             where the weights are as loaded ('tied': their logits lie within 1e-4 of the best in nocache).
   cache MiB  held by the cache at the end.
+Text generation (generate-128, generate-512, chat)
+  Each setting continues the prompt greedily, token by token. nocache runs the whole sequence for each token: it says
+  as many as 40 % of the time budget allow, one more than the first at least, and the others count with the mean time
+  of these. All tokens of the other settings are checked: one pass of nocache over a whole sequence has the logits that
+  it would have had token by token.
+
 The second table says what wrapping cost: time, and resident memory of the process before and after it beside the size of
 the model's weights. 'runs' is what the model allows: whole layers, packed batches, or single tokens.
 
@@ -83,6 +113,8 @@ Examples
   llmcache-bench --model minilm-pooled --workload clinc150 --fidelity threshold --threshold 0.9 --fingerprint raw
                  --centre off --capacity-mib 1,4,16,64
   llmcache-bench --model gpt2,smollm2 --zipf 1.0 --shuffle 7 --json results.json
+  llmcache-bench --model smollm2 --workload squad,openbookqa --mode kvcache,llmcache --fidelity lossless --limit 100
+  llmcache-bench --model smollm2 --workload openbookqa --shots 5 --weights as-loaded,packed-fp16
   llmcache-bench --model /models/mine.pt --tokenizer bert-base-uncased --mode nocache
 )";
 
@@ -185,14 +217,31 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   list("--workload", arguments.workloads, "NAME",
        "workloads by name [those made for the model's tokenizer, see above]");
   const auto* mode = list("--mode", arguments.modes, "MODE",
-                          "nocache, llmcache, doccache [all three; doccache only where quality can be measured]")
-                         ->check(CLI::IsMember({"nocache", "llmcache", "doccache"}));
+                          "nocache, kvcache, llmcache, doccache [all; kvcache only for decoders, doccache only where "
+                          "quality can be measured]")
+                         ->check(CLI::IsMember({"nocache", "kvcache", "llmcache", "doccache"}));
   const auto* fidelity =
       list("--fidelity", arguments.fidelities, "LEVEL",
            "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical), lossless (and "
            "padding is not computed; equal up to rounding), threshold (whole hidden states of similar requests: no "
            "promise) [lossless,threshold; threshold only where quality can be measured]")
           ->check(CLI::IsMember({"identical", "lossless", "threshold"}));
+  list("--weights", arguments.weights, "HOW",
+       "how kvcache and llmcache hold the weights of linear layers: as-loaded, packed-fp32, packed-fp16 (half the "
+       "memory; the quality columns say what it costs) [as-loaded]")
+      ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16"}));
+  app.add_option(
+         "--output", arguments.output,
+         "what kvcache and llmcache (fidelity lossless) ask for: all, last (token of each sequence), new (tokens "
+         "that were not known before) [what the workload needs]")
+      ->check(CLI::IsMember({"all", "last", "new"}))
+      ->type_name("WHICH");
+  app.add_option(
+         "--shots", arguments.shots,
+         "openbookqa with N solved examples in front of each question, the same for all; prepare_data.py --shots "
+         "N makes the file [0]")
+      ->check(number_between(0, 99))
+      ->type_name("N");
   const auto* threshold =
       app.add_option("--threshold", arguments.thresholds,
                      "similarity from which on an earlier request counts, -1 to 1, for fidelity threshold and doccache "
@@ -236,7 +285,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   app.add_option("--threads", arguments.threads, "threads within an operator [1]; between operators always 1")
       ->check(number_between(1, 1024))
       ->type_name("N");
-  app.add_option("--limit", arguments.limit, "requests of each workload [all that the time budget allows]")
+  app.add_option("--limit", arguments.limit,
+                 "requests of each workload, the first of the file [all that the time budget allows]")
       ->check(number_between(1, 1e12))
       ->type_name("N");
   app.add_option("--seconds", arguments.seconds,
@@ -246,8 +296,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
       ->check(number_between(1e-3, 1e6))
       ->type_name("S");
   app.add_option("--shuffle", arguments.shuffle,
-                 "send requests in an order drawn with this seed [the file's order; workloads whose file is grouped by "
-                 "label are always shuffled, with seed 0]")
+                 "send requests (with --limit: the first ones) in an order drawn with this seed [the file's order; "
+                 "workloads whose file is grouped by label are always shuffled, all of them, with seed 0]")
       ->check(digits())
       ->type_name("SEED");
   app.add_option("--zipf", arguments.zipf,
@@ -281,17 +331,28 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     throw Failure(fmt::format("{}; llmcache-bench --help lists the options", error.what()));
   }
+  arguments.kvcache_asked = mode->count() > 0 && arguments.has_mode("kvcache");
   arguments.doccache_asked = mode->count() > 0;
   arguments.threshold_asked = fidelity->count() > 0 || threshold->count() > 0;
   arguments.centre = centre == "on";
   make_unique(arguments.modes);
   make_unique(arguments.fidelities);
+  make_unique(arguments.weights);
   make_unique(arguments.thresholds);
   make_unique(arguments.evictions);
   make_unique(arguments.capacities_mib);
   if (arguments.pca && arguments.fingerprint != "pca") {
     throw Failure(
         fmt::format("--pca {} is only for --fingerprint pca, not {}", arguments.pca->string(), arguments.fingerprint));
+  }
+  if (arguments.shots > 0) {
+    const std::string with_shots = fmt::format("{}-{}shot", kShotWorkload, arguments.shots);
+    std::replace(arguments.workloads.begin(), arguments.workloads.end(), std::string(kShotWorkload), with_shots);
+    const auto& all = arguments.workloads;
+    if (!all.empty() && std::find(all.begin(), all.end(), with_shots) == all.end()) {
+      throw Failure(fmt::format("--shots {} is for the workload {}, which --workload does not name", arguments.shots,
+                                kShotWorkload));
+    }
   }
   return arguments;
 }
@@ -317,29 +378,46 @@ std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, st
   return chosen;
 }
 
-std::vector<Setting> settings(const Arguments& arguments, bool quality) {
+std::vector<Setting> settings(const Arguments& arguments, const Possible& possible) {
   std::vector<Setting> all;
   if (arguments.has_mode("nocache")) all.push_back({.mode = "nocache"});
-  for (const std::string mode : {"llmcache", "doccache"}) {
-    if (!arguments.has_mode(mode)) continue;
-    for (const std::int64_t capacity : arguments.capacities_mib) {
-      const auto at_thresholds = [&](const std::string& fidelity, const std::string& eviction) {
-        for (const double threshold : arguments.thresholds) {
-          all.push_back({mode, fidelity, threshold, eviction, capacity});
-        }
-      };
-      if (mode == "doccache") {
-        if (quality || arguments.doccache_asked) at_thresholds("", "lru");
-        continue;
-      }
-      for (const std::string& fidelity : arguments.fidelities) {
+  if (arguments.has_mode("kvcache") && possible.prefix_reuse) {
+    for (const std::string& weights : arguments.weights) {
+      all.push_back({.mode = "kvcache",
+                     .fidelity = "lossless",
+                     .capacity_mib = arguments.capacities_mib.front(),
+                     .weights = weights});
+    }
+  }
+  const auto at_thresholds = [&](const Setting& setting) {
+    for (const double threshold : arguments.thresholds) {
+      all.push_back(setting);
+      all.back().threshold = threshold;
+    }
+  };
+  for (const std::int64_t capacity : arguments.capacities_mib) {
+    if (!arguments.has_mode("llmcache")) break;
+    for (const std::string& fidelity : arguments.fidelities) {
+      if (possible.generation && fidelity != "lossless") continue;
+      for (const std::string& weights : arguments.weights) {
+        const Setting setting = {
+            .mode = "llmcache", .fidelity = fidelity, .capacity_mib = capacity, .weights = weights};
         if (fidelity != "threshold") {
-          all.push_back({mode, fidelity, std::nullopt, "", capacity});
-        } else if (quality || arguments.threshold_asked) {
-          for (const std::string& eviction : arguments.evictions) at_thresholds(fidelity, eviction);
+          all.push_back(setting);
+        } else if (possible.quality || arguments.threshold_asked) {
+          for (const std::string& eviction : arguments.evictions) {
+            Setting one = setting;
+            one.eviction = eviction;
+            at_thresholds(one);
+          }
         }
       }
     }
+  }
+  if (!arguments.has_mode("doccache") || possible.generation) return all;
+  if (!possible.quality && !arguments.doccache_asked) return all;
+  for (const std::int64_t capacity : arguments.capacities_mib) {
+    at_thresholds({.mode = "doccache", .eviction = "lru", .capacity_mib = capacity});
   }
   return all;
 }

@@ -12,10 +12,14 @@ namespace llmcache::bench {
 struct Arguments {
   std::vector<std::string> models;     ///< names or paths; empty: all found
   std::vector<std::string> workloads;  ///< names; empty: all that fit
-  std::vector<std::string> modes = {"nocache", "llmcache", "doccache"};
+  std::vector<std::string> modes = {"nocache", "kvcache", "llmcache", "doccache"};
   std::vector<std::string> fidelities = {"lossless", "threshold"};
-  bool doccache_asked = false;   ///< by --mode: runs also where quality cannot be measured
-  bool threshold_asked = false;  ///< by --fidelity or --threshold: the same
+  std::vector<std::string> weights = {"as-loaded"};  ///< how kvcache and llmcache hold them
+  std::optional<std::string> output;  ///< what kvcache and llmcache ask for; unset: what the workload needs
+  int shots = 0;                      ///< solved examples in front of the questions of openbookqa
+  bool kvcache_asked = false;         ///< by --mode: a model that has none is an error
+  bool doccache_asked = false;        ///< by --mode: runs also where quality cannot be measured
+  bool threshold_asked = false;       ///< by --fidelity or --threshold: the same
   std::vector<double> thresholds = {0.85, 0.90, 0.95};
   std::string fingerprint = "simhash128";
   std::int64_t fingerprint_layer = 0;
@@ -59,14 +63,23 @@ std::filesystem::path program_folder();
 /// One way to run a workload: a mode with its settings. A run has one record for each.
 struct Setting {
   std::string mode;
-  std::string fidelity = {};                      ///< of llmcache
+  std::string fidelity = {};                      ///< of llmcache, and of kvcache: lossless
   std::optional<double> threshold = {};           ///< of doccache, and of llmcache with fidelity threshold
   std::string eviction = {};                      ///< of llmcache with fidelity threshold
   std::optional<std::int64_t> capacity_mib = {};  ///< unset for nocache
+  std::string weights = "as-loaded";              ///< nocache and doccache: always so
 };
 
-/// What `arguments` ask for, nocache first. Doccache and fidelity threshold, unless asked for by
-/// name, are left out where quality cannot be measured: a hit rate alone says nothing about them.
-std::vector<Setting> settings(const Arguments& arguments, bool quality);
+/// What can be done with a model on a workload.
+struct Possible {
+  bool quality = false;       ///< the quality of outputs can be measured
+  bool prefix_reuse = false;  ///< the model can go on behind keys and values that are kept
+  bool generation = false;    ///< text is generated, token by token
+};
+
+/// What `arguments` ask for and is possible, nocache first. Doccache and fidelity threshold, unless asked for by
+/// name, are left out where quality cannot be measured: a hit rate alone says nothing about them. Where text is
+/// generated, of llmcache only fidelity lossless runs, and no doccache: the others know nothing of growing requests.
+std::vector<Setting> settings(const Arguments& arguments, const Possible& possible);
 
 }  // namespace llmcache::bench

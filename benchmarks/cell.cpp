@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -12,6 +13,8 @@
 #include <utility>
 
 #include "failure.h"
+#include "generation.h"
+#include "greedy.h"
 #include "quality_metric.h"
 #include "quality_score.h"
 #include "quality_served.h"
@@ -36,23 +39,35 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 struct Lane {
   Setting setting;
   std::unique_ptr<Variant> variant;
-  std::vector<double> latencies;    // ms, one a request
-  double tokens_computed = 0;       // padding included where it was computed
-  std::vector<double> divergences;  // one a request, if nocache runs too
-  std::vector<Sample> samples;      // one a request that can be scored
   ServedCounts served;
+  std::vector<double> latencies = {};    // ms, one a request
+  std::vector<double> prefills = {};     // of these, until the first call was back
+  double tokens_computed = 0;            // padding included where it was computed
+  std::int64_t tokens_reused = 0;        // of prompts
+  std::int64_t tokens_shared = 0;        // the same
+  std::vector<double> divergences = {};  // one a request of which something came back, if nocache runs too
+  std::vector<Sample> samples = {};      // one a request that can be scored
+  std::optional<LastLogits> last = {};   // of the request before
+  GreedyCount greedy = {};
+
+  /// Computes what the model computes.
+  [[nodiscard]] bool exact() const { return !setting.threshold; }
+  /// Asks for the outputs that the workload needs.
+  [[nodiscard]] bool chooses_output() const { return setting.fidelity == "lossless"; }
 };
 
 class Cell {
  public:
   explicit Cell(const CellContext& context)
-      : model_(context.model),
+      : context_(context),
+        model_(context.model),
         file_(context.file),
         tokens_(context.tokens),
         arguments_(context.arguments),
         budget_(context.budget_seconds),
         progress_(context.progress),
         stream_(make_stream(tokens_, {arguments_.shuffle, arguments_.zipf, arguments_.limit})),
+        decoder_(reuses_prefixes(context)),
         scorer_(tokens_, model_.output_shape(), file_.vocabulary, probe()) {}
 
   std::vector<Record> run() {
@@ -120,26 +135,53 @@ class Cell {
     }
     request.padded = static_cast<std::int64_t>(width * request.rows.size());
     request.inputs = model_.inputs(request.rows);
+    add_calls(request);
     return request;
   }
 
+  /// By which calls the exact variants run it: `output_` says which, where nothing is in the way.
+  void add_calls(Request& request) const {
+    const auto whole = [&](Output output) { request.calls.push_back({request.rows, request.inputs, output}); };
+    if (output_ != "last+new") return whole(output_from_string(output_));
+    if (request.rows.size() > 1) return whole(Output::kNewTokens);
+    // A prompt, and what is scored behind it, if anything is.
+    const TokenRange scored = tokens_.scored[static_cast<std::size_t>(request.first_sequence)];
+    const auto length = static_cast<std::int64_t>(request.rows[0].size());
+    if (scored.begin >= std::min(scored.end, length)) return whole(Output::kLastToken);
+    const Rows prompt = {request.rows[0].first(static_cast<std::size_t>(scored.begin))};
+    request.calls.push_back({prompt, model_.inputs(prompt), Output::kLastToken});
+    whole(Output::kNewTokens);
+    request.grows = true;
+  }
+
+  /// What is asked of the exact variants: --output, or what the task needs.
+  [[nodiscard]] std::string choose_output() const {
+    if (arguments_.output) return *arguments_.output;
+    if (!decoder_) return "all";
+    switch (tokens_.task) {
+      case Task::kChoice:
+      case Task::kPerplexity:
+        return "new";
+      case Task::kAnswer:
+        return tokens_.scored.empty() ? "last" : "last+new";
+      default:
+        return "last";
+    }
+  }
+
   void make_lanes() {
-    const auto all = settings(arguments_, quality());
+    const auto all = settings(arguments_, {.quality = quality(), .prefix_reuse = decoder_});
     if (all.empty()) {
       throw Failure("nothing to run: --mode leaves no setting where quality cannot be measured; name --fidelity too");
     }
+    output_ = choose_output();
     fingerprint_.kind = fingerprint_kind_from_string(arguments_.fingerprint);
     fingerprint_.centring = arguments_.centre ? Centring::kRunning : Centring::kOff;
     const bool similar = std::any_of(all.begin(), all.end(), [](const Setting& s) { return s.threshold.has_value(); });
     if (similar && fingerprint_.kind == FingerprintKind::kPca) fingerprint_.pca = pca();
     for (const Setting& setting : all) {
       auto variant = make_variant(setting, {model_, arguments_, tokens_, fingerprint_});
-      lanes_.push_back({.setting = setting,
-                        .variant = std::move(variant),
-                        .latencies = {},
-                        .divergences = {},
-                        .samples = {},
-                        .served = ServedCounts(tokens_)});
+      lanes_.push_back({.setting = setting, .variant = std::move(variant), .served = ServedCounts(tokens_)});
     }
   }
 
@@ -174,7 +216,8 @@ class Cell {
       const Request request = prepare(stream_.requests[i]);
       for (Lane& lane : lanes_) {
         lane.variant->clear();
-        lane.variant->forward(request);
+        lane.variant->begin();
+        lane.variant->run(request);
       }
     }
     for (Lane& lane : lanes_) lane.variant->clear();
@@ -229,28 +272,20 @@ class Cell {
 
   /// Runs the request in every lane, the first one a place further on from request to request.
   void measure(const Request& request) {
-    std::vector<c10::IValue> outputs(lanes_.size());
+    std::vector<Run> runs(lanes_.size());
+    std::vector<TokenScores> scores(lanes_.size());
     std::optional<std::size_t> plain;
     const auto compare_with_plain = [&](std::size_t i) {
-      lanes_[i].divergences.push_back(model_.divergence(outputs[*plain], outputs[i], request.rows));
-      if (i != *plain) outputs[i] = {};  // logits are large
+      compare_outputs(request, runs[*plain].returned.front(), runs[i].returned, lanes_[i]);
+      if (i != *plain) runs[i].returned.clear();  // logits are large
     };
     for (std::size_t turn = 0; turn < lanes_.size(); ++turn) {
       const std::size_t i = (turn + static_cast<std::size_t>(done_)) % lanes_.size();
       Lane& lane = lanes_[i];
-      const auto start = Clock::now();
-      outputs[i] = lane.variant->forward(request);
-      lane.latencies.push_back(1000 * seconds_since(start));
-      const Done done = lane.variant->done(request);
-      lane.tokens_computed += done.tokens_computed;
-      if (!file_.random_weights()) {
-        if (const auto sample = scorer_.score(request.number, request.rows, outputs[i]))
-          lane.samples.push_back(*sample);
-        for (std::size_t row = 0; row < done.served_from.size(); ++row) {
-          lane.served.add(request.number, request.first_sequence + static_cast<std::int64_t>(row),
-                          done.served_from[row]);
-        }
-      }
+      lane.variant->begin();
+      runs[i] = lane.variant->run(request);
+      count(request, runs[i], lane);
+      if (!file_.random_weights()) scores[i] = score(request, runs[i], lane);
       if (lane.setting.mode == "nocache") {
         plain = i;
         for (std::size_t earlier = 0; earlier < turn; ++earlier) {
@@ -259,9 +294,79 @@ class Cell {
       }
       if (plain) compare_with_plain(i);
     }
+    if (!file_.random_weights() && scorer_.reads_logits()) {
+      std::vector<TokenScores*> all;
+      for (TokenScores& one : scores) all.push_back(&one);
+      keep_common(all);
+      for (std::size_t i = 0; i < lanes_.size(); ++i) {
+        if (const auto sample = scorer_.sample(request.number, request.rows, scores[i])) {
+          lanes_[i].samples.push_back(*sample);
+        }
+      }
+    }
     ++done_;
     sequences_ += static_cast<std::int64_t>(request.rows.size());
     real_tokens_ += request.tokens;
+    for (const auto& row : request.calls.front().rows) prompt_tokens_ += static_cast<std::int64_t>(row.size());
+  }
+
+  void count(const Request& request, const Run& run, Lane& lane) const {
+    lane.latencies.push_back(run.total_ms());
+    lane.prefills.push_back(run.ms.front());
+    lane.tokens_computed += run.tokens_computed;
+    lane.tokens_reused += run.tokens_reused;
+    lane.tokens_shared += run.tokens_shared;
+    if (file_.random_weights()) return;
+    for (std::size_t row = 0; row < run.served_from.size(); ++row) {
+      lane.served.add(request.number, request.first_sequence + static_cast<std::int64_t>(row), run.served_from[row]);
+    }
+  }
+
+  /// Scores what needs no other lane; otherwise returns the scores of single tokens.
+  [[nodiscard]] TokenScores score(const Request& request, const Run& run, Lane& lane) const {
+    if (!scorer_.reads_logits()) {
+      if (const auto sample = scorer_.score(request.number, request.rows, run.returned.front().output)) {
+        lane.samples.push_back(*sample);
+      }
+      return {};
+    }
+    TokenScores scores =
+        scorer_.token_scores(request.number, request.rows, run.returned, lane.last ? &*lane.last : nullptr);
+    if (tokens_.task != Task::kPerplexity || request.rows.size() != 1) return scores;
+    // A document that grows goes on where it was: its next token is predicted by the last logits.
+    lane.last.reset();
+    const Returned& call = run.returned.back();
+    const auto [begin, end] = call.tokens[0];
+    if (begin < end) {
+      lane.last =
+          LastLogits{.ids = {request.rows[0].begin(), request.rows[0].end()},
+                     .logits = tensor_of(call.output, model_.output_shape().logits_output)[0][end - 1 - begin].clone()};
+    }
+    return scores;
+  }
+
+  void compare_outputs(const Request& request, const Returned& plain, const std::vector<Returned>& others,
+                       Lane& lane) const {
+    const double divergence = model_.divergence(plain.output, others);
+    if (!std::isnan(divergence)) lane.divergences.push_back(divergence);
+    if (!compares_greedy(lane)) return;
+    const at::Tensor expected = tensor_of(plain.output, model_.output_shape().logits_output);
+    for (const Returned& call : others) {
+      const at::Tensor found = tensor_of(call.output, model_.output_shape().logits_output);
+      for (std::size_t row = 0; row < call.tokens.size(); ++row) {
+        const auto [begin, end] = call.tokens[row];
+        if (begin == end) continue;
+        const auto r = static_cast<std::int64_t>(row);
+        lane.greedy.compare(request.first_sequence + r, begin + 1, expected[r].narrow(0, begin, end - begin),
+                            found[r].narrow(0, 0, end - begin));
+      }
+    }
+  }
+
+  [[nodiscard]] bool compares_greedy(const Lane& lane) const {
+    const OutputShape& shape = model_.output_shape();
+    return decoder_ && lane.exact() && lane.setting.mode != "nocache" && shape.logits_output >= 0 &&
+           file_.vocabulary > 0 && shape.logits_dims >= file_.vocabulary;
   }
 
   [[nodiscard]] const Lane* plain_lane() const {
@@ -270,34 +375,45 @@ class Cell {
     return found == lanes_.end() ? nullptr : &*found;
   }
 
+  [[nodiscard]] const Lane* kvcache_lane(const Lane& lane) const {
+    const auto found = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& other) {
+      return other.setting.mode == "kvcache" && other.setting.weights == lane.setting.weights;
+    });
+    return found == lanes_.end() ? nullptr : &*found;
+  }
+
   [[nodiscard]] Record record(const Lane& lane) const {
-    Record r;
-    r.model = file_.name;
-    r.weights = file_.weights;
-    r.workload = tokens_.workload;
-    r.mode = lane.setting.mode;
-    r.threads = arguments_.threads;
+    Record r = record_of(context_, stream_, lane.setting);
+    if (lane.chooses_output()) r.output = output_;
     r.requests = done_;
-    r.requests_available = static_cast<std::int64_t>(stream_.requests.size());
     r.sequences = sequences_;
     r.tokens = real_tokens_;
     r.tokens_computed_fraction = lane.tokens_computed / static_cast<double>(real_tokens_);
     r.latency_ms = summarize(lane.latencies);
-    r.fill_available = tokens_.fill_requests;
-    r.zipf = stream_.zipf;
-    r.shuffle = stream_.shuffle;
-    r.source = tokens_.source;
-    r.model_torch = file_.torch_version;
-    r.model_transformers = file_.transformers_version;
-    if (const Lane* plain = plain_lane()) {
+    const Lane* plain = plain_lane();
+    if (plain != nullptr) {
       std::vector<double> ratios;
       for (std::size_t i = 0; i < lane.latencies.size(); ++i) ratios.push_back(plain->latencies[i] / lane.latencies[i]);
-      r.speedup_vs_nocache = mean(plain->latencies) / mean(lane.latencies);
+      r.speedup_vs_nocache = ratio_of_sums(plain->latencies, lane.latencies);
       r.speedup_median = median(std::move(ratios));
       r.divergence = summarize(lane.divergences);
     }
+    if (decoder_ && lane.exact()) {
+      const Lane* kvcache = kvcache_lane(lane);
+      r.prefill_ms = summarize(lane.prefills);
+      if (plain != nullptr) r.prefill_speedup_vs_nocache = ratio_of_sums(plain->prefills, lane.prefills);
+      if (kvcache != nullptr) {
+        r.speedup_vs_kvcache = ratio_of_sums(kvcache->latencies, lane.latencies);
+        r.prefill_speedup_vs_kvcache = ratio_of_sums(kvcache->prefills, lane.prefills);
+      }
+      if (lane.chooses_output()) {
+        r.tokens_reused_fraction = static_cast<double>(lane.tokens_reused) / static_cast<double>(prompt_tokens_);
+        r.tokens_shared_fraction = static_cast<double>(lane.tokens_shared) / static_cast<double>(prompt_tokens_);
+      }
+      if (plain != nullptr && compares_greedy(lane)) r.greedy = lane.greedy.result();
+    }
     lane.variant->describe(r);
-    if (lane.setting.mode != "nocache") r.filled = filled_;
+    if (lane.setting.mode != "nocache" && lane.setting.mode != "kvcache") r.filled = filled_;
     if (!file_.random_weights()) judge(lane, r);
     return r;
   }
@@ -309,7 +425,7 @@ class Cell {
       r.task = {
           .metric = to_string(*metric), .value = c.value, .baseline = c.baseline, .change = c.change, .ci95 = c.ci95};
     }
-    if (lane.setting.mode == "nocache") return;
+    if (lane.setting.mode == "nocache" || lane.setting.mode == "kvcache") return;
     if (tokens_.task == Task::kDuplicates) {
       r.task = {.metric = "precision", .value = lane.served.precision()};
       r.recall = lane.served.recall();
@@ -318,6 +434,7 @@ class Cell {
     if (tokens_.task == Task::kAnswer) r.same_answer = lane.served.same_answer();
   }
 
+  const CellContext& context_;
   LoadedModel& model_;
   const ModelFile& file_;
   const TokenFile& tokens_;
@@ -325,17 +442,55 @@ class Cell {
   const double budget_;
   Progress& progress_;
   const Stream stream_;
+  const bool decoder_;
   const Scorer scorer_;
+  std::string output_;
   FingerprintOptions fingerprint_;
   std::vector<Lane> lanes_;
   std::int64_t filled_ = 0;
   std::int64_t done_ = 0;
   std::int64_t sequences_ = 0;
   std::int64_t real_tokens_ = 0;
+  std::int64_t prompt_tokens_ = 0;
 };
 
 }  // namespace
 
-std::vector<Record> run_cell(const CellContext& context) { return Cell(context).run(); }
+std::vector<Record> run_cell(const CellContext& context) {
+  if (context.tokens.task == Task::kGeneration) return run_generation(context);
+  return Cell(context).run();
+}
+
+bool reuses_prefixes(const CellContext& context) {
+  const bool reuses = context.model.wrapped() && context.model.cache().profile().prefix_reuse;
+  if (context.arguments.kvcache_asked && !reuses) {
+    throw Failure(fmt::format(
+        "mode kvcache is for causal models that can go on behind keys and values that are kept; {} {}",
+        context.file.name,
+        context.model.cache().profile().causal ? "was not verified to do so, see llmcache-inspect" : "is not causal"));
+  }
+  return reuses;
+}
+
+Record record_of(const CellContext& context, const Stream& stream, const Setting& setting) {
+  Record r;
+  r.model = context.file.name;
+  r.weights = context.file.weights;
+  r.workload = context.tokens.workload;
+  r.mode = setting.mode;
+  r.threads = context.arguments.threads;
+  r.requests_available = static_cast<std::int64_t>(stream.requests.size());
+  r.fill_available = context.tokens.fill_requests;
+  r.zipf = stream.zipf;
+  r.shuffle = stream.shuffle;
+  r.source = context.tokens.source;
+  r.model_torch = context.file.torch_version;
+  r.model_transformers = context.file.transformers_version;
+  return r;
+}
+
+double ratio_of_sums(const std::vector<double>& one, const std::vector<double>& other) {
+  return mean(one) * static_cast<double>(one.size()) / (mean(other) * static_cast<double>(other.size()));
+}
 
 }  // namespace llmcache::bench

@@ -110,16 +110,20 @@ std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) const {
   }
 }
 
-WrapCost LoadedModel::wrap(const Options& options) {
-  WrapCost cost{.model = file_.name, .weights = file_.weights, .granularity = {}, .notes = {}};
+WrapCost LoadedModel::wrap(const Options& options, const std::string& name) {
+  WrapCost cost{.model = file_.name, .weights = file_.weights, .held = {}, .granularity = {}, .notes = {}};
   cost.resident_before = resident_bytes();
-  cache_ = make_cache(options);
+  const std::shared_ptr<Cache> cache = make_cache(options);
   cost.resident_after = resident_bytes();
-  const ModelProfile& profile = cache_->profile();
+  if (!cache_) cache_ = cache;
+  named_[name] = cache;
+  const ModelProfile& profile = cache->profile();
+  cost.held = to_string(options.weights);
   cost.granularity = to_string(profile.granularity);
   cost.notes = profile.notes;
   cost.wrap_ms = profile.wrap_ms;
   cost.weight_bytes = static_cast<std::int64_t>(profile.weight_bytes);
+  cost.packed_bytes = static_cast<std::int64_t>(profile.packed_weight_bytes);
   return cost;
 }
 
@@ -159,30 +163,43 @@ c10::IValue LoadedModel::plain(const Inputs& inputs) {
   return module_.forward(inputs);
 }
 
-double LoadedModel::divergence(const c10::IValue& reference, const c10::IValue& other, const Rows& rows) const {
+double LoadedModel::divergence(const c10::IValue& reference, const std::vector<Returned>& others) const {
   const at::NoGradGuard no_grad;
-  const auto a = tensors_of(reference);
-  const auto b = tensors_of(other);
+  constexpr double kInfinite = std::numeric_limits<double>::infinity();
+  const auto expected = tensors_of(reference);
   double difference = 0;
   double norm = 0;
+  bool compared = false;
   const auto compare = [&](const at::Tensor& x, const at::Tensor& y) {
     difference += sum_of_squares(x.is_floating_point() ? x - y : x.to(at::kDouble) - y.to(at::kDouble));
     norm += sum_of_squares(x);
+    compared = true;
   };
-  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    if (a[i].sizes() != b[i].sizes()) return std::numeric_limits<double>::infinity();
-    if (!token_output_.at(i)) {
-      compare(a[i], b[i]);
-      continue;
-    }
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      const auto r = static_cast<std::int64_t>(row);
-      const auto tokens = static_cast<std::int64_t>(rows[row].size());
-      compare(a[i][r].narrow(0, 0, tokens), b[i][r].narrow(0, 0, tokens));
+  for (const Returned& call : others) {
+    const auto found = tensors_of(call.output);
+    if (found.size() != expected.size()) return kInfinite;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      const at::Tensor& a = expected[i];
+      const at::Tensor& b = found[i];
+      if (!token_output_.at(i)) {
+        if (&call != &others.back()) continue;
+        if (a.sizes() != b.sizes()) return kInfinite;
+        compare(a, b);
+        continue;
+      }
+      if (a.dim() != b.dim() || a.size(0) != b.size(0) || a.sizes().slice(2) != b.sizes().slice(2)) return kInfinite;
+      if (static_cast<std::int64_t>(call.tokens.size()) != b.size(0)) return kInfinite;
+      for (std::size_t row = 0; row < call.tokens.size(); ++row) {
+        const auto [begin, end] = call.tokens[row];
+        if (end > a.size(1) || end - begin > b.size(1)) return kInfinite;
+        if (begin == end) continue;
+        const auto r = static_cast<std::int64_t>(row);
+        compare(a[r].narrow(0, begin, end - begin), b[r].narrow(0, 0, end - begin));
+      }
     }
   }
-  if (norm == 0) return difference == 0 ? 0 : std::numeric_limits<double>::infinity();
+  if (!compared) return std::numeric_limits<double>::quiet_NaN();
+  if (norm == 0) return difference == 0 ? 0 : kInfinite;
   return std::sqrt(difference / norm);
 }
 

@@ -8,19 +8,16 @@
 #include <exception>
 #include <map>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
 #include "llmcache/llmcache.h"
 #include "model_files.h"
+#include "outputs.h"
 #include "quality_score.h"
 #include "records.h"
 
 namespace llmcache::bench {
-
-/// The sequences of one request: their ids.
-using Rows = std::vector<std::span<const std::int32_t>>;
 
 using Cache = LayerCache<torch::jit::Module>;
 
@@ -32,8 +29,9 @@ class LoadedModel {
   /// Loads the module on the CPU and runs it on a few ids. Throws Failure.
   explicit LoadedModel(const ModelFile& file);
 
-  /// Wraps the module: the weights are shared with the plain one. Throws Failure.
-  WrapCost wrap(const Options& options);
+  /// Wraps the module: the weights are shared with the plain one. The first cache so made is cache(); cache_named()
+  /// knows it by `name`. Throws Failure.
+  WrapCost wrap(const Options& options, const std::string& name = {});
 
   /// The module's inputs for a request: padded on the right to its longest sequence. Ids and mask
   /// by position and name; token types are 0.
@@ -44,7 +42,7 @@ class LoadedModel {
 
   /// Set by wrap().
   [[nodiscard]] Cache& cache() { return *cache_; }
-  [[nodiscard]] std::shared_ptr<Cache> shared_cache() { return cache_; }
+  [[nodiscard]] bool wrapped() const { return cache_ != nullptr; }
 
   /// Another cache around the same module. Throws Failure.
   [[nodiscard]] std::shared_ptr<Cache> make_cache(const Options& options) const;
@@ -55,9 +53,10 @@ class LoadedModel {
   [[nodiscard]] const std::vector<bool>& token_output() const { return token_output_; }
   [[nodiscard]] const OutputShape& output_shape() const { return shape_; }
 
-  /// Relative L2 distance of all outputs together, of real tokens only where an output has one entry
-  /// a token: ||other - reference|| / ||reference||. Infinite where the shapes differ.
-  [[nodiscard]] double divergence(const c10::IValue& reference, const c10::IValue& other, const Rows& rows) const;
+  /// Relative L2 distance of all outputs together, where an output has one entry a token at the tokens that came back:
+  /// ||other - reference|| / ||reference||. `reference` has all tokens. Of several calls the last one has the outputs
+  /// of one entry a sequence. Infinite where the shapes do not fit; NaN where no token came back.
+  [[nodiscard]] double divergence(const c10::IValue& reference, const std::vector<Returned>& others) const;
 
  private:
   enum class Input { kIds, kMask, kZeros };

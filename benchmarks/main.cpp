@@ -46,6 +46,9 @@ int bench(int argc, char** argv) {
                       machine.memory_gib, arguments.threads, arguments.threads == 1 ? "thread" : "threads",
                       versions().torch, versions().compiler, versions().llmcache));
     print(results_table(results.records));
+    if (const std::string list = greedy_list(results.records); !list.empty()) {
+      print(fmt::format("\nTokens that do not come out on top as in nocache:\n{}", list));
+    }
     if (!results.wraps.empty()) print(fmt::format("\n{}", wrap_table(results.wraps)));
     std::fflush(stdout);
   }

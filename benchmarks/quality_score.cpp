@@ -30,31 +30,42 @@ std::optional<Metric> find_metric(const TokenFile& file, const OutputShape& shap
     case Task::kAnswer:
       return logits ? std::optional(Metric::kAnswerNll) : std::nullopt;
     case Task::kDuplicates:
+    case Task::kGeneration:
     case Task::kNone:
       break;
   }
   return std::nullopt;
 }
 
-at::Tensor output_of(const c10::IValue& output, std::int64_t number) {
-  const auto tensors = tensors_of(output);
-  if (number >= static_cast<std::int64_t>(tensors.size())) {
-    throw Failure(fmt::format("the model returned {} tensors, expected more than {}", tensors.size(), number));
+/// Natural logarithms of the probabilities of tokens [range.begin, range.end) of `ids`, double [count]; row t - 1 -
+/// first of `logits` scores token t.
+at::Tensor log_likelihoods(const at::Tensor& logits, std::int64_t first, std::span<const std::int32_t> ids,
+                           TokenRange range) {
+  const std::int64_t count = range.end - range.begin;
+  const at::Tensor tokens = at::empty({count, 1}, at::kLong);
+  for (std::int64_t i = 0; i < count; ++i) {
+    tokens.data_ptr<std::int64_t>()[i] = ids[static_cast<std::size_t>(range.begin + i)];
   }
-  return tensors[static_cast<std::size_t>(number)];
+  const at::Tensor rows = logits.narrow(0, range.begin - 1 - first, count).to(at::kFloat).log_softmax(-1);
+  return rows.gather(1, tokens.to(logits.device())).squeeze(1).to(at::kCPU, at::kDouble);
 }
 
 }  // namespace
 
 double log_likelihood(const at::Tensor& logits, std::span<const std::int32_t> ids, TokenRange range) {
   if (range.begin >= range.end) return 0;
-  const std::int64_t count = range.end - range.begin;
-  const at::Tensor tokens = at::empty({count, 1}, at::kLong);
-  for (std::int64_t i = 0; i < count; ++i) {
-    tokens.data_ptr<std::int64_t>()[i] = ids[static_cast<std::size_t>(range.begin + i)];
+  return log_likelihoods(logits, 0, ids, range).sum().item<double>();
+}
+
+void keep_common(const std::vector<TokenScores*>& scores) {
+  if (scores.empty()) return;
+  for (std::size_t row = 0; row < scores.front()->size(); ++row) {
+    for (std::size_t i = 0; i < scores.front()->at(row).size(); ++i) {
+      const bool common = std::ranges::all_of(scores, [&](const auto* s) { return s->at(row).at(i).has_value(); });
+      if (common) continue;
+      for (TokenScores* one : scores) one->at(row).at(i).reset();
+    }
   }
-  const at::Tensor log_probabilities = logits.narrow(0, range.begin - 1, count).to(at::kFloat).log_softmax(-1);
-  return log_probabilities.gather(1, tokens.to(logits.device())).sum(at::kDouble).item<double>();
 }
 
 Scorer::Scorer(const TokenFile& file, const OutputShape& shape, std::int64_t vocabulary, std::optional<Probe> probe)
@@ -68,40 +79,61 @@ Scorer::Scorer(const TokenFile& file, const OutputShape& shape, std::int64_t voc
   }
 }
 
-std::optional<Sample> Scorer::score(std::int64_t request, const std::vector<std::span<const std::int32_t>>& rows,
-                                    const c10::IValue& output) const {
-  if (!metric_) return std::nullopt;
-  const at::NoGradGuard no_grad;
-  const std::int64_t first = file_.first_sequence(request);
-  if (metric_ == Metric::kSpearman) {
-    const at::Tensor pair = output_of(output, shape_.pooled_output).to(at::kDouble);
-    return Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(),
-                  static_cast<double>(file_.pair_score[static_cast<std::size_t>(request)])};
-  }
-  if (metric_ == Metric::kAccuracy) {
-    const at::Tensor pooled = output_of(output, shape_.pooled_output).to(at::kCPU, at::kFloat).contiguous();
-    const auto dims = static_cast<std::size_t>(pooled.size(1));
-    Sample sample;
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      const std::span<const float> values(pooled.data_ptr<float>() + row * dims, dims);
-      sample.value += probe_->classify(values) == file_.labels[static_cast<std::size_t>(first) + row] ? 1 : 0;
-      sample.weight += 1;
-    }
-    return sample;
-  }
+bool Scorer::reads_logits() const {
+  return metric_ == Metric::kChoiceAccuracy || metric_ == Metric::kPerplexity || metric_ == Metric::kAnswerNll;
+}
 
-  // The rest reads logits.
-  const at::Tensor logits = output_of(output, shape_.logits_output);
+/// What is scored of a row that was cut to `length` tokens.
+TokenRange Scorer::scored(std::int64_t request, std::size_t row, std::size_t length) const {
+  TokenRange range = file_.scored[static_cast<std::size_t>(file_.first_sequence(request)) + row];
+  range.end = std::min(range.end, static_cast<std::int64_t>(length));
+  range.begin = std::min(range.begin, range.end);
+  return range;
+}
+
+TokenScores Scorer::token_scores(std::int64_t request, const Rows& rows, const std::vector<Returned>& returned,
+                                 const LastLogits* before) const {
+  const at::NoGradGuard no_grad;
+  TokenScores scores(rows.size());
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const TokenRange range = scored(request, row, rows[row].size());
+    auto& values = scores[row];
+    values.resize(static_cast<std::size_t>(range.end - range.begin));
+    if (values.empty()) continue;
+    for (const Returned& call : returned) {
+      const TokenRange here = call.tokens.at(row);  // their logits score the tokens behind them
+      const TokenRange part = {std::max(range.begin, here.begin + 1), std::min(range.end, here.end + 1)};
+      if (part.begin >= part.end) continue;
+      const at::Tensor logits = tensor_of(call.output, shape_.logits_output)[static_cast<std::int64_t>(row)];
+      const at::Tensor found = log_likelihoods(logits, here.begin, rows[row], part);
+      for (std::int64_t i = 0; i < found.size(0); ++i) {
+        values[static_cast<std::size_t>(part.begin - range.begin + i)] = found.data_ptr<double>()[i];
+      }
+    }
+    if (values.front() || before == nullptr || static_cast<std::int64_t>(before->ids.size()) != range.begin) continue;
+    if (!std::equal(before->ids.begin(), before->ids.end(), rows[row].begin())) continue;
+    const TokenRange first = {range.begin, range.begin + 1};
+    values.front() = log_likelihoods(before->logits.unsqueeze(0), range.begin - 1, rows[row], first).item<double>();
+  }
+  return scores;
+}
+
+std::optional<Sample> Scorer::sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const {
+  const std::int64_t first = file_.first_sequence(request);
   Sample sample;
   double best = 0;
   std::int64_t best_row = -1;
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    TokenRange range = file_.scored[static_cast<std::size_t>(first) + row];
-    const auto length = static_cast<std::int64_t>(rows[row].size());
-    if (range.end > length && metric_ != Metric::kPerplexity) return std::nullopt;
-    range.end = std::min(range.end, length);
-    if (range.begin >= range.end) continue;
-    const double sum = log_likelihood(logits[static_cast<std::int64_t>(row)], rows[row], range);
+    const std::int64_t end = file_.scored[static_cast<std::size_t>(first) + row].end;
+    if (end > static_cast<std::int64_t>(rows[row].size()) && metric_ != Metric::kPerplexity) return std::nullopt;
+    double sum = 0;
+    double count = 0;
+    for (const auto& score : scores[row]) {
+      if (!score && metric_ == Metric::kChoiceAccuracy) return std::nullopt;  // it would not be compared alike
+      sum += score.value_or(0);
+      count += score ? 1 : 0;
+    }
+    if (count == 0) continue;
     if (metric_ == Metric::kChoiceAccuracy) {
       if (best_row < 0 || sum > best) {
         best = sum;
@@ -109,13 +141,34 @@ std::optional<Sample> Scorer::score(std::int64_t request, const std::vector<std:
       }
     } else {
       sample.value -= sum;
-      sample.weight += static_cast<double>(range.end - range.begin);
+      sample.weight += count;
     }
   }
   if (metric_ == Metric::kChoiceAccuracy) {
     return Sample{best_row >= 0 && file_.labels[static_cast<std::size_t>(first + best_row)] == 1 ? 1.0 : 0.0, 1};
   }
   if (sample.weight == 0) return std::nullopt;
+  return sample;
+}
+
+std::optional<Sample> Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
+  if (!metric_) return std::nullopt;
+  if (reads_logits()) return sample(request, rows, token_scores(request, rows, {all_of(output, rows)}, nullptr));
+  const at::NoGradGuard no_grad;
+  if (metric_ == Metric::kSpearman) {
+    const at::Tensor pair = tensor_of(output, shape_.pooled_output).to(at::kDouble);
+    return Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(),
+                  static_cast<double>(file_.pair_score[static_cast<std::size_t>(request)])};
+  }
+  const std::int64_t first = file_.first_sequence(request);
+  const at::Tensor pooled = tensor_of(output, shape_.pooled_output).to(at::kCPU, at::kFloat).contiguous();
+  const auto dims = static_cast<std::size_t>(pooled.size(1));
+  Sample sample;
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const std::span<const float> values(pooled.data_ptr<float>() + row * dims, dims);
+    sample.value += probe_->classify(values) == file_.labels[static_cast<std::size_t>(first) + row] ? 1 : 0;
+    sample.weight += 1;
+  }
   return sample;
 }
 

@@ -1,14 +1,15 @@
 // Scores what a model returned for a request by the task of the workload.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
+#include "outputs.h"
 #include "probe.h"
 #include "quality_metric.h"
 #include "token_file.h"
@@ -23,6 +24,16 @@ struct OutputShape {
   std::int64_t logits_dims = 0;
 };
 
+/// Log-likelihoods of the scored tokens of a request, one list a row; unset where the logits before a token did not
+/// come back.
+using TokenScores = std::vector<std::vector<std::optional<double>>>;
+
+/// Logits that predict what follows `ids`, from a request before.
+struct LastLogits {
+  std::vector<std::int32_t> ids;
+  at::Tensor logits;  ///< [vocabulary]
+};
+
 /// For one model on one workload. `file` must outlive it.
 class Scorer {
  public:
@@ -33,18 +44,32 @@ class Scorer {
   /// What is measured; unset: nothing that could be.
   [[nodiscard]] std::optional<Metric> metric() const { return metric_; }
 
-  /// Scores request `request`, whose rows, cut to what was run, are `rows`, right-padded. Unset where
-  /// nothing of it can be scored: no metric, or what is scored was cut off.
-  [[nodiscard]] std::optional<Sample> score(std::int64_t request,
-                                            const std::vector<std::span<const std::int32_t>>& rows,
-                                            const c10::IValue& output) const;
+  /// True if log-likelihoods are scored: first token_scores(), then sample().
+  [[nodiscard]] bool reads_logits() const;
+
+  /// Of request `request`, whose rows, cut to what was run, are `rows`. `before`: where the logits that predict the
+  /// first scored token may be, if no call returned them; may be null.
+  [[nodiscard]] TokenScores token_scores(std::int64_t request, const Rows& rows, const std::vector<Returned>& returned,
+                                         const LastLogits* before) const;
+
+  /// Unset where nothing can be scored: the answer was cut off, no token has a score, or of choices one has none.
+  [[nodiscard]] std::optional<Sample> sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const;
+
+  /// Scores a request of which everything came back, right-padded. Unset where nothing of it can be scored: no metric,
+  /// or what is scored was cut off.
+  [[nodiscard]] std::optional<Sample> score(std::int64_t request, const Rows& rows, const c10::IValue& output) const;
 
  private:
+  [[nodiscard]] TokenRange scored(std::int64_t request, std::size_t row, std::size_t length) const;
+
   const TokenFile& file_;
   OutputShape shape_;
   std::optional<Probe> probe_;
   std::optional<Metric> metric_;
 };
+
+/// Takes away from each what is not in all of them, so that all are over the same tokens. They must be of one request.
+void keep_common(const std::vector<TokenScores*>& scores);
 
 /// Sum of the natural logarithms of the probabilities of tokens [range.begin, range.end) of `ids`, each
 /// given all before it. `logits`: [tokens, vocabulary]; row t - 1 scores token t. An empty range: 0.

@@ -47,6 +47,34 @@ Json same_answer(const std::optional<Rate>& value) {
   return {{"rate", number(value->rate)}, {"ci95", interval(value->ci95)}, {"served", value->of}};
 }
 
+Json summary(const Summary& value) {
+  return {
+      {"mean", number(value.mean)}, {"p50", number(value.p50)}, {"p95", number(value.p95)}, {"p99", number(value.p99)}};
+}
+
+Json maybe_summary(const std::optional<Summary>& value) { return value ? summary(*value) : Json(nullptr); }
+
+Json greedy(const std::optional<GreedyResult>& value) {
+  if (!value) return nullptr;
+  Json list = Json::array();
+  for (const GreedyDifference& d : value->differences) {
+    list.push_back({{"sequence", d.sequence}, {"token", d.token}, {"gap", number(d.gap)}});
+  }
+  return {{"compared", value->compared},
+          {"different", value->different},
+          {"tied", value->tied},
+          {"differences", std::move(list)}};
+}
+
+Json later_turns(const std::optional<LaterTurns>& value) {
+  if (!value) return nullptr;
+  return {{"turns", value->turns},
+          {"prefill_ms", summary(value->prefill_ms)},
+          {"speedup_vs_nocache", number(value->speedup_vs_nocache)},
+          {"speedup_vs_kvcache", number(value->speedup_vs_kvcache)},
+          {"tokens_reused_fraction", number(value->tokens_reused_fraction)}};
+}
+
 double number_from(const Json& json) { return json.is_null() ? kNotMeasured : json.get<double>(); }
 std::string text_from(const Json& json) { return json.is_null() ? std::string() : json.get<std::string>(); }
 
@@ -59,6 +87,43 @@ Interval interval_from(const Json& json) { return {number_from(json.at(0)), numb
 
 Rate rate_from(const Json& json) {
   return {number_from(json.at("rate")), interval_from(json.at("ci95")), json.at("served").get<std::int64_t>()};
+}
+
+Summary summary_from(const Json& json) {
+  return {.mean = number_from(json.at("mean")),
+          .p50 = number_from(json.at("p50")),
+          .p95 = number_from(json.at("p95")),
+          .p99 = number_from(json.at("p99")),
+          .max = kNotMeasured};
+}
+
+/// What only decoders have.
+void read_decoding(const Json& json, Record& r) {
+  r.speedup_vs_kvcache = number_from(json.at("speedup_vs_kvcache"));
+  if (!json.at("prefill_ms").is_null()) r.prefill_ms = summary_from(json["prefill_ms"]);
+  r.prefill_speedup_vs_nocache = number_from(json.at("prefill_speedup_vs_nocache"));
+  r.prefill_speedup_vs_kvcache = number_from(json.at("prefill_speedup_vs_kvcache"));
+  r.tokens_reused_fraction = number_from(json.at("tokens_reused_fraction"));
+  r.tokens_shared_fraction = number_from(json.at("tokens_shared_fraction"));
+  if (!json.at("decode_ms").is_null()) r.decode_ms = summary_from(json["decode_ms"]);
+  r.tokens_per_second = number_from(json.at("tokens_per_second"));
+  if (const Json& t = json.at("later_turns"); !t.is_null()) {
+    r.later_turns = {.turns = t.at("turns").get<std::int64_t>(),
+                     .prefill_ms = summary_from(t.at("prefill_ms")),
+                     .speedup_vs_nocache = number_from(t.at("speedup_vs_nocache")),
+                     .speedup_vs_kvcache = number_from(t.at("speedup_vs_kvcache")),
+                     .tokens_reused_fraction = number_from(t.at("tokens_reused_fraction"))};
+  }
+  if (const Json& g = json.at("greedy"); !g.is_null()) {
+    r.greedy = {.compared = g.at("compared").get<std::int64_t>(),
+                .different = g.at("different").get<std::int64_t>(),
+                .tied = g.at("tied").get<std::int64_t>(),
+                .differences = {}};
+    for (const Json& d : g.at("differences")) {
+      r.greedy->differences.push_back(
+          {d.at("sequence").get<std::int64_t>(), d.at("token").get<std::int64_t>(), number_from(d.at("gap"))});
+    }
+  }
 }
 
 /// The fields that say how similar requests were found, and what that did to quality.
@@ -96,6 +161,8 @@ Json to_json(const Record& r, const Versions& versions) {
           {"workload", r.workload},
           {"mode", r.mode},
           {"fidelity", text(r.fidelity)},
+          {"weights_held", r.weights_held},
+          {"output", r.output},
           {"threshold", maybe(r.threshold)},
           {"fingerprint", text(r.fingerprint)},
           {"fingerprint_layer", maybe(r.fingerprint_layer)},
@@ -113,13 +180,19 @@ Json to_json(const Record& r, const Versions& versions) {
           {"sequences", r.sequences},
           {"tokens", r.tokens},
           {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
-          {"latency_ms",
-           {{"mean", number(r.latency_ms.mean)},
-            {"p50", number(r.latency_ms.p50)},
-            {"p95", number(r.latency_ms.p95)},
-            {"p99", number(r.latency_ms.p99)}}},
+          {"latency_ms", summary(r.latency_ms)},
           {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
           {"speedup_median", number(r.speedup_median)},
+          {"speedup_vs_kvcache", number(r.speedup_vs_kvcache)},
+          {"prefill_ms", maybe_summary(r.prefill_ms)},
+          {"prefill_speedup_vs_nocache", number(r.prefill_speedup_vs_nocache)},
+          {"prefill_speedup_vs_kvcache", number(r.prefill_speedup_vs_kvcache)},
+          {"tokens_reused_fraction", number(r.tokens_reused_fraction)},
+          {"tokens_shared_fraction", number(r.tokens_shared_fraction)},
+          {"decode_ms", maybe_summary(r.decode_ms)},
+          {"tokens_per_second", number(r.tokens_per_second)},
+          {"later_turns", later_turns(r.later_turns)},
+          {"greedy", greedy(r.greedy)},
           {"hit_rate", number(r.hit_rate)},
           {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
           {"task", task(r.task)},
@@ -147,6 +220,8 @@ Record record_from_json(const Json& json) {
   r.workload = json.at("workload").get<std::string>();
   r.mode = json.at("mode").get<std::string>();
   r.fidelity = text_from(json.at("fidelity"));
+  r.weights_held = json.at("weights_held").get<std::string>();
+  r.output = json.at("output").get<std::string>();
   r.threads = json.at("threads").get<int>();
   r.requests = json.at("requests").get<std::int64_t>();
   r.requests_available = json.at("requests_available").get<std::int64_t>();
@@ -156,13 +231,10 @@ Record record_from_json(const Json& json) {
   read_similarity(json, r);
   r.tokens = json.at("tokens").get<std::int64_t>();
   r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
-  const Json& latency = json.at("latency_ms");
-  r.latency_ms = {.mean = number_from(latency.at("mean")),
-                  .p50 = number_from(latency.at("p50")),
-                  .p95 = number_from(latency.at("p95")),
-                  .p99 = number_from(latency.at("p99"))};
+  r.latency_ms = summary_from(json.at("latency_ms"));
   r.speedup_vs_nocache = number_from(json.at("speedup_vs_nocache"));
   r.speedup_median = number_from(json.at("speedup_median"));
+  read_decoding(json, r);
   r.hit_rate = number_from(json.at("hit_rate"));
   const Json& divergence = json.at("divergence");
   r.divergence = {.mean = number_from(divergence.at("mean")),

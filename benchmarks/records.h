@@ -32,13 +32,44 @@ struct UnsafeServed {
   std::int64_t unlabelled = 0;  ///< of the served: from a text that nobody compared with this one
 };
 
+/// Two logits as near as that change places by rounding alone.
+inline constexpr double kTiedLogits = 1e-4;
+
+/// A token that comes out on top, but not so in nocache.
+struct GreedyDifference {
+  std::int64_t sequence = 0;  ///< of the token file
+  std::int64_t token = 0;     ///< place in the sequence of what the logits predict
+  double gap = 0;             ///< nocache's logit of this token is that much below its best one
+};
+
+/// Tokens that come out on top of the logits, against nocache.
+struct GreedyResult {
+  std::int64_t compared = 0;
+  std::int64_t different = 0;
+  std::int64_t tied = 0;                      ///< of the different ones, with a gap of kTiedLogits at most
+  std::vector<GreedyDifference> differences;  ///< the first kListed
+
+  static constexpr std::size_t kListed = 100;
+};
+
+/// Prefill of all turns of conversations but the first.
+struct LaterTurns {
+  std::int64_t turns = 0;
+  Summary prefill_ms;
+  double speedup_vs_nocache = kNotMeasured;
+  double speedup_vs_kvcache = kNotMeasured;
+  double tokens_reused_fraction = kNotMeasured;
+};
+
 /// One model on one workload in one mode. NaN means not measured, and is null in JSON.
 struct Record {
   std::string model;
   std::string weights;
   std::string workload;
-  std::string mode;      ///< "nocache", "llmcache" or "doccache"
-  std::string fidelity;  ///< empty (null in JSON) unless llmcache
+  std::string mode;                        ///< "nocache", "kvcache", "llmcache" or "doccache"
+  std::string fidelity;                    ///< empty (null in JSON) unless llmcache or kvcache
+  std::string weights_held = "as-loaded";  ///< or "packed-fp32", "packed-fp16"
+  std::string output = "all";              ///< asked for: "all", "last", "new", or "last+new" of two calls
   // How similar requests were found: unset and empty (null in JSON) where only identical ones count.
   std::optional<double> threshold;
   std::string fingerprint;
@@ -60,6 +91,18 @@ struct Record {
   Summary latency_ms;                        ///< per request
   double speedup_vs_nocache = kNotMeasured;  ///< of sums over the same requests
   double speedup_median = kNotMeasured;      ///< median of the ratios of single requests
+  double speedup_vs_kvcache = kNotMeasured;  ///< as against nocache; kvcache with the same weights
+  // Of decoders.
+  std::optional<Summary>
+      prefill_ms;  ///< per request, and per turn of a conversation; empty (null in JSON): not a decoder
+  double prefill_speedup_vs_nocache = kNotMeasured;
+  double prefill_speedup_vs_kvcache = kNotMeasured;
+  double tokens_reused_fraction = kNotMeasured;  ///< of prompts: known from earlier requests
+  double tokens_shared_fraction = kNotMeasured;  ///< of prompts: computed for several rows at once
+  std::optional<Summary> decode_ms;              ///< per token behind the first; empty: no text was generated
+  double tokens_per_second = kNotMeasured;       ///< generated, of all time
+  std::optional<LaterTurns> later_turns;
+  std::optional<GreedyResult> greedy;
   double hit_rate = kNotMeasured;
   std::vector<double> hit_rate_by_layer;  ///< empty (null in JSON): the mode has none
   std::optional<TaskResult> task;
@@ -79,12 +122,14 @@ struct Record {
 struct WrapCost {
   std::string model;
   std::string weights;
+  std::string held;  ///< "as-loaded", "packed-fp32" or "packed-fp16"
   std::string granularity;
   std::vector<std::string> notes;  ///< why something is not available
   double wrap_ms = 0;
   std::int64_t resident_before = 0;  ///< VmRSS, bytes
   std::int64_t resident_after = 0;
   std::int64_t weight_bytes = 0;
+  std::int64_t packed_bytes = 0;  ///< of packed weights
 };
 
 /// Of the programs that measured.

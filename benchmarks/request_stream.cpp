@@ -52,7 +52,9 @@ Stream make_stream(const TokenFile& file, const StreamOptions& options) {
   Stream stream{.requests = {}, .shuffle = options.shuffle, .zipf = options.zipf};
   if (!stream.shuffle && file.grouped_by_label()) stream.shuffle = 0;
 
-  const std::int64_t asking = file.requests() - file.fill_requests;
+  std::int64_t asking = file.requests() - file.fill_requests;
+  // The same requests in the order of the file and in another one, unless the file's order would choose among labels.
+  if (options.limit && !options.zipf && !file.grouped_by_label()) asking = std::min(asking, *options.limit);
   std::vector<std::int64_t> order(static_cast<std::size_t>(asking));
   std::iota(order.begin(), order.end(), std::int64_t{0});
   if (stream.shuffle) order = shuffled(asking, *stream.shuffle);

@@ -21,9 +21,10 @@ struct Stream {
   std::optional<double> zipf;
 };
 
-/// Only requests that ask are sent: those behind the file's fill part. A file that is grouped by label is shuffled even
-/// if nobody asked, with seed 0. With `zipf`, the requests in that order have ranks 1, 2, ... and are drawn by rank,
-/// with the same seed or 0.
+/// Only requests that ask are sent: those behind the file's fill part. With `limit` and `shuffle` it is the first
+/// requests of the file that are shuffled. A file that is grouped by label is shuffled even if nobody asked, with seed
+/// 0, and as a whole. With `zipf`, the requests in that order have ranks 1, 2, ... and are drawn by rank, with the same
+/// seed or 0.
 Stream make_stream(const TokenFile& file, const StreamOptions& options);
 
 /// 0 .. count-1 in an order that depends on the seed only.

@@ -34,15 +34,18 @@ double weight(const Arguments& arguments, const ModelFile& model, const TokenFil
 void run_model(const Selected& selected, const Arguments& arguments, double share, Progress& progress,
                Results& results) {
   LoadedModel model(selected.model);
-  if (arguments.has_mode("llmcache") || arguments.has_mode("doccache")) {
-    // Of doccache and threshold, this one finds the states; the others have caches of their own.
+  if (std::any_of(arguments.modes.begin(), arguments.modes.end(), [](const auto& mode) { return mode != "nocache"; })) {
+    // The first one says what the model is, and finds the states for doccache; the others have caches of their own.
     const auto& fidelities = arguments.fidelities;
     const bool identical = std::find(fidelities.begin(), fidelities.end(), "identical") != fidelities.end();
     const bool lossless = std::find(fidelities.begin(), fidelities.end(), "lossless") != fidelities.end();
-    const Setting setting = {.mode = "llmcache",
-                             .fidelity = identical && !lossless ? "identical" : "lossless",
-                             .capacity_mib = arguments.capacities_mib.front()};
-    results.wraps.push_back(model.wrap(cache_options(setting, arguments, {}, 0)));
+    for (const std::string& weights : arguments.weights) {
+      const Setting setting = {.mode = "llmcache",
+                               .fidelity = identical && !lossless ? "identical" : "lossless",
+                               .capacity_mib = arguments.capacities_mib.front(),
+                               .weights = weights};
+      results.wraps.push_back(model.wrap(cache_options(setting, arguments, {}, 0), cache_name(setting)));
+    }
   }
   for (const auto& workload : selected.workloads) {
     const std::string label = fmt::format("{} on {}", selected.model.name, workload->workload);

@@ -19,6 +19,8 @@ constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no 
 constexpr const char* kSample = "sample";
 /// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
 const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
+/// Answers mean something only with real weights; other models run it only if asked to.
+constexpr const char* kForRealWeights = "chat";
 constexpr const char* kSuffix = ".safetensors";
 constexpr const char* kProbeSuffix = ".probe.safetensors";  // no token files, see probe.h
 
@@ -27,6 +29,36 @@ std::string joined(const std::set<std::string>& names) {
 }
 
 bool is_path(const std::string& model) { return model.find('/') != std::string::npos || model.ends_with(".pt"); }
+
+/// True if `workload` is the one called `name`, or is it with a number behind it: "generate" means "generate-128" too.
+bool is_named(const std::string& workload, const std::string& name) {
+  if (!workload.starts_with(name)) return false;
+  const std::string rest = workload.substr(name.size());
+  return rest.empty() ||
+         (rest.size() > 1 && rest[0] == '-' && rest.find_first_not_of("0123456789", 1) == std::string::npos);
+}
+
+/// "-5shot" of "openbookqa-5shot" and the like, which run only if they are named or --shots asks; else nothing.
+std::string shots_of(const std::string& workload) {
+  const auto dash = workload.rfind('-');
+  if (dash == std::string::npos || !workload.ends_with("shot")) return {};
+  const std::string number = workload.substr(dash + 1, workload.size() - 4 - dash - 1);
+  return number.find_first_not_of("0123456789") == std::string::npos ? workload.substr(dash) : std::string();
+}
+
+/// What runs if no workload is named, of the files for the model's tokenizer.
+void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vector<WorkloadFile>& files) {
+  const std::string shots = arguments.shots > 0 ? fmt::format("-{}shot", arguments.shots) : "";
+  std::set<std::string> names;
+  for (const WorkloadFile& file : files) names.insert(file.workload);
+  std::erase_if(files, [&](const WorkloadFile& file) {
+    if (model.output != "sentence_embedding" && kForEmbeddings.contains(file.workload)) return true;
+    if (model.random_weights() && file.workload == kForRealWeights) return true;
+    if (!shots.empty() && names.contains(file.workload + shots)) return true;
+    return !shots_of(file.workload).empty() && shots_of(file.workload) != shots;
+  });
+  if (files.size() > 1) std::erase_if(files, [](const WorkloadFile& file) { return file.workload == kSample; });
+}
 
 std::vector<ModelFile> chosen_models(const Arguments& arguments) {
   std::vector<ModelFile> models;
@@ -75,10 +107,7 @@ std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector
   std::copy_if(all.begin(), all.end(), std::back_inserter(fitting),
                [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
   if (arguments.workloads.empty()) {
-    if (model.output != "sentence_embedding") {
-      std::erase_if(fitting, [](const WorkloadFile& file) { return kForEmbeddings.contains(file.workload); });
-    }
-    if (fitting.size() > 1) std::erase_if(fitting, [](const WorkloadFile& file) { return file.workload == kSample; });
+    keep_defaults(arguments, model, fitting);
     if (fitting.empty() && !arguments.models.empty()) {
       throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
                                 model.tokenizer, kSuffix, arguments.data_folder.string()));
@@ -87,11 +116,11 @@ std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector
   }
   std::vector<WorkloadFile> wanted;
   for (const std::string& name : arguments.workloads) {
-    const auto found =
-        std::find_if(fitting.begin(), fitting.end(), [&](const WorkloadFile& file) { return file.workload == name; });
-    if (found != fitting.end()) {
-      wanted.push_back(*found);
-    } else if (!arguments.models.empty()) {
+    const auto before = wanted.size();
+    std::copy_if(fitting.begin(), fitting.end(), std::back_inserter(wanted),
+                 [&](const WorkloadFile& file) { return is_named(file.workload, name); });
+    if (wanted.size() > before) continue;
+    if (!arguments.models.empty()) {
       std::set<std::string> names;
       for (const WorkloadFile& file : fitting) names.insert(file.workload);
       throw Failure(fmt::format("no workload '{}' for model {}: expected {}/{}.{}{}; found for that tokenizer: {}",
@@ -127,7 +156,7 @@ std::vector<Selected> select(const Arguments& arguments) {
   for (const std::string& name : arguments.workloads) {
     std::set<std::string> names;
     for (const WorkloadFile& file : all) names.insert(file.workload);
-    if (!names.contains(name)) {
+    if (std::none_of(names.begin(), names.end(), [&](const auto& known) { return is_named(known, name); })) {
       throw Failure(
           fmt::format("no workload '{}' in {}; found: {}", name, arguments.data_folder.string(), joined(names)));
     }

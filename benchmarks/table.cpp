@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -20,10 +21,11 @@ std::string small(double value) {
   return value == 0 ? "0" : fmt::format("{:.1e}", value);
 }
 
-/// "llmcache/threshold 0.90", "doccache 0.90", "llmcache/lossless", and the capacity in MiB if there
-/// are several in one table.
+/// "llmcache/threshold 0.90", "doccache 0.90", "llmcache/lossless packed-fp16", "kvcache", and the capacity in MiB if
+/// there are several in one table.
 std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
-  std::string name = r.fidelity.empty() ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
+  std::string name = r.fidelity.empty() || r.mode == "kvcache" ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
+  if (r.weights_held != "as-loaded") name += " " + r.weights_held;
   if (r.threshold) name += fmt::format(" {:.2f}", *r.threshold);
   if (with_eviction && !r.eviction.empty()) name += " " + r.eviction;
   if (with_capacity && r.capacity_bytes) {
@@ -71,7 +73,18 @@ std::string quality(const Record& r) {
 bool random_weights(const std::string& weights) { return weights.starts_with("random"); }
 
 std::string workload_name(const Record& record) {
-  return record.zipf ? fmt::format("{} (zipf {:g})", record.workload, *record.zipf) : record.workload;
+  if (record.zipf) return fmt::format("{} (zipf {:g})", record.workload, *record.zipf);
+  return record.shuffle ? record.workload + " (shuffled)" : record.workload;
+}
+
+std::string percent(double value) { return std::isnan(value) ? "-" : number(100 * value, 1) + "%"; }
+
+/// "1234/1234", "1230/1234 (4 tied)".
+std::string greedy(const std::optional<GreedyResult>& result) {
+  if (!result) return "-";
+  std::string text = fmt::format("{}/{}", result->compared - result->different, result->compared);
+  if (result->tied > 0) text += fmt::format(" ({} tied)", result->tied);
+  return text;
 }
 
 }  // namespace
@@ -81,6 +94,19 @@ Table::Table(std::vector<std::string> headers, std::size_t left) : rows_{std::mo
 void Table::add(std::vector<std::string> cells) {
   cells.resize(rows_[0].size());
   rows_.push_back(std::move(cells));
+}
+
+void Table::drop_if_empty(const std::string& header) {
+  const auto found = std::find(rows_[0].begin(), rows_[0].end(), header);
+  if (found == rows_[0].end()) return;
+  const auto column = found - rows_[0].begin();
+  const auto empty = [&](const std::vector<std::string>& row) {
+    const std::string& cell = row[static_cast<std::size_t>(column)];
+    return cell.empty() || cell == "-";
+  };
+  if (!std::all_of(rows_.begin() + 1, rows_.end(), empty)) return;
+  for (auto& row : rows_) row.erase(row.begin() + column);
+  left_ -= static_cast<std::size_t>(column) < left_ ? 1 : 0;
 }
 
 std::string Table::text() const {
@@ -101,35 +127,77 @@ std::string Table::text() const {
 }
 
 std::string results_table(const std::vector<Record>& records) {
-  Table table({"model", "weights", "workload", "mode", "quality", "speedup", "hits", "requests", "filled", "sequences",
-               "computed", "mean ms", "p50", "p95", "p99", "divergence", "largest", "cache MiB"},
-              5);
+  const std::vector<std::string> decoding = {"prefill ms", "vs nocache", "vs kvcache",      "reused",      "shared",
+                                             "decode ms",  "tokens/s",   "later turns: ms", "vs kvcache ", "greedy"};
+  std::vector<std::string> headers = {"model",    "weights", "workload", "mode",   "quality",
+                                      "speedup",  "hits",    "requests", "filled", "sequences",
+                                      "computed", "mean ms", "p50",      "p95",    "p99"};
+  headers.insert(headers.end(), decoding.begin(), decoding.end());
+  headers.insert(headers.end(), {"divergence", "largest", "cache MiB"});
+  Table table(std::move(headers), 5);
   const bool capacities =
       varies(records, [](const Record& r) { return r.capacity_bytes ? std::to_string(*r.capacity_bytes) : ""; });
   const bool evictions = varies(records, [](const Record& r) { return r.eviction; });
   for (const Record& r : records) {
-    table.add({r.model, random_weights(r.weights) ? "random weights" : r.weights, workload_name(r),
-               mode_name(r, capacities, evictions), quality(r), number(r.speedup_vs_nocache, 2),
-               number(100 * r.hit_rate, 1) + "%", fmt::format("{}/{}", r.requests, r.requests_available),
+    const auto later = r.later_turns.value_or(LaterTurns{.prefill_ms = {.mean = kNotMeasured}});
+    table.add({r.model,
+               random_weights(r.weights) ? "random weights" : r.weights,
+               workload_name(r),
+               mode_name(r, capacities, evictions),
+               quality(r),
+               number(r.speedup_vs_nocache, 2),
+               number(100 * r.hit_rate, 1) + "%",
+               fmt::format("{}/{}", r.requests, r.requests_available),
                r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available),
-               fmt::format("{}", r.sequences), number(r.tokens_computed_fraction, 3), number(r.latency_ms.mean, 2),
-               number(r.latency_ms.p50, 2), number(r.latency_ms.p95, 2), number(r.latency_ms.p99, 2),
-               small(r.divergence.mean), small(r.divergence.max),
+               fmt::format("{}", r.sequences),
+               number(r.tokens_computed_fraction, 3),
+               number(r.latency_ms.mean, 2),
+               number(r.latency_ms.p50, 2),
+               number(r.latency_ms.p95, 2),
+               number(r.latency_ms.p99, 2),
+               number(r.prefill_ms ? r.prefill_ms->mean : kNotMeasured, 2),
+               number(r.prefill_speedup_vs_nocache, 2),
+               number(r.prefill_speedup_vs_kvcache, 2),
+               percent(r.tokens_reused_fraction),
+               percent(r.tokens_shared_fraction),
+               number(r.decode_ms ? r.decode_ms->mean : kNotMeasured, 2),
+               number(r.tokens_per_second, 1),
+               number(later.prefill_ms.mean, 2),
+               number(later.speedup_vs_kvcache, 2),
+               greedy(r.greedy),
+               small(r.divergence.mean),
+               small(r.divergence.max),
                number(static_cast<double>(r.cache_bytes) / kMiB, 1)});
   }
+  for (const std::string& header : decoding) table.drop_if_empty(header);
   return table.text();
 }
 
+std::string greedy_list(const std::vector<Record>& records) {
+  std::string text;
+  for (const Record& r : records) {
+    if (!r.greedy || r.weights_held != "as-loaded") continue;
+    for (const GreedyDifference& d : r.greedy->differences) {
+      text +=
+          fmt::format("{} on {}, {}: sequence {}, token {}: {:.1e} below nocache's best{}\n", r.model, workload_name(r),
+                      mode_name(r, false, false), d.sequence, d.token, d.gap, d.gap <= kTiedLogits ? " (tied)" : "");
+    }
+  }
+  return text;
+}
+
 std::string wrap_table(const std::vector<WrapCost>& costs) {
-  Table table(
-      {"wrapped", "weights", "runs", "wrap ms", "resident before MiB", "after", "difference", "model's weights MiB"},
-      3);
+  Table table({"wrapped", "weights", "held", "runs", "wrap ms", "resident before MiB", "after", "difference",
+               "model's weights MiB", "packed MiB"},
+              4);
   for (const WrapCost& c : costs) {
     const auto mib = [](std::int64_t bytes) { return number(static_cast<double>(bytes) / kMiB, 1); };
-    table.add({c.model, random_weights(c.weights) ? "random weights" : c.weights, c.granularity, number(c.wrap_ms, 0),
-               mib(c.resident_before), mib(c.resident_after), mib(c.resident_after - c.resident_before),
-               mib(c.weight_bytes)});
+    table.add({c.model, random_weights(c.weights) ? "random weights" : c.weights, c.held, c.granularity,
+               number(c.wrap_ms, 0), mib(c.resident_before), mib(c.resident_after),
+               mib(c.resident_after - c.resident_before), mib(c.weight_bytes),
+               c.packed_bytes > 0 ? mib(c.packed_bytes) : "-"});
   }
+  table.drop_if_empty("packed MiB");
   std::string text = table.text();
   for (const WrapCost& c : costs) {
     for (const std::string& note : c.notes) text += fmt::format("{}: {}\n", c.model, note);

@@ -14,6 +14,8 @@ class Table {
   Table(std::vector<std::string> headers, std::size_t left);
   /// `cells` must have one entry a header.
   void add(std::vector<std::string> cells);
+  /// Drops the column with this header where all its cells are empty or "-".
+  void drop_if_empty(const std::string& header);
   [[nodiscard]] std::string text() const;
 
  private:
@@ -21,8 +23,12 @@ class Table {
   std::size_t left_;
 };
 
-/// The results, one line a record; models with random weights say so on every line.
+/// The results, one line a record; models with random weights say so on every line. Columns that no record has anything
+/// for are left out.
 std::string results_table(const std::vector<Record>& records);
+
+/// Tokens that come out on top otherwise than in nocache, of records with weights as loaded; empty if there are none.
+std::string greedy_list(const std::vector<Record>& records);
 
 /// What wrapping each model cost, and why it allows no more than it does.
 std::string wrap_table(const std::vector<WrapCost>& costs);

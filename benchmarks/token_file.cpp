@@ -29,15 +29,15 @@ void check_offsets(const std::vector<std::int64_t>& offsets, std::size_t total, 
   }
 }
 
-constexpr std::array kTasks = {Task::kNone,   Task::kClassification, Task::kChoice,    Task::kPerplexity,
-                               Task::kAnswer, Task::kSimilarity,     Task::kDuplicates};
+constexpr std::array kTasks = {Task::kNone,   Task::kClassification, Task::kChoice,     Task::kPerplexity,
+                               Task::kAnswer, Task::kSimilarity,     Task::kDuplicates, Task::kGeneration};
 
 Task task_from(const std::string& text, const Safetensors& in) {
   const auto found = std::ranges::find_if(kTasks, [&](Task task) { return to_string(task) == text; });
   if (found == kTasks.end()) {
     in.damaged(
         fmt::format("its task is '{}', expected classification, choice, perplexity, answer, similarity, "
-                    "duplicates or nothing",
+                    "duplicates, generation or nothing",
                     text));
   }
   return *found;
@@ -65,6 +65,8 @@ class TaskReader {
       in_.damaged(fmt::format("its fill_requests is {} of {} requests: none is left to ask", file_.fill_requests,
                               file_.requests()));
     }
+    if (in_.optional_text("new_tokens")) file_.new_tokens = in_.whole_number("new_tokens");
+    if (in_.optional_text("stop_token")) file_.stop_token = in_.whole_number("stop_token");
     if (in_.optional_text("label_names")) file_.label_names = in_.text_list("label_names");
     file_.labels = optional("labels", file_.sequences(), "sequence");
     file_.group = optional("group", file_.requests(), "request");
@@ -175,6 +177,10 @@ class TaskReader {
           if (rows != 1) in_.damaged(fmt::format("request {} has {} sequences, expected one of a pair", r, rows));
         }
         break;
+      case Task::kGeneration:
+        need(file_.new_tokens > 0, "new_tokens");
+        if (file_.fill_requests > 0) in_.damaged("its task is 'generation', and it has requests that only fill");
+        break;
     }
   }
 
@@ -210,6 +216,8 @@ const char* to_string(Task task) noexcept {
       return "similarity";
     case Task::kDuplicates:
       return "duplicates";
+    case Task::kGeneration:
+      return "generation";
   }
   return "";
 }

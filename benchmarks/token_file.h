@@ -7,8 +7,10 @@
 // Metadata (strings): workload, tokenizer, source, description, order, max_tokens, version "1" or "2".
 // Version "2" may add what a task needs, all of it optional unless `task` asks for it:
 //
-//   metadata task           "", classification, choice, perplexity, answer, similarity or duplicates
+//   metadata task           "", classification, choice, perplexity, answer, similarity, duplicates or generation
 //   metadata fill_requests  that many requests, from the first on, only fill the cache
+//   metadata new_tokens     generation: tokens that the model says behind each sequence, 1 or more
+//   metadata stop_token     generation: it says no more once it has said this one; absent: none
 //   metadata label_names    JSON list: names of the classes
 //   labels      int64   [sequences]     classification: class; choice: 1 right, 0 wrong
 //   scored      int64   [sequences, 2]  tokens [begin, end) whose log-likelihood is scored; begin >= 1
@@ -16,6 +18,9 @@
 //   partner     int64   [requests]      duplicates: the fill request of the pair; -1 in the fill part
 //   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
 //   pair_score  float32 [requests]      similarity: gold score of the request's two sequences
+//
+// Where text is generated, a request is a conversation: its sequences are the user's parts of it, the model's
+// answers come between them.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +33,7 @@
 namespace llmcache::bench {
 
 /// What can be said about the quality of a model's outputs on a workload.
-enum class Task { kNone, kClassification, kChoice, kPerplexity, kAnswer, kSimilarity, kDuplicates };
+enum class Task { kNone, kClassification, kChoice, kPerplexity, kAnswer, kSimilarity, kDuplicates, kGeneration };
 
 /// As in the metadata; "" for kNone.
 const char* to_string(Task task) noexcept;
@@ -52,6 +57,8 @@ struct TokenFile {
 
   Task task = Task::kNone;
   std::int64_t fill_requests = 0;
+  std::int64_t new_tokens = 0;   ///< 0 unless text is generated
+  std::int64_t stop_token = -1;  ///< -1: none
   std::vector<std::string> label_names;
   std::vector<std::int64_t> labels;      ///< empty, or one a sequence
   std::vector<TokenRange> scored;        ///< empty, or one a sequence

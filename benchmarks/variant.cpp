@@ -4,7 +4,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "document_cache.h"
@@ -13,6 +15,17 @@
 
 namespace llmcache::bench {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// Runs `what` and notes the time.
+template <class What>
+auto timed(std::vector<double>& ms, const What& what) {
+  const auto start = Clock::now();
+  auto result = what();
+  ms.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+  return result;
+}
 
 std::size_t bytes(const Setting& setting) { return static_cast<std::size_t>(*setting.capacity_mib) << 20; }
 
@@ -32,10 +45,13 @@ class PlainVariant final : public Variant {
  public:
   explicit PlainVariant(const VariantContext& context) : model_(context.model) {}
 
-  c10::IValue forward(const Request& request) override { return model_.plain(request.inputs); }
-  Done done(const Request& request) override {
-    return {static_cast<double>(request.padded),
-            std::vector<std::int64_t>(request.rows.size(), ServedCounts::kNotServed)};
+  Run run(const Request& request) override {
+    Run result;
+    c10::IValue output = timed(result.ms, [&] { return model_.plain(request.inputs); });
+    result.returned.push_back(all_of(std::move(output), request.rows));
+    result.tokens_computed = static_cast<double>(request.padded);
+    result.served_from.assign(request.rows.size(), ServedCounts::kNotServed);
+    return result;
   }
   void fill(const Request&, const FillRun&) override {}
   [[nodiscard]] bool identical_only() const override { return true; }
@@ -47,6 +63,44 @@ class PlainVariant final : public Variant {
   LoadedModel& model_;
 };
 
+/// Tokens that went through the layers. A report counts real ones; a batch that ran dense computed its padding too.
+double tokens_computed(const ForwardReport& report, const Rows& rows) {
+  if (report.execution == Execution::kNone) return 0;
+  std::size_t tokens = 0;
+  std::size_t width = 0;
+  for (const auto& row : rows) {
+    tokens += row.size();
+    width = std::max(width, row.size());
+  }
+  if (report.execution == Execution::kPacked) return report.computed_fraction() * static_cast<double>(tokens);
+  const auto known = std::count_if(report.sequences.begin(), report.sequences.end(),
+                                   [](const SequenceReport& s) { return s.source == Source::kIdentical; });
+  return static_cast<double>((static_cast<std::int64_t>(report.sequences.size()) - known) *
+                             static_cast<std::int64_t>(width));
+}
+
+/// Runs a call through a cache and adds what it did to `result`; `first`: it is the first call of a request.
+ForwardReport forward(Cache& cache, const Call& call, RequestOptions options, bool first, Run& result) {
+  options.output = call.output;
+  Returned returned;
+  returned.output = timed(result.ms, [&] { return cache.forward(call.inputs, options); });
+  ForwardReport report = cache.last_report();
+  for (std::size_t row = 0; row < report.sequences.size(); ++row) {
+    const auto tokens = static_cast<std::int64_t>(call.rows[row].size());
+    const std::int64_t known = report.sequences[row].reused_tokens;
+    returned.tokens.push_back({call.output == Output::kAll         ? 0
+                               : call.output == Output::kLastToken ? tokens - 1
+                                                                   : known,
+                               tokens});
+    if (!first) continue;
+    result.tokens_reused += known;
+    result.tokens_shared += report.sequences[row].shared_tokens;
+  }
+  result.returned.push_back(std::move(returned));
+  result.tokens_computed += tokens_computed(report, call.rows);
+  return report;
+}
+
 class LayerCacheVariant final : public Variant {
  public:
   LayerCacheVariant(Setting setting, const VariantContext& context, std::shared_ptr<Cache> cache)
@@ -55,15 +109,23 @@ class LayerCacheVariant final : public Variant {
     start();
   }
 
-  c10::IValue forward(const Request& request) override { return cache_->forward(request.inputs, options_); }
-
-  Done done(const Request& request) override {
-    const ForwardReport report = cache_->last_report();
-    remember(report, request);
-    Done result{.tokens_computed = tokens_computed(report, request), .served_from = {}};
-    for (std::size_t row = 0; row < report.sequences.size(); ++row) {
-      result.served_from.push_back(
-          served_from(report.sequences[row], request.first_sequence + static_cast<std::int64_t>(row)));
+  Run run(const Request& request) override {
+    Run result;
+    const auto one = [&](const Call& call, bool first) {
+      const ForwardReport report = forward(*cache_, call, options_, first, result);
+      if (!first) return;
+      if (similar()) remember(report, request);
+      for (std::size_t row = 0; row < report.sequences.size(); ++row) {
+        const SequenceReport& sequence = report.sequences[row];
+        result.served_from.push_back(served_from(sequence, request.first_sequence + static_cast<std::int64_t>(row)));
+        hits_ += sequence.source == Source::kIdentical ? 1 : 0;
+      }
+      sequences_ += static_cast<std::int64_t>(report.sequences.size());
+    };
+    if (setting_.fidelity != "lossless") {
+      one({request.rows, request.inputs, Output::kAll}, true);
+    } else {
+      for (const Call& call : request.calls) one(call, &call == &request.calls.front());
     }
     return result;
   }
@@ -72,22 +134,28 @@ class LayerCacheVariant final : public Variant {
     RequestOptions keep_all = options_;
     keep_all.look_up = false;
     cache_->forward(request.inputs, keep_all);
-    remember(cache_->last_report(), request);
+    if (similar()) remember(cache_->last_report(), request);
   }
 
-  [[nodiscard]] bool identical_only() const override { return setting_.fidelity != "threshold"; }
+  [[nodiscard]] bool identical_only() const override { return !similar(); }
   void clear() override { cache_->clear(); }
-  void start() override { before_ = cache_->stats(); }
+  void start() override {
+    before_ = cache_->stats();
+    hits_ = 0;
+    sequences_ = 0;
+  }
 
   void describe(Record& record) const override {
     const Stats after = cache_->stats();
     const auto sequences = static_cast<double>(after.sequences - before_.sequences);
     const auto share = [&](std::uint64_t hits) { return static_cast<double>(hits) / sequences; };
     record.fidelity = setting_.fidelity;
+    record.weights_held = setting_.weights;
     record.capacity_bytes = static_cast<std::int64_t>(bytes(setting_));
     record.cache_bytes = static_cast<std::int64_t>(after.bytes);
+    record.hit_rate = static_cast<double>(hits_) / static_cast<double>(sequences_);
+    if (!similar()) return;
     record.hit_rate = share(after.identical_hits + after.similar_hits - before_.identical_hits - before_.similar_hits);
-    if (setting_.fidelity != "threshold") return;
     describe_similarity(setting_, context_, record);
     record.cache_layers = context_.arguments.cache_layers;
     record.ttl_seconds = context_.arguments.ttl_seconds;
@@ -101,6 +169,8 @@ class LayerCacheVariant final : public Variant {
   }
 
  private:
+  [[nodiscard]] bool similar() const { return setting_.fidelity == "threshold"; }
+
   /// Which sequence of the file a number of the cache is.
   void remember(const ForwardReport& report, const Request& request) {
     for (std::size_t row = 0; row < report.sequences.size(); ++row) {
@@ -116,22 +186,71 @@ class LayerCacheVariant final : public Variant {
     return found == origins_.end() ? ServedCounts::kUnknown : found->second;
   }
 
-  /// Its report counts real tokens; a batch that ran dense computed its padding too.
-  static double tokens_computed(const ForwardReport& report, const Request& request) {
-    if (report.execution == Execution::kNone) return 0;
-    if (report.execution == Execution::kPacked) return report.computed_fraction() * static_cast<double>(request.tokens);
-    const auto known = std::count_if(report.sequences.begin(), report.sequences.end(),
-                                     [](const SequenceReport& s) { return s.source == Source::kIdentical; });
-    const auto width = request.padded / static_cast<std::int64_t>(request.rows.size());
-    return static_cast<double>((static_cast<std::int64_t>(report.sequences.size()) - known) * width);
-  }
-
   const Setting setting_;
   const VariantContext context_;
   const std::shared_ptr<Cache> cache_;
   const RequestOptions options_ = {.fidelity = fidelity_from_string(setting_.fidelity), .tenant = {}};
   Stats before_;
+  std::int64_t hits_ = 0;  // whole requests that were known
+  std::int64_t sequences_ = 0;
   std::map<std::int64_t, std::int64_t> origins_;
+};
+
+/// What an ordinary decoder does. Two caches: one keeps what a growing request has computed, and is emptied before the
+/// next; the other computes all rows of a batch whole, without their padding, and keeps nothing.
+class KvCacheVariant final : public Variant {
+ public:
+  KvCacheVariant(Setting setting, const VariantContext& context) : setting_(std::move(setting)), context_(context) {}
+
+  void begin() override { clear(); }
+  Run run(const Request& request) override {
+    Run result;
+    Cache& cache = request.grows ? growing() : whole();
+    for (const Call& call : request.calls) {
+      forward(cache, call, {.fidelity = Fidelity::kLossless}, &call == &request.calls.front(), result);
+    }
+    result.served_from.assign(request.rows.size(), ServedCounts::kNotServed);
+    return result;
+  }
+  void fill(const Request&, const FillRun&) override {}
+  [[nodiscard]] bool identical_only() const override { return true; }
+  void clear() override {
+    if (growing_) growing_->clear();
+  }
+  void start() override {}
+  void describe(Record& record) const override {
+    record.fidelity = setting_.fidelity;
+    record.weights_held = setting_.weights;
+    record.capacity_bytes = static_cast<std::int64_t>(bytes(setting_));
+    record.cache_bytes = growing_ ? static_cast<std::int64_t>(growing_->stats().bytes) : 0;
+    record.hit_rate = 0;
+  }
+
+ private:
+  Cache& growing() {
+    if (!growing_) {
+      growing_ = context_.model.cache_named(fmt::format("kvcache {} {}", setting_.weights, bytes(setting_)), options());
+      growing_->clear();
+    }
+    return *growing_;
+  }
+
+  Cache& whole() {
+    if (!whole_) {
+      Options nothing = options();
+      nothing.capacity_bytes = 0;
+      nothing.prefix.capacity_share = 0;
+      whole_ = context_.model.cache_named(fmt::format("kvcache {} whole", setting_.weights), nothing);
+    }
+    return *whole_;
+  }
+
+  [[nodiscard]] Options options() const { return cache_options(setting_, context_.arguments, context_.fingerprint, 0); }
+
+  const Setting setting_;
+  const VariantContext context_;
+  std::shared_ptr<Cache> growing_;  // both made when first used: wrapping takes seconds
+  std::shared_ptr<Cache> whole_;
 };
 
 class DocumentVariant final : public Variant {
@@ -146,16 +265,17 @@ class DocumentVariant final : public Variant {
                 .causal = context.model.cache().profile().causal,
                 .token_output = context.model.token_output()}) {}
 
-  c10::IValue forward(const Request& request) override {
-    return cache_.forward(
-        request.rows, request.first_sequence,
-        [&] { return context_.model.cache().pooled_state(request.inputs, context_.arguments.fingerprint_layer); },
-        [&](const std::vector<std::size_t>& rows) { return run(request, rows); });
-  }
-
-  Done done(const Request& request) override {
-    Done result{.tokens_computed = static_cast<double>(computed_), .served_from = {}};
+  Run run(const Request& request) override {
+    Run result;
     computed_ = 0;
+    c10::IValue output = timed(result.ms, [&] {
+      return cache_.forward(
+          request.rows, request.first_sequence,
+          [&] { return context_.model.cache().pooled_state(request.inputs, context_.arguments.fingerprint_layer); },
+          [&](const std::vector<std::size_t>& rows) { return run_rows(request, rows); });
+    });
+    result.returned.push_back(all_of(std::move(output), request.rows));
+    result.tokens_computed = static_cast<double>(computed_);
     for (const auto& label : cache_.served_from()) {
       result.served_from.push_back(label.value_or(ServedCounts::kNotServed));
       hits_ += label ? 1 : 0;
@@ -175,7 +295,6 @@ class DocumentVariant final : public Variant {
   void start() override {
     hits_ = 0;
     sequences_ = 0;
-    computed_ = 0;
   }
 
   void describe(Record& record) const override {
@@ -186,7 +305,7 @@ class DocumentVariant final : public Variant {
   }
 
  private:
-  c10::IValue run(const Request& request, const std::vector<std::size_t>& rows) {
+  c10::IValue run_rows(const Request& request, const std::vector<std::size_t>& rows) {
     if (rows.size() == request.rows.size()) {
       computed_ += request.padded;
       return context_.model.plain(request.inputs);
@@ -206,16 +325,24 @@ class DocumentVariant final : public Variant {
   DocumentCache cache_;
   std::int64_t hits_ = 0;
   std::int64_t sequences_ = 0;
-  std::int64_t computed_ = 0;  // tokens of the latest forward
+  std::int64_t computed_ = 0;  // tokens of the latest run
 };
 
 }  // namespace
+
+double Run::total_ms() const { return std::accumulate(ms.begin(), ms.end(), 0.0); }
+
+std::string cache_name(const Setting& setting) {
+  return fmt::format("{} {} {} {} {}", setting.fidelity, setting.threshold.value_or(0), setting.eviction,
+                     setting.capacity_mib.value_or(0), setting.weights);
+}
 
 Options cache_options(const Setting& setting, const Arguments& arguments, const FingerprintOptions& fingerprint,
                       std::int64_t layers) {
   Options options;
   options.fidelity = fidelity_from_string(setting.fidelity);
   options.capacity_bytes = bytes(setting);
+  options.weights = weights_from_string(setting.weights);
   if (options.fidelity != Fidelity::kThreshold) return options;
   ThresholdOptions& threshold = options.threshold;
   threshold.tau = *setting.threshold;
@@ -235,19 +362,15 @@ Options cache_options(const Setting& setting, const Arguments& arguments, const 
 
 std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantContext& context) {
   if (setting.mode == "nocache") return std::make_unique<PlainVariant>(context);
+  if (setting.mode == "kvcache") return std::make_unique<KvCacheVariant>(setting, context);
   if (setting.mode == "doccache") return std::make_unique<DocumentVariant>(setting, context);
-  Cache& wrapped = context.model.cache();
-  const Options options = cache_options(setting, context.arguments, context.fingerprint, wrapped.profile().layers);
-  std::shared_ptr<Cache> cache;
-  if (options.fidelity == wrapped.options().fidelity && options.capacity_bytes == wrapped.options().capacity_bytes) {
-    cache = context.model.shared_cache();
-  } else if (context.fingerprint.pca || context.arguments.shadow_rate > 0) {
-    cache = context.model.make_cache(options);  // fitted on this workload; a threshold that moves stays moved
-  } else {
-    cache = context.model.cache_named(fmt::format("{} {} {} {}", setting.fidelity, setting.threshold.value_or(0),
-                                                  setting.eviction, options.capacity_bytes),
-                                      options);
-  }
+  const Options options =
+      cache_options(setting, context.arguments, context.fingerprint, context.model.cache().profile().layers);
+  const bool own =
+      options.fidelity == Fidelity::kThreshold && (context.fingerprint.pca || context.arguments.shadow_rate > 0);
+  std::shared_ptr<Cache> cache =
+      own ? context.model.make_cache(options)  // fitted on this workload; a threshold that moves stays moved
+          : context.model.cache_named(cache_name(setting), options);
   return std::make_unique<LayerCacheVariant>(setting, context, std::move(cache));
 }
 

@@ -12,10 +12,18 @@
 #include "arguments.h"
 #include "llmcache/fingerprint/options.h"
 #include "loaded_model.h"
+#include "outputs.h"
 #include "records.h"
 #include "token_file.h"
 
 namespace llmcache::bench {
+
+/// One call of a model.
+struct Call {
+  Rows rows;
+  Inputs inputs;
+  Output output = Output::kAll;
+};
 
 /// A request of a token file, ready to run.
 struct Request {
@@ -25,12 +33,23 @@ struct Request {
   Inputs inputs;
   std::int64_t tokens = 0;  ///< real
   std::int64_t padded = 0;  ///< batch x width
+
+  /// How a variant that computes exactly runs it: at once, or a prompt and then the whole. Others run the whole and
+  /// return all.
+  std::vector<Call> calls = {};
+  bool grows = false;  ///< there are several calls, or more will follow, each behind the one before
 };
 
 /// What a run of a request did.
-struct Done {
+struct Run {
+  std::vector<Returned> returned;         ///< one a call
+  std::vector<double> ms;                 ///< wall time, one a call
   double tokens_computed = 0;             ///< padding included where it was computed
+  std::int64_t tokens_reused = 0;         ///< of the first call, known from calls before
+  std::int64_t tokens_shared = 0;         ///< of the first call, computed for several rows at once
   std::vector<std::int64_t> served_from;  ///< one a row: sequence of the file, or see ServedCounts
+
+  [[nodiscard]] double total_ms() const;
 };
 
 /// What several variants need of a fill request: each is computed once, when first asked for.
@@ -44,10 +63,9 @@ class Variant {
  public:
   virtual ~Variant() = default;
 
-  /// What is timed.
-  virtual c10::IValue forward(const Request& request) = 0;
-  /// What the latest forward() did. `request` is the same.
-  virtual Done done(const Request& request) = 0;
+  /// Called before each request and each turn of a conversation.
+  virtual void begin() {}
+  virtual Run run(const Request& request) = 0;
   /// Keeps the request for later ones; outside timing.
   virtual void fill(const Request& request, const FillRun& run) = 0;
   /// True if fill() is worth calling only for requests that have a sequence in common with a later one.
@@ -71,7 +89,10 @@ struct VariantContext {
 /// Throws Failure. The model must have been wrapped unless the mode is nocache.
 std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantContext& context);
 
-/// Options of a LayerCache for a setting of mode llmcache.
+/// By which LoadedModel knows the cache of a setting of mode llmcache.
+std::string cache_name(const Setting& setting);
+
+/// Options of a LayerCache for a setting of mode llmcache or kvcache.
 Options cache_options(const Setting& setting, const Arguments& arguments, const FingerprintOptions& fingerprint,
                       std::int64_t layers);
 
