@@ -151,7 +151,6 @@ class Cell {
     const Rows prompt = {request.rows[0].first(static_cast<std::size_t>(scored.begin))};
     request.calls.push_back({prompt, model_.inputs(prompt), Output::kLastToken});
     whole(Output::kNewTokens);
-    request.grows = true;
   }
 
   /// What is asked of the exact variants: --output, or what the task needs.

@@ -203,7 +203,6 @@ class Generation {
     request.padded = request.tokens;
     request.inputs = model_.inputs(request.rows);
     request.calls.push_back({request.rows, request.inputs, Output::kLastToken});
-    request.grows = true;
     return request;
   }
 

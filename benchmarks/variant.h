@@ -37,7 +37,6 @@ struct Request {
   /// How a variant that computes exactly runs it: at once, or a prompt and then the whole. Others run the whole and
   /// return all.
   std::vector<Call> calls = {};
-  bool grows = false;  ///< there are several calls, or more will follow, each behind the one before
 };
 
 /// What a run of a request did.
