@@ -57,14 +57,16 @@ const char* to_string(Output output) noexcept;
 /// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
 Output output_from_string(const std::string& text);
 
-/// How the weights of linear layers (aten::linear, and aten::addmm as in GPT-2) are held.
+/// How the weights of linear layers are held: aten::linear, aten::addmm as in GPT-2, and products with a weight. Packed
+/// ones are copies in the order in which a CPU reads them. The library then lets go of what it no longer needs: memory
+/// is freed as soon as the caller drops his module (or hands it over: LayerCache(torch::jit::load(...), ...)).
 enum class Weights {
   /// The module's own tensors. Bit-identical to the module.
   kAsLoaded,
   /// Packed for the CPU's matrix product by oneDNN. Equal up to floating-point rounding.
   kPackedFp32,
-  /// Rounded to half precision and packed (FBGEMM): half the memory, fastest for few tokens. Results move
-  /// by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
+  /// Rounded to half precision and packed by FBGEMM: half the memory, fastest for few tokens. Sums stay float32,
+  /// results move by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
   kPackedFp16,
 };
 
@@ -164,8 +166,11 @@ struct Options {
   /// found by probing. -1: the model takes no mask, every token is real.
   std::optional<int> mask_argument = {};
 
-  /// How weights are held. Packing takes a CPU and float32 weights; elsewhere wrapping the model throws
-  /// Error(kNotAvailable). Default: as they are.
+  /// How weights are held. Packing takes a TorchScript module, a CPU and float32 weights; elsewhere wrapping throws
+  /// Error(kNotAvailable). Packed, the model no longer depends on the module: what is put in an attribute's place or
+  /// its training mode has no effect; writing to or converting a tensor that it held is noticed (kModelChanged) for as
+  /// long as somebody holds that tensor. Kept outputs never mix: the digest tells the formats apart. Default: as they
+  /// are.
   Weights weights = Weights::kAsLoaded;
 
   /// For Fidelity::kLossless and causal models.
