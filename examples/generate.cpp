@@ -235,7 +235,7 @@ void run(const Arguments& arguments) {
                                   .weights = llmcache::weights_from_string(arguments.weights)});
   Generator generator(cache, tokenizer, arguments, sidecar.max_tokens);
 
-  std::printf("%s (weights: %s), held %s; %d threads%s\n", model.filename().c_str(),
+  std::printf("%s (weights: %s), held %s; threads: %d%s\n", model.filename().c_str(),
               sidecar.weights.empty() ? "unknown" : sidecar.weights.c_str(), arguments.weights.c_str(),
               at::get_num_threads(),
               cache.profile().prefix_reuse ? "" : "; prefixes are not reused: llmcache-inspect says why");

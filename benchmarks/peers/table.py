@@ -91,7 +91,8 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 def _quality_cells(quality: dict[str, Any], reference: bool) -> list[str]:
     agreement = [f"{100 * quality['argmax_agreement']:.0f} %"] if quality.get("argmax_agreement") is not None else []
-    return ["0" if reference else f"{quality['max_difference']:.1e}", *agreement]
+    exact = reference or quality["max_difference"] == 0
+    return ["0" if exact else f"{quality['max_difference']:.1e}", *agreement]
 
 
 def model_rows(model: dict[str, Any], spread: bool) -> list[list[str]]:
