@@ -323,11 +323,11 @@ TEST_F(GenerateTest, QuestionsAreAnsweredAsThePlainModuleAnswersThem) {
     EXPECT_EQ(answers(result.out), texts) << result.out;
     EXPECT_THAT(result.out, HasSubstr("random (seed 0)"));
 
-    // "\n\nW" is common to both, beside the passage; the second question finds it known.
-    const int first = static_cast<int>(passage.size()) + 8;
+    // The passage and "\n\nWh" are common to both: the second question finds them known.
+    const int length = static_cast<int>(passage.size());
     const bool reused = reuses_prefixes(name);
-    const int common = reused ? static_cast<int>(passage.size()) + 4 - 1 : 0;
-    EXPECT_THAT(prefills(result.out), ElementsAre(std::pair(first, 0), std::pair(first + 1 + 2 - 1, common)))
+    EXPECT_THAT(prefills(result.out),
+                ElementsAre(std::pair(length + 8, 0), std::pair(length + 10, reused ? length + 4 : 0)))
         << result.out;
     EXPECT_EQ(result.out.find("prefixes are not reused") == std::string::npos, reused);
     EXPECT_THAT(result.out, ::testing::ContainsRegex("decode:  11 tokens, [0-9.]+ ms a token, [0-9.]+ tokens/s, "));
