@@ -247,6 +247,28 @@ TEST_F(TaskFileTest, OnlyRequestsThatAskAreSent) {
   }
 }
 
+TEST_F(TaskFileTest, Generation) {
+  builder.metadata.erase("fill_requests");
+  task("generation");
+  expect_refused("has no new_tokens");
+  builder.metadata["new_tokens"] = "32";
+  EXPECT_EQ(parsed().task, Task::kGeneration);
+  EXPECT_EQ(parsed().new_tokens, 32);
+  EXPECT_EQ(parsed().stop_token, -1);
+  builder.metadata["stop_token"] = "2";
+  EXPECT_EQ(parsed().stop_token, 2);
+  builder.metadata["stop_token"] = "-2";
+  expect_refused("stop_token is '-2'");
+  builder.metadata["stop_token"] = "2";
+  builder.metadata["new_tokens"] = "0";
+  expect_refused("has no new_tokens");
+  builder.metadata["new_tokens"] = "many";
+  expect_refused("new_tokens is 'many'");
+  builder.metadata["new_tokens"] = "32";
+  builder.metadata["fill_requests"] = "1";
+  expect_refused("requests that only fill");
+}
+
 TEST_F(TaskFileTest, Classification) {
   task("classification");
   expect_refused("has no labels");
@@ -475,6 +497,15 @@ TEST_F(StreamTest, ShufflesWhatIsGroupedByLabel) {
   EXPECT_EQ(stream.shuffle, std::uint64_t{0});
   EXPECT_EQ(stream.requests, shuffled(3, 0));
   EXPECT_EQ(make_stream(parsed("grouped by label"), {.shuffle = 5}).shuffle, std::uint64_t{5});
+}
+
+TEST_F(StreamTest, ShufflesTheRequestsThatALimitLeaves) {
+  auto requests = make_stream(parsed("source order"), {.shuffle = 3, .limit = 2}).requests;
+  std::sort(requests.begin(), requests.end());
+  EXPECT_THAT(requests, ElementsAre(0, 1));
+  EXPECT_EQ(make_stream(parsed("grouped by label"), {.shuffle = 5, .limit = 3}).requests, shuffled(3, 5));
+  const auto two = make_stream(parsed("grouped by label"), {.shuffle = 5, .limit = 2}).requests;
+  EXPECT_THAT(two, ElementsAre(shuffled(3, 5)[0], shuffled(3, 5)[1]));
 }
 
 TEST_F(StreamTest, DrawsRepeatsFromTheShuffledOrder) {

@@ -32,6 +32,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 using Json = nlohmann::ordered_json;
 
 std::string text_of(const std::filesystem::path& path) {
@@ -215,6 +216,67 @@ TEST(SelectionTest, ProbesAreNoTokenFiles) {
   EXPECT_THAT(found, ElementsAre("w/bert", "w/gpt-2.5"));
 }
 
+/// A folder of models and token files that only have what choosing among them reads.
+class ChoiceTest : public ::testing::Test {
+ protected:
+  ChoiceTest() {
+    std::filesystem::create_directories(folder_ / "models");
+    std::filesystem::create_directories(folder_ / "data");
+    arguments_.models_folder = folder_ / "models";
+    arguments_.data_folder = folder_ / "data";
+    for (const char* name : {"chat", "generate-128", "generate-512", "openbookqa", "openbookqa-5shot",
+                             "openbookqa-20shot", "sample", "squad"}) {
+      file(name);
+    }
+  }
+
+  void file(const std::string& workload) const {
+    FileBuilder builder;
+    builder.metadata = {{"workload", workload}, {"tokenizer", "t"},    {"source", "s"}, {"description", "d"},
+                        {"order", "o"},         {"max_tokens", "512"}, {"version", "1"}};
+    builder.add<std::int32_t>("tokens", "I32", {1}, {0});
+    builder.add<std::int64_t>("sequence_offsets", "I64", {2}, {0, 1});
+    builder.add<std::int64_t>("request_offsets", "I64", {2}, {0, 1});
+    std::ofstream(folder_ / "data" / (workload + ".t.safetensors"), std::ios::binary) << builder.bytes();
+  }
+
+  std::vector<std::string> chosen(const std::string& weights) {
+    std::ofstream(folder_ / "models/m.pt") << "x";
+    const Json sidecar = {{"weights", weights},
+                          {"tokenizer", "t"},
+                          {"dtype", "float32"},
+                          {"vocab", 10},
+                          {"max_tokens", 64},
+                          {"bytes", 1},
+                          {"versions", {{"torch", "2"}, {"transformers", "5"}}}};
+    std::ofstream(folder_ / "models/m.json") << sidecar;
+    std::vector<std::string> names;
+    for (const auto& workload : select(arguments_).front().workloads) names.push_back(workload->workload);
+    return names;
+  }
+
+  const Folder folder_;
+  Arguments arguments_;
+};
+
+TEST_F(ChoiceTest, ByDefault) {
+  EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa", "squad"));
+  EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "generate-512", "openbookqa", "squad"));
+  arguments_.shots = 5;
+  EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa-5shot", "squad"));
+}
+
+TEST_F(ChoiceTest, ByName) {
+  arguments_.workloads = {"generate", "openbookqa"};
+  EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "generate-512", "openbookqa"));
+  arguments_.workloads = {"openbookqa-20shot", "chat", "generate-512"};
+  EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("openbookqa-20shot", "chat", "generate-512"));
+  for (const char* name : {"gen", "generate-", "openbookqa-3shot", "generate-64"}) {
+    arguments_.workloads = {name};
+    expect_failure([&] { chosen("hub:x"); }, std::string("no workload '") + name + "'");
+  }
+}
+
 TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
   ModelFile model;
   TokenFile file;
@@ -224,6 +286,8 @@ TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
   EXPECT_EQ(cell_weight(model, file, false), 1);
   file.task = Task::kDuplicates;
   EXPECT_EQ(cell_weight(model, file, false), 2);
+  file.task = Task::kGeneration;
+  EXPECT_EQ(cell_weight(model, file, false), 1);
   file.task = Task::kClassification;
   EXPECT_EQ(cell_weight(model, file, false), 0.5);
   EXPECT_EQ(cell_weight(model, file, true), 12);
@@ -286,6 +350,31 @@ Record similar_example() {
   return r;
 }
 
+/// With everything that a run of a decoder adds.
+Record decoder_example() {
+  Record r = example();
+  r.weights = "hub:x";
+  r.zipf.reset();
+  r.shuffle.reset();
+  r.weights_held = "packed-fp16";
+  r.output = "last";
+  r.speedup_vs_kvcache = 1.5;
+  r.prefill_ms = {.mean = 10.25, .p50 = 10, .p95 = 11, .p99 = 12};
+  r.prefill_speedup_vs_nocache = 4.5;
+  r.prefill_speedup_vs_kvcache = 3.25;
+  r.tokens_reused_fraction = 0.875;
+  r.tokens_shared_fraction = 0.0625;
+  r.decode_ms = {.mean = 40.5, .p50 = 40, .p95 = 41, .p99 = 42};
+  r.tokens_per_second = 20.5;
+  r.later_turns = {.turns = 7,
+                   .prefill_ms = {.mean = 5.5, .p50 = 5, .p95 = 6, .p99 = 7},
+                   .speedup_vs_nocache = 9.5,
+                   .speedup_vs_kvcache = 6.75,
+                   .tokens_reused_fraction = 0.75};
+  r.greedy = {.compared = 64, .different = 2, .tied = 1, .differences = {{3, 130, 5e-5}, {4, 200, 0.25}}};
+  return r;
+}
+
 const Versions kVersions = {"0.1.0", "2.13.0", "g++ 12.2.0"};
 
 TEST(RecordsTest, RoundTrip) {
@@ -317,6 +406,23 @@ TEST(RecordsTest, RoundTripOfSimilarity) {
   EXPECT_TRUE(nulls["task"]["baseline"].is_null());
   EXPECT_TRUE(nulls["task"]["ci95"][0].is_null());
   EXPECT_EQ(to_json(record_from_json(nulls), kVersions), nulls);
+}
+
+TEST(RecordsTest, RoundTripOfDecoding) {
+  const Json json = to_json(decoder_example(), kVersions);
+  EXPECT_EQ(to_json(record_from_json(Json::parse(json.dump())), kVersions), json);
+  EXPECT_EQ(json["weights_held"], "packed-fp16");
+  EXPECT_EQ(json["prefill_ms"]["p95"], 11);
+  EXPECT_EQ(json["later_turns"]["speedup_vs_kvcache"], 6.75);
+  EXPECT_EQ(json["greedy"]["differences"][1]["token"], 200);
+  const Json plain = to_json(example(), kVersions);
+  for (const char* key : {"speedup_vs_kvcache", "prefill_ms", "prefill_speedup_vs_nocache",
+                          "prefill_speedup_vs_kvcache", "tokens_reused_fraction", "tokens_shared_fraction", "decode_ms",
+                          "tokens_per_second", "later_turns", "greedy"}) {
+    EXPECT_TRUE(plain.at(key).is_null()) << key;
+  }
+  EXPECT_EQ(plain["weights_held"], "as-loaded");
+  EXPECT_EQ(plain["output"], "all");
 }
 
 TEST(RecordsTest, WhatIsNotFiniteIsNull) {
@@ -375,6 +481,42 @@ TEST(TableTest, QualityStandsBesideSpeed) {
   EXPECT_THAT(both, HasSubstr("threshold 0.90 64 MiB"));
 }
 
+TEST(TableTest, DecodersHaveColumnsOfTheirOwn) {
+  const std::string table = results_table({decoder_example(), example()});
+  for (const char* text : {"llmcache/lossless packed-fp16", "prefill ms", "3.25", "87.5%", "6.2%", "later turns",
+                           "6.75", "62/64 (1 tied)", "20.5"}) {
+    EXPECT_THAT(table, HasSubstr(text));
+  }
+  const std::string without = results_table({example()});
+  for (const char* header : {"prefill", "vs kvcache", "reused", "decode", "later turns", "greedy"}) {
+    EXPECT_THAT(without, Not(HasSubstr(header)));
+  }
+  // Lines still have a cell for each header: the last one is the size of the cache.
+  EXPECT_THAT(without, HasSubstr("117.7"));
+  Record shuffled = decoder_example();
+  shuffled.shuffle = 0;
+  EXPECT_THAT(results_table({shuffled}), HasSubstr("w (shuffled)"));
+}
+
+TEST(TableTest, GreedyDifferencesAreListedWhereWeightsAreAsLoaded) {
+  Record r = decoder_example();
+  EXPECT_THAT(greedy_list({r, example()}), IsEmpty());
+  r.weights_held = "as-loaded";
+  const std::string list = greedy_list({r});
+  EXPECT_THAT(list, HasSubstr("m on w, llmcache/lossless: sequence 3, token 130: 5.0e-05 below nocache's best (tied)"));
+  EXPECT_THAT(list, HasSubstr("sequence 4, token 200: 2.5e-01 below nocache's best\n"));
+}
+
+TEST(TableTest, EmptyColumnsAreDropped) {
+  Table table({"a", "b", "c"}, 2);
+  table.add({"1", "-", "2"});
+  table.add({"3", "", ""});
+  table.drop_if_empty("b");
+  table.drop_if_empty("c");
+  table.drop_if_empty("no such");
+  EXPECT_EQ(table.text(), "a  c\n1  2\n3\n");
+}
+
 TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   const auto parse = [](std::vector<const char*> words) {
     words.insert(words.begin(), "path/llmcache-bench");
@@ -392,6 +534,18 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   EXPECT_THAT(parse({"--threshold", "0.9,-1", "--threshold", "0.9"}).thresholds, ElementsAre(-1, 0.9));
   EXPECT_THAT(parse({"--capacity-mib", "64,1,64"}).capacities_mib, ElementsAre(1, 64));
   EXPECT_FALSE(parse({"--centre", "off"}).centre);
+  EXPECT_FALSE(parse({}).kvcache_asked);
+  EXPECT_TRUE(parse({}).has_mode("kvcache"));
+  EXPECT_FALSE(parse({"--mode", "llmcache"}).kvcache_asked);
+  EXPECT_TRUE(parse({"--mode", "kvcache"}).kvcache_asked);
+  EXPECT_THAT(parse({"--weights", "packed-fp16,as-loaded,packed-fp16"}).weights,
+              ElementsAre("as-loaded", "packed-fp16"));
+  EXPECT_FALSE(parse({}).output.has_value());
+  EXPECT_EQ(parse({"--output", "new"}).output, "new");
+  EXPECT_EQ(parse({"--shots", "5"}).shots, 5);
+  EXPECT_THAT(parse({"--shots", "5", "--workload", "squad,openbookqa"}).workloads,
+              ElementsAre("squad", "openbookqa-5shot"));
+  EXPECT_THAT(parse({"--shots", "0", "--workload", "openbookqa"}).workloads, ElementsAre("openbookqa"));
   EXPECT_EQ(parse({"--cache-layers", "0,3"}).cache_layers, "0,3");
   EXPECT_THROW(parse({"--help"}), HelpAsked);
   for (const std::vector<const char*>& bad : std::vector<std::vector<const char*>>{{"--threads", "0"},
@@ -405,6 +559,14 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
                                                                                    {"--zipf", "nan"},
                                                                                    {"--shuffle", "-1"},
                                                                                    {"--fidelity", "x"},
+                                                                                   {"--weights", "int8"},
+                                                                                   {"--weights", "as-loaded,x"},
+                                                                                   {"--output", "first"},
+                                                                                   {"--output", "all,new"},
+                                                                                   {"--shots", "-1"},
+                                                                                   {"--shots", "100"},
+                                                                                   {"--shots", "1.5"},
+                                                                                   {"--shots", "5", "--workload=squad"},
                                                                                    {"--capacity-mib", "-1"},
                                                                                    {"--capacity-mib", "1,x"},
                                                                                    {"--threshold", "1.5"},
@@ -443,6 +605,7 @@ std::vector<std::string> names(const std::vector<Setting>& all) {
     std::ostringstream text;
     text << s.mode << '/' << s.fidelity << ' ' << s.threshold.value_or(0) << ' ' << s.eviction << ' '
          << s.capacity_mib.value_or(0);
+    if (s.weights != "as-loaded") text << ' ' << s.weights;
     texts.push_back(text.str());
   }
   return texts;
@@ -451,18 +614,44 @@ std::vector<std::string> names(const std::vector<Setting>& all) {
 TEST(SettingsTest, SimilarityRunsWhereItsQualityCanBeSeen) {
   Arguments arguments;
   arguments.thresholds = {0.8, 0.9};
-  EXPECT_THAT(names(settings(arguments, false)), ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024"));
-  EXPECT_THAT(names(settings(arguments, true)),
+  EXPECT_THAT(names(settings(arguments, {})), ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024"));
+  EXPECT_THAT(names(settings(arguments, {.quality = true})),
               ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024", "llmcache/threshold 0.8 lru 1024",
                           "llmcache/threshold 0.9 lru 1024", "doccache/ 0.8 lru 1024", "doccache/ 0.9 lru 1024"));
   arguments.threshold_asked = true;
-  EXPECT_THAT(names(settings(arguments, false)),
+  EXPECT_THAT(names(settings(arguments, {})),
               ElementsAre("nocache/ 0  0", "llmcache/lossless 0  1024", "llmcache/threshold 0.8 lru 1024",
                           "llmcache/threshold 0.9 lru 1024"));
   arguments.modes = {"doccache"};
-  EXPECT_THAT(settings(arguments, false), IsEmpty());
+  EXPECT_THAT(settings(arguments, {}), IsEmpty());
   arguments.doccache_asked = true;
-  EXPECT_EQ(settings(arguments, false).size(), 2U);
+  EXPECT_EQ(settings(arguments, {}).size(), 2U);
+}
+
+TEST(SettingsTest, DecodersHaveKvcacheAndGenerationIsLossless) {
+  Arguments arguments;
+  EXPECT_THAT(names(settings(arguments, {.prefix_reuse = true})),
+              ElementsAre("nocache/ 0  0", "kvcache/lossless 0  1024", "llmcache/lossless 0  1024"));
+  arguments.threshold_asked = true;
+  arguments.doccache_asked = true;
+  arguments.fidelities = {"identical", "lossless", "threshold"};
+  arguments.capacities_mib = {64, 128};
+  EXPECT_THAT(
+      names(settings(arguments, {.prefix_reuse = true, .generation = true})),
+      ElementsAre("nocache/ 0  0", "kvcache/lossless 0  64", "llmcache/lossless 0  64", "llmcache/lossless 0  128"));
+  arguments.modes = {"doccache"};
+  EXPECT_THAT(settings(arguments, {.prefix_reuse = true, .generation = true}), IsEmpty());
+}
+
+TEST(SettingsTest, WeightsAreHeldInEachWay) {
+  Arguments arguments;
+  arguments.weights = {"as-loaded", "packed-fp16"};
+  arguments.thresholds = {0.8};
+  EXPECT_THAT(names(settings(arguments, {.quality = true, .prefix_reuse = true})),
+              ElementsAre("nocache/ 0  0", "kvcache/lossless 0  1024", "kvcache/lossless 0  1024 packed-fp16",
+                          "llmcache/lossless 0  1024", "llmcache/lossless 0  1024 packed-fp16",
+                          "llmcache/threshold 0.8 lru 1024", "llmcache/threshold 0.8 lru 1024 packed-fp16",
+                          "doccache/ 0.8 lru 1024"));
 }
 
 TEST(SettingsTest, EveryCombinationOnce) {
@@ -472,7 +661,7 @@ TEST(SettingsTest, EveryCombinationOnce) {
   arguments.thresholds = {0.8};
   arguments.evictions = {"gdsf", "lru"};
   arguments.capacities_mib = {1, 2};
-  EXPECT_THAT(names(settings(arguments, true)),
+  EXPECT_THAT(names(settings(arguments, {.quality = true})),
               ElementsAre("llmcache/threshold 0.8 gdsf 1", "llmcache/threshold 0.8 lru 1",
                           "llmcache/threshold 0.8 gdsf 2", "llmcache/threshold 0.8 lru 2"));
 }
