@@ -156,9 +156,14 @@ def render(documents: list[dict[str, Any]]) -> str:
         traces=traces,
         versions=versions(results),
         speedup_chart=charts.speedup_chart(models, chosen, colours),
+        kvcache_chart=charts.kvcache_chart(models, chosen, colours),
         sections=sections(rows, traces),
         any_random=any(model.random for model in models),
         any_fill=any(measured(row.fill_available) and row.fill_available for row in rows),
+        any_kvcache=any(row.against_kvcache for row in chosen),
+        any_prefill=any(row.prefill_ms for row in rows),
+        any_decode=any(row.decode_ms for row in rows),
+        any_greedy=any(row.greedy_text for row in rows),
         any_recall=any(measured(row.recall) or measured((row.task or {}).get("recall")) for row in rows),
     )
 

@@ -99,30 +99,60 @@ def colours_of(rows: list[Row]) -> dict[str, str]:
 
 def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str]) -> str:
     """A bar for each chosen run, grouped by model, with a line where nothing is gained."""
-    groups = [
-        (model, [row for row in model.rows if row in chosen and measured(row.speedup_vs_nocache)]) for model in models
-    ]
+
+    def beside(row: Row) -> str:
+        quality = row.quality
+        return f" · {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
+
+    bars = {
+        id(row): (row.speedup_vs_nocache, _name(row), beside(row))
+        for row in chosen
+        if measured(row.speedup_vs_nocache)
+    }
+    return _times_chart(
+        models, bars, colours, "times as fast as without a cache", "speedup", "Speed-up by model and workload"
+    )
+
+
+def kvcache_chart(models: list[Model], chosen: list[Row], colours: dict[str, str]) -> str:
+    """The same for prefill against kvcache."""
+    bars = {}
+    for row in chosen:
+        against = row.against_kvcache
+        if row.mode != "kvcache" and against:
+            bars[id(row)] = (against[0], _name(row), "" if against[1] == "prefill" else f" · {against[1]}")
+    return _times_chart(
+        models, bars, colours, "prefill: times as fast as kvcache", "kvcache", "Prefill against kvcache"
+    )
+
+
+def _times_chart(
+    models: list[Model],
+    bars: dict[int, tuple[float, str, str]],
+    colours: dict[str, str],
+    axis: str,
+    name: str,
+    title: str,
+) -> str:
+    """`bars`: id of a row -> how many times as fast, the text above, what stands behind the number."""
+    groups = [(model, [row for row in model.rows if id(row) in bars]) for model in models]
     groups = [(model, rows) for model, rows in groups if rows]
     if not groups:
         return ""
-    values = [row.speedup_vs_nocache for _, rows in groups for row in rows]
-    labels = {id(row): _name(row) for _, rows in groups for row in rows}
-    figure, axes = _bars(len(values) + 1.2 * len(groups) + sum(map(_further, labels.values())))
+    values = [bars[id(row)][0] for _, rows in groups for row in rows]
+    figure, axes = _bars(len(values) + 1.2 * len(groups) + sum(_further(label) for _, label, _ in bars.values()))
     wide = max(values) > 20 and min(values) > 0
     start = 1.0 if wide else 0.0
     place = 0.0
     for model, rows in groups:
         _above(axes, place + 0.25, model.name + (" (random weights)" if model.random else ""), fontweight="bold")
         for row in rows:
-            label = labels[id(row)]
+            value, label, behind = bars[id(row)]
             place += 1 + _further(label)
-            value = row.speedup_vs_nocache
             axes.barh(place, value - start, left=start, height=0.4, color=colours[row.kind])
-            quality = row.quality
-            change = f" · {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
-            beside = max(value, 1.0) if value > 0.7 or wide else value  # not across the dashed line
+            right = max(value, 1.0) if value > 0.7 or wide else value  # not across the dashed line
             axes.annotate(
-                f"{value:.2f}{change}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center"
+                f"{value:.2f}{behind}", (right, place), xytext=(4, 0), textcoords="offset points", va="center"
             )
             _above(axes, place, label, fontsize=8)
         place += 1.2
@@ -134,8 +164,8 @@ def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_xlim(0, max(*values, 1.0) * 1.6)
-    axes.set_xlabel("times as fast as without a cache" + (" (log scale)" if wide else ""))
-    return _svg(figure, "speedup", "Speed-up by model and workload")
+    axes.set_xlabel(axis + (" (log scale)" if wide else ""))
+    return _svg(figure, name, title)
 
 
 def latency_chart(model: Model, chosen: list[Row], name: str, colours: dict[str, str]) -> str:

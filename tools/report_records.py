@@ -7,15 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from report_numbers import Quality, measured, mebibytes, quality
+from report_numbers import Quality, measured, mebibytes, plain_number, quality
 
 SCHEMA = 1
 REQUIRED = ("model", "weights", "workload", "mode", "threads", "requests", "tokens", "latency_ms")
-OBJECTS = ("latency_ms", "divergence", "task", "unsafe_served", "same_answer", "versions")
+OBJECTS = (
+    "latency_ms",
+    "divergence",
+    "task",
+    "unsafe_served",
+    "same_answer",
+    "versions",
+    "prefill_ms",
+    "decode_ms",
+    "later_turns",
+    "greedy",
+)
 PLAIN = "nocache"
 PAPER_BAND = (0.82, 0.88)  # similarity thresholds that the LLMCache paper calls best
 # What makes two records of one model and workload different runs, and how it is written.
 SETTINGS = (
+    "weights_held",
+    "output",
     "threshold",
     "fingerprint",
     "fingerprint_layer",
@@ -31,7 +44,7 @@ SETTINGS = (
 )
 
 
-ALWAYS_SHOWN = ("threshold", "fingerprint", "centring")
+ALWAYS_SHOWN = ("weights_held", "threshold", "fingerprint", "centring")
 CENTRING = {"off": "not centred", "running": "centred", "fitted": "centred (fitted)"}
 
 
@@ -44,6 +57,8 @@ def setting_text(name: str, value: Any) -> str:
         return f"τ\u00a0{value:g}" if measured(value) else f"τ\u00a0{value}"
     if name == "capacity_bytes":
         return f"{mebibytes(value)} MiB"
+    if name == "weights_held":
+        return "" if value == "as-loaded" else str(value)
     if name == "fingerprint":
         return str(value)
     if name == "centring":
@@ -93,7 +108,34 @@ class Row:
     def name(self, *parts: str) -> str:
         """Kind and the given settings, as far as the record has them."""
         texts = [setting_text(part, self.record[part]) for part in parts if self.record.get(part) is not None]
-        return ", ".join([self.kind, *texts])
+        return ", ".join([self.kind, *filter(None, texts)])
+
+    @property
+    def against_kvcache(self) -> tuple[float, str] | None:
+        """How many times as fast the prefill is as kvcache's, and of what: later turns, where there are some."""
+        later = self.later_turns or {}
+        if measured(later.get("speedup_vs_kvcache")):
+            return later["speedup_vs_kvcache"], "later turns"
+        found = self.prefill_speedup_vs_kvcache
+        return (found, "prefill") if measured(found) else None
+
+    @property
+    def greedy_text(self) -> str:
+        """Tokens that come out on top as without a cache, of those compared; empty where none were."""
+        found = self.greedy or {}
+        compared, different, tied = (found.get(name) for name in ("compared", "different", "tied"))
+        if not measured(compared) or not measured(different) or compared == 0:
+            return ""
+        text = f"{plain_number(compared - different)} of {plain_number(compared)}"
+        return f"{text} ({tied} tied)" if measured(tied) and tied else text
+
+    @property
+    def greedy_differences(self) -> list[dict[str, Any]]:
+        """The tokens that do not, where weights are as loaded."""
+        listed = (self.greedy or {}).get("differences")
+        if self.weights_held not in (None, "as-loaded") or not isinstance(listed, list):
+            return []
+        return [difference for difference in listed if isinstance(difference, dict)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "record":

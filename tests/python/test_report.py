@@ -37,6 +37,18 @@ RECORD: dict[str, Any] = {
 
 REAL: dict[str, Any] = {**RECORD, "model": "minilm", "weights": "pypi:x 1", "workload": "banking77"}
 THRESHOLD: dict[str, Any] = {**REAL, "fidelity": "threshold", "threshold": 0.85, "fingerprint": "raw"}
+DECODER: dict[str, Any] = {
+    **RECORD,
+    "model": "smollm2",
+    "weights": "pypi:x 1",
+    "weights_held": "as-loaded",
+    "output": "last",
+    "prefill_ms": {"mean": 12.5, "p50": 12.0, "p95": 13.0, "p99": 14.0},
+    "prefill_speedup_vs_nocache": 5.25,
+    "prefill_speedup_vs_kvcache": 3.75,
+    "tokens_reused_fraction": 0.815,
+    "tokens_shared_fraction": 0.0,
+}
 DROPS = {0.8: 0.086, 0.85: 0.051, 0.9: 0.012, 0.95: 0.0}  # threshold -> lost accuracy
 
 
@@ -102,6 +114,9 @@ class ReportTest(ToolTest):
             ({"unsafe_served": 0.5}, "unsafe_served is not an object"),
             ({"hit_rate_by_layer": "all"}, "hit_rate_by_layer is not a list"),
             ({"latency_ms": 3}, "latency_ms is not an object"),
+            ({"prefill_ms": 3}, "prefill_ms is not an object"),
+            ({"greedy": "all"}, "greedy is not an object"),
+            ({"later_turns": [1]}, "later_turns is not an object"),
         ):
             with self.subTest(wanted):
                 status, _, err = self.report(self.records({}, change))
@@ -150,6 +165,13 @@ class ReportTest(ToolTest):
                     "divergence": {"mean": value, "p95": value, "max": value},
                     "task": {"metric": "accuracy", "value": value, "baseline": value, "change": value, "ci95": value},
                     "unsafe_served": {"rate": value, "ci95": [value, value]},
+                    "prefill_ms": {"mean": value},
+                    "decode_ms": {},
+                    "prefill_speedup_vs_kvcache": value,
+                    "tokens_reused_fraction": value,
+                    "tokens_per_second": value,
+                    "later_turns": {"speedup_vs_kvcache": value},
+                    "greedy": {"compared": value, "different": value, "tied": value, "differences": value},
                 }
                 status, page, err = self.report(self.records(record, record))
                 self.assertEqual(status, 0, err)
@@ -185,6 +207,47 @@ class ReportTest(ToolTest):
             "same gold answer 25.6",
         ):
             self.assertIn(text, page)
+
+    def test_decoders(self) -> None:
+        generated = {
+            **DECODER,
+            "workload": "chat",
+            "decode_ms": {"mean": 41.5, "p50": 41.0, "p95": 44.0, "p99": 45.0},
+            "tokens_per_second": 19.25,
+            "later_turns": {"turns": 9, "prefill_ms": {"mean": 7.75}, "speedup_vs_kvcache": 6.5},
+            "greedy": {
+                "compared": 1024,
+                "different": 2,
+                "tied": 1,
+                "differences": [{"sequence": 3, "token": 77, "gap": 4e-5}, {"sequence": 5, "token": 9, "gap": 0.25}],
+            },
+        }
+        kvcache = {**DECODER, "mode": "kvcache", "prefill_speedup_vs_kvcache": 1.0, "tokens_reused_fraction": 0.0}
+        status, page, err = self.report(self.records(kvcache, DECODER, generated))
+        self.assertEqual(status, 0, err)
+        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
+        for text in ("against kvcache", "3.75", "6.50", "later turns", "81.5\u2009%", "1\u2009022 of 1\u2009024 (1 tied)"):
+            self.assertIn(text, glance)
+        self.assertEqual(page.count('aria-label="Prefill against kvcache"'), 1)
+        tables = page[page.index("All figures of") :]
+        for text in ("prefill ms", "12.50", "5.25", "41.50", "19.2", "later turns 7.75", "sequence 3, token 77: 4.0e-5"):
+            self.assertIn(text, tables)
+
+    def test_pages_without_decoders_have_no_columns_for_them(self) -> None:
+        status, page, err = self.report(self.records({}, REAL))
+        self.assertEqual(status, 0, err)
+        for text in ("kvcache", "prefill", "greedy", "tokens/s"):
+            self.assertNotIn(text, page)
+
+    def test_packed_weights_are_named(self) -> None:
+        changes = [{"weights_held": "as-loaded"}, {"weights_held": "packed-fp16"}]
+        rows = rows_of([{"records": [{**DECODER, **change} for change in changes]}])
+        self.assertEqual([row.label for row in rows], ["lossless", "lossless, packed-fp16"])
+        self.assertEqual(len(headline(rows)), 2)
+        differences = {"greedy": {"compared": 9, "different": 1, "tied": 0, "differences": [{"sequence": 1}]}}
+        first, second = rows_of([{"records": [{**DECODER, **differences, **change} for change in changes]}])
+        self.assertEqual((len(first.greedy_differences), second.greedy_differences), (1, []))
+        self.assertEqual(second.greedy_text, "8 of 9")
 
     def test_names_of_runs(self) -> None:
         changes = [

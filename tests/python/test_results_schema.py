@@ -1,6 +1,7 @@
 """llmcache-bench from outside: its JSON fits benchmarks/results.schema.json, and mistakes end with one clear line.
 
-Needs LLMCACHE_BIN_DIR, LLMCACHE_MODELS_DIR (with minilm) and LLMCACHE_DATA_DIR (with the workload `sample`).
+Needs LLMCACHE_BIN_DIR, LLMCACHE_MODELS_DIR (with minilm and tiny-llama-sdpa) and LLMCACHE_DATA_DIR (with the workload
+`sample`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
+from support import ROOT  # lets the tools be imported
 
-SCHEMA = Path(__file__).resolve().parents[2] / "benchmarks" / "results.schema.json"
-MODEL, WORKLOAD = "minilm", "sample"
+# isort: split
+import token_file
+
+SCHEMA = ROOT / "benchmarks" / "results.schema.json"
+MODEL, WORKLOAD, DECODER = "minilm", "sample", "tiny-llama-sdpa"
 
 
 def folder(variable: str) -> Path:
@@ -49,10 +55,14 @@ class BenchTest(unittest.TestCase):
         )
 
     def results(self, *arguments: str) -> tuple[dict[str, Any], str]:
+        return self.run_to_json("--model", MODEL, "--workload", WORKLOAD, "--limit", "4", *arguments)
+
+    def run_to_json(self, *arguments: str, data: Path | None = None) -> tuple[dict[str, Any], str]:
         target = self.temporary / "results.json"
-        run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "4", "--json", target, *arguments)
+        run = self.bench("--json", target, *arguments, data=data)
         self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertEqual([path.name for path in self.temporary.iterdir()], ["results.json"], "leftover files")
+        files = [path.name for path in self.temporary.iterdir() if path.is_file()]
+        self.assertEqual(files, ["results.json"], "leftover files")
         text = target.read_text(encoding="utf-8")
 
         def refuse(constant: str) -> None:
@@ -61,6 +71,24 @@ class BenchTest(unittest.TestCase):
         document = json.loads(text, parse_constant=refuse)
         jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(document)
         return document, run.stdout
+
+    def decoder_data(self, workload: str, rows: list[list[int]], task: str, **more: Any) -> Path:
+        """A folder with a token file for DECODER, of one sequence a request unless `request_offsets` says otherwise."""
+        folder = self.temporary / "data"
+        folder.mkdir(exist_ok=True)
+        arrays = {
+            "tokens": np.array([token for row in rows for token in row], dtype=np.int32),
+            "sequence_offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
+            "request_offsets": np.arange(len(rows) + 1, dtype=np.int64),
+            **{name: np.array(values, dtype=np.int64) for name, values in more.items() if isinstance(values, list)},
+        }
+        metadata = {
+            **dict.fromkeys(("source", "description", "order"), "made up"),
+            **{"version": "2", "workload": workload, "tokenizer": "tiny", "max_tokens": "512", "task": task},
+            **{name: value for name, value in more.items() if isinstance(value, str)},
+        }
+        token_file.save(folder / f"{workload}.tiny.safetensors", arrays, metadata)
+        return folder
 
     def assert_fails(self, run: Any, *parts: str) -> None:
         self.assertEqual(run.returncode, 2, run.stdout + run.stderr)
@@ -118,6 +146,67 @@ class BenchTest(unittest.TestCase):
         self.assertLess(strict["divergence"]["max"], 1e-4)
         self.assertIn("llmcache/threshold -1.00", table)
 
+    def test_decoder(self) -> None:
+        passage = list(range(1, 41))
+        rows = [[*passage, 100 + i, 110 + i, 120 + i] for i in range(4)]
+        data = self.decoder_data("squad", rows, "answer", scored=[[42, 43]] * 4, group=[0, 1, 2, 3])
+        chosen = ("--model", DECODER, "--workload", "squad", "--weights", "as-loaded,packed-fp32")
+        document, table = self.run_to_json(*chosen, "--limit", "4", data=data)
+        names = [(r["mode"], r["fidelity"], r["weights_held"], r["output"]) for r in document["records"]]
+        both = [("lossless", held, "last+new") for held in ("as-loaded", "packed-fp32")]
+        self.assertEqual(
+            names,
+            [
+                ("nocache", None, "as-loaded", "all"),
+                *(("kvcache", *one) for one in both),
+                *(("llmcache", *one) for one in both),
+            ],
+        )
+        for record in document["records"][1:]:
+            self.assertEqual(record["greedy"]["different"], record["greedy"]["tied"], record["mode"])
+            self.assertEqual(record["greedy"]["compared"], 4 * 2)
+            self.assertGreater(record["prefill_speedup_vs_kvcache"], 0)
+            self.assertEqual(record["tokens_reused_fraction"] > 0, record["mode"] == "llmcache")
+            self.assertIsNone(record["decode_ms"])
+        self.assertIn("llmcache/lossless packed-fp32", table)
+        self.assertIn("prefill ms", table)
+
+    def test_generation(self) -> None:
+        rows = [[*range(1, 11), i] for i in range(20, 24)] + [[7, 8], [9]]
+        data = self.decoder_data(
+            "chat", rows, "generation", request_offsets=[0, 1, 2, 3, 6], new_tokens="5", stop_token="299"
+        )
+        document, table = self.run_to_json("--model", DECODER, "--workload", "chat", data=data)
+        plain, kvcache, cached = document["records"]
+        self.assertEqual([record["mode"] for record in document["records"]], ["nocache", "kvcache", "llmcache"])
+        self.assertIsNone(plain["greedy"])
+        for record in (plain, kvcache, cached):
+            self.assertEqual((record["requests"], record["sequences"]), (4, 6))
+            self.assertGreater(record["decode_ms"]["mean"], 0)
+            self.assertEqual(record["later_turns"]["turns"], 2)
+            self.assertIsNone(record["task"])
+        for record in (kvcache, cached):
+            self.assertEqual(record["greedy"]["different"], record["greedy"]["tied"])
+        self.assertEqual(kvcache["later_turns"]["tokens_reused_fraction"], 0)
+        self.assertGreater(cached["later_turns"]["tokens_reused_fraction"], 0.5)
+        self.assertIn("tokens/s", table)
+
+    def test_what_decoders_alone_can_do(self) -> None:
+        run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--mode", "kvcache")
+        self.assert_fails(run, "mode kvcache is for causal models", MODEL)
+        run = self.bench("--model", MODEL, "--workload", "generate", "--limit", "1")
+        self.assert_fails(run, "no workload 'generate'")
+        run = self.bench("--model", MODEL, "--workload", "openbookqa", "--shots", "3", "--limit", "1")
+        self.assert_fails(run, "no workload 'openbookqa-3shot'")
+
+    def test_packed_weights_of_an_encoder(self) -> None:
+        document, table = self.results("--weights", "packed-fp16")
+        plain, cached = document["records"]
+        self.assertEqual((plain["weights_held"], cached["weights_held"]), ("as-loaded", "packed-fp16"))
+        self.assertGreater(cached["divergence"]["mean"], 1e-6)
+        self.assertLess(cached["divergence"]["max"], 0.05)
+        self.assertIn("packed MiB", table)
+
     def test_layer_that_is_not_there(self) -> None:
         run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9",
                          "--cache-layers", "6")
@@ -141,7 +230,7 @@ class BenchTest(unittest.TestCase):
         for option in ("--model", "--workload", "--mode", "--fidelity", "--threads", "--limit", "--seconds", "--shuffle",
                        "--zipf", "--capacity-mib", "--data", "--models", "--json", "--list", "--tokenizer", "--threshold",
                        "--fingerprint", "--fingerprint-layer", "--centre", "--pca", "--cache-layers", "--eviction",
-                       "--ttl", "--shadow-rate"):
+                       "--ttl", "--shadow-rate", "--weights", "--output", "--shots"):
             self.assertIn(option, helped.stdout)
 
     def test_bad_arguments(self) -> None:
@@ -152,6 +241,10 @@ class BenchTest(unittest.TestCase):
             (("--shuffle", "-1"), "--shuffle"),
             (("--mode", "turbo"), "turbo"),
             (("--fidelity", "budget"), "budget"),
+            (("--weights", "int8"), "int8"),
+            (("--output", "some"), "some"),
+            (("--shots", "-1"), "--shots"),
+            (("--shots", "5", "--workload", "squad"), "openbookqa"),
             (("--threshold", "1.5"), "-1 to 1"),
             (("--fingerprint", "md5"), "md5"),
             (("--cache-layers", "first"), "first"),

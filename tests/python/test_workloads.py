@@ -13,7 +13,20 @@ from support import ROOT, ToolTest  # lets the tools be imported
 # isort: split
 import prepare_data
 from prepare_data import Encoded, join
-from workloads import MAX_TOKENS, WORKLOADS, Request, Sequence, Traffic
+from workloads import (
+    ASSISTANT,
+    MAX_TOKENS,
+    NEXT_USER,
+    SYSTEM,
+    USER,
+    WORKLOADS,
+    Request,
+    Sequence,
+    Traffic,
+    named,
+    read_openbookqa,
+    with_shots,
+)
 
 
 class PrepareDataTest(ToolTest):
@@ -73,6 +86,7 @@ class PrepareDataTest(ToolTest):
         four = [{"text": "a", "label": label} for label in "ABCD"]
         keyless = {"question": {"stem": "Why?", "choices": four}, "answerKey": "E"}
         intents = b"label\ttext\nlost_card\tWhere is it?\n"
+        conversations = b'{"turns": ["Hi"], "u0": "Hi", "u1": "And you?"}\n'
         pairs, scores = b"label\ttext_a\ttext_b\n", b"score\ttext_a\ttext_b\tgenre\tsubset\n"
         cases = [
             ("squad", "squad_v2/squad_v2_dev.jsonl", good + b"\n" + good[:20], ":2:"),
@@ -93,13 +107,17 @@ class PrepareDataTest(ToolTest):
             ("qqp", "pairs/qqp_gptcache.tsv", pairs, "no record"),
             ("stsb", "pairs/stsb_dev.tsv", scores + b"nan\ta\tb\tc\td\n", "a number from 0 to 5"),
             ("stsb", "pairs/stsb_dev.tsv", scores + b"5.5\ta\tb\tc\td\n", ":2:"),
+            ("chat", "prompts/mt_vicuna_bench.jsonl", b'{"turns": []}\n', ":1:"),
+            ("chat", "prompts/mt_vicuna_bench.jsonl", b'{"turns": ["a"]}\n{"turns": ["a", " "]}\n', ":2:"),
+            ("chat", "prompts/meancache_multiturn.jsonl", b'{"u0": "a"}\n', "'u1'"),
+            ("generate", "wikitext/wiki.test.raw", b"\x89PNG\r\n", ":1:"),
             ("wikitext", "wikitext/wiki.test.raw", b" \n \x00\x01 garbage \n", ":2:"),
             ("wikitext", "wikitext/wiki.test.raw", b"\x89PNG\r\n", ":1:"),
         ]
         for workload, file, content, where in cases:
             with self.subTest(f"{workload} {content[:30]!r}"):
-                for other in WORKLOADS[workload].files:  # its other files are good
-                    raw = self.raw(other, intents)
+                for other in WORKLOADS[named(workload)[0]].files:  # its other files are good
+                    raw = self.raw(other, conversations if workload == "chat" else intents)
                 self.raw(file, content)
                 # Reading comes before any tokenizer is loaded.
                 status, _, err = self.prepare("--only", workload, "--raw", raw)
@@ -132,6 +150,69 @@ class PrepareDataTest(ToolTest):
         assert loaded is not None
         self.assertEqual(loaded[1]["tokenizer"], "gpt2")
         self.assertIn("token ids of smollm2, which stand in for gpt2's", loaded[1]["source"])
+
+    def test_conversations_are_marked_as_the_model_was_trained(self) -> None:
+        models = self.models_with("smollm2", vocab=49152)
+        self.raw("prompts/mt_vicuna_bench.jsonl", b'{"turns": ["Hello there.", "And now?"]}\n')
+        raw = self.raw("prompts/meancache_multiturn.jsonl", b'{"u0": "One", "u1": "Two"}\n')
+        status, out, err = self.prepare("--only", "chat", "--raw", raw, "--models", models)
+        self.assertEqual(status, 0, err)
+        loaded = prepare_data.load(self.folder / "out" / "chat.smollm2.safetensors")
+        assert loaded is not None
+        arrays, metadata = loaded
+        self.assertEqual((metadata["task"], metadata["new_tokens"], metadata["stop_token"]), ("generation", "32", "2"))
+        self.assertEqual(arrays["request_offsets"].tolist(), [0, 2, 4])
+        tokens, offsets = arrays["tokens"].tolist(), arrays["sequence_offsets"].tolist()
+        parts = [tokens[begin:end] for begin, end in zip(offsets, offsets[1:])]
+        # <|im_start|> is 1, <|im_end|> is 2. A first part: system, user, assistant; a further one ends the answer.
+        for first, further in ((parts[0], parts[1]), (parts[2], parts[3])):
+            self.assertEqual((first[0], first.count(1), first.count(2)), (1, 3, 2))
+            self.assertEqual((further[0], further.count(1), further.count(2)), (2, 2, 2))
+        self.assertEqual(parts[0][:20], parts[2][:20])
+
+    def test_shots(self) -> None:
+        def line(stem: str) -> bytes:
+            choices = [{"text": f"{stem} {label}", "label": label} for label in "ABCD"]
+            return json.dumps({"question": {"stem": stem, "choices": choices}, "answerKey": "B"}).encode() + b"\n"
+
+        models = self.models_with("smollm2", vocab=49152)
+        self.raw("openbookqa/test.jsonl", line("Why") + line("How"))
+        raw = self.raw("openbookqa/train_sample.jsonl", line("One") + line("Two") + line("Three"))
+        common = ("--raw", raw, "--models", models)
+        status, out, err = self.prepare("--only", "openbookqa", "--shots", 2, *common)
+        self.assertEqual(status, 0, err)
+        names = sorted(path.name for path in (self.folder / "out").glob("*.safetensors"))
+        self.assertEqual(names, ["openbookqa-2shot.smollm2.safetensors"])
+        loaded = prepare_data.load(self.folder / "out" / names[0])
+        assert loaded is not None
+        arrays, metadata = loaded
+        self.assertEqual(metadata["workload"], "openbookqa-2shot")
+        tokens, offsets = arrays["tokens"].tolist(), arrays["sequence_offsets"].tolist()
+        rows = [tokens[begin:end] for begin, end in zip(offsets, offsets[1:])]
+        shared = next(i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1)
+        scored = arrays["scored"].tolist()
+        self.assertEqual(shared, 8)  # "One One B\nTwo Two B\n"
+        self.assertGreater(scored[0][0], shared)
+        status, _, err = self.prepare("--only", "openbookqa", "--shots", 4, *common)
+        self.assertEqual(status, 1)
+        self.assertIn("train_sample.jsonl: 3 questions in it, too few for 4 examples", err)
+        for bad in ("-1", "x", "100", "1.5"):
+            self.assertEqual(self.prepare("--only", "openbookqa", "--shots", bad, *common)[0], 2)
+
+    def test_texts_that_are_too_short_to_go_on_from(self) -> None:
+        models = self.models_with("smollm2", vocab=49152)
+        long = b" = Two = \n" + b" word" * 130 + b" \n"
+        raw = self.raw("wikitext/wiki.test.raw", b" = One = \n Short . \n" + long)
+        status, _, err = self.prepare("--only", "generate-128", "--raw", raw, "--models", models)
+        self.assertEqual(status, 0, err)
+        loaded = prepare_data.load(self.folder / "out" / "generate-128.smollm2.safetensors")
+        assert loaded is not None
+        self.assertEqual(loaded[0]["sequence_offsets"].tolist(), [0, 128])
+        self.assertEqual(loaded[1]["new_tokens"], "32")
+        self.assertNotIn("stop_token", loaded[1])
+        status, _, err = self.prepare("--only", "generate", "--raw", raw, "--models", models)
+        self.assertEqual(status, 1)
+        self.assertIn("no text in it is long enough for generate-512", err)
 
     def test_raw_folder_that_is_not_there(self) -> None:
         status, _, err = self.prepare("--raw", self.folder / "nowhere")
@@ -224,6 +305,45 @@ class TrafficTest(ToolTest):
         seen = {tuple(s.pair[0] for s in request.sequences): request.pair_score for request in requests}
         self.assertEqual(seen, {(f"first {i}", f"second {i}"): i / 2 for i in range(11)})
 
+    def test_beginnings_are_long_enough_and_one_an_article(self) -> None:
+        paragraph = " ".join(["word"] * 300)
+        text = f" = One = \n {paragraph} \n {paragraph} \n {paragraph} \n = Two = \n Short . \n"
+        requests = WORKLOADS["generate-512"].read(self.write("w", text)).requests
+        pieces = [request.sequences[0].pieces for request in requests]
+        self.assertEqual([len(piece[0].split()) for piece in pieces], [3 + 600, 3 + 2])
+        self.assertEqual([len(piece) for piece in pieces], [1, 1])
+
+    def test_conversations(self) -> None:
+        bench = self.write("bench.jsonl", '{"turns": ["a", "b"]}\n{"turns": ["c"]}\n')
+        two = self.write("two.jsonl", '{"u0": "d", "u1": "e", "response0": "no"}\n')
+        requests = WORKLOADS["chat"].read(bench, two).requests
+        pieces = sorted([sequence.pieces for sequence in request.sequences] for request in requests)
+        first = [(SYSTEM, USER, text, ASSISTANT) for text in "acd"]
+        then = {text: (NEXT_USER, text, ASSISTANT) for text in "be"}
+        self.assertEqual(pieces, [[first[0], then["b"]], [first[1]], [first[2], then["e"]]])
+        self.assertEqual(requests, WORKLOADS["chat"].read(bench, two).requests)
+
+    def test_solved_examples_stand_in_front(self) -> None:
+        def row(stem: str, key: str) -> str:
+            choices = [{"text": f"choice {label}", "label": label} for label in "ABCD"]
+            return json.dumps({"question": {"stem": stem, "choices": choices}, "answerKey": key}) + "\n"
+
+        test = self.write("test.jsonl", row("Why", "C"))
+        train = self.write("train.jsonl", row("First", "A") + row("Second", "D") + row("Third", "B"))
+        (request,) = read_openbookqa(test, train, 2).requests
+        front = ("First choice A\n", "Second choice D\n", "Why")
+        self.assertEqual([s.pieces for s in request.sequences], [(*front, f" choice {label}") for label in "ABCD"])
+        self.assertEqual([(s.scored, s.shorten, s.label) for s in request.sequences], [(3, 2, int(c == "C")) for c in "ABCD"])
+        self.assertEqual(with_shots(2).read(test, train), read_openbookqa(test, train, 2))
+        self.assertEqual((with_shots(2).name, with_shots(2).decoders_only), ("openbookqa-2shot", True))
+        self.assertEqual(read_openbookqa(test).requests[0].sequences[0].pieces, ("Why", " choice A"))
+
+    def test_a_name_means_its_variants_too(self) -> None:
+        self.assertEqual(named("generate"), ["generate-128", "generate-512"])
+        self.assertEqual(named("generate-128"), ["generate-128"])
+        self.assertEqual(named("squad"), ["squad"])
+        self.assertEqual(named("gen"), [])
+
     def test_one_right_choice(self) -> None:
         choices = [{"text": f"choice {label}", "label": label} for label in "ABCD"]
         row = json.dumps({"question": {"stem": "Why", "choices": choices}, "answerKey": "C"})
@@ -280,6 +400,21 @@ class BuildTest(unittest.TestCase):
         arrays, task = self.build("stsb", [pair], encoder=True)
         self.assertEqual((task, arrays["pair_score"].tolist()), ("similarity", [2.5]))
         self.assertEqual(str(arrays["pair_score"].dtype), "float32")
+
+    def test_prompts_are_cut_to_one_length(self) -> None:
+        requests = [Request([Sequence(("a", None), ("a" * n,))]) for n in (127, 128, 200)]
+        arrays, task = self.build("generate-128", requests, encoder=False)
+        self.assertEqual((task, arrays["sequence_offsets"].tolist()), ("generation", [0, 128, 256]))
+        self.assertNotIn("scored", arrays)
+
+    def test_conversations_that_would_be_too_long_are_left_out(self) -> None:
+        requests = [
+            Request([Sequence(("a", None), ("a" * first,)), Sequence(("b", None), ("b" * second,))])
+            for first, second in ((400, 49), (400, 48), (1, 1))  # and two answers of 32
+        ]
+        arrays, _ = self.build("chat", requests, encoder=False)
+        self.assertEqual(arrays["sequence_offsets"].tolist(), [0, 400, 448, 449, 450])
+        self.assertEqual(arrays["request_offsets"].tolist(), [0, 2, 4])
 
     def test_growing_document_stops_when_full(self) -> None:
         pieces = ["a" * 500, "b" * 20, "c" * 30]
