@@ -251,7 +251,8 @@ class ChoiceTest : public ::testing::Test {
                           {"versions", {{"torch", "2"}, {"transformers", "5"}}}};
     std::ofstream(folder_ / "models/m.json") << sidecar;
     std::vector<std::string> names;
-    for (const auto& workload : select(arguments_).front().workloads) names.push_back(workload->workload);
+    const auto selected = select(arguments_);
+    for (const auto& workload : selected.front().workloads) names.push_back(workload->workload);
     return names;
   }
 
