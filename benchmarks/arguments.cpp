@@ -24,8 +24,8 @@ constexpr const char* kDescription =
     "\n"
     "Without options it runs every full-size model on the workloads made for its tokenizer (but the small 'sample' "
     "where\n"
-    "others exist, clinc150, qqp and stsb only where the model embeds sentences, and chat only where the weights are\n"
-    "real) and ends in under 10 minutes.";
+    "others exist, clinc150, qqp and stsb only where the model embeds sentences, chat and generate-512 only where the\n"
+    "weights are real) and ends in under 10 minutes.";
 
 constexpr const char* kFooter = R"(
 Modes
@@ -41,7 +41,8 @@ Modes
              output of the most similar earlier request, and the model's layers do not run at all.
   Every value of --threshold, --capacity-mib, --eviction and --weights is a setting with a cache of its own and a line
   of its own.
-  threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured.
+  threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured
+  and prefixes are not reused.
 
 How it measures
   Each request runs in all settings, one after the other, in an order that turns from request to request. The first
@@ -217,14 +218,14 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   list("--workload", arguments.workloads, "NAME",
        "workloads by name [those made for the model's tokenizer, see above]");
   const auto* mode = list("--mode", arguments.modes, "MODE",
-                          "nocache, kvcache, llmcache, doccache [all; kvcache only for decoders, doccache only where "
-                          "quality can be measured]")
+                          "nocache, kvcache, llmcache, doccache [all; kvcache only for decoders, doccache only for "
+                          "others and where quality can be measured]")
                          ->check(CLI::IsMember({"nocache", "kvcache", "llmcache", "doccache"}));
   const auto* fidelity =
       list("--fidelity", arguments.fidelities, "LEVEL",
            "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical), lossless (and "
            "padding is not computed; equal up to rounding), threshold (whole hidden states of similar requests: no "
-           "promise) [lossless,threshold; threshold only where quality can be measured]")
+           "promise) [lossless,threshold; threshold as doccache]")
           ->check(CLI::IsMember({"identical", "lossless", "threshold"}));
   list("--weights", arguments.weights, "HOW",
        "how kvcache and llmcache hold the weights of linear layers: as-loaded, packed-fp32, packed-fp16 (half the "
@@ -389,6 +390,7 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
                      .weights = weights});
     }
   }
+  const bool similar = possible.quality && !possible.prefix_reuse;  // what nobody asked for by name
   const auto at_thresholds = [&](const Setting& setting) {
     for (const double threshold : arguments.thresholds) {
       all.push_back(setting);
@@ -404,7 +406,7 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
             .mode = "llmcache", .fidelity = fidelity, .capacity_mib = capacity, .weights = weights};
         if (fidelity != "threshold") {
           all.push_back(setting);
-        } else if (possible.quality || arguments.threshold_asked) {
+        } else if (similar || arguments.threshold_asked) {
           for (const std::string& eviction : arguments.evictions) {
             Setting one = setting;
             one.eviction = eviction;
@@ -415,7 +417,7 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
     }
   }
   if (!arguments.has_mode("doccache") || possible.generation) return all;
-  if (!possible.quality && !arguments.doccache_asked) return all;
+  if (!similar && !arguments.doccache_asked) return all;
   for (const std::int64_t capacity : arguments.capacities_mib) {
     at_thresholds({.mode = "doccache", .eviction = "lru", .capacity_mib = capacity});
   }

@@ -77,9 +77,10 @@ struct Possible {
   bool generation = false;    ///< text is generated, token by token
 };
 
-/// What `arguments` ask for and is possible, nocache first. Doccache and fidelity threshold, unless asked for by
-/// name, are left out where quality cannot be measured: a hit rate alone says nothing about them. Where text is
-/// generated, of llmcache only fidelity lossless runs, and no doccache: the others know nothing of growing requests.
+/// What `arguments` ask for and is possible, nocache first. Doccache and fidelity threshold, unless asked for by name,
+/// are left out where quality cannot be measured, since a hit rate alone says nothing about them, and where prefixes
+/// are reused, so that the time goes to that. Where text is generated, of llmcache only fidelity lossless runs, and no
+/// doccache: the others know nothing of growing requests.
 std::vector<Setting> settings(const Arguments& arguments, const Possible& possible);
 
 }  // namespace llmcache::bench

@@ -22,7 +22,7 @@ double cell_weight(const ModelFile& model, const TokenFile& tokens, bool probe) 
     case Task::kDuplicates:
       return 2;
     default:
-      return 1;
+      return tokens.scored.empty() ? 1 : 2;
   }
 }
 

@@ -19,8 +19,8 @@ constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no 
 constexpr const char* kSample = "sample";
 /// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
 const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
-/// Answers mean something only with real weights; other models run it only if asked to.
-constexpr const char* kForRealWeights = "chat";
+/// Long, and no more telling with random weights than generate-128: such models run them only if asked to.
+const std::set<std::string> kForRealWeights = {"chat", "generate-512"};
 constexpr const char* kSuffix = ".safetensors";
 constexpr const char* kProbeSuffix = ".probe.safetensors";  // no token files, see probe.h
 
@@ -53,7 +53,7 @@ void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vect
   for (const WorkloadFile& file : files) names.insert(file.workload);
   std::erase_if(files, [&](const WorkloadFile& file) {
     if (model.output != "sentence_embedding" && kForEmbeddings.contains(file.workload)) return true;
-    if (model.random_weights() && file.workload == kForRealWeights) return true;
+    if (model.random_weights() && kForRealWeights.contains(file.workload)) return true;
     if (!shots.empty() && names.contains(file.workload + shots)) return true;
     return !shots_of(file.workload).empty() && shots_of(file.workload) != shots;
   });

@@ -196,8 +196,8 @@ class LayerCacheVariant final : public Variant {
   std::map<std::int64_t, std::int64_t> origins_;
 };
 
-/// What an ordinary decoder does. Two caches: one keeps what a request has computed, and is emptied before the next; the
-/// other, for batches, computes all rows whole, without their padding, and keeps nothing.
+/// What an ordinary decoder does. Two caches: one keeps what a request has computed, and is emptied before the next;
+/// the other, for batches, computes all rows whole, without their padding, and keeps nothing.
 class KvCacheVariant final : public Variant {
  public:
   KvCacheVariant(Setting setting, const VariantContext& context) : setting_(std::move(setting)), context_(context) {}

@@ -262,7 +262,7 @@ class ChoiceTest : public ::testing::Test {
 
 TEST_F(ChoiceTest, ByDefault) {
   EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa", "squad"));
-  EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "generate-512", "openbookqa", "squad"));
+  EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "openbookqa", "squad"));
   arguments_.shots = 5;
   EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa-5shot", "squad"));
 }
@@ -287,6 +287,12 @@ TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
   EXPECT_EQ(cell_weight(model, file, false), 1);
   file.task = Task::kDuplicates;
   EXPECT_EQ(cell_weight(model, file, false), 2);
+  file.scored = {{1, 2}};
+  EXPECT_EQ(cell_weight(model, file, false), 2);
+  file.task = Task::kAnswer;
+  EXPECT_EQ(cell_weight(model, file, false), 2);
+  file.scored.clear();
+  EXPECT_EQ(cell_weight(model, file, false), 1) << "an encoder's";
   file.task = Task::kGeneration;
   EXPECT_EQ(cell_weight(model, file, false), 1);
   file.task = Task::kClassification;
@@ -633,8 +639,11 @@ TEST(SettingsTest, DecodersHaveKvcacheAndGenerationIsLossless) {
   Arguments arguments;
   EXPECT_THAT(names(settings(arguments, {.prefix_reuse = true})),
               ElementsAre("nocache/ 0  0", "kvcache/lossless 0  1024", "llmcache/lossless 0  1024"));
+  EXPECT_EQ(names(settings(arguments, {.quality = true, .prefix_reuse = true})),
+            names(settings(arguments, {.prefix_reuse = true})));
   arguments.threshold_asked = true;
   arguments.doccache_asked = true;
+  EXPECT_EQ(settings(arguments, {.quality = true, .prefix_reuse = true}).size(), 3U + 3 + 3);
   arguments.fidelities = {"identical", "lossless", "threshold"};
   arguments.capacities_mib = {64, 128};
   EXPECT_THAT(
@@ -648,6 +657,7 @@ TEST(SettingsTest, WeightsAreHeldInEachWay) {
   Arguments arguments;
   arguments.weights = {"as-loaded", "packed-fp16"};
   arguments.thresholds = {0.8};
+  arguments.threshold_asked = arguments.doccache_asked = true;
   EXPECT_THAT(names(settings(arguments, {.quality = true, .prefix_reuse = true})),
               ElementsAre("nocache/ 0  0", "kvcache/lossless 0  1024", "kvcache/lossless 0  1024 packed-fp16",
                           "llmcache/lossless 0  1024", "llmcache/lossless 0  1024 packed-fp16",
