@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::size_t kNameColumn = 30;
 constexpr const char* kShotWorkload = "openbookqa";
+constexpr std::int64_t kKvcacheMib = 1024;  // a decoder has room for one request, however small the caches are
 
 constexpr const char* kDescription =
     "llmcache-bench: runs recorded requests through a model, plain and wrapped in caches, side by side in one "
@@ -90,6 +91,7 @@ Columns
   greedy     tokens that come out on top as in nocache / all that were compared; the others are listed below the table
              where the weights are as loaded ('tied': their logits lie within 1e-4 of the best in nocache).
   cache MiB  held by the cache at the end.
+
 Text generation (generate-128, generate-512, chat)
   Each setting continues the prompt greedily, token by token. nocache runs the whole sequence for each token: it says
   as many as 40 % of the time budget allow, one more than the first at least, and the others count with the mean time
@@ -291,7 +293,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
       ->check(number_between(1, 1e12))
       ->type_name("N");
   app.add_option("--seconds", arguments.seconds,
-                 "time budget of each model on each workload, warm-up included; one request always runs [with --limit: "
+                 "time budget of each model on each workload, warm-up included, wrapping not; one request always runs "
+                 "[with --limit: "
                  "none; otherwise a share of 6 minutes, most where quality can be measured, at most 30 for a workload "
                  "with a task]")
       ->check(number_between(1e-3, 1e6))
@@ -386,7 +389,7 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
     for (const std::string& weights : arguments.weights) {
       all.push_back({.mode = "kvcache",
                      .fidelity = "lossless",
-                     .capacity_mib = arguments.capacities_mib.front(),
+                     .capacity_mib = std::max(kKvcacheMib, arguments.capacities_mib.back()),
                      .weights = weights});
     }
   }

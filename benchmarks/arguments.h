@@ -66,7 +66,7 @@ struct Setting {
   std::string fidelity = {};                      ///< of llmcache, and of kvcache: lossless
   std::optional<double> threshold = {};           ///< of doccache, and of llmcache with fidelity threshold
   std::string eviction = {};                      ///< of llmcache with fidelity threshold
-  std::optional<std::int64_t> capacity_mib = {};  ///< unset for nocache
+  std::optional<std::int64_t> capacity_mib = {};  ///< unset for nocache; kvcache: enough
   std::string weights = "as-loaded";              ///< nocache and doccache: always so
 };
 

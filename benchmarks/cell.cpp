@@ -72,8 +72,9 @@ class Cell {
 
   std::vector<Record> run() {
     say_what_is_cut();
-    const auto start = Clock::now();
     make_lanes();
+    for (Lane& lane : lanes_) lane.variant->prepare(prepare(stream_.requests.front()));
+    const auto start = Clock::now();
     warm_up(start);
     fill(start);
     for (Lane& lane : lanes_) lane.variant->start();

@@ -77,9 +77,9 @@ class Generation {
 
   std::vector<Record> run() {
     const at::NoGradGuard no_grad;
-    const auto start = Clock::now();
     check_model();
     make_lanes();
+    const auto start = Clock::now();
     warm_up();
     for (Lane& lane : lanes_) lane.variant->start();
     const auto first = Clock::now();
@@ -123,6 +123,8 @@ class Generation {
     for (const Setting& setting : settings(context_.arguments, possible)) {
       auto variant = make_variant(setting, {model_, context_.arguments, tokens_, fingerprint_});
       lanes_.push_back({.setting = setting, .variant = std::move(variant)});
+      const Ids prompt = warm_up_prompt();
+      lanes_.back().variant->prepare(request_of(stream_.requests.front(), prompt));
     }
     if (lanes_.empty()) {
       throw Failure(
@@ -132,12 +134,16 @@ class Generation {
     }
   }
 
-  void warm_up() {
+  [[nodiscard]] Ids warm_up_prompt() const {
     const auto whole = tokens_.sequence(tokens_.first_sequence(stream_.requests.front()));
     const auto some = whole.first(std::min(whole.size(), kWarmUpPrompt));
+    return {some.begin(), some.end()};
+  }
+
+  void warm_up() {
     for (Lane& lane : lanes_) {
       lane.variant->clear();
-      say(lane, stream_.requests.front(), {some.begin(), some.end()}, kWarmUpTokens, {});
+      say(lane, stream_.requests.front(), warm_up_prompt(), kWarmUpTokens, {});
       lane.variant->clear();
     }
     plain_seconds_ = 0;

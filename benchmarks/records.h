@@ -79,7 +79,7 @@ struct Record {
   std::string eviction;
   std::optional<double> ttl_seconds;
   std::optional<double> shadow_rate;
-  std::optional<std::int64_t> capacity_bytes;  ///< unset for nocache
+  std::optional<std::int64_t> capacity_bytes;  ///< unset for nocache and kvcache
   int threads = 1;
   std::int64_t requests = 0;            ///< timed
   std::int64_t requests_available = 0;  ///< in the stream

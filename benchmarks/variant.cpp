@@ -202,10 +202,11 @@ class KvCacheVariant final : public Variant {
  public:
   KvCacheVariant(Setting setting, const VariantContext& context) : setting_(std::move(setting)), context_(context) {}
 
+  void prepare(const Request& request) override { cache_for(request); }
   void begin() override { clear(); }
   Run run(const Request& request) override {
     Run result;
-    Cache& cache = request.rows.size() == 1 ? growing() : whole();
+    Cache& cache = cache_for(request);
     for (const Call& call : request.calls) {
       forward(cache, call, {.fidelity = Fidelity::kLossless}, &call == &request.calls.front(), result);
     }
@@ -221,12 +222,13 @@ class KvCacheVariant final : public Variant {
   void describe(Record& record) const override {
     record.fidelity = setting_.fidelity;
     record.weights_held = setting_.weights;
-    record.capacity_bytes = static_cast<std::int64_t>(bytes(setting_));
     record.cache_bytes = growing_ ? static_cast<std::int64_t>(growing_->stats().bytes) : 0;
     record.hit_rate = 0;
   }
 
  private:
+  Cache& cache_for(const Request& request) { return request.rows.size() == 1 ? growing() : whole(); }
+
   Cache& growing() {
     if (!growing_) {
       growing_ = context_.model.cache_named(fmt::format("kvcache {} {}", setting_.weights, bytes(setting_)), options());

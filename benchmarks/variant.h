@@ -62,6 +62,8 @@ class Variant {
  public:
   virtual ~Variant() = default;
 
+  /// Makes what takes long and requests like this one need.
+  virtual void prepare(const Request&) {}
   /// Called before each request and each turn of a conversation.
   virtual void begin() {}
   virtual Run run(const Request& request) = 0;

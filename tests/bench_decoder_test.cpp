@@ -153,6 +153,9 @@ TEST_F(DecoderBenchTest, PassagesAreReusedAcrossRequestsAndNotByKvcache) {
   EXPECT_DOUBLE_EQ(kvcache.tokens_computed_fraction, 1);
   EXPECT_LT(cached.tokens_computed_fraction, 0.45);
   EXPECT_EQ(kvcache.hit_rate, 0);
+  EXPECT_FALSE(kvcache.capacity_bytes.has_value());
+  EXPECT_GT(kvcache.cache_bytes, 0) << "of the last request";
+  EXPECT_LT(kvcache.cache_bytes, cached.cache_bytes);
   for (const Record* r : {&kvcache, &cached}) {
     expect_as_nocache(*r);
     // 8 prompts, 7 answers of 3 tokens.
@@ -272,6 +275,20 @@ TEST_F(DecoderBenchTest, PackedWeightsHaveABaselineOfTheirOwn) {
   EXPECT_DOUBLE_EQ(records.at("kvcache packed-fp16").speedup_vs_kvcache, 1);
   EXPECT_DOUBLE_EQ(records.at("kvcache").speedup_vs_kvcache, 1);
   EXPECT_GT(packed.speedup_vs_kvcache, 0);
+}
+
+TEST_F(DecoderBenchTest, SmallCachesLeaveKvcacheItsRoom) {
+  load("tiny-llama-sdpa");
+  add_questions(2, 3);
+  arguments_.capacities_mib = {0, 64};
+  const auto all = run();
+  ASSERT_THAT(all, SizeIs(4));
+  EXPECT_DOUBLE_EQ(all[1].tokens_computed_fraction, 1);
+  // Without room nothing is reused, not even inside a request: its prompts of 46 tokens are computed twice.
+  EXPECT_EQ(all[2].tokens_reused_fraction, 0);
+  EXPECT_GT(all[2].tokens_computed_fraction, 1.5);
+  expect_as_nocache(all[2]);
+  EXPECT_GT(all[3].tokens_reused_fraction, 0.5);
 }
 
 TEST_F(DecoderBenchTest, EncodersHaveNoKvcache) {

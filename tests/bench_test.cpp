@@ -648,7 +648,7 @@ TEST(SettingsTest, DecodersHaveKvcacheAndGenerationIsLossless) {
   arguments.capacities_mib = {64, 128};
   EXPECT_THAT(
       names(settings(arguments, {.prefix_reuse = true, .generation = true})),
-      ElementsAre("nocache/ 0  0", "kvcache/lossless 0  64", "llmcache/lossless 0  64", "llmcache/lossless 0  128"));
+      ElementsAre("nocache/ 0  0", "kvcache/lossless 0  1024", "llmcache/lossless 0  64", "llmcache/lossless 0  128"));
   arguments.modes = {"doccache"};
   EXPECT_THAT(settings(arguments, {.prefix_reuse = true, .generation = true}), IsEmpty());
 }

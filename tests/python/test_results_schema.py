@@ -39,7 +39,8 @@ class BenchTest(unittest.TestCase):
         cls.program = folder("LLMCACHE_BIN_DIR") / "llmcache-bench"
         cls.models, cls.data = folder("LLMCACHE_MODELS_DIR"), folder("LLMCACHE_DATA_DIR")
         cls.token_file = cls.data / f"{WORKLOAD}.bert-base-uncased.safetensors"
-        for needed in (cls.program, cls.models / f"{MODEL}.pt", cls.models / f"{MODEL}.json", cls.token_file):
+        models = [cls.models / f"{model}.{end}" for model in (MODEL, DECODER) for end in ("pt", "json")]
+        for needed in (cls.program, *models, cls.token_file):
             if not needed.exists():
                 raise unittest.SkipTest(f"{needed} is not there")
 
