@@ -67,7 +67,8 @@ struct PrefixReuse::Row {
   PrefixLease lease;
   std::vector<KeyRange> prefix;  ///< known before, and computed by another row of the batch
   std::int64_t prefix_tokens = 0;
-  std::vector<KeyRange> own;  ///< where what it computes goes; empty: it is not kept
+  std::size_t shared_with = 0;  ///< index of the row that computes what lies between known and prefix tokens
+  std::vector<KeyRange> own;    ///< where what it computes goes; empty: it is not kept
   bool kept = false;
 
   [[nodiscard]] std::int64_t fresh() const { return span.tokens - prefix_tokens; }
@@ -257,6 +258,7 @@ void PrefixReuse::share(std::vector<Row>& rows) const {
   for (const KeyRange& range : from->own) append(ranges, range);
   row.prefix = first_of(ranges, best);
   row.prefix_tokens = best;
+  row.shared_with = static_cast<std::size_t>(from - rows.data());
 }
 
 Plan PrefixReuse::plan(const Batch& batch, const std::vector<Row>& rows) const {
@@ -273,11 +275,23 @@ Plan PrefixReuse::plan(const Batch& batch, const std::vector<Row>& rows) const {
 
 Selection PrefixReuse::select(const Plan& plan, const std::vector<Row>& rows, Output output) const {
   if (output == Output::kAll || !profile_.head_tokenwise) return select_all(plan);
-  Selection selection{output == Output::kLastToken ? 1 : 0, {}};
-  for (const Row& row : rows) {
-    const auto tokens = output == Output::kLastToken ? 1 : row.span.tokens - row.lease.known_tokens();
-    selection.spans.push_back({row.span.tokens - tokens, tokens, 0});
-    selection.width = std::max(selection.width, tokens);
+  Selection selection{output == Output::kLastToken ? 1 : 0, {}, {}};
+  if (output == Output::kLastToken) {
+    for (const Row& row : rows) selection.spans.push_back({row.span.tokens - 1, 1, 0});
+    return selection;
+  }
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    const auto known = row.lease.known_tokens();
+    selection.spans.push_back({row.prefix_tokens, row.fresh(), row.prefix_tokens - known});
+    selection.width = std::max(selection.width, row.span.tokens - known);
+    // What another row computes for this one, or a row before that one.
+    auto end = row.prefix_tokens;
+    for (std::size_t from = row.shared_with; end > known; from = rows[from].shared_with) {
+      const auto begin = std::max(known, rows[from].prefix_tokens);
+      if (begin < end) selection.copies.push_back({i, from, begin, end - begin, begin - known});
+      end = std::min(end, begin);
+    }
   }
   return selection;
 }

@@ -367,6 +367,12 @@ class PackedExecution {
       result.sequences[i].first = span.first;
       result.sequences[i].tokens = span.tokens;
     }
+    for (const Selection::Copy& copy : selection_.copies) {
+      const auto listed_at = std::find(sequences.begin(), sequences.end(), copy.from) - sequences.begin();
+      const PackedSequence& source = layout.sequences[static_cast<std::size_t>(listed_at)];
+      const std::int64_t offset = source.offset + copy.begin - selection_.spans[copy.from].begin;
+      result.sequences.push_back({plan_.sequences[copy.to].row, copy.first, copy.tokens, offset, copy.tokens, {}});
+    }
     return result;
   }
 
@@ -437,7 +443,7 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
 }
 
 Selection select_all(const Plan& plan) {
-  Selection all{plan.width, {}};
+  Selection all{plan.width, {}, {}};
   for (const SequencePlan& sequence : plan.sequences) all.spans.push_back({0, sequence.tokens, sequence.first});
   return all;
 }

@@ -25,8 +25,16 @@ struct Selection {
     std::int64_t tokens = 0;  ///< 0: none
     std::int64_t first = 0;   ///< position of its result in the row
   };
+  /// Results that a sequence has in common with another one, whose span covers them.
+  struct Copy {
+    std::size_t to = 0, from = 0;  ///< sequences of the plan
+    std::int64_t begin = 0;        ///< first token, counted from the other sequence's first real token
+    std::int64_t tokens = 0;
+    std::int64_t first = 0;  ///< position in the row of sequence `to`
+  };
   std::int64_t width = 0;   ///< of the result's rows
   std::vector<Span> spans;  ///< one a sequence of the plan
+  std::vector<Copy> copies;
 };
 
 /// All tokens, in their places.
