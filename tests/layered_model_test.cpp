@@ -189,6 +189,8 @@ TEST(Text, OfStatistics) {
   stats.sequences = 20;
   stats.identical_hits = 3;
   stats.similar_hits = 2;
+  stats.prefix_hits = 4;
+  stats.tokens_reused = 777;
   stats.tokens = 4321;
   stats.tokens_computed = 1234;
   stats.padding_skipped = 99;
@@ -196,11 +198,12 @@ TEST(Text, OfStatistics) {
   stats.peak_bytes = 6666;
   stats.evictions = 3;
   stats.rejected = 2;
-  EXPECT_EQ(stats.hit_rate(), 0.25);
+  EXPECT_EQ(stats.hit_rate(), 0.45);
   EXPECT_THAT(stats.to_string(), AllOf(HasSubstr("7 requests"), HasSubstr("20 sequences"),
-                                       HasSubstr("3 identical and 2 similar hits (25.0 %)"), HasSubstr("4321 tokens"),
-                                       HasSubstr("1234 computed"), HasSubstr("99 of padding"), HasSubstr("5555 bytes"),
-                                       HasSubstr("peak 6666"), HasSubstr("3 evictions"), HasSubstr("2 rejected")));
+                                       HasSubstr("3 identical, 4 prefix and 2 similar hits (45.0 %)"),
+                                       HasSubstr("4321 tokens"), HasSubstr("777 reused"), HasSubstr("1234 computed"),
+                                       HasSubstr("99 of padding"), HasSubstr("5555 bytes"), HasSubstr("peak 6666"),
+                                       HasSubstr("3 evictions"), HasSubstr("2 rejected")));
 }
 
 TEST(Text, OfEnumerations) {
