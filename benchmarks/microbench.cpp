@@ -13,6 +13,7 @@
 #include <cstring>
 #include <exception>
 #include <filesystem>
+#include <future>
 #include <memory>
 #include <random>
 #include <string>
@@ -43,6 +44,8 @@ miss          128 fresh tokens, bank on: ratio = time of cache / time of plain (
 packed        64/17/5/33 fresh tokens: ratio = plain, padded / packed; ideal = padded tokens / real tokens
 last/A        the last A of 128 tokens recomputed from a captured donor: ratio = plain, all 128 / cache
 decode/N      causal models: one token behind N known ones, last logits only: ratio = plain, all N + 1 / cache
+threads       eight requests of 32 fresh tokens, one after the other / each in a thread of its own (operators use one
+              thread each): ratio = time in turn / time at once
 identical     128 tokens that are known: ratio = plain / cache
 threshold_miss 128 fresh tokens, fidelity threshold, nothing similar: ratio = time of cache / time of plain (the
               overhead of fingerprint, look-up and insertion)
@@ -232,6 +235,37 @@ void decode(benchmark::State& state, Bed& bed) {
   }
 }
 
+/// "plain" is the same cache, called in turn.
+void threads(benchmark::State& state, Bed& bed) {
+  Cache& cache = bed.model().cache();
+  constexpr std::size_t kRequests = 8;
+  std::vector<Inputs> requests(kRequests);
+  const auto prepare = [&] {
+    cache.clear();
+    return bed.fresh({1});
+  };
+  const auto fill = [&] {
+    for (Inputs& request : requests) request = bed.fresh({32});
+  };
+  run_pairs(
+      state, prepare,
+      [&](const Inputs&) {
+        fill();
+        for (const Inputs& request : requests) cache.forward(request);
+        return c10::IValue();
+      },
+      [&](const Inputs&) {
+        fill();
+        std::vector<std::future<void>> running;
+        for (const Inputs& request : requests) {
+          running.push_back(std::async(std::launch::async, [&] { cache.forward(request); }));
+        }
+        for (std::future<void>& one : running) one.get();
+        return c10::IValue();
+      },
+      /*overhead=*/false);
+}
+
 void identical(benchmark::State& state, Bed& bed) {
   LoadedModel& model = bed.model();
   model.cache().clear();
@@ -353,6 +387,7 @@ int run(int argc, char** argv) {
       if (file.max_tokens == 0 || context + settings.pairs + kWarmUp < file.max_tokens) benchmark->Arg(context);
     }
   }
+  add("threads", threads);
   add("identical", identical);
   add("threshold_miss", threshold_miss)->Iterations(4 * settings.pairs);
   add("threshold_hit", threshold_hit);
