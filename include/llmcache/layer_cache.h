@@ -30,7 +30,12 @@ class LayerCacheBase {
   /// Runs the model on `inputs` and returns what the model itself would return, within the
   /// request's fidelity. Runs without gradients. Inputs are not modified; nothing returned aliases
   /// a cached tensor. Where a batch is packed or a row comes from the cache, output entries at
-  /// padding positions are zero (the plain model leaves arbitrary values there).
+  /// padding positions are zero (the plain model leaves arbitrary values there). With
+  /// RequestOptions::output other than kAll, token dimensions cover the tokens asked for only.
+  ///
+  /// Fidelity kLossless on a causal model (ModelProfile::prefix_reuse): tokens of the longest prefix
+  /// known from any request of the tenant are not computed again, and those that are become known.
+  /// A generation loop calls forward() with the whole growing sequence, output kLastToken.
   ///
   /// `inputs`: integral or bool tensors `[batch, tokens]` on the model's device, in the order of the
   /// model's own forward; optional inputs may be left out or None.

@@ -39,15 +39,35 @@ at::Tensor pack_rows(const at::Tensor& tensor, const TokenDims& dims, const Pack
   return rows.unsqueeze(0).movedim({0, 1}, {dims.batch, dims.tokens});
 }
 
+namespace {
+
+/// Do the packed rows stand where they belong already: every position of every row of the batch, in order?
+bool in_place(const PackedLayout& layout) {
+  std::int64_t row = 0;
+  for (const PackedSequence& sequence : layout.sequences) {
+    if (sequence.row != row || sequence.first != 0 || sequence.tokens != layout.width) return false;
+    if (sequence.offset != row * layout.width) return false;
+    ++row;
+  }
+  return row == layout.batch;
+}
+
+}  // namespace
+
 at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const PackedLayout& layout) {
   const auto rows = dims.merged >= 0 ? packed.movedim(dims.merged, 0)
                                      : packed.movedim({dims.batch, dims.tokens}, {0, 1}).select(0, 0);
   auto shape = rows.sizes().vec();
   shape[0] = layout.batch * layout.width;
-  auto all = zeros_to_fill(shape, rows.options());
-  for (const PackedSequence& sequence : layout.sequences) {
-    all.narrow(0, sequence.row * layout.width + sequence.first, sequence.tokens)
-        .copy_(rows.narrow(0, sequence.offset, sequence.tokens));
+  at::Tensor all;
+  if (in_place(layout) && rows.is_contiguous()) {
+    all = rows.narrow(0, 0, shape[0]);  // logits are large: not copied
+  } else {
+    all = zeros_to_fill(shape, rows.options());
+    for (const PackedSequence& sequence : layout.sequences) {
+      all.narrow(0, sequence.row * layout.width + sequence.first, sequence.tokens)
+          .copy_(rows.narrow(0, sequence.offset, sequence.tokens));
+    }
   }
   if (dims.merged >= 0) return all.movedim(0, dims.merged);
   shape.erase(shape.begin());

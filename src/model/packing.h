@@ -17,7 +17,8 @@ struct TokenDims {
 /// The rows that `layout` lists: batch becomes 1, tokens (or the merged dimension) the packed rows.
 at::Tensor pack_rows(const at::Tensor& tensor, const TokenDims& dims, const PackedLayout& layout);
 
-/// The inverse: a tensor over batch and tokens with zeros wherever `layout` lists nothing.
+/// The inverse: a tensor over batch and tokens with zeros wherever `layout` lists nothing. A view of the packed rows
+/// where these are in place already.
 at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const PackedLayout& layout);
 
 /// Equal up to the rounding of their type: |a - b| <= tolerance * max(|b|, 1e-3), element by element
