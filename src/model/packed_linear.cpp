@@ -2,6 +2,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
 #include <ATen/native/quantized/PackedParams.h>
 #include <fmt/core.h>
 
@@ -102,7 +103,10 @@ class PackedFp16 final : public PackedLinear {
     }
     using Pack = c10::intrusive_ptr<LinearPackedParamsBase>(at::Tensor, std::optional<at::Tensor>);
     const auto pack = engine<Pack>("quantized::linear_prepack_fp16", Weights::kPackedFp16);
-    packed_ = pack.call(weight.contiguous(), std::nullopt);
+    // Boxed: GCC 12 falsely warns of the empty optional, if it looks for races.
+    torch::jit::Stack arguments{weight.contiguous(), c10::IValue()};
+    pack.callBoxed(&arguments);
+    packed_ = arguments.at(0).toCustomClass<LinearPackedParamsBase>();
   }
 
   std::size_t bytes() const override {
