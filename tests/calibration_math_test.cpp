@@ -9,18 +9,15 @@
 #include <random>
 #include <vector>
 
-#include "llmcache/error.h"
 #include "refresh/logistic.h"
 #include "refresh/ridge.h"
 #include "refresh/risk_bound.h"
+#include "simulation.h"
 
 namespace llmcache {
 namespace {
 
-using ::testing::HasSubstr;
 using Losses = std::vector<double>;
-
-double uniform(std::mt19937_64& generator) { return static_cast<double>(generator() >> 11) * 0x1p-53; }
 
 Losses bernoulli(std::mt19937_64& generator, std::size_t n, double p) {
   Losses losses(n);
@@ -34,23 +31,12 @@ double sum(const Losses& losses) {
   return total;
 }
 
-void expect_error(ErrorCode code, const char* text, const std::function<void()>& call) {
-  try {
-    call();
-    ADD_FAILURE() << "no error where '" << text << "' was expected";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code);
-    EXPECT_THAT(error.what(), HasSubstr(text));
-  }
-}
-
-/// The share of `draws` in which `happens`, and three standard errors of a share whose truth is `limit`.
+/// The share of `draws` in which `happens`.
 double share_of(int draws, const std::function<bool()>& happens) {
   int count = 0;
   for (int i = 0; i < draws; ++i) count += happens() ? 1 : 0;
   return static_cast<double>(count) / draws;
 }
-double three_errors(int draws, double limit) { return 3 * std::sqrt(limit * (1 - limit) / draws); }
 
 TEST(RiskBound, BinomialAgainstTheSumOfItsTerms) {
   for (const double p : {0.001, 0.02, 0.5, 0.97}) {
