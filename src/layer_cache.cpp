@@ -2,14 +2,17 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
 #include <fmt/core.h>
 
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <mutex>
 #include <numeric>
 
 #include "bank/output_bank.h"
+#include "budget_reuse.h"
 #include "execute/batch.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
@@ -101,7 +104,7 @@ struct LayerCacheBase::Impl {
     }
     std::size_t capacity = options.capacity_bytes;
     const auto share = [&](double part) {
-      const auto bytes = static_cast<std::size_t>(static_cast<double>(options.capacity_bytes) * part);
+      const auto bytes = static_cast<std::size_t>(static_cast<double>(capacity) * part);
       capacity -= bytes;
       return bytes;
     };
@@ -110,6 +113,9 @@ struct LayerCacheBase::Impl {
                                                    share(options.threshold.capacity_share));
     } else {
       options.prefix.validate(model->layers());
+      if (options.fidelity == Fidelity::kBudget) {
+        budget = std::make_unique<BudgetReuse>(*model, output, profile, options, share(options.budget.capacity_share));
+      }
       make_prefix_reuse(share);
     }
     bank = std::make_unique<OutputBank>(capacity);
@@ -134,7 +140,8 @@ struct LayerCacheBase::Impl {
       profile.notes.push_back("prefix reuse is not available: " + why);
       return;
     }
-    if (options.fidelity != Fidelity::kLossless || options.capacity_bytes == 0) return;
+    const bool lossless = options.fidelity == Fidelity::kLossless || options.fidelity == Fidelity::kBudget;
+    if (!lossless || options.capacity_bytes == 0) return;
     if (options.prefix.capacity_share == 0) return;
     prefix = std::make_unique<PrefixReuse>(*model, inputs, output, profile, options.prefix,
                                            share(options.prefix.capacity_share));
@@ -245,6 +252,9 @@ struct LayerCacheBase::Impl {
   c10::IValue forward(const Inputs& given, const RequestOptions& request, ForwardReport& report);
   Known look_up(const Batch& batch, const std::string& tenant, bool exact, ForwardReport& report);
   Computed compute(const Batch& part, const RequestOptions& request, bool exact, bool prefixes, ForwardReport& report);
+  Computed compute_within_budget(const Batch& part, const RequestOptions& request, ForwardReport& report);
+  void check_made_for_budget() const;
+  void warn_uncalibrated();
   void keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
             const ForwardReport& report);
   [[nodiscard]] c10::IValue no_tokens(std::int64_t rows) const;
@@ -260,7 +270,9 @@ struct LayerCacheBase::Impl {
   bool all_per_token = false;
   c10::IValue skeleton;
   std::unique_ptr<OutputBank> bank;
-  std::unique_ptr<PrefixReuse> prefix;        ///< null unless the cache was made for kLossless and the model allows it
+  std::unique_ptr<PrefixReuse> prefix;  ///< null unless the cache was made for kLossless and the model allows it
+  std::unique_ptr<BudgetReuse> budget;  ///< null unless the cache was made for kBudget
+  std::once_flag told_uncalibrated;
   std::unique_ptr<ThresholdReuse> threshold;  ///< null unless the cache was made for kThreshold
   std::shared_ptr<const int> identity = std::make_shared<const int>(0);
   std::atomic<std::uint64_t> next_number{0}, requests{0}, sequences{0}, hits{0}, prefix_hits{0}, tokens{0},
@@ -276,6 +288,10 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
                 "RequestOptions.fidelity is 'threshold', but this cache keeps no states of layers; construct it with "
                 "Options.fidelity = Fidelity::kThreshold");
   }
+  if (fidelity == Fidelity::kBudget) {
+    check_made_for_budget();
+    warn_uncalibrated();
+  }
   model->check_unchanged();
   const Batch batch = check_batch(given, inputs, profile, model->device());
   const std::uint64_t first_number = next_number.fetch_add(static_cast<std::uint64_t>(batch.rows));
@@ -290,7 +306,9 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   report.sequences = count_tokens(batch.full_plan(static_cast<std::int32_t>(model->layers())));
 
   Stopwatch clock;
-  const bool prefixes = fidelity == Fidelity::kLossless && prefix && can_pack(batch);
+  const bool within_budget = fidelity == Fidelity::kBudget && budget->ready() && can_pack(batch);
+  const bool lossless = fidelity == Fidelity::kLossless || fidelity == Fidelity::kBudget;
+  const bool prefixes = lossless && prefix && !within_budget && can_pack(batch);
   const bool exact = fidelity == Fidelity::kIdentical;
   // Where only a part is wanted of what prefixes leave to compute, a whole output is not made.
   const bool keeps = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0 &&
@@ -304,7 +322,9 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
     const Batch part = all_missing ? batch : batch.select(known.missing);
     ForwardReport own;
     own.lookup_ms = report.lookup_ms;
-    computed = run_model([&] { return compute(part, request, exact, prefixes, own); });
+    computed = run_model([&] {
+      return within_budget ? compute_within_budget(part, request, own) : compute(part, request, exact, prefixes, own);
+    });
     for (std::size_t m = 0; m < known.missing.size(); ++m) {
       report.sequences[static_cast<std::size_t>(known.missing[m])] = std::move(own.sequences[m]);
     }
@@ -390,11 +410,52 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, 
   return computed;
 }
 
+void LayerCacheBase::Impl::check_made_for_budget() const {
+  if (budget) return;
+  throw Error(ErrorCode::kInvalidOptions,
+              "fidelity 'budget' is asked for, but this cache keeps no banks for it; construct it with "
+              "Options.fidelity = Fidelity::kBudget");
+}
+
+void LayerCacheBase::Impl::warn_uncalibrated() {
+  if (budget->profile()) return;
+  std::call_once(told_uncalibrated, [] {
+    TORCH_WARN(
+        "llmcache: fidelity 'budget' without a calibration reuses nothing beyond 'lossless'; call calibrate() with "
+        "a sample of your traffic, or use_calibration()");
+  });
+}
+
+LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(const Batch& part,
+                                                                           const RequestOptions& request,
+                                                                           ForwardReport& report) {
+  const double looked_up = report.lookup_ms;
+  try {
+    if (auto answer = budget->run(part, report)) {
+      Computed computed;
+      computed.packed = true;
+      computed.padding_skipped = part.rows * part.width - part.tokens;
+      std::vector<std::int64_t> rows(static_cast<std::size_t>(part.rows));
+      std::iota(rows.begin(), rows.end(), std::int64_t{0});
+      const bool any =
+          std::any_of(answer->rows.begin(), answer->rows.end(), [](const auto& row) { return !row.empty(); });
+      if (answer->computed.isNone()) rows.clear();
+      computed.result = any ? assemble(part, answer->rows, rows, answer->computed) : std::move(answer->computed);
+      return computed;
+    }
+  } catch (const std::exception&) {
+    // What it cannot do, the exact way may.
+    report = {};
+    report.lookup_ms = looked_up;
+  }
+  return compute(part, request, false, false, report);
+}
+
 void LayerCacheBase::Impl::keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
                                 const ForwardReport& report) {
   for (std::size_t m = 0; m < known.missing.size(); ++m) {
     const auto i = static_cast<std::size_t>(known.missing[m]);
-    if (known.keys[i].empty()) continue;
+    if (known.keys[i].empty() || report.sequences[i].source == Source::kEarlyExit) continue;
     const RowSpan& span = batch.spans[i];
     const bool cut = ignores_padding() && batch.contiguous;
     const auto tensors = row_of(computed.result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
@@ -519,6 +580,39 @@ std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& input
   return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
 }
 
+CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<Inputs>()>& sample) {
+  const c10::NoGradGuard no_grad;
+  impl_->check_made_for_budget();
+  impl_->model->check_unchanged();
+  return run_model([&] {
+    return impl_->budget->calibrate([&]() -> std::optional<Batch> {
+      const auto given = sample();
+      if (!given) return std::nullopt;
+      Batch batch = check_batch(*given, impl_->inputs, impl_->profile, impl_->model->device());
+      check_packable(batch, *impl_->model, impl_->profile);
+      return batch;
+    });
+  });
+}
+
+CalibrationProfile LayerCacheBase::calibrate(const std::vector<Inputs>& sample) {
+  std::size_t next = 0;
+  return calibrate([&]() -> std::optional<Inputs> {
+    if (next == sample.size()) return std::nullopt;
+    return sample[next++];
+  });
+}
+
+void LayerCacheBase::use_calibration(const CalibrationProfile& profile) {
+  const c10::NoGradGuard no_grad;
+  impl_->check_made_for_budget();
+  impl_->budget->use(profile);
+}
+
+std::optional<CalibrationProfile> LayerCacheBase::calibration() const {
+  return impl_->budget ? impl_->budget->profile() : std::nullopt;
+}
+
 ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(impl_->identity); }
 
 Stats LayerCacheBase::stats() const {
@@ -548,6 +642,7 @@ Stats LayerCacheBase::stats() const {
     stats.peak_bytes += kept.peak_bytes;
   }
   if (impl_->threshold) impl_->threshold->fill(stats);
+  if (impl_->budget) impl_->budget->fill(stats);
   return stats;
 }
 

@@ -145,10 +145,6 @@ void check_fidelity(Fidelity fidelity) {
   if (value < 0 || value > static_cast<int>(Fidelity::kThreshold)) {
     throw Error(ErrorCode::kInvalidOptions, fmt::format("fidelity is {}, which is no Fidelity", value));
   }
-  if (fidelity == Fidelity::kBudget) {
-    throw Error(ErrorCode::kNotAvailable,
-                "fidelity 'budget' is not available in this version; use identical, lossless or threshold");
-  }
 }
 
 void check_output(Output output) {
@@ -174,6 +170,7 @@ void Options::validate() const {
                 fmt::format("Options.weights is {}, which is no Weights", static_cast<int>(weights)));
   }
   prefix.validate();
+  budget.validate();
   threshold.validate();
   refresh.validate();
   if (refresh.flush_below > 0 && threshold.eviction.policy != Eviction::kDecay) {

@@ -16,6 +16,8 @@ const char* to_string(Source source) noexcept {
       return "partial";
     case Source::kSimilar:
       return "similar";
+    case Source::kEarlyExit:
+      return "early exit";
   }
   return "unknown";
 }
@@ -66,6 +68,10 @@ std::string ForwardReport::to_string() const {
     if (sequence.source == Source::kPrefix) {
       text += fmt::format("; {} tokens known, which go on at layer {}", sequence.reused_tokens, sequence.resumed_layer);
     }
+    if (sequence.source == Source::kEarlyExit) {
+      text += fmt::format("; left in front of layer {}, expected error {:.4f}", sequence.resumed_layer,
+                          sequence.expected_error);
+    }
     if (sequence.shared_tokens > 0) text += fmt::format("; {} shared with another row", sequence.shared_tokens);
     if (sequence.shadowed) text += fmt::format("; checked, drift {:.4f}", sequence.drift);
     text += "\n";
@@ -75,9 +81,8 @@ std::string ForwardReport::to_string() const {
 }
 
 double Stats::hit_rate() const noexcept {
-  return sequences == 0
-             ? 0
-             : static_cast<double>(identical_hits + prefix_hits + similar_hits) / static_cast<double>(sequences);
+  const std::uint64_t hits = identical_hits + prefix_hits + similar_hits + (budget ? budget->early_exits : 0);
+  return sequences == 0 ? 0 : static_cast<double>(hits) / static_cast<double>(sequences);
 }
 
 std::string Stats::to_string() const {
@@ -89,6 +94,14 @@ std::string Stats::to_string() const {
       requests, sequences, identical_hits, prefix_hits, similar_hits, 100 * hit_rate(), tokens, tokens_reused,
       tokens_computed, padding_skipped, entries, bytes, peak_bytes, insertions, evictions, rejected);
   if (unusable_states > 0) text += fmt::format("; {} sequences with unusable states", unusable_states);
+  if (budget) {
+    text += fmt::format(
+        "\n  budget: {}; {} early exits; level {} of {}, {} audits with {} errors, {} closings, {} reopenings, banks "
+        "of {} "
+        "bytes",
+        budget->calibrated ? "calibrated" : "not calibrated", budget->early_exits, budget->level, budget->levels,
+        budget->audits, budget->audit_errors, budget->closings, budget->reopenings, budget->bytes);
+  }
   for (const LayerStats& l : layers) {
     text += fmt::format(
         "\n  layer {}: tau {:.4f}, {} hits, {} entries in {} bytes, {} insertions, {} evictions, {} rejected, {} "

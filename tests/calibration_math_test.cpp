@@ -176,7 +176,7 @@ TEST(Logistic, FindsTheWeightsOfItsOwnModel) {
   std::mt19937_64 generator(5);
   std::normal_distribution<double> normal;
   std::vector<double> rows;
-  std::vector<std::uint8_t> labels;
+  std::vector<double> labels;
   const auto truth = [](double a, double b) { return 1 / (1 + std::exp(-(0.5 + 2 * a - 0.01 * (b - 100)))); };
   for (int i = 0; i < 20000; ++i) {
     const double a = normal(generator);
@@ -204,7 +204,7 @@ TEST(Logistic, FindsTheWeightsOfItsOwnModel) {
 
 TEST(Logistic, StaysFiniteWhereClassesAreSeparableOrAlone) {
   const std::vector<double> rows = {1, 2, 3, 4, 5, 6};
-  const std::vector<std::uint8_t> labels = {0, 0, 0, 1, 1, 1};
+  const std::vector<double> labels = {0, 0, 0, 1, 1, 1};
   for (const double l2 : {0.0, 1.0}) {
     const LogisticModel model = LogisticModel::fit(rows, labels, 1, l2);
     EXPECT_TRUE(std::isfinite(model.weights[0]));
@@ -212,7 +212,7 @@ TEST(Logistic, StaysFiniteWhereClassesAreSeparableOrAlone) {
     EXPECT_GT(model.predict(std::vector{4.0}), 0.5);
   }
   EXPECT_GT(LogisticModel::fit(rows, labels, 1, 0.0).weights[0], LogisticModel::fit(rows, labels, 1, 1.0).weights[0]);
-  const std::vector<std::uint8_t> alone(6, 1);
+  const std::vector<double> alone(6, 1);
   const LogisticModel one = LogisticModel::fit(rows, alone, 1);
   EXPECT_NEAR(one.predict(std::vector{100.0}), 6.5 / 7, 1e-12);
   EXPECT_NEAR(one.predict(std::vector{-100.0}), 6.5 / 7, 1e-12);
@@ -220,8 +220,8 @@ TEST(Logistic, StaysFiniteWhereClassesAreSeparableOrAlone) {
 
 TEST(Logistic, RefusesWhatDoesNotFit) {
   const std::vector<double> rows = {1, 2, 3};
-  const std::vector<std::uint8_t> labels = {0, 1, 2};
-  expect_error(ErrorCode::kInvalidInput, "neither 0 nor 1", [&] { LogisticModel::fit(rows, labels, 1); });
+  const std::vector<double> labels = {0, 1, 2};
+  expect_error(ErrorCode::kInvalidInput, "not in 0 to 1", [&] { LogisticModel::fit(rows, labels, 1); });
   expect_error(ErrorCode::kInvalidInput, "3 values and 3 labels for 2", [&] { LogisticModel::fit(rows, labels, 2); });
   const std::vector<double> bad = {1, std::nan(""), 3};
   expect_error(ErrorCode::kInvalidInput, "not finite", [&] {

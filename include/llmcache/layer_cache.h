@@ -3,7 +3,9 @@
 
 #include <ATen/core/ivalue.h>
 
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "llmcache/model/layered_model.h"
 #include "llmcache/model/profile.h"
 #include "llmcache/options.h"
+#include "llmcache/refresh/calibration.h"
 #include "llmcache/report.h"
 
 namespace llmcache {
@@ -41,7 +44,7 @@ class LayerCacheBase {
   /// model's own forward; optional inputs may be left out or None.
   ///
   /// Throws Error: kInvalidInput (wrong number, type, rank, shape, device), kInvalidOptions,
-  /// kNotAvailable (a fidelity of a later version), kModelChanged, kModelFailed (the model's own
+  /// kModelChanged, kModelFailed (the model's own
   /// error, nested). The cache is then as it was before the call.
   c10::IValue forward(const Inputs& inputs, const RequestOptions& options = {});
 
@@ -65,6 +68,23 @@ class LayerCacheBase {
   /// nothing. Throws Error as forward(), and kNotAvailable where the model runs whole layers only.
   [[nodiscard]] std::vector<std::vector<float>> pooled_state(const Inputs& inputs, std::int64_t layer = 0) const;
 
+  /// For a cache made for Fidelity::kBudget: runs a sample of the traffic in full (no labels are needed), fits what is
+  /// to be reused, finds out how readily it may be (CalibrationProfile tells how), and goes by the result from then on.
+  /// `sample` gives one batch after another, and nothing at the end: requests drawn independently from what will be
+  /// served, in the thousands for an epsilon of 0.01. Identical ones count once. Nothing of it is kept but the banks.
+  /// Other calls may go on meanwhile; those that begin later go by the result.
+  ///
+  /// Throws Error as forward(), kInvalidOptions if the cache was made for another fidelity, kNotAvailable with the
+  /// reason where the model offers nothing to reuse, kInvalidInput if the sample is too small to fit anything. What was
+  /// in force stays in force then.
+  CalibrationProfile calibrate(const std::function<std::optional<Inputs>()>& sample);
+  CalibrationProfile calibrate(const std::vector<Inputs>& sample);
+  /// Goes by a profile that was made before, for the same model and options. Throws Error(kInvalidOptions) that says
+  /// what does not fit; what was in force stays then.
+  void use_calibration(const CalibrationProfile& profile);
+  /// The profile in force; unset if there is none.
+  [[nodiscard]] std::optional<CalibrationProfile> calibration() const;
+
   /// What the latest call of forward() or forward_plan() on this cache did that was made by the
   /// calling thread and returned; an empty report if there was none.
   [[nodiscard]] ForwardReport last_report() const;
@@ -72,8 +92,8 @@ class LayerCacheBase {
   [[nodiscard]] const ModelProfile& profile() const noexcept;
   [[nodiscard]] const Options& options() const noexcept;
 
-  /// Drops every entry of every tenant, and forgets the running mean of fingerprints. Running calls are not disturbed;
-  /// what they compute is kept.
+  /// Drops every entry of every tenant, and forgets the running mean of fingerprints. A calibration stays in force.
+  /// Running calls are not disturbed; what they compute is kept.
   void clear();
 
  protected:

@@ -10,6 +10,7 @@
 
 #include "llmcache/bank/eviction.h"
 #include "llmcache/fingerprint/options.h"
+#include "llmcache/refresh/budget.h"
 #include "llmcache/refresh/options.h"
 
 namespace llmcache {
@@ -25,7 +26,10 @@ enum class Fidelity {
   /// (PrefixOptions). Equal to the plain model up to floating-point rounding; bit-identical where
   /// nothing is padded and nothing is known from another batch or a longer or shorter sequence.
   kLossless,
-  /// Reuse within a calibrated error budget. Not available in this version: refused.
+  /// As kLossless, and answers are reused that may be wrong, as often as a calibration allows
+  /// (LayerCache::calibrate(), BudgetOptions): with confidence 1 - delta the mean error stays at or below epsilon, and
+  /// a share of the reused answers is computed in full too to see that it does. Without a calibration as kLossless. For
+  /// a cache that was made for it (Options::fidelity).
   kBudget,
   /// Whole hidden states of another request, where its fingerprint is similar enough (LLMCache, arXiv
   /// 2512.16843): the answer is then that of the other request. No promise but the threshold. For a
@@ -176,18 +180,20 @@ struct Options {
   /// For Fidelity::kLossless and causal models.
   PrefixOptions prefix = {};
 
+  /// For Fidelity::kBudget.
+  BudgetOptions budget = {};
+
   /// For Fidelity::kThreshold.
   ThresholdOptions threshold = {};
 
   /// Checking of what kThreshold serves, and ageing of its entries.
   RefreshOptions refresh = {};
 
-  /// Throws Error(kInvalidOptions) that names the field at fault, and Error(kNotAvailable) for a
-  /// fidelity of a later version.
+  /// Throws Error(kInvalidOptions) that names the field at fault.
   void validate() const;
 };
 
-/// Throws Error(kInvalidOptions) for a value that is no Fidelity, Error(kNotAvailable) for one of a later version.
+/// Throws Error(kInvalidOptions) for a value that is no Fidelity.
 void check_fidelity(Fidelity fidelity);
 
 /// Throws Error(kInvalidOptions) for a value that is no Output.

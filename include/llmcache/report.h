@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@ enum class Source {
   kPrefix,     ///< its first tokens were known, the others were computed
   kPartial,    ///< some tokens computed, the states of others taken from a donor (forced Plan)
   kSimilar,    ///< the hidden state of another request, above the threshold (kThreshold)
+  kEarlyExit,  ///< an answer made before its last layer had run (kBudget)
 };
 
 const char* to_string(Source source) noexcept;
@@ -44,9 +46,12 @@ struct SequenceReport {
   std::uint64_t number = 0;           ///< of this sequence: all of a cache's are numbered from 0
   std::int64_t entry = -1;            ///< kSimilar: number of the sequence whose state was used; else -1
   std::int64_t resumed_layer = -1;    ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
-                                      ///< layer that the known prefix does not run through. Else -1
-  bool shadowed = false;              ///< a hit that the divergence monitor computed in full: source is kComputed
+                                      ///< layer that the known prefix does not run through. kEarlyExit: first
+                                      ///< layer that did not run for it. Else -1
+  double expected_error = 0;          ///< kEarlyExit: what its gate expects
+  bool shadowed = false;              ///< a hit that was checked by computing it in full: source is kComputed
   double drift = 0;                   ///< of that check: relative L2 between what would have been served and that
+                                      ///< (kThreshold), or its error in the metric of the budget (kBudget)
   std::vector<LayerTokens> layers;    ///< one a layer
 };
 
@@ -90,6 +95,23 @@ struct LayerStats {
   double relative_drift_max = 0;
 };
 
+/// What Fidelity::kBudget did.
+struct BudgetStats {
+  bool calibrated = false;                    ///< a calibration that allows reuse is in force
+  std::size_t level = 0;                      ///< of its thresholds, in force now: 0 is the certified one, further ones
+                                              ///< are safer; `levels`: supervision has stopped all reuse
+  std::size_t levels = 0;                     ///< there are
+  std::uint64_t early_exits = 0;              ///< sequences
+  std::vector<std::uint64_t> exits_by_layer;  ///< of these, by the first layer that did not run
+  std::uint64_t audits = 0;                   ///< answers compared with the full computation
+  double audit_errors = 0;                    ///< sum of their errors
+  std::uint64_t audits_waiting = 0;           ///< background audits not made yet
+  std::uint64_t audits_dropped = 0;           ///< background audits for which there was no time
+  std::uint64_t closings = 0;                 ///< times that supervision stopped a level
+  std::uint64_t reopenings = 0;               ///< times that it allowed one again
+  std::size_t bytes = 0;                      ///< of the calibrated banks
+};
+
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are
 /// what is held now.
 struct Stats {
@@ -110,8 +132,9 @@ struct Stats {
   std::size_t peak_bytes = 0;         ///< largest `bytes` so far; never above the capacity
   std::uint64_t unusable_states = 0;  ///< sequences whose states were not finite, or had no fingerprint: not kept
   std::vector<LayerStats> layers;     ///< one a cached layer, shallow to deep; empty without kThreshold
+  std::optional<BudgetStats> budget;  ///< of a cache made for kBudget
 
-  [[nodiscard]] double hit_rate() const noexcept;  ///< (identical_hits + prefix_hits + similar_hits) / sequences
+  [[nodiscard]] double hit_rate() const noexcept;  ///< all hits, early exits among them, / sequences
   [[nodiscard]] std::string to_string() const;
 };
 

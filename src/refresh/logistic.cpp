@@ -64,8 +64,8 @@ Eigen::VectorXd minimise(const RowMatrix& design, const Eigen::VectorXd& labels,
 
 }  // namespace
 
-LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const std::uint8_t> labels,
-                                 std::int64_t features, double l2) {
+LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const double> labels, std::int64_t features,
+                                 double l2) {
   if (features < 1 || labels.empty() || rows.size() != labels.size() * static_cast<std::size_t>(features)) {
     refuse(
         fmt::format("logistic regression got {} values and {} labels for {} features; n * features values and n "
@@ -78,8 +78,8 @@ LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const s
   if (!std::all_of(rows.begin(), rows.end(), [](double value) { return std::isfinite(value); })) {
     refuse("logistic regression got a feature that is not finite; leave out such rows");
   }
-  if (std::any_of(labels.begin(), labels.end(), [](std::uint8_t label) { return label > 1; })) {
-    refuse("logistic regression got a label that is neither 0 nor 1");
+  if (std::any_of(labels.begin(), labels.end(), [](double label) { return !(label >= 0 && label <= 1); })) {
+    refuse("logistic regression got a label that is not in 0 to 1");
   }
   const auto n = static_cast<Eigen::Index>(labels.size());
   RowMatrix design(n, features + 1);
@@ -99,7 +99,7 @@ LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const s
     model.scales.push_back(scale);
   }
   Eigen::VectorXd target(n);
-  for (Eigen::Index i = 0; i < n; ++i) target[i] = labels[static_cast<std::size_t>(i)];
+  std::copy(labels.begin(), labels.end(), target.data());
   const double ones = target.sum();
   if (ones == 0 || ones == static_cast<double>(n)) {
     model.intercept = std::log((ones + 0.5) / (static_cast<double>(n) - ones + 0.5));

@@ -1,0 +1,92 @@
+// Reuse within a stated error budget (Fidelity::kBudget): what is promised, and how it is kept.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace at {
+class Tensor;
+}  // namespace at
+
+namespace llmcache {
+
+/// What the error of a reused answer is. An answer that was computed in full has the error 0.
+enum class BudgetMetric {
+  /// 1 if its decision differs from that of the full model's answer, else 0. The decision is the place of the largest
+  /// score (BudgetOptions::scores).
+  kDecision,
+  /// Distance to the full model's answer, divided by the mean distance between answers to different inputs (of the
+  /// calibration sample), at most 1.
+  kRelativeError,
+  /// Decoders: 1 if the token with the largest logit behind the last token differs, else 0.
+  kTokenAgreement,
+};
+
+/// "decision", "relative", "token".
+const char* to_string(BudgetMetric metric) noexcept;
+/// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
+BudgetMetric budget_metric_from_string(const std::string& text);
+
+/// The promise: with confidence 1 - delta (over the draw of the calibration sample) the mean error among *all* requests
+/// that are served, reused or not, is at most epsilon, as long as traffic is like the sample.
+struct Budget {
+  BudgetMetric metric = BudgetMetric::kDecision;
+  double epsilon = 0.01;  ///< above 0, at most 0.5. Default: one answer of a hundred
+  double delta = 0.1;     ///< above 0, below 1
+
+  /// Throws Error(kInvalidOptions) that names the field at fault.
+  void validate() const;
+};
+
+/// Scores of classes from outputs: `[n, values]` to `[n, classes]`, row by row; at least two classes. Called from any
+/// thread that calls forward, and must always answer alike.
+using ScoreFunction = std::function<at::Tensor(const at::Tensor& outputs)>;
+
+/// Early exit: a sequence with one pooled output leaves the pass at the first layer whose answer is good enough.
+enum class EarlyExit {
+  kOff,
+  /// The answer of the most similar kept sequence, corrected by what their states differ in.
+  kCachedNeighbour,
+  /// The answer that a regression makes from the state alone: for comparison.
+  kCacheFree,
+};
+
+/// "off", "neighbour", "cache-free".
+const char* to_string(EarlyExit early_exit) noexcept;
+/// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
+EarlyExit early_exit_from_string(const std::string& text);
+
+/// Settings of Fidelity::kBudget. What is reused, and how readily, LayerCache::calibrate() finds out; without a
+/// calibration nothing is reused beyond kLossless.
+struct BudgetOptions {
+  Budget budget = {};
+
+  /// Makes scores of classes from a pooled output: a linear classifier behind an embedding model, say. Empty (default):
+  /// the output is its own scores. For kDecision; for kRelativeError it helps to tell easy inputs.
+  ScoreFunction scores = {};
+
+  /// For models with one pooled output a sequence. Default: with the cached neighbour.
+  EarlyExit early_exit = EarlyExit::kCachedNeighbour;
+
+  /// Part of Options::capacity_bytes that calibrated banks may take, 0 to 1; the rest keeps whole outputs, and keys
+  /// and values of known prefixes. Default 0.7.
+  double capacity_share = 0.7;
+
+  /// Share of reused answers that are computed in full too, 0 to 1, while nothing speaks against the calibration; more
+  /// are as soon as something does. 0 switches the supervision off: the promise then rests on the calibration alone.
+  /// Default 0.05.
+  double audit_rate = 0.05;
+
+  /// False (default): an audited answer is the full computation's, made within the call. True: the reused answer is
+  /// returned, and a thread of the cache's own computes it in full afterwards.
+  bool background_audit = false;
+
+  /// Chooses what is audited, and how calibration splits its sample. Any value; default 0.
+  std::uint64_t seed = 0;
+
+  /// Throws Error(kInvalidOptions) that names the field at fault.
+  void validate() const;
+};
+
+}  // namespace llmcache

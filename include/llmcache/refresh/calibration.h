@@ -1,0 +1,49 @@
+// The result of a calibration: what a cache needs to reuse answers within its error budget.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "llmcache/refresh/budget.h"
+
+namespace llmcache {
+
+struct ExitModel;
+
+/// What calibrate() fitted, and the evidence for its promise. Immutable; cheap to copy.
+///
+/// The sample is split at random: banks, translators and gates are fitted on the first part, the shape of the
+/// thresholds is chosen on the second, and the last part, which had no say in any of that, certifies them: from the
+/// safest setting on, each is tested for an error of epsilon or more, up to the first that cannot be rejected at level
+/// delta (fixed-sequence testing, Learn then Test, arXiv 2110.01052). Decisions are tested by the exact binomial tail
+/// (Clopper and Pearson, 1934), other errors by betting (Waudby-Smith and Ramdas, arXiv 2010.09686).
+class CalibrationProfile {
+ public:
+  Budget budget;
+  EarlyExit early_exit = EarlyExit::kOff;
+  std::string model_digest;            ///< of the model it was made with
+  std::int64_t fitted = 0;             ///< sequences that were fitted on, and are in the banks
+  std::int64_t certified = 0;          ///< sequences that the promise was tested on
+  double certified_error = 0;          ///< mean error among these at the chosen thresholds
+  double error_bound = 0;              ///< upper bound of the error, with confidence 1 - delta; 0 if nothing is reused
+  double expected_share = 0;           ///< of the certifying sequences, those that were reused
+  std::vector<double> expected_exits;  ///< early exit: share of sequences that leave in front of each layer
+  std::size_t bytes = 0;               ///< of its banks
+  std::shared_ptr<const ExitModel> exit;  ///< null: early exit is not used
+
+  /// False: no setting could be certified, and nothing is reused beyond kLossless.
+  [[nodiscard]] bool reuses() const noexcept { return exit != nullptr; }
+  /// What it promises and why, for people.
+  [[nodiscard]] std::string to_string() const;
+
+  /// Writes PATH, which is JSON, and PATH with ".safetensors" appended. Each is replaced as a whole.
+  /// Throws Error(kInvalidOptions) if they cannot be written.
+  void save(const std::filesystem::path& path) const;
+  /// Throws Error(kInvalidOptions) that says what is wrong with a file that is missing, damaged or of another format.
+  static CalibrationProfile load(const std::filesystem::path& path);
+};
+
+}  // namespace llmcache

@@ -1,0 +1,339 @@
+#include "budget_reuse.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <unordered_set>
+
+#include "budget_audits.h"
+#include "execute/engine.h"
+#include "execute/observer.h"
+#include "llmcache/error.h"
+#include "refresh/exit_calibration.h"
+
+namespace llmcache {
+namespace {
+
+/// Mean over the tokens of each `[1, tokens, hidden]`, float32 `[n, hidden]`.
+at::Tensor means_of(const std::vector<at::Tensor>& states) {
+  std::vector<at::Tensor> means;
+  for (const at::Tensor& state : states) means.push_back(state.mean(1, false, at::kFloat));
+  return at::cat(means);
+}
+
+/// A row's inputs as a batch of its own that shares nothing with the caller's.
+Batch copy_of(const Batch& batch, std::int64_t row) {
+  Batch one = batch.select({row});
+  for (c10::IValue& input : one.inputs) {
+    if (input.isTensor()) input = input.toTensor().clone();
+  }
+  return one;
+}
+
+/// All that decides a sequence's output.
+std::string key_of(const Batch& batch, std::int64_t row) {
+  const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
+  std::string key;
+  for (const c10::IValue& input : batch.inputs) {
+    key.push_back(input.isTensor() ? '+' : '-');
+    if (!input.isTensor()) continue;
+    const auto own =
+        input.toTensor().select(0, row).narrow(0, span.first, span.tokens).to(at::kCPU, at::kLong).contiguous();
+    key.append(static_cast<const char*>(own.const_data_ptr()), own.nbytes());
+  }
+  return key;
+}
+
+}  // namespace
+
+/// Collects the mean states of sequences that run in full.
+class BudgetReuse::Recorder final : public LayerObserver {
+ public:
+  explicit Recorder(std::int64_t layers) : means_(static_cast<std::size_t>(layers)) {}
+
+  bool watches(std::int32_t l) const override { return static_cast<std::size_t>(l) < means_.size(); }
+  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
+    means_[static_cast<std::size_t>(l)] = means_of(states);
+    return {};
+  }
+  const at::Tensor& means(std::size_t layer) const { return means_[layer]; }
+
+ private:
+  std::vector<at::Tensor> means_;
+};
+
+/// Lets sequences leave.
+class BudgetReuse::Pass final : public LayerObserver {
+ public:
+  struct Sequence {
+    std::int32_t left = -1;  ///< in front of this layer
+    at::Tensor answer;       ///< [values]; of a sequence that left
+    double expected = 0;     ///< its error, by the gate
+    bool stays = false;      ///< it is computed in full whatever could be reused
+    std::size_t tried = 0;   ///< levels that have proposed something, from the most liberal one on
+    std::vector<Trial> trials;
+  };
+
+  Pass(BudgetRules& rules, std::size_t sequences, bool background)
+      : rules_(rules), background_(background), level_(rules.level()), sequences_(sequences) {}
+
+  bool watches(std::int32_t l) const override { return static_cast<std::size_t>(l) < rules_.exit.layers.size(); }
+
+  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
+    std::vector<std::size_t> running;
+    std::vector<at::Tensor> own;
+    for (std::size_t i = 0; i < states.size(); ++i) {
+      if (!states[i].defined() || sequences_[i].stays) continue;
+      running.push_back(i);
+      own.push_back(states[i]);
+    }
+    std::vector<std::size_t> leaving;
+    if (running.empty()) return leaving;
+    const auto proposal = rules_.exit.propose(static_cast<std::size_t>(l), means_of(own), rules_.scores);
+    for (std::size_t j = 0; j < running.size(); ++j) {
+      Sequence& sequence = sequences_[running[j]];
+      const auto answer = proposal.answers[static_cast<std::int64_t>(j)];
+      if (!leaves(sequence, static_cast<std::size_t>(l), proposal.expected[j], answer)) continue;
+      sequence.left = l;
+      sequence.answer = answer;
+      sequence.expected = proposal.expected[j];
+      leaving.push_back(running[j]);
+    }
+    return leaving;
+  }
+
+  /// Tells the gates of the sequences that they had no proposal for. Once, behind the pass.
+  void close() {
+    for (const Sequence& sequence : sequences_) {
+      for (std::size_t k = sequence.tried; k < watched(); ++k) rules_.gates[k]->next(false);
+    }
+  }
+
+  std::vector<Sequence>& sequences() { return sequences_; }
+
+ private:
+  /// Levels whose gates are told: the one that serves, and the closed ones before it.
+  std::size_t watched() const { return std::min(level_ + 1, rules_.gates.size()); }
+
+  bool leaves(Sequence& sequence, std::size_t l, double expected, const at::Tensor& answer) {
+    const auto& thresholds = rules_.exit.thresholds;
+    if (rules_.gates.empty()) return expected <= thresholds[0][l];
+    // A safer level proposes nothing before a more liberal one has.
+    while (sequence.tried < watched() && expected <= thresholds[sequence.tried][l]) {
+      const std::size_t level = sequence.tried++;
+      const auto decision = rules_.gates[level]->next(true);
+      if (decision.audit) sequence.trials.push_back({level, decision, answer});
+      if (level < level_) {
+        sequence.stays = sequence.stays || (decision.audit && !background_);
+        continue;
+      }
+      if (decision.reuse && !sequence.stays && (!decision.audit || background_)) return true;
+      sequence.stays = true;
+    }
+    return false;
+  }
+
+  BudgetRules& rules_;
+  const bool background_;
+  const std::size_t level_;
+  std::vector<Sequence> sequences_;
+};
+
+BudgetReuse::BudgetReuse(const Model& model, const OutputSpec& output, const ModelProfile& profile,
+                         const Options& options, std::size_t capacity_bytes)
+    : model_(model),
+      output_(output),
+      profile_(profile),
+      options_(options.budget),
+      capacity_bytes_(capacity_bytes),
+      exits_(static_cast<std::size_t>(model.layers())) {
+  if (profile.granularity == Granularity::kWholeLayers) {
+    unavailable_ = "it runs whole layers only; its profile says why";
+  } else if (output.leaves.size() != 1 || output.leaves[0].tokens >= 0 || output.leaves[0].batch != 0) {
+    unavailable_ = "its output is not one pooled vector a sequence, [batch, values]";
+  } else if (options_.early_exit == EarlyExit::kOff) {
+    unavailable_ = "BudgetOptions.early_exit is off";
+  } else if (options_.budget.metric == BudgetMetric::kTokenAgreement) {
+    unavailable_ =
+        "its output is a pooled one, and the metric of the budget is for tokens; choose decision or relative";
+  }
+  if (options_.background_audit && unavailable_.empty()) audits_ = std::make_unique<BudgetAudits>(model, output);
+}
+
+BudgetReuse::~BudgetReuse() = default;
+
+std::shared_ptr<BudgetRules> BudgetReuse::rules() const {
+  const std::lock_guard lock(mutex_);
+  return rules_;
+}
+
+std::optional<CalibrationProfile> BudgetReuse::profile() const {
+  const std::lock_guard lock(mutex_);
+  return calibration_;
+}
+
+CalibrationProfile BudgetReuse::calibrate(const std::function<std::optional<Batch>()>& sample) {
+  if (!unavailable_.empty()) {
+    throw Error(ErrorCode::kNotAvailable, "fidelity 'budget' has nothing to reuse for this model: " + unavailable_);
+  }
+  const auto layers = static_cast<std::int32_t>(model_.layers());
+  std::unordered_set<std::string> known;
+  std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
+  std::vector<at::Tensor> outputs;
+  while (const auto batch = sample()) {
+    // Identical requests are answered without any error: they are no evidence.
+    std::vector<std::int64_t> rows;
+    for (std::int64_t row = 0; row < batch->rows; ++row) {
+      if (batch->spans[static_cast<std::size_t>(row)].tokens > 0 && known.insert(key_of(*batch, row)).second) {
+        rows.push_back(row);
+      }
+    }
+    if (rows.empty()) continue;
+    const Batch part = batch->select(rows);
+    Recorder recorder(layers);
+    ForwardReport report;
+    const auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, &recorder);
+    const auto pooled = result.toTensor().to(at::kFloat);
+    if (pooled.dim() != 2) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("the model's output has {} dimensions; [batch, values] is expected", pooled.dim()));
+    }
+    auto finite = pooled.isfinite().all(1);
+    for (std::size_t l = 0; l < states.size(); ++l) finite = finite.logical_and(recorder.means(l).isfinite().all(1));
+    const auto usable = finite.nonzero().squeeze(1);
+    outputs.push_back(pooled.index_select(0, usable));
+    for (std::size_t l = 0; l < states.size(); ++l) states[l].push_back(recorder.means(l).index_select(0, usable));
+  }
+  if (outputs.empty()) throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
+  ExitSample all{{}, at::cat(outputs)};
+  for (auto& layer : states) {
+    all.states.push_back(at::cat(layer));
+    layer.clear();
+  }
+  CalibrationProfile profile;
+  profile.budget = options_.budget;
+  profile.early_exit = options_.early_exit;
+  profile.model_digest = profile_.digest;
+  calibrate_exit(all, options_, capacity_bytes_, profile);
+  use(profile);
+  return profile;
+}
+
+void BudgetReuse::use(CalibrationProfile profile) {
+  const auto refuse = [](const std::string& why) {
+    throw Error(ErrorCode::kInvalidOptions, "the calibration profile does not fit this cache: " + why);
+  };
+  if (!unavailable_.empty()) refuse("there is nothing to reuse for this model: " + unavailable_);
+  if (profile.model_digest != profile_.digest) {
+    refuse(
+        fmt::format("it was made with a model of digest {}, this one has {}", profile.model_digest, profile_.digest));
+  }
+  const Budget& asked = options_.budget;
+  const Budget& has = profile.budget;
+  if (has.metric != asked.metric || has.epsilon > asked.epsilon || has.delta > asked.delta) {
+    refuse(fmt::format("it promises {} error {} with confidence {}, BudgetOptions.budget asks for {} error {} with {}",
+                       to_string(has.metric), has.epsilon, 1 - has.delta, to_string(asked.metric), asked.epsilon,
+                       1 - asked.delta));
+  }
+  if (profile.early_exit != options_.early_exit) {
+    refuse(fmt::format("its early exit is {}, BudgetOptions.early_exit is {}", to_string(profile.early_exit),
+                       to_string(options_.early_exit)));
+  }
+  std::shared_ptr<BudgetRules> rules;
+  if (profile.exit) {
+    const ExitModel& exit = *profile.exit;
+    if (static_cast<std::int64_t>(exit.layers.size()) != model_.layers() ||
+        exit.layers[0].centre.size(0) != profile_.hidden) {
+      refuse("its banks are for another number of layers or another width");
+    }
+    if (exit.bytes() > capacity_bytes_) {
+      refuse(
+          fmt::format("its banks take {} bytes, and {} are there for them (Options.capacity_bytes, "
+                      "BudgetOptions.capacity_share)",
+                      exit.bytes(), capacity_bytes_));
+    }
+    rules = std::make_shared<BudgetRules>();
+    rules->exit = exit.to(model_.device());
+    rules->scores = options_.scores;
+    const ExitModel& own = rules->exit;
+    const bool decides = own.metric == BudgetMetric::kDecision && own.outputs.size(0) > 0;
+    if (decides && !at::equal(decisions_of(own.outputs, rules->scores), own.decisions)) {
+      refuse("BudgetOptions.scores decides otherwise than when it was made");
+    }
+    if (options_.audit_rate > 0) {
+      RiskGate::Settings settings;
+      settings.epsilon = asked.epsilon;
+      settings.audit_rate = options_.audit_rate;
+      settings.closed_audit_rate = std::max(options_.audit_rate, 0.25);
+      for (std::size_t level = 0; level < own.thresholds.size(); ++level) {
+        settings.seed = options_.seed + level;
+        rules->gates.push_back(std::make_unique<RiskGate>(settings));
+      }
+    }
+  }
+  const std::lock_guard lock(mutex_);
+  calibration_ = std::move(profile);
+  rules_ = std::move(rules);
+}
+
+std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, ForwardReport& report) {
+  const auto rules = this->rules();
+  if (rules == nullptr) return std::nullopt;
+  const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
+  Pass pass(*rules, plan.sequences.size(), audits_ != nullptr);
+  Answer answer;
+  answer.computed = execute_packed(model_, batch.inputs, plan, {}, nullptr, report, &pass);
+  answer.rows.resize(static_cast<std::size_t>(batch.rows));
+  pass.close();
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    Pass::Sequence& sequence = pass.sequences()[i];
+    const std::int64_t row = plan.sequences[i].row;
+    SequenceReport& told = report.sequences[static_cast<std::size_t>(row)];
+    if (sequence.left >= 0) {
+      ++exits_[static_cast<std::size_t>(sequence.left)];
+      answer.rows[static_cast<std::size_t>(row)] = {sequence.answer.to(profile_.dtype).unsqueeze(0)};
+      told.source = Source::kEarlyExit;
+      told.resumed_layer = sequence.left;
+      told.expected_error = sequence.expected;
+      if (!sequence.trials.empty()) audits_->add(rules, copy_of(batch, row), std::move(sequence.trials));
+    } else if (!sequence.trials.empty()) {
+      const auto& span = batch.spans[static_cast<std::size_t>(row)];
+      const auto full = row_of(answer.computed, output_, row, span.first, span.tokens, batch.width)[0];
+      told.shadowed = true;
+      told.drift = record(*rules, sequence.trials, full.reshape({-1}));
+    }
+  }
+  return answer;
+}
+
+void BudgetReuse::fill(Stats& stats) const {
+  BudgetStats& budget = stats.budget.emplace();
+  const auto rules = this->rules();
+  for (const auto& exits : exits_) {
+    budget.exits_by_layer.push_back(exits);
+    budget.early_exits += exits;
+  }
+  if (audits_) {
+    budget.audits_waiting = audits_->waiting();
+    budget.audits_dropped = audits_->dropped();
+  }
+  if (rules == nullptr) return;
+  budget.calibrated = true;
+  budget.levels = rules->exit.thresholds.size();
+  budget.bytes = rules->exit.bytes();
+  for (const auto& gate : rules->gates) {
+    const auto counters = gate->counters();
+    budget.audits += counters.audits;
+    budget.audit_errors += counters.losses;
+    budget.closings += counters.closings;
+    budget.reopenings += counters.reopenings;
+  }
+  budget.level = rules->gates.empty() ? 0 : rules->level();
+  stats.entries += static_cast<std::uint64_t>(rules->exit.outputs.size(0));
+  stats.bytes += budget.bytes;
+  stats.peak_bytes += budget.bytes;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,73 @@
+// Fidelity::kBudget on a wrapped model: early exits as a calibration allows them, and their supervision.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "execute/batch.h"
+#include "llmcache/options.h"
+#include "llmcache/refresh/calibration.h"
+#include "llmcache/report.h"
+#include "model/probe.h"
+
+namespace llmcache {
+
+class BudgetAudits;
+struct BudgetRules;
+
+/// Thread-safe.
+class BudgetReuse {
+ public:
+  BudgetReuse(const Model& model, const OutputSpec& output, const ModelProfile& profile, const Options& options,
+              std::size_t capacity_bytes);
+  ~BudgetReuse();
+
+  /// Runs the sample in full, fits and certifies, and goes by the result from then on. Batches are given one by one
+  /// until there is none. Throws Error(kNotAvailable) with the reason if this model has nothing to reuse within the
+  /// budget, and Error as calibrate_exit(); what was in use stays then.
+  CalibrationProfile calibrate(const std::function<std::optional<Batch>()>& sample);
+  /// Goes by `profile` from here on. Throws Error(kInvalidOptions) if it was made for another model, budget or
+  /// decision.
+  void use(CalibrationProfile profile);
+  /// The profile in use; unset if there is none.
+  [[nodiscard]] std::optional<CalibrationProfile> profile() const;
+  /// True if a profile is in use that reuses anything.
+  [[nodiscard]] bool ready() const { return rules() != nullptr; }
+
+  struct Answer {
+    c10::IValue computed;  ///< the model's result for the whole batch; None if no row needed it
+    /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
+    std::vector<std::vector<at::Tensor>> rows;
+  };
+  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by.
+  std::optional<Answer> run(const Batch& batch, ForwardReport& report);
+
+  void fill(Stats& stats) const;
+
+ private:
+  class Pass;
+  class Recorder;
+  [[nodiscard]] std::shared_ptr<BudgetRules> rules() const;
+
+  const Model& model_;
+  const OutputSpec& output_;
+  const ModelProfile& profile_;
+  const BudgetOptions options_;
+  const std::size_t capacity_bytes_;
+  std::string unavailable_;  ///< why nothing can be reused; empty: something can
+  mutable std::mutex mutex_;
+  std::optional<CalibrationProfile> calibration_;  ///< guarded by mutex_
+  std::shared_ptr<BudgetRules> rules_;             ///< guarded by mutex_; null: nothing is reused
+  std::vector<std::atomic<std::uint64_t>> exits_;  ///< by layer
+  std::unique_ptr<BudgetAudits> audits_;           ///< null unless audits run in the background
+};
+
+}  // namespace llmcache

@@ -1,0 +1,90 @@
+#include "llmcache/refresh/budget.h"
+
+#include <fmt/core.h>
+
+#include "llmcache/error.h"
+#include "llmcache/refresh/calibration.h"
+
+namespace llmcache {
+namespace {
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidOptions, message); }
+
+}  // namespace
+
+const char* to_string(BudgetMetric metric) noexcept {
+  switch (metric) {
+    case BudgetMetric::kDecision:
+      return "decision";
+    case BudgetMetric::kRelativeError:
+      return "relative";
+    case BudgetMetric::kTokenAgreement:
+      return "token";
+  }
+  return "unknown";
+}
+
+BudgetMetric budget_metric_from_string(const std::string& text) {
+  for (const auto metric : {BudgetMetric::kDecision, BudgetMetric::kRelativeError, BudgetMetric::kTokenAgreement}) {
+    if (text == to_string(metric)) return metric;
+  }
+  refuse(fmt::format("'{}' is no metric of an error budget; known are decision, relative, token", text));
+}
+
+const char* to_string(EarlyExit early_exit) noexcept {
+  switch (early_exit) {
+    case EarlyExit::kOff:
+      return "off";
+    case EarlyExit::kCachedNeighbour:
+      return "neighbour";
+    case EarlyExit::kCacheFree:
+      return "cache-free";
+  }
+  return "unknown";
+}
+
+EarlyExit early_exit_from_string(const std::string& text) {
+  for (const auto early_exit : {EarlyExit::kOff, EarlyExit::kCachedNeighbour, EarlyExit::kCacheFree}) {
+    if (text == to_string(early_exit)) return early_exit;
+  }
+  refuse(fmt::format("'{}' is no kind of early exit; known are off, neighbour, cache-free", text));
+}
+
+void Budget::validate() const {
+  if (static_cast<int>(metric) < 0 || static_cast<int>(metric) > static_cast<int>(BudgetMetric::kTokenAgreement)) {
+    refuse(fmt::format("Budget.metric is {}, which is no BudgetMetric", static_cast<int>(metric)));
+  }
+  if (!(epsilon > 0 && epsilon <= 0.5))
+    refuse(fmt::format("Budget.epsilon is {}; above 0, at most 0.5 is expected", epsilon));
+  if (!(delta > 0 && delta < 1)) refuse(fmt::format("Budget.delta is {}; above 0, below 1 is expected", delta));
+}
+
+void BudgetOptions::validate() const {
+  budget.validate();
+  if (static_cast<int>(early_exit) < 0 || static_cast<int>(early_exit) > static_cast<int>(EarlyExit::kCacheFree)) {
+    refuse(fmt::format("BudgetOptions.early_exit is {}, which is no EarlyExit", static_cast<int>(early_exit)));
+  }
+  if (!(capacity_share >= 0 && capacity_share <= 1)) {
+    refuse(fmt::format("BudgetOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));
+  }
+  if (!(audit_rate >= 0 && audit_rate <= 1)) {
+    refuse(fmt::format("BudgetOptions.audit_rate is {}; 0 to 1 is expected", audit_rate));
+  }
+}
+
+std::string CalibrationProfile::to_string() const {
+  std::string text = fmt::format("budget: {} error at most {} with confidence {}\n", llmcache::to_string(budget.metric),
+                                 budget.epsilon, 1 - budget.delta);
+  text += fmt::format("model: {}\n", model_digest);
+  text += fmt::format("sample: {} sequences fitted, {} others to certify\n", fitted, certified);
+  if (!reuses()) return text + "no setting could be certified: nothing is reused beyond lossless\n";
+  text += fmt::format("certified: error {:.4f}, at most {:.4f} with that confidence\n", certified_error, error_bound);
+  text += fmt::format("early exit ({}): {:.1f} % of sequences, {:.1f} MiB\n", llmcache::to_string(early_exit),
+                      100 * expected_share, static_cast<double>(bytes) / (1 << 20));
+  for (std::size_t l = 0; l < expected_exits.size(); ++l) {
+    text += fmt::format("  in front of layer {}: {:.1f} %\n", l, 100 * expected_exits[l]);
+  }
+  return text;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,27 @@
+// Fits an ExitModel on computed sequences, and certifies the thresholds of its gates.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+#include <vector>
+
+#include "llmcache/refresh/calibration.h"
+#include "refresh/exit_model.h"
+
+namespace llmcache {
+
+/// Sequences that were computed in full, independent draws from the traffic. float32, all on one device.
+struct ExitSample {
+  std::vector<at::Tensor> states;  ///< one a layer: `[n, hidden]`, mean over its tokens of the state that enters it
+  at::Tensor outputs;              ///< `[n, values]`, final pooled outputs
+};
+
+/// What CalibrationProfile says: banks and translators from the first part of the sample, gates from the second, which
+/// then joins the banks, thresholds from the third. Fills the profile's evidence; `exit` stays null if no threshold
+/// could be certified. `capacity_bytes` limits the banks. Throws Error(kInvalidInput) if the sample is too small to fit
+/// anything.
+void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
+                    CalibrationProfile& profile);
+
+}  // namespace llmcache

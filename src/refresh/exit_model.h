@@ -1,0 +1,76 @@
+// Early exit with the cached neighbour: what a sequence's answer is taken from before its last layer has run.
+//
+// At layer l let f be the mean over a sequence's tokens of the state that enters it. The bank of l holds (f', y') of
+// earlier sequences, y' being the final output. Proposed is y' + W (f - f') of the nearest f', W a ridge regression
+// from differences of states to differences of outputs, and a gate (a logistic regression) tells the error to expect. A
+// second answer, regressed from f alone, is one of the gate's features, or itself the answer (EarlyExit::kCacheFree).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "llmcache/refresh/budget.h"
+#include "refresh/logistic.h"
+
+namespace llmcache {
+
+/// Bank, translators and gate of one layer. float32 on the model's device.
+struct ExitLayer {
+  at::Tensor centre;      ///< [hidden], mean of the kept states
+  at::Tensor directions;  ///< [entries, hidden], kept states less the centre, at unit length
+  at::Tensor lengths;     ///< [entries], theirs before
+  at::Tensor translator;  ///< [hidden, values]: W
+  at::Tensor regressor;   ///< [hidden, values]: from f - centre to y - mean output
+  LogisticModel gate;
+
+  [[nodiscard]] std::size_t bytes() const;
+};
+
+/// Answers proposed for some sequences in front of one layer.
+struct Proposal {
+  at::Tensor answers;            ///< [n, values]
+  std::vector<double> expected;  ///< error that the gate expects, one a sequence; NaN: not to be used
+};
+
+/// Immutable once made: safe from many threads.
+struct ExitModel {
+  static constexpr std::int64_t kNeighbours = 5;
+  static constexpr std::int64_t kLeastEntries = 32;
+
+  BudgetMetric metric = BudgetMetric::kDecision;
+  bool cache_free = false;
+  at::Tensor outputs;           ///< [entries, values], of the kept sequences
+  at::Tensor decisions;         ///< int64 [entries]
+  at::Tensor mean_output;       ///< [values]
+  double typical_distance = 0;  ///< mean distance between outputs of different sequences
+  std::vector<ExitLayer> layers;
+
+  /// Largest expected error at which a sequence leaves in front of each layer, [level][layer]: level 0 is the certified
+  /// one, each further one is safer.
+  std::vector<std::vector<double>> thresholds;
+
+  [[nodiscard]] std::size_t bytes() const;
+  [[nodiscard]] std::size_t features() const noexcept { return cache_free ? 3 : 17; }  ///< of its gates
+  /// The same with all tensors on `device`.
+  [[nodiscard]] ExitModel to(at::Device device) const;
+  /// Proposals for `states` `[n, hidden]` in front of `layer`, whose gate has been fitted.
+  [[nodiscard]] Proposal propose(std::size_t layer, const at::Tensor& states, const ScoreFunction& scores) const;
+  /// The same before the gate: answers, and its features, `[n, features()]` row after row.
+  struct Described {
+    at::Tensor answers;
+    std::vector<double> features;
+  };
+  [[nodiscard]] Described describe(std::size_t layer, const at::Tensor& states, const ScoreFunction& scores) const;
+
+  /// Error of `answers` against `full`, both `[n, values]`, one a row, 0 to 1.
+  [[nodiscard]] std::vector<double> errors(const at::Tensor& answers, const at::Tensor& full,
+                                           const ScoreFunction& scores) const;
+};
+
+/// int64 [n]: the decisions that `outputs` `[n, values]` lead to. Throws Error(kInvalidOptions) if `scores` does not
+/// return [n, classes] with two classes or more.
+at::Tensor decisions_of(const at::Tensor& outputs, const ScoreFunction& scores);
+
+}  // namespace llmcache
