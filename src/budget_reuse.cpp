@@ -174,10 +174,13 @@ std::optional<CalibrationProfile> BudgetReuse::profile() const {
   return calibration_;
 }
 
-CalibrationProfile BudgetReuse::calibrate(const std::function<std::optional<Batch>()>& sample) {
-  if (!unavailable_.empty()) {
-    throw Error(ErrorCode::kNotAvailable, "fidelity 'budget' has nothing to reuse for this model: " + unavailable_);
-  }
+void BudgetReuse::check_available() const {
+  if (unavailable_.empty()) return;
+  throw Error(ErrorCode::kNotAvailable, "fidelity 'budget' has nothing to reuse for this model: " + unavailable_);
+}
+
+CalibrationSample BudgetReuse::run_sample(const std::function<std::optional<Batch>()>& sample) const {
+  check_available();
   const auto layers = static_cast<std::int32_t>(model_.layers());
   std::unordered_set<std::string> known;
   std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
@@ -207,16 +210,27 @@ CalibrationProfile BudgetReuse::calibrate(const std::function<std::optional<Batc
     for (std::size_t l = 0; l < states.size(); ++l) states[l].push_back(recorder.means(l).index_select(0, usable));
   }
   if (outputs.empty()) throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
-  ExitSample all{{}, at::cat(outputs)};
+  auto all = std::make_shared<ExitSample>();
+  all->outputs = at::cat(outputs);
   for (auto& layer : states) {
-    all.states.push_back(at::cat(layer));
+    all->states.push_back(at::cat(layer));
     layer.clear();
+  }
+  return {profile_.digest, all->outputs.size(0), std::move(all)};
+}
+
+CalibrationProfile BudgetReuse::calibrate(const CalibrationSample& sample) {
+  check_available();
+  if (sample.model_digest != profile_.digest || sample.exit == nullptr) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("the sample was run by a model of digest '{}', this one has '{}'", sample.model_digest,
+                            profile_.digest));
   }
   CalibrationProfile profile;
   profile.budget = options_.budget;
   profile.early_exit = options_.early_exit;
   profile.model_digest = profile_.digest;
-  calibrate_exit(all, options_, capacity_bytes_, profile);
+  calibrate_exit(*sample.exit, options_, capacity_bytes_, profile);
   use(profile);
   return profile;
 }

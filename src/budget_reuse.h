@@ -30,10 +30,12 @@ class BudgetReuse {
               std::size_t capacity_bytes);
   ~BudgetReuse();
 
-  /// Runs the sample in full, fits and certifies, and goes by the result from then on. Batches are given one by one
-  /// until there is none. Throws Error(kNotAvailable) with the reason if this model has nothing to reuse within the
-  /// budget, and Error as calibrate_exit(); what was in use stays then.
-  CalibrationProfile calibrate(const std::function<std::optional<Batch>()>& sample);
+  /// Runs a sample in full; batches are given one by one until there is none. Throws Error(kNotAvailable) with the
+  /// reason if this model has nothing to reuse within the budget, Error(kInvalidInput) for an empty sample.
+  [[nodiscard]] CalibrationSample run_sample(const std::function<std::optional<Batch>()>& sample) const;
+  /// Fits and certifies, and goes by the result from then on. Throws Error as calibrate_exit(), and
+  /// Error(kInvalidOptions) for a sample of another model; what was in use stays then.
+  CalibrationProfile calibrate(const CalibrationSample& sample);
   /// Goes by `profile` from here on. Throws Error(kInvalidOptions) if it was made for another model, budget or
   /// decision.
   void use(CalibrationProfile profile);
@@ -56,6 +58,7 @@ class BudgetReuse {
   class Pass;
   class Recorder;
   [[nodiscard]] std::shared_ptr<BudgetRules> rules() const;
+  void check_available() const;
 
   const Model& model_;
   const OutputSpec& output_;

@@ -580,12 +580,12 @@ std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& input
   return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
 }
 
-CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<Inputs>()>& sample) {
+CalibrationSample LayerCacheBase::run_sample(const std::function<std::optional<Inputs>()>& sample) const {
   const c10::NoGradGuard no_grad;
   impl_->check_made_for_budget();
   impl_->model->check_unchanged();
   return run_model([&] {
-    return impl_->budget->calibrate([&]() -> std::optional<Batch> {
+    return impl_->budget->run_sample([&]() -> std::optional<Batch> {
       const auto given = sample();
       if (!given) return std::nullopt;
       Batch batch = check_batch(*given, impl_->inputs, impl_->profile, impl_->model->device());
@@ -593,6 +593,16 @@ CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<I
       return batch;
     });
   });
+}
+
+CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {
+  const c10::NoGradGuard no_grad;
+  impl_->check_made_for_budget();
+  return impl_->budget->calibrate(sample);
+}
+
+CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<Inputs>()>& sample) {
+  return calibrate(run_sample(sample));
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const std::vector<Inputs>& sample) {

@@ -161,15 +161,12 @@ TEST(Wrapping, MaskArgument) {
   EXPECT_TRUE(same_bits(without.forward(request.inputs), run_plain(subject("tiny-scripted").plain, request.inputs)));
 }
 
-TEST(Wrapping, FidelitiesOfLaterVersionsAreRefused) {
-  EXPECT_THAT([&] { wrap("tiny-scripted", {.fidelity = Fidelity::kBudget}); },
-              ThrowsError(ErrorCode::kNotAvailable, "budget"));
-  EXPECT_THAT([&] { Options{.fidelity = Fidelity::kBudget}.validate(); }, ThrowsError(ErrorCode::kNotAvailable));
+TEST(Wrapping, AFidelityThatTheCacheWasNotMadeForIsRefused) {
   auto& cache = subject("tiny-scripted").cache;
   const auto request = right_padded(subject("tiny-scripted").info, {5}, 1);
   const auto before = counters_of(cache);
   EXPECT_THAT([&] { cache.forward(request.inputs, {.fidelity = Fidelity::kBudget}); },
-              ThrowsError(ErrorCode::kNotAvailable, "budget"));
+              ThrowsError(ErrorCode::kInvalidOptions, "budget"));
   EXPECT_EQ(counters_of(cache), before);
   EXPECT_THAT([&] { Options{.fidelity = static_cast<Fidelity>(17)}.validate(); },
               ThrowsError(ErrorCode::kInvalidOptions, "fidelity is 17"));

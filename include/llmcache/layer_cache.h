@@ -79,6 +79,9 @@ class LayerCacheBase {
   /// in force stays in force then.
   CalibrationProfile calibrate(const std::function<std::optional<Inputs>()>& sample);
   CalibrationProfile calibrate(const std::vector<Inputs>& sample);
+  /// The two steps of it: running the sample, and fitting and certifying, which may be repeated for other budgets.
+  [[nodiscard]] CalibrationSample run_sample(const std::function<std::optional<Inputs>()>& sample) const;
+  CalibrationProfile calibrate(const CalibrationSample& sample);
   /// Goes by a profile that was made before, for the same model and options. Throws Error(kInvalidOptions) that says
   /// what does not fit; what was in force stays then.
   void use_calibration(const CalibrationProfile& profile);

@@ -244,6 +244,7 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   for (int level = 0; level < kLevels; ++level) {
     errors.push_back(serve(certified, thresholds_at(level, slope, layers)).error);
   }
+  profile.typical_distance = model->typical_distance;
   profile.fitted = model->outputs.size(0);
   profile.certified = certifying.size(0);
   double epsilon = budget.epsilon;

@@ -177,15 +177,13 @@ void CalibrationProfile::save(const fs::path& path) const {
                {"error_bound", error_bound},
                {"expected_share", expected_share},
                {"expected_exits", expected_exits},
+               {"typical_distance", typical_distance},
                {"bytes", bytes}};
   if (exit) {
     const std::string tensors = packed(*exit);
     Json gates = Json::array();
     for (const ExitLayer& layer : exit->layers) gates.push_back(gate_json(layer.gate));
-    json["exit"] = {{"tensors_xxh3", hash_of(tensors)},
-                    {"typical_distance", exit->typical_distance},
-                    {"thresholds", exit->thresholds},
-                    {"gates", std::move(gates)}};
+    json["exit"] = {{"tensors_xxh3", hash_of(tensors)}, {"thresholds", exit->thresholds}, {"gates", std::move(gates)}};
     write(tensors_of(path), tensors);
   }
   json["content_xxh3"] = hash_of(json.dump());
@@ -218,13 +216,14 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
     json.at("error_bound").get_to(profile.error_bound);
     json.at("expected_share").get_to(profile.expected_share);
     json.at("expected_exits").get_to(profile.expected_exits);
+    json.at("typical_distance").get_to(profile.typical_distance);
     json.at("bytes").get_to(profile.bytes);
     if (json.contains("exit")) {
       const Json& part = json.at("exit");
       auto model = std::make_shared<ExitModel>();
       model->metric = profile.budget.metric;
       model->cache_free = profile.early_exit == EarlyExit::kCacheFree;
-      part.at("typical_distance").get_to(model->typical_distance);
+      model->typical_distance = profile.typical_distance;
       part.at("thresholds").get_to(model->thresholds);
       for (const Json& gate : part.at("gates")) model->layers.emplace_back().gate = gate_of(gate);
       const std::string tensors = read(tensors_of(path));

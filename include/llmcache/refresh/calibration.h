@@ -12,6 +12,16 @@
 namespace llmcache {
 
 struct ExitModel;
+struct ExitSample;
+
+/// Requests that were computed in full, to be calibrated on: for several budgets, or several caches around one model.
+/// Immutable; cheap to copy.
+class CalibrationSample {
+ public:
+  std::string model_digest;                     ///< of the model that computed them
+  std::int64_t sequences = 0;                   ///< different ones
+  std::shared_ptr<const ExitSample> exit = {};  ///< what early exits are fitted on
+};
 
 /// What calibrate() fitted, and the evidence for its promise. Immutable; cheap to copy.
 ///

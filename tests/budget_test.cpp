@@ -1,0 +1,409 @@
+// Fidelity::kBudget: calibration, early exits, the promise, its supervision, and profiles on disk.
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <fstream>
+#include <random>
+#include <thread>
+
+#include "support.h"
+
+namespace llmcache::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr const char* kModel = "tiny-bert-pooled";
+
+/// Queries on `topics` topics: each has tokens of its own, of which a query has a few, in any order, and some that all
+/// have in common. `first_topic`: others are drifted traffic.
+class Traffic {
+ public:
+  explicit Traffic(std::uint64_t seed, std::int64_t first_topic = 0, std::int64_t topics = 12)
+      : generator_(seed), first_topic_(first_topic), topics_(topics) {}
+
+  Request batch(const std::vector<std::int64_t>& lengths) {
+    Request request = right_padded(model_info(kModel), lengths, 1);
+    for (std::size_t row = 0; row < lengths.size(); ++row) {
+      const std::int64_t topic = first_topic_ + below(topics_);
+      auto ids = request.ids()[static_cast<std::int64_t>(row)];
+      for (std::int64_t t = 0; t < lengths[row]; ++t) {
+        ids[t] = below(6) == 0 ? below(8) : 8 + topic * 5 + below(5);
+      }
+    }
+    return request;
+  }
+  Request next() { return batch({4 + below(9), 4 + below(9), 4 + below(9), 4 + below(9)}); }
+
+  std::vector<Inputs> sample(int batches) {
+    std::vector<Inputs> all;
+    for (int i = 0; i < batches; ++i) all.push_back(next().inputs);
+    return all;
+  }
+
+ private:
+  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(generator_() % static_cast<std::uint64_t>(n)); }
+
+  std::mt19937_64 generator_;
+  std::int64_t first_topic_, topics_;
+};
+
+/// Eight classes of the tiny model's output, centred so that all are used.
+at::Tensor classes(const at::Tensor& outputs) {
+  return at::mm(outputs, at::sin(at::arange(outputs.size(1) * 8, at::kFloat)).view({outputs.size(1), 8}));
+}
+
+Options options_for(BudgetMetric metric, double epsilon) {
+  Options options{.fidelity = Fidelity::kBudget};
+  options.budget.budget = {metric, epsilon, 0.1};
+  options.budget.scores = classes;
+  options.budget.audit_rate = 0;
+  return options;
+}
+
+/// Errors of served answers, each against the plain model.
+double error_of(const at::Tensor& got, const at::Tensor& want, BudgetMetric metric, double typical) {
+  if (metric == BudgetMetric::kDecision) {
+    return classes(got).argmax(1).eq(classes(want).argmax(1)).all().item<bool>() ? 0 : 1;
+  }
+  return std::min(1.0, (got - want).norm().item<double>() / typical);
+}
+
+struct Served {
+  double error = 0;  ///< mean
+  std::int64_t exits = 0;
+  std::int64_t sequences = 0;
+};
+
+Served serve(LayerCache<Module>& cache, Module& plain, Traffic& traffic, int batches, BudgetMetric metric,
+             double typical) {
+  Served served;
+  for (int i = 0; i < batches; ++i) {
+    const auto request = traffic.next();
+    const auto got = cache.forward(request.inputs).toTensor();
+    const auto want = run_plain(plain, request.inputs).toTensor();
+    const auto report = cache.last_report();
+    for (std::int64_t row = 0; row < request.rows(); ++row) {
+      const auto& told = report.sequences[static_cast<std::size_t>(row)];
+      const double error = error_of(got.narrow(0, row, 1), want.narrow(0, row, 1), metric, typical);
+      ++served.sequences;
+      served.error += error;
+      if (told.source == Source::kEarlyExit) {
+        ++served.exits;
+        EXPECT_GE(told.resumed_layer, 0);
+        EXPECT_EQ(told.layers.back().computed, 0);
+        for (std::int64_t l = 0; l < cache.profile().layers; ++l) {
+          EXPECT_EQ(told.layers[static_cast<std::size_t>(l)].computed > 0, l < told.resumed_layer);
+        }
+      } else {
+        EXPECT_TRUE(at::allclose(got[row], want[row], 1e-4, 1e-4));
+      }
+    }
+  }
+  served.error /= static_cast<double>(served.sequences);
+  return served;
+}
+
+class BudgetTest : public ::testing::Test {
+ protected:
+  BudgetTest() : plain_(load_model(kModel)) {}
+  Module plain_;
+};
+
+TEST_F(BudgetTest, ReusesWithinTheBudgetOnFreshTraffic) {
+  for (const auto metric : {BudgetMetric::kDecision, BudgetMetric::kRelativeError}) {
+    for (const auto early_exit : {EarlyExit::kCachedNeighbour, EarlyExit::kCacheFree}) {
+      SCOPED_TRACE(std::string(to_string(metric)) + " " + to_string(early_exit));
+      const double epsilon = 0.1;
+      auto options = options_for(metric, epsilon);
+      options.budget.early_exit = early_exit;
+      LayerCache<Module> cache(load_model(kModel), options);
+      const auto profile = cache.calibrate(Traffic(1).sample(500));
+      ASSERT_TRUE(profile.reuses()) << profile.to_string();
+      EXPECT_LE(profile.error_bound, epsilon);
+      EXPECT_LE(profile.certified_error, profile.error_bound);
+      EXPECT_GT(profile.fitted + profile.certified, 1500);
+      Traffic traffic(2);
+      const auto served = serve(cache, plain_, traffic, 250, metric, profile.typical_distance);
+      // A share of errors of epsilon, and three standard errors of 1,000 draws.
+      EXPECT_LE(served.error, epsilon + 3 * std::sqrt(epsilon * (1 - epsilon) / 1000)) << profile.to_string();
+      EXPECT_GT(served.exits, 100) << profile.to_string();
+      EXPECT_NEAR(static_cast<double>(served.exits) / 1000, profile.expected_share, 0.1);
+      const auto stats = cache.stats();
+      ASSERT_TRUE(stats.budget);
+      EXPECT_EQ(stats.budget->early_exits, static_cast<std::uint64_t>(served.exits));
+      EXPECT_LE(stats.bytes, options.capacity_bytes);
+      EXPECT_EQ(stats.budget->bytes, profile.bytes);
+      EXPECT_THAT(profile.to_string(), HasSubstr("certified: error"));
+    }
+  }
+}
+
+TEST_F(BudgetTest, RowsOfABatchLeaveAsTheyWouldAlone) {
+  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  cache.calibrate(Traffic(1).sample(400));
+  Traffic traffic(3);
+  for (int i = 0; i < 20; ++i) {
+    const auto request = traffic.next();
+    const auto together = cache.forward(request.inputs).toTensor();
+    const auto report = cache.last_report();
+    for (std::size_t row = 0; row < request.spans.size(); ++row) {
+      const auto one = request.alone(row);
+      cache.clear();
+      const auto alone = cache.forward(one.inputs).toTensor();
+      EXPECT_EQ(cache.last_report().sequences[0].resumed_layer, report.sequences[row].resumed_layer);
+      EXPECT_TRUE(at::allclose(alone[0], together[static_cast<std::int64_t>(row)], 1e-4, 1e-4));
+    }
+  }
+}
+
+TEST_F(BudgetTest, AnswersThatWereReusedAreNotKeptAsIdentical) {
+  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.2));
+  cache.calibrate(Traffic(1).sample(400));
+  Traffic traffic(4);
+  int left = 0;
+  for (int i = 0; i < 30; ++i) {
+    const auto request = traffic.batch({7});
+    cache.forward(request.inputs);
+    const bool early = cache.last_report().sequences[0].source == Source::kEarlyExit;
+    left += early ? 1 : 0;
+    cache.forward(request.inputs);
+    EXPECT_EQ(cache.last_report().sequences[0].source, early ? Source::kEarlyExit : Source::kIdentical);
+    // Asked for without any error, it is computed.
+    const auto exact = cache.forward(request.inputs, {.fidelity = Fidelity::kLossless}).toTensor();
+    EXPECT_TRUE(at::allclose(exact, run_plain(plain_, request.inputs).toTensor(), 1e-4, 1e-4));
+  }
+  EXPECT_GT(left, 3);
+}
+
+/// Counts warnings of the library.
+class Warnings final : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override {
+    if (warning.msg().find("llmcache") != std::string::npos) ++count;
+  }
+  int count = 0;
+};
+
+TEST_F(BudgetTest, WithoutACalibrationItIsLosslessAndSaysSoOnce) {
+  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  Warnings warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  Traffic traffic(5);
+  for (int i = 0; i < 5; ++i) {
+    const auto request = traffic.next();
+    EXPECT_TRUE(at::allclose(cache.forward(request.inputs).toTensor(), run_plain(plain_, request.inputs).toTensor(),
+                             1e-4, 1e-4));
+  }
+  EXPECT_EQ(warnings.count, 1);
+  EXPECT_FALSE(cache.calibration());
+  EXPECT_FALSE(cache.stats().budget->calibrated);
+}
+
+TEST_F(BudgetTest, AnEpsilonThatNoSampleOfThisSizeProvesReusesNothing) {
+  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 1e-4));
+  const auto profile = cache.calibrate(Traffic(1).sample(200));
+  EXPECT_FALSE(profile.reuses());
+  EXPECT_THAT(profile.to_string(), HasSubstr("nothing is reused beyond lossless"));
+  const auto request = Traffic(6).next();
+  EXPECT_TRUE(
+      at::allclose(cache.forward(request.inputs).toTensor(), run_plain(plain_, request.inputs).toTensor(), 1e-4, 1e-4));
+}
+
+TEST_F(BudgetTest, SupervisionStopsReuseOfDriftedTraffic) {
+  // Between the topics' tokens lie others that the sample never showed.
+  const double epsilon = 0.05;
+  auto options = options_for(BudgetMetric::kDecision, epsilon);
+  options.budget.audit_rate = 0.1;
+  LayerCache<Module> cache(load_model(kModel), options);
+  auto unwatched_options = options;
+  unwatched_options.budget.audit_rate = 0;
+  LayerCache<Module> unwatched(load_model(kModel), unwatched_options);
+  const auto profile = cache.calibrate(Traffic(1).sample(500));
+  unwatched.use_calibration(profile);
+  ASSERT_TRUE(profile.reuses());
+  Traffic same(7);
+  const auto before = serve(cache, plain_, same, 250, BudgetMetric::kDecision, 1);
+  EXPECT_LE(before.error, epsilon);
+  EXPECT_GT(cache.stats().budget->audits, 10U);
+  EXPECT_EQ(cache.stats().budget->closings, 0U);
+  Traffic drifted(8, 12, 7);
+  Traffic drifted_too(8, 12, 7);
+  const auto wild = serve(unwatched, plain_, drifted_too, 500, BudgetMetric::kDecision, 1);
+  ASSERT_GT(wild.error, 1.5 * epsilon) << "this is no drift";
+  const auto after = serve(cache, plain_, drifted, 500, BudgetMetric::kDecision, 1);
+  EXPECT_LE(after.error, epsilon);
+  EXPECT_GT(cache.stats().budget->closings, 0U);
+}
+
+TEST_F(BudgetTest, BackgroundAuditsLeaveAnswersAsTheyAre) {
+  auto options = options_for(BudgetMetric::kDecision, 0.1);
+  options.budget.audit_rate = 0.5;
+  options.budget.background_audit = true;
+  LayerCache<Module> cache(load_model(kModel), options);
+  cache.calibrate(Traffic(1).sample(400));
+  Traffic traffic(9);
+  serve(cache, plain_, traffic, 50, BudgetMetric::kDecision, 1);
+  for (int waited = 0; cache.stats().budget->audits_waiting > 0 && waited < 1000; ++waited) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  const auto stats = *cache.stats().budget;
+  EXPECT_GT(stats.audits, 10U);
+  EXPECT_EQ(stats.audits_waiting, 0U);
+  serve(cache, plain_, traffic, 20, BudgetMetric::kDecision, 1);  // some are waiting when it goes
+}
+
+TEST_F(BudgetTest, ProfilesAreReadBackAsTheyWere) {
+  const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-budget-profile.json";
+  for (const auto early_exit : {EarlyExit::kCachedNeighbour, EarlyExit::kCacheFree}) {
+    auto options = options_for(BudgetMetric::kDecision, 0.1);
+    options.budget.early_exit = early_exit;
+    LayerCache<Module> first(load_model(kModel), options);
+    const auto made = first.calibrate(Traffic(1).sample(400));
+    made.save(path);
+    const auto read = CalibrationProfile::load(path);
+    EXPECT_EQ(read.to_string(), made.to_string());
+    LayerCache<Module> second(load_model(kModel), options);
+    second.use_calibration(read);
+    Traffic traffic(10);
+    for (int i = 0; i < 20; ++i) {
+      const auto request = traffic.next();
+      EXPECT_TRUE(same_bits(second.forward(request.inputs), first.forward(request.inputs)));
+    }
+    EXPECT_GT(first.stats().budget->early_exits, 0U);
+  }
+}
+
+std::string bytes_of(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void write(const std::filesystem::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+
+TEST_F(BudgetTest, DamagedAndForeignProfilesAreRefused) {
+  const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-budget-damaged.json";
+  const std::filesystem::path tensors = path.string() + ".safetensors";
+  const auto options = options_for(BudgetMetric::kDecision, 0.1);
+  LayerCache<Module> cache(load_model(kModel), options);
+  const auto profile = cache.calibrate(Traffic(1).sample(400));
+  profile.save(path);
+  const auto json = bytes_of(path);
+  const auto data = bytes_of(tensors);
+  const auto load = [&] { return CalibrationProfile::load(path); };
+
+  EXPECT_THAT([] { CalibrationProfile::load("/nonexistent/profile.json"); },
+              ThrowsError(ErrorCode::kInvalidOptions, "cannot be read"));
+  EXPECT_THAT([&] { profile.save("/nonexistent/profile.json"); },
+              ThrowsError(ErrorCode::kInvalidOptions, "cannot be written"));
+  for (const std::size_t cut : {std::size_t{0}, json.size() / 2, json.size() - 4}) {
+    write(path, json.substr(0, cut));
+    EXPECT_THAT(load, ThrowsError(ErrorCode::kInvalidOptions, "damaged"));
+  }
+  auto changed = json;
+  changed.replace(changed.find("0.1"), 3, "0.4");
+  write(path, changed);
+  EXPECT_THAT(load, ThrowsError(ErrorCode::kInvalidOptions, "changed"));
+  write(path, "{\"format\": \"something else\"}");
+  EXPECT_THAT(load, ThrowsError(ErrorCode::kInvalidOptions, "no calibration profile"));
+  write(path, json);
+  for (const std::size_t at : {std::size_t{3}, std::size_t{40}, data.size() / 2, data.size() - 1}) {
+    auto flipped = data;
+    flipped[at] = static_cast<char>(flipped[at] ^ 1);
+    write(tensors, flipped);
+    EXPECT_THAT(load, ThrowsError(ErrorCode::kInvalidOptions, "damaged"));
+  }
+  write(tensors, data.substr(0, data.size() / 2));
+  EXPECT_THAT(load, ThrowsError(ErrorCode::kInvalidOptions, "damaged"));
+  write(tensors, data);
+
+  const auto read = load();
+  const auto refused = [&](const std::string& model, const Options& other, const std::string& why) {
+    LayerCache<Module> foreign(load_model(model), other);
+    EXPECT_THAT([&] { foreign.use_calibration(read); }, ThrowsError(ErrorCode::kInvalidOptions, why));
+    EXPECT_FALSE(foreign.calibration());
+  };
+  refused(kModel, options_for(BudgetMetric::kDecision, 0.05), "asks for");
+  refused(kModel, options_for(BudgetMetric::kRelativeError, 0.1), "asks for");
+  auto other = options;
+  other.budget.scores = [](const at::Tensor& outputs) { return -classes(outputs); };
+  refused(kModel, other, "decides otherwise");
+  other = options;
+  other.budget.early_exit = EarlyExit::kCacheFree;
+  refused(kModel, other, "early exit");
+  other = options;
+  other.capacity_bytes = 20000;
+  refused(kModel, other, "bytes");
+  refused("tiny-bert-sdpa", options, "does not fit");
+  LayerCache<Module> lossless(load_model(kModel));
+  EXPECT_THAT([&] { lossless.use_calibration(read); }, ThrowsError(ErrorCode::kInvalidOptions, "construct it with"));
+}
+
+TEST_F(BudgetTest, WhatCannotBeCalibratedIsRefusedAndTheOldProfileStays) {
+  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  const auto first = cache.calibrate(Traffic(1).sample(300));
+  EXPECT_THAT([&] { cache.calibrate(std::vector<Inputs>{}); }, ThrowsError(ErrorCode::kInvalidInput, "no sequence"));
+  EXPECT_THAT([&] { cache.calibrate(Traffic(1).sample(5)); }, ThrowsError(ErrorCode::kInvalidInput, "at least"));
+  EXPECT_THAT([&] { cache.calibrate({{at::zeros({1, 3}, at::kFloat)}}); }, ThrowsError(ErrorCode::kInvalidInput));
+  CalibrationSample foreign;
+  foreign.model_digest = "another";
+  EXPECT_THAT([&] { cache.calibrate(foreign); }, ThrowsError(ErrorCode::kInvalidOptions, "another"));
+  EXPECT_EQ(cache.calibration()->to_string(), first.to_string());
+
+  LayerCache<Module> tokens(load_model("tiny-bert-sdpa"), Options{.fidelity = Fidelity::kBudget});
+  EXPECT_THAT([&] { tokens.calibrate(Traffic(1).sample(5)); }, ThrowsError(ErrorCode::kNotAvailable, "pooled"));
+  auto narrow = options_for(BudgetMetric::kDecision, 0.1);
+  narrow.budget.scores = [](const at::Tensor& outputs) { return outputs.narrow(1, 0, 1); };
+  LayerCache<Module> one_class(load_model(kModel), narrow);
+  EXPECT_THAT([&] { one_class.calibrate(Traffic(1).sample(100)); },
+              ThrowsError(ErrorCode::kInvalidOptions, "two scores"));
+  narrow.budget.scores = [](const at::Tensor&) { return at::zeros({3}); };
+  LayerCache<Module> shapeless(load_model(kModel), narrow);
+  EXPECT_THAT([&] { shapeless.calibrate(Traffic(1).sample(100)); },
+              ThrowsError(ErrorCode::kInvalidOptions, "classes] is expected"));
+  auto small = options_for(BudgetMetric::kDecision, 0.1);
+  small.capacity_bytes = 4096;
+  LayerCache<Module> cramped(load_model(kModel), small);
+  EXPECT_THAT([&] { cramped.calibrate(Traffic(1).sample(300)); }, ThrowsError(ErrorCode::kInvalidOptions, "capacity"));
+}
+
+TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {
+  auto options = options_for(BudgetMetric::kDecision, 0.2);
+  options.capacity_bytes = 300000;
+  LayerCache<Module> cache(load_model(kModel), options);
+  const auto profile = cache.calibrate(Traffic(1).sample(500));
+  ASSERT_TRUE(profile.reuses());
+  EXPECT_LT(profile.fitted, 900);
+  Traffic traffic(11);
+  serve(cache, plain_, traffic, 30, BudgetMetric::kDecision, 1);
+  EXPECT_LE(cache.stats().peak_bytes, options.capacity_bytes);
+  EXPECT_GT(cache.stats().budget->early_exits, 0U);
+}
+
+TEST_F(BudgetTest, OptionsOutOfRangeAreNamed) {
+  const auto refused = [](auto change, const std::string& field) {
+    Options options;
+    change(options.budget);
+    EXPECT_THAT([&] { options.validate(); }, ThrowsError(ErrorCode::kInvalidOptions, field));
+  };
+  refused([](BudgetOptions& b) { b.budget.epsilon = 0; }, "Budget.epsilon");
+  refused([](BudgetOptions& b) { b.budget.epsilon = std::nan(""); }, "Budget.epsilon");
+  refused([](BudgetOptions& b) { b.budget.delta = 1; }, "Budget.delta");
+  refused([](BudgetOptions& b) { b.budget.metric = static_cast<BudgetMetric>(9); }, "Budget.metric");
+  refused([](BudgetOptions& b) { b.early_exit = static_cast<EarlyExit>(9); }, "BudgetOptions.early_exit");
+  refused([](BudgetOptions& b) { b.capacity_share = 1.5; }, "BudgetOptions.capacity_share");
+  refused([](BudgetOptions& b) { b.audit_rate = -0.1; }, "BudgetOptions.audit_rate");
+  for (const char* name : {"decision", "relative", "token"}) {
+    EXPECT_STREQ(to_string(budget_metric_from_string(name)), name);
+  }
+  for (const char* name : {"off", "neighbour", "cache-free"}) {
+    EXPECT_STREQ(to_string(early_exit_from_string(name)), name);
+  }
+  EXPECT_THAT([] { budget_metric_from_string("speed"); }, ThrowsError(ErrorCode::kInvalidOptions, "speed"));
+  EXPECT_THAT([] { early_exit_from_string("late"); }, ThrowsError(ErrorCode::kInvalidOptions, "late"));
+}
+
+}  // namespace
+}  // namespace llmcache::test
