@@ -25,39 +25,44 @@ from atomic_files import folder_lock, sha256_of
 from model_sources import ModelError, hub_answers, minilm_folder, smollm2_file
 from raw_files import DataError
 from token_file import FORMAT_VERSION, Arrays, load, save
-from workloads import (
+from traffic import (
+    ANSWER,
+    AS_IT_IS,
     ASSISTANT,
+    EDIT_KINDS,
     MAX_TOKENS,
     NEXT_USER,
-    SHOTS,
     SYSTEM,
     USER,
-    WORKLOADS,
     Sequence,
     Traffic,
-    Workload,
-    named,
-    with_shots,
 )
+from workloads import SHOTS, WORKLOADS, Workload, named, with_shots
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 SCORED_TASKS = ("choice", "perplexity")  # mean nothing for an encoder, whose log-likelihoods are not defined
 TOKENIZERS = ("bert-base-uncased", "gpt2", "smollm2")
-CODE = (
+CODE = (  # files made by another version of these are made again
     "prepare_data.py",
     "workloads.py",
+    "traffic.py",
+    "readers.py",
+    "edits.py",
+    "instructions.py",
+    "shared_texts.py",
     "raw_files.py",
     "token_file.py",
-)  # files made by another version of these are made again
+)
 # How the turns of a conversation are marked: as the model was trained to read them, or in plain words.
-PLAIN_MARKS = {SYSTEM: "", USER: "User: ", ASSISTANT: "\nAssistant:", NEXT_USER: "\nUser: "}
+PLAIN_MARKS = {SYSTEM: "", USER: "User: ", ASSISTANT: "\nAssistant:", ANSWER: " ", NEXT_USER: "\nUser: "}
 END_OF_TURN = "<|im_end|>"
 CHAT_MARKS = {
     "smollm2": {
         SYSTEM: "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
         USER: "<|im_start|>user\n",
         ASSISTANT: f"{END_OF_TURN}\n<|im_start|>assistant\n",
+        ANSWER: "",
         NEXT_USER: f"{END_OF_TURN}\n<|im_start|>user\n",
     }
 }
@@ -117,10 +122,14 @@ class Tokenizer:
         loaded = self.load()
         if self.encoder:
             texts = [first if second is None else (first, second) for first, second in (s.pair for s in sequences)]
-            return [Encoded(encoding.ids) for encoding in loaded.encode_batch(texts)]
+            encodings = loaded.encode_batch(texts)
+            return [
+                Encoded(encoding.ids, cut=bool(encoding.overflowing), pool=pooled(encoding, sequence.pool_from))
+                for encoding, sequence in zip(encodings, sequences, strict=True)
+            ]
         marks = CHAT_MARKS.get(self.name, PLAIN_MARKS)
         distinct = list(dict.fromkeys(piece for sequence in sequences for piece in sequence.pieces))
-        ids = dict(zip(distinct, loaded([marks.get(piece, piece) for piece in distinct]), strict=True))
+        ids = dict(zip(distinct, loaded([written(piece, marks) for piece in distinct]), strict=True))
         return [join([ids[piece] for piece in s.pieces], s.shorten, s.scored) for s in sequences]
 
     def end_of_turn(self) -> int | None:
@@ -132,6 +141,22 @@ class Tokenizer:
 class Encoded:
     ids: list[int]
     scored: tuple[int, int] | None = None  # [begin, end)
+    cut: bool = False  # tokens beyond MAX_TOKENS were left out
+    pool: list[int] | None = None  # for each token, whether the output is read there (1) or not (0)
+
+
+def written(piece: str, marks: dict[str, str]) -> str:
+    if piece.startswith(ANSWER):
+        return marks[ANSWER] + piece.removeprefix(ANSWER)
+    return marks.get(piece, piece)
+
+
+def pooled(encoding: Any, start: int | None) -> list[int] | None:
+    """1 for the tokens of the first text from character `start` on; None without a start."""
+    if start is None:
+        return None
+    places = zip(encoding.offsets, encoding.sequence_ids, strict=True)
+    return [int(text == 0 and begin >= start) for (begin, _), text in places]
 
 
 def join(pieces: list[list[int]], shorten: int, scored: int | None) -> Encoded:
@@ -142,29 +167,37 @@ def join(pieces: list[list[int]], shorten: int, scored: int | None) -> Encoded:
         pieces[shorten] = pieces[shorten][: len(pieces[shorten]) - excess]
     ids = [token for piece in pieces for token in piece][:MAX_TOKENS]
     if scored is None:
-        return Encoded(ids, (len(ids), len(ids)))
+        return Encoded(ids, (len(ids), len(ids)), cut=excess > 0)
     start = sum(map(len, pieces[:scored]))
     begin = min(max(start, 1), len(ids))  # the first token has no probability
-    return Encoded(ids, (begin, max(begin, min(start + len(pieces[scored]), len(ids)))))
+    return Encoded(ids, (begin, max(begin, min(start + len(pieces[scored]), len(ids)))), cut=excess > 0)
 
 
-def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[Arrays, str]:
-    """The tensors of a token file, and its task."""
+def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[Arrays, str, int]:
+    """The tensors of a token file, its task, and how many of its requests fill."""
     encoded = iter(tokenizer.encode([sequence for request in traffic.requests for sequence in request.sequences]))
     task = "" if tokenizer.encoder and workload.task in SCORED_TASKS else workload.task
     arrays: dict[str, list[Any]] = {"tokens": [], "sequence_offsets": [0], "request_offsets": [0]}
     previous: list[int] = []
+    original_fits = True
+    fill = 0
 
     def add(name: str, value: Any) -> None:
         if value is not None:
             arrays.setdefault(name, []).append(value)
 
-    for request in traffic.requests:
+    for number, request in enumerate(traffic.requests):
         rows = [next(encoded) for _ in request.sequences]
         if workload.growing:
             full = len(previous) >= MAX_TOKENS and rows[0].ids == previous
             previous = rows[0].ids
             if full:
+                continue
+        if workload.whole:
+            fits = not any(row.cut for row in rows)
+            if request.sequences[0].edit_kind in (None, AS_IT_IS):
+                original_fits = fits
+            if not (fits and original_fits):
                 continue
         if workload.prompt_tokens:
             if min(len(row.ids) for row in rows) < workload.prompt_tokens:
@@ -179,11 +212,18 @@ def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[A
                 add("labels", sequence.label)
             if task in ("choice", "perplexity", "answer"):
                 add("scored", row.scored)
+            arrays.setdefault("pool", []).extend(row.pool or [])
+            add("edit_kind", EDIT_KINDS.index(sequence.edit_kind) if sequence.edit_kind else None)
+            add("edit_percent", sequence.edit_percent)
+        fill += number < traffic.fill
         arrays["request_offsets"].append(len(arrays["sequence_offsets"]) - 1)
         for name in ("group", "partner", "pair_label", "pair_score"):
             add(name, getattr(request, name))
-    types = {"tokens": np.int32, "pair_score": np.float32}
-    return {name: np.array(values, dtype=types.get(name, np.int64)) for name, values in arrays.items()}, task
+    if not arrays.get("pool"):
+        arrays.pop("pool", None)
+    types = {"tokens": np.int32, "pair_score": np.float32, "edit_percent": np.float32}
+    made = {name: np.array(values, dtype=types.get(name, np.int64)) for name, values in arrays.items()}
+    return made, task, fill
 
 
 def vocabularies(models: Path | None) -> dict[str, int]:
@@ -224,7 +264,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         print(f"{path.name}: already there, skipped", flush=True)
         return
     traffic = workload.read(*sources)
-    arrays, task = build(workload, tokenizer, traffic)
+    arrays, task, fill = build(workload, tokenizer, traffic)
     if not arrays["tokens"].size:
         raise DataError(f"{sources[0]}: no text in it is long enough for {workload.name}; fetch the file again")
     if vocab is not None and arrays["tokens"].max() >= vocab:
@@ -243,7 +283,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         "order": workload.order,
         "max_tokens": str(MAX_TOKENS),
         "task": task,
-        "fill_requests": str(traffic.fill),
+        "fill_requests": str(fill),
         "recipe": recipe,
     }
     if tokenizer.stand_in:
@@ -255,12 +295,14 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
             metadata["stop_token"] = str(end)
     if traffic.label_names:
         metadata["label_names"] = json.dumps(traffic.label_names)
+    if "edit_kind" in arrays:
+        metadata["edit_kinds"] = json.dumps(EDIT_KINDS)
     save(path, arrays, metadata)
     requests, sequences = len(arrays["request_offsets"]) - 1, len(arrays["sequence_offsets"]) - 1
-    fill = f" ({traffic.fill} of them fill)" if traffic.fill else ""
+    filling = f" ({fill} of them fill)" if fill else ""
     stand_in = f", token ids of {tokenizer.stand_in}" if tokenizer.stand_in else ""
     print(
-        f"{path.name}: {requests} requests{fill}, {sequences} sequences, {arrays['tokens'].size} tokens{stand_in}",
+        f"{path.name}: {requests} requests{filling}, {sequences} sequences, {arrays['tokens'].size} tokens{stand_in}",
         flush=True,
     )
 

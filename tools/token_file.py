@@ -11,22 +11,28 @@ What the task needs, where it applies:
   partner           int64   [requests]: duplicates: the fill request that the asking pair names; -1 in the fill part
   pair_label        int64   [requests]: duplicates: 1 duplicate, 0 not; -1 in the fill part
   pair_score        float32 [requests]: similarity: gold score of the pair
+What says more about sequences or tokens, where it applies:
+  pool              int64   [all tokens]: 1 where the output is to be read (the pooling mask), else 0
+  edit_kind         int64   [sequences]: number in edit_kinds of how the sequence differs from the last one before it
+                            that is as it is (0)
+  edit_percent      float32 [sequences]: share of its words that were changed, in percent
 Where text is generated (task generation), a request is a conversation: its sequences are the user's parts of it, each
 answered by the model with new_tokens tokens, or until it says stop_token.
 Metadata (all texts): version, workload, tokenizer, source, description, order, max_tokens, task, fill_requests (the
 first that many requests only fill the cache and are not measured), label_names (classification: a JSON list),
-new_tokens and stop_token (generation; the latter where there is one), recipe and content_sha256 (what it was made from,
-and its content)."""
+new_tokens and stop_token (generation; the latter where there is one), edit_kinds (with edit_kind: a JSON list of names),
+recipe and content_sha256 (what it was made from, and its content). The same arrays and metadata give the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 from atomic_files import write_atomically
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 FORMAT_VERSION = "2"
 Arrays = dict[str, np.ndarray]
@@ -43,7 +49,17 @@ def content_digest(arrays: Arrays) -> str:
 
 def save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
     metadata = {**metadata, "content_sha256": content_digest(arrays)}
-    write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
+    content = _with_sorted_header(serialize(arrays, metadata))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """The safetensors library writes metadata in another order each time."""
+    size = int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    header = text.encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight bytes
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def load(path: Path) -> tuple[Arrays, dict[str, str]] | None:
