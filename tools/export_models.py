@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Exports the models that tests and benchmarks use, as TorchScript files with a JSON sidecar each.
 
-DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens]; DIR/NAME.json describes it. The
-sidecar is written last, and a model counts as present only while size and SHA-256 in it match the file.
+DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these;
+DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a model counts as present only while size and SHA-256 in it match the file.
 The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizer_files
 from atomic_files import folder_lock, sha256_of, write_atomically
-from model_list import GROUPS, MODELS, VOCAB, ModelSpec
+from model_list import GROUPS, MODELS, POOLING_MASK, VOCAB, ModelSpec
 from model_sources import RANDOM, ModelError
 
 if TYPE_CHECKING:
@@ -84,6 +84,20 @@ def wrap(model: nn.Module, spec: ModelSpec) -> nn.Module:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return nn.functional.normalize(super().forward(input_ids, attention_mask), dim=-1)
 
+    class PooledWhereTold(Wrapper):
+        """Mean over the tokens that the third input marks, such as a query's behind an instruction."""
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor
+        ) -> torch.Tensor:
+            hidden = self.call(input_ids=input_ids, attention_mask=attention_mask)[0]
+            mask = pooling_mask.unsqueeze(-1).to(hidden.dtype)
+            return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+
+    class FirstToken(Wrapper):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.call(input_ids=input_ids, attention_mask=attention_mask)[0][:, 0]
+
     class WithTypes(Wrapper):
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
@@ -99,8 +113,12 @@ def wrap(model: nn.Module, spec: ModelSpec) -> nn.Module:
 
     if not isinstance(model, transformers.PreTrainedModel):
         return model
+    if POOLING_MASK in spec.inputs:
+        return PooledWhereTold()
     if spec.output == "mean_pooled":
         return Pooled()
+    if spec.output == "cls":
+        return FirstToken()
     if spec.output == "sentence_embedding":
         return SentenceEmbedding()
     if len(spec.inputs) == 3:
@@ -116,9 +134,13 @@ def example(spec: ModelSpec, vocab: int, lengths: list[int], seed: int) -> tuple
     ids = torch.randint(10, vocab, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = ids * mask
-    if len(spec.inputs) == 3:
-        return ids, mask, torch.randint(0, 2, ids.shape, generator=generator)
-    return ids, mask
+    if len(spec.inputs) == 2:
+        return ids, mask
+    third = torch.randint(0, 2, ids.shape, generator=generator)
+    if POOLING_MASK in spec.inputs:
+        third = third * mask
+        third[:, 0] = 1  # each sequence has a token to pool over
+    return ids, mask, third
 
 
 def verify(exported: nn.Module, module: nn.Module, spec: ModelSpec, vocab: int) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 VOCAB, HIDDEN, HEADS, MAX_TOKENS = 300, 64, 4, 256
+POOLING_MASK = "pooling_mask"  # int64 [batch, tokens], 1 where the output is read
+WITH_POOLING_MASK = ("input_ids", "attention_mask", POOLING_MASK)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def _tiny_models() -> list[ModelSpec]:
             inputs=("input_ids", "attention_mask", "token_type_ids"),
         ),
         ModelSpec("tiny-bert-pooled", *bert, _BERT, output="mean_pooled"),
+        ModelSpec("tiny-bert-pooling-mask", *bert, _BERT, output="mean_pooled", inputs=WITH_POOLING_MASK),
+        ModelSpec("tiny-bert-cls", *bert, _BERT, output="cls"),
         ModelSpec("tiny-scripted", *ours, _scripted(use_sdpa=True), how="script"),
         ModelSpec("tiny-scripted-eager", *ours, _scripted(use_sdpa=False), "eager", how="script"),
         # Models that a wrapper should refuse, or survive.
@@ -401,6 +405,15 @@ _FULL_SIZE = [
         minilm,
         output="sentence_embedding",
         tokenizer="bert-base-uncased",
+    ),
+    ModelSpec(
+        "minilm-pooled-mask",
+        "encoder",
+        "BertModel",
+        minilm,
+        output="mean_pooled",
+        tokenizer="bert-base-uncased",
+        inputs=WITH_POOLING_MASK,
     ),
     ModelSpec(
         "bert-base",

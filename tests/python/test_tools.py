@@ -6,6 +6,7 @@ import dataclasses
 import json
 import unittest
 from pathlib import Path
+from typing import Any
 
 from support import ToolTest  # lets the tools be imported
 
@@ -46,7 +47,8 @@ class ExportTest(ToolTest):
     def test_list_of_a_group(self) -> None:
         _, out, _ = self.run_tool(export_models, "--list", "--only", "bench")
         names = {line.split()[0] for line in out.splitlines()}
-        self.assertEqual(names, {"bert-base", "distilbert", "gpt2", "minilm", "minilm-pooled", "smollm2"})
+        encoders = {"bert-base", "distilbert", "minilm", "minilm-pooled", "minilm-pooled-mask"}
+        self.assertEqual(names, encoders | {"gpt2", "smollm2"})
 
     def test_unknown_name_is_refused(self) -> None:
         status, _, err = self.run_tool(export_models, "--out", self.folder, "--only", "no-such-model")
@@ -117,6 +119,31 @@ class ExportTest(ToolTest):
         self.assertTrue(torch.allclose(rows[:1], mean / mean.norm(), atol=1e-5))
         pooled = MODELS["minilm-pooled"]
         self.assertEqual((pooled.group, pooled.output, pooled.dtype), ("bench", "sentence_embedding", "float32"))
+
+    def test_output_is_read_where_it_is_said(self) -> None:
+        """Padded and alone, in other shapes than those that were traced."""
+        import torch
+
+        def load(name: str) -> Any:
+            self.export(name)
+            return torch.jit.load(str(self.folder / f"{name}.pt"))
+
+        states, pooled, first = (load(f"tiny-bert-{kind}") for kind in ("sdpa", "pooling-mask", "cls"))
+        ids, mask = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+        pooling = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
+        with torch.no_grad():
+            hidden = states(ids, mask)
+            wanted = torch.stack([hidden[0, 1:3].mean(0), hidden[1, 3]])
+            self.assertTrue(torch.allclose(pooled(ids, mask, pooling), wanted, atol=1e-5))
+            self.assertTrue(torch.allclose(pooled(ids[:1, :3], mask[:1, :3], pooling[:1, :3]), wanted[:1], atol=1e-5))
+            self.assertFalse(torch.allclose(pooled(ids, mask, mask), wanted, atol=1e-2))
+            self.assertTrue(torch.allclose(first(ids, mask), hidden[:, 0], atol=1e-5))
+        names = ("tiny-bert-pooling-mask", "tiny-bert-cls")
+        known = [json.loads((self.folder / f"{name}.json").read_text()) for name in names]
+        self.assertEqual(
+            [(sidecar["output"], sidecar["inputs"][2:], sidecar["attention"]) for sidecar in known],
+            [("mean_pooled", ["pooling_mask"], "sdpa"), ("cls", [], "sdpa")],
+        )
 
 
 if __name__ == "__main__":
