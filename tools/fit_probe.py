@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Fits the linear probes that turn a sentence embedding into an intent: they show what a cache does to answers.
+"""Fits the linear probes that turn a sentence embedding into a class: they show what a cache does to answers.
 
-For each workload of task "classification" it runs the exported model on every query of the token file
+For each workload of task "classification" it runs the exported model on every text of the token file
 DATA/WORKLOAD.TOKENIZER.safetensors, without any cache, and fits a multinomial logistic regression with an L2
-penalty on the fill part (the training split). The asking part (the test split) is only measured. Writes
+penalty on the fill part (the training split). The asking part (the test split) is only measured. A model that takes a
+pooling mask gets the file's `pool`; without --only it gets probes for the workloads that have one. Writes
 DATA/WORKLOAD.MODEL.probe.safetensors:
   weight  float32 [classes, dims]    logits = weight * embedding + bias
   bias    float32 [classes]
@@ -21,12 +22,14 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import token_file
 from atomic_files import folder_lock, sha256_of
+from model_list import POOLING_MASK
 from model_sources import ModelError
 from raw_files import DataError
 from workloads import WORKLOADS
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_VERSION = "1"
+MODELS = ("minilm-pooled", "minilm-pooled-mask")
 NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "classification")
 OUT_OF_SCOPE = "oos"  # CLINC150's class of queries without an intent: 1 % of its training split, 18 % of its test split
 BATCH = 16  # queries of one length at once: large enough for full speed on a core, small enough for its cache
@@ -42,8 +46,25 @@ L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 differ by a point 
 STEPS = 100  # of L-BFGS at most
 
 
-def embed(model: torch.jit.ScriptModule, queries: list[np.ndarray]) -> torch.Tensor:
-    """float32 [queries, dims], in the order given; queries of equal length run together, so nothing is padded."""
+@dataclass(frozen=True)
+class Queries:
+    """The labelled texts of a token file."""
+
+    ids: list[np.ndarray]
+    pools: list[np.ndarray]  # for each text, 1 where it is pooled: at all tokens, if the file has no `pool`
+    has_pool: bool
+    labels: np.ndarray
+    train: int  # the first that many fill
+    classes: list[str]
+    content: str  # digest
+
+
+def embed(
+    model: torch.jit.ScriptModule, queries: list[np.ndarray], pools: list[np.ndarray] | None = None
+) -> torch.Tensor:
+    """float32 [queries, dims], in the order given; queries of equal length run together, so nothing is padded.
+
+    Where pools are given, they are the model's third input."""
     import torch
 
     by_length: dict[int, list[int]] = {}
@@ -54,8 +75,11 @@ def embed(model: torch.jit.ScriptModule, queries: list[np.ndarray]) -> torch.Ten
         for _, numbers in sorted(by_length.items()):
             for start in range(0, len(numbers), BATCH):
                 some = numbers[start : start + BATCH]
-                ids = torch.from_numpy(np.stack([queries[number] for number in some]).astype(np.int64))
-                embedded.append((some, model(ids, torch.ones_like(ids))))
+                ids, *pooling = (
+                    torch.from_numpy(np.stack([rows[number] for number in some]).astype(np.int64))
+                    for rows in ((queries,) if pools is None else (queries, pools))
+                )
+                embedded.append((some, model(ids, torch.ones_like(ids), *pooling)))
     first = embedded[0][1]
     if not isinstance(first, torch.Tensor) or first.dim() != 2:
         raise ModelError("the model's output is not one embedding [batch, dims] for each query; use a pooled model")
@@ -96,8 +120,7 @@ def accuracy(rows: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bia
     return (rows @ weight.T + bias).argmax(1).eq(labels).double().mean().item()
 
 
-def read_queries(path: Path) -> tuple[list[np.ndarray], np.ndarray, int, list[str], str]:
-    """Ids of each query, labels, how many of the queries fill, class names, digest of the content."""
+def read_queries(path: Path) -> Queries:
     loaded = token_file.load(path)
     if loaded is None:
         raise DataError(f"{path} is damaged; run prepare_data.py again")
@@ -108,14 +131,18 @@ def read_queries(path: Path) -> tuple[list[np.ndarray], np.ndarray, int, list[st
         train = int(arrays["request_offsets"][fill])
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(f"{path} holds no labelled queries ({error}); run prepare_data.py again") from error
-    queries = np.split(arrays["tokens"], offsets[1:-1])
-    if not 0 < train < len(queries):
-        raise DataError(f"{path} has {train} training queries of {len(queries)}; both splits must have some")
-    if len(labels) != len(queries):
-        raise DataError(f"{path} has {len(labels)} labels for {len(queries)} queries; run prepare_data.py again")
+    ids = np.split(arrays["tokens"], offsets[1:-1])
+    if not 0 < train < len(ids):
+        raise DataError(f"{path} has {train} training queries of {len(ids)}; both splits must have some")
+    if len(labels) != len(ids):
+        raise DataError(f"{path} has {len(labels)} labels for {len(ids)} queries; run prepare_data.py again")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(f"{path} has labels outside 0 to {len(classes) - 1}; run prepare_data.py again")
-    return queries, labels, train, classes, metadata["content_sha256"]
+    pool = arrays.get("pool", np.ones(len(arrays["tokens"]), dtype=np.int64))
+    if len(pool) != len(arrays["tokens"]):
+        raise DataError(f"{path} has {len(pool)} entries of pool for {len(arrays['tokens'])} tokens; prepare it again")
+    pools = np.split(pool, offsets[1:-1])
+    return Queries(ids, pools, "pool" in arrays, labels, train, classes, metadata["content_sha256"])
 
 
 def load_probe(path: Path) -> dict[str, str] | None:
@@ -128,13 +155,14 @@ def load_probe(path: Path) -> dict[str, str] | None:
     return metadata if whole else None
 
 
-def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> None:
+def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, queries: Queries) -> None:
     import torch
 
-    queries, labels, train, classes, content = read_queries(tokens)
+    target = tokens.with_name(f"{workload}.{model_file.stem}.probe.safetensors")
+    train, classes = queries.train, queries.classes
     model_digest = sha256_of(model_file)
     code = sha256_of(Path(__file__))
-    recipe = hashlib.sha256(f"{model_digest} {content} {code} {torch.__version__}".encode()).hexdigest()
+    recipe = hashlib.sha256(f"{model_digest} {queries.content} {code} {torch.__version__}".encode()).hexdigest()
     known = load_probe(target)
     if known and known.get("recipe") == recipe:
         print(f"{target.name}: already there, skipped", flush=True)
@@ -145,13 +173,13 @@ def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> N
     except RuntimeError as error:
         raise ModelError(f"{model_file} cannot be loaded as TorchScript; run export_models.py again") from error
     try:
-        rows = embed(model, queries)
+        rows = embed(model, queries.ids, queries.pools if pooling else None)
     except ModelError:
         raise
     except (RuntimeError, torch.jit.Error) as error:
         raise ModelError(f"{model_file} does not run on {tokens.name}: {str(error)[:500]}") from error
     embedding_seconds = time.monotonic() - started
-    wanted = torch.from_numpy(labels)
+    wanted = torch.from_numpy(queries.labels)
     weight, bias = fit(rows[:train], wanted[:train], len(classes), L2)
     on_train = accuracy(rows[:train], wanted[:train], weight, bias)
     test_rows, test_labels = rows[train:], wanted[train:]
@@ -177,38 +205,50 @@ def make_probe(workload: str, model_file: Path, tokens: Path, target: Path) -> N
     )
     print(
         f"{target.name}: {len(classes)} classes, accuracy {100 * on_train:.2f} % on {train} training queries, "
-        f"{100 * on_test:.2f} % on {len(queries) - train} test queries{in_scope}; embedding {embedding_seconds:.0f} s, "
+        f"{100 * on_test:.2f} % on {len(queries.ids) - train} test queries{in_scope}; embedding {embedding_seconds:.0f} s, "
         f"fitting {time.monotonic() - started - embedding_seconds:.0f} s",
         flush=True,
     )
+
+
+def read_sidecar(model_file: Path) -> tuple[str, bool]:
+    """The model's tokenizer, and whether it takes a pooling mask."""
+    sidecar = model_file.with_suffix(".json")
+    try:
+        known = json.loads(sidecar.read_text(encoding="utf-8"))
+        return known["tokenizer"], POOLING_MASK in known.get("inputs", [])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{sidecar} does not describe a model; run export_models.py again") from error
+    except OSError as error:
+        raise ModelError(f"{sidecar}: {error.strerror}; run export_models.py --only {model_file.stem} first") from error
 
 
 def run(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    model_file = options.models / f"{options.model}.pt"
-    sidecar = model_file.with_suffix(".json")
-    try:
-        tokenizer = json.loads(sidecar.read_text(encoding="utf-8"))["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{sidecar} does not describe a model; run export_models.py again") from error
-    except OSError as error:
-        raise ModelError(f"{sidecar}: {error.strerror}; run export_models.py --only {options.model} first") from error
+    exported = [name for name in MODELS if (options.models / f"{name}.json").exists()]
     with folder_lock(options.data):
-        for workload in dict.fromkeys(options.only or NAMES):
-            tokens = options.data / f"{workload}.{tokenizer}.safetensors"
-            if not tokens.exists():
-                print(f"{workload}: no {tokens.name} in {options.data}, no probe", flush=True)
-                continue
-            make_probe(workload, model_file, tokens, options.data / f"{workload}.{options.model}.probe.safetensors")
+        for model in options.model or exported or MODELS[:1]:
+            model_file = options.models / f"{model}.pt"
+            tokenizer, pooling = read_sidecar(model_file)
+            for workload in dict.fromkeys(options.only or NAMES):
+                tokens = options.data / f"{workload}.{tokenizer}.safetensors"
+                if not tokens.exists():
+                    print(f"{workload}: no {tokens.name} in {options.data}, no probe", flush=True)
+                    continue
+                queries = read_queries(tokens)
+                if options.only or queries.has_pool or not pooling:
+                    make_probe(workload, model_file, pooling, tokens, queries)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, metavar="DIR", required=True, help="exported models")
     parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="token files; the probes go there too")
-    parser.add_argument("--model", default="minilm-pooled", metavar="NAME", help="default: minilm-pooled")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help=f"default: those of {', '.join(MODELS)} that are exported"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=NAMES, help=f"default: {', '.join(NAMES)}")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; default: 1, always the same result")
     try:

@@ -283,8 +283,8 @@ main_bench() {
   fi
   ((${#models[@]} == 0)) || export_models "${models[@]}"
   prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots[0]:+--shots "${shots[0]}"}
-  # The probes judge what a cache does to the answers on labelled workloads; they need this model.
-  [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled)\  ]] || fit_probes
+  # The probes judge what a cache does to the answers on labelled workloads; they need one of these models.
+  [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]] || fit_probes
   run_benchmark "$@"
   replay_trace
   write_report

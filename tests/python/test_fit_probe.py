@@ -25,6 +25,23 @@ class ProbeTest(ToolTest):
         self.probe = self.data / "banking77.minilm-pooled.probe.safetensors"
         self.tokens = self.data / "banking77.bert-base-uncased.safetensors"
 
+    def write_pooling_model(self) -> None:
+        import torch
+
+        class Pooling(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = torch.nn.Embedding(32, DIMS)
+
+            def forward(self, ids: torch.Tensor, mask: torch.Tensor, pooling_mask: torch.Tensor) -> torch.Tensor:
+                states = self.embedding(ids) * pooling_mask.unsqueeze(-1)
+                return states.sum(1) / pooling_mask.sum(1, keepdim=True)
+
+        torch.manual_seed(0)
+        torch.jit.save(torch.jit.script(Pooling()), str(self.models / "minilm-pooled-mask.pt"))
+        sidecar = {"tokenizer": "bert-base-uncased", "inputs": ["input_ids", "attention_mask", "pooling_mask"]}
+        (self.models / "minilm-pooled-mask.json").write_text(json.dumps(sidecar))
+
     def write_model(self, per_token: bool = False, nan: bool = False) -> None:
         import torch
 
@@ -154,6 +171,51 @@ class ProbeTest(ToolTest):
             ids = torch.tensor([query.tolist()])
             self.assertTrue(torch.allclose(row, model(ids, torch.ones_like(ids))[0], atol=1e-6))
 
+    def test_embeddings_are_pooled_where_they_are_told(self) -> None:
+        import torch
+
+        self.write_pooling_model()
+        model = torch.jit.load(str(self.models / "minilm-pooled-mask.pt"))
+        queries = [np.array([n % 30, 5, 7 + n % 3][: 2 + n % 2], dtype=np.int32) for n in range(70)]
+        pools = [np.eye(len(query), dtype=np.int64)[n % len(query)] for n, query in enumerate(queries)]
+        rows = fit_probe.embed(model, queries, pools)
+        for query, pool, row in zip(queries, pools, rows, strict=True):
+            self.assertTrue(torch.allclose(row, model.embedding.weight[query[pool.argmax()]], atol=1e-6))
+
+    def test_each_model_has_a_probe_of_its_own(self) -> None:
+        """Pooled over the token that tells the class one model can tell them apart, over all tokens the other less."""
+        self.write_model()
+        self.write_pooling_model()
+        self.write_tokens()
+        status, out, err = self.fit()  # the file has no pool: all tokens are pooled
+        self.assertEqual(status, 0, err)
+        names = {path.name for path in self.data.glob("*.probe.safetensors")}
+        kinds = ("minilm-pooled", "minilm-pooled-mask")
+        self.assertEqual(names, {f"banking77.{kind}.probe.safetensors" for kind in kinds})
+
+        loaded = token_file.load(self.tokens)
+        assert loaded is not None
+        pool = np.zeros(len(loaded[0]["tokens"]), dtype=np.int64)
+        pool[loaded[0]["sequence_offsets"][:-1]] = 1
+        self.write_tokens(pool=pool)
+        status, out, err = self.fit("--model", "minilm-pooled-mask")
+        self.assertEqual((status, "skipped" in out), (0, False), err)
+        found = token_file.load(self.data / "banking77.minilm-pooled-mask.probe.safetensors")
+        assert found is not None
+        self.assertEqual(found[1]["model"], "minilm-pooled-mask")
+        draw = np.random.default_rng(0)
+        labels = draw.integers(0, len(CLASSES), TRAIN + TEST)
+        told = loaded[0]["tokens"][loaded[0]["sequence_offsets"][:-1]] != 25
+        most = (told[:TRAIN].sum() + np.bincount(labels[:TRAIN][~told[:TRAIN]]).max()) / TRAIN
+        self.assertAlmostEqual(float(found[1]["train_accuracy"]), most, places=5)
+
+    def test_a_pooling_model_is_for_workloads_with_a_pool(self) -> None:
+        self.write_pooling_model()
+        self.write_tokens()
+        status, _, err = self.run_tool(fit_probe, "--models", self.models, "--data", self.data)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(list(self.data.glob("*.probe.safetensors")), [])
+
     def test_without_token_file_there_is_no_probe(self) -> None:
         self.write_model()
         status, out, err = self.fit()
@@ -175,6 +237,8 @@ class ProbeTest(ToolTest):
         self.assert_fails("labels outside 0 to 2")
         self.write_tokens(labels=np.zeros(5, dtype=np.int64))
         self.assert_fails("5 labels")
+        self.write_tokens(pool=np.ones(5, dtype=np.int64))
+        self.assert_fails("5 entries of pool")
 
     def test_bad_models(self) -> None:
         self.write_tokens()
