@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import report_budget as budget
 import report_charts as charts
 from atomic_files import write_atomically
+from report_drawing import MOST_LINES
 from report_numbers import error_number, interval, measured, mebibytes, percent, plain_number
 from report_records import (
     ReportError,
@@ -51,7 +53,7 @@ class Section:
 
 
 def _titled(sweep: Sweep, svg: str, notes: list[str] | None = None) -> Chart:
-    hidden = len(sweep.lines) - charts.MOST_LINES
+    hidden = len(sweep.lines) - MOST_LINES
     more = [f"{hidden} more of these runs are in the tables only."] if hidden > 0 else []
     return Chart(f"{sweep.model}, {sweep.workload}", svg, sweep.random, (notes or []) + more)
 
@@ -77,12 +79,46 @@ def sections(rows: list[Row], traces: list[dict[str, Any]]) -> list[Section]:
             f"{BENCH} --fidelity threshold --threshold 0.80,0.85,0.90,0.95,0.99 --json tau.json",
         ),
         Section(
+            "Promised and observed error",
+            "Of runs under an error budget ε. The horizontal ticks are the upper bounds that calibration promised, the "
+            "markers the error that came on requests which calibration never saw, with its 95\u2009% interval. A run "
+            "keeps its budget if its marker lies below the dashed line.",
+            [
+                _titled(sweep, budget.error_chart(sweep, f"errors{number}"))
+                for number, sweep in enumerate(budget.error_sweeps(rows))
+            ],
+            "Not shown: no record has a promised or an observed error.",
+            f"{BENCH} --fidelity budget --epsilon 0.005,0.01,0.02,0.05 --json budget.json",
+        ),
+        Section(
+            "Speed and answers over the error budget",
+            "Above: how many times as fast. Below: what happened to the answers, the shaded area around a line is the "
+            "95\u2009% interval.",
+            [
+                _titled(sweep, budget.epsilon_chart(sweep, f"epsilon{number}"))
+                for number, sweep in enumerate(budget.budget_sweeps(rows))
+            ],
+            "Not shown: no model and workload was run with several error budgets.",
+            f"{BENCH} --fidelity budget --epsilon 0.005,0.01,0.02,0.05 --json budget.json",
+        ),
+        Section(
+            "Early exits by layer",
+            "Share of the sequences that were answered from the state in front of this layer, so that it and all layers "
+            "above were skipped. Layer 0 is the first: an exit there costs no layer.",
+            [
+                _titled(sweep, budget.exits_chart(sweep, f"exits{number}"))
+                for number, sweep in enumerate(by_layer(rows, "exits_by_layer"))
+            ],
+            "Not shown: no record has early exits.",
+            f"{BENCH} --model minilm-pooled --fidelity budget --epsilon 0.01 --json exits.json",
+        ),
+        Section(
             "Hit rate by layer",
             "Share of the sequences that went on from the kept output of this layer, so that all layers up to it were "
             "skipped. Layers are numbered from 0.",
             [
                 _titled(sweep, charts.layer_chart(sweep, f"layers{number}"))
-                for number, sweep in enumerate(by_layer(rows))
+                for number, sweep in enumerate(by_layer(rows, "hit_rate_by_layer"))
             ],
             "Not shown: no record has a hit rate for each layer.",
             f"{BENCH} --fidelity threshold --threshold 0.85 --cache-layers all --json layers.json",
@@ -164,6 +200,7 @@ def render(documents: list[dict[str, Any]]) -> str:
         any_prefill=any(row.prefill_ms for row in rows),
         any_decode=any(row.decode_ms for row in rows),
         any_greedy=any(row.greedy_text for row in rows),
+        any_budget=any(measured(row.budget_epsilon) for row in rows),
         any_recall=any(measured(row.recall) or measured((row.task or {}).get("recall")) for row in rows),
     )
 

@@ -1,73 +1,40 @@
-"""The report's charts: matplotlib SVG, as wide as a phone, in colours that colour-blind readers can tell apart.
-
-Lines differ in marker and dash as well as in colour, and bars carry their names and numbers."""
+"""The report's charts of records and traces. Bars carry their names and numbers."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
+from report_drawing import (
+    COLOURS,
+    INK,
+    LABEL_WIDTH,
+    MOST_LINES,
+    WIDTH,
+    draw,
+    evenly,
+    legend,
+    log_axis,
+    new_panels,
+    plain,
+    pyplot,
+    quiet,
+    svg_of,
+)
 from report_numbers import THIN, measured, percent, plain_number
 from report_records import PAPER_BAND, Model, Row, Sweep
 
-WIDTH = 4.2  # inches: 400 CSS pixels, a phone's width, where text keeps its size
 GREY = "#8a8f98"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08900", "#56b4e9")  # after Okabe and Ito
-MARKERS = "os^DvP"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-MOST_LINES = len(COLOURS)
-INK = "#123456"  # stands for the page's text colour inside charts
 BAR_ROW = 0.36  # inches: a line of text and a bar
-LABEL_WIDTH = 60  # characters that fit beside one another
-
-
-def _plt() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.unicode_minus": True}
-    )
-    for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
-        plt.rcParams[name] = INK
-    return plt
-
-
-def _quiet(axes: Any, grid: str = "both") -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Any, name: str, title: str) -> str:
-    plt = _plt()
-    plt.rcParams["svg.hashsalt"] = name  # ids must differ between the charts of one page
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
-    return text.replace(
-        "<svg ", f'<svg role="img" preserveAspectRatio="xMinYMin" aria-label="{html.escape(title)}" ', 1
-    )
 
 
 # --- bars -----------------------------------------------------------------------------------------
 
 
 def _bars(places: float) -> tuple[Any, Any]:
-    figure, axes = _plt().subplots(figsize=(WIDTH, 0.5 + BAR_ROW * places), layout="constrained")
-    _quiet(axes, "x")
+    figure, axes = pyplot().subplots(figsize=(WIDTH, 0.5 + BAR_ROW * places), layout="constrained")
+    quiet(axes, "x")
     axes.spines["left"].set_visible(False)
     axes.set_yticks([])
     return figure, axes
@@ -76,7 +43,7 @@ def _bars(places: float) -> tuple[Any, Any]:
 def _above(axes: Any, place: float, text: str, **how: Any) -> None:
     """Text at the left edge, above the bar at this place."""
     how = {"va": "bottom", "linespacing": 1.0, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4}, **how}
-    axes.text(0, place - 0.24, _plain(text), transform=axes.get_yaxis_transform(), **how).set_in_layout(False)
+    axes.text(0, place - 0.24, plain(text), transform=axes.get_yaxis_transform(), **how).set_in_layout(False)
 
 
 def _name(row: Row) -> str:
@@ -86,10 +53,6 @@ def _name(row: Row) -> str:
 def _further(label: str) -> float:
     """What the lines of a label beyond the first need, in places."""
     return 0.42 * label.count("\n")
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # no mathematics
 
 
 def colours_of(rows: list[Row]) -> dict[str, str]:
@@ -165,7 +128,7 @@ def _times_chart(
     else:
         axes.set_xlim(0, max(*values, 1.0) * 1.6)
     axes.set_xlabel(axis + (" (log scale)" if wide else ""))
-    return _svg(figure, name, title)
+    return svg_of(figure, name, title)
 
 
 def latency_chart(model: Model, chosen: list[Row], name: str, colours: dict[str, str]) -> str:
@@ -187,78 +150,35 @@ def latency_chart(model: Model, chosen: list[Row], name: str, colours: dict[str,
     axes.set_ylim(place + 0.4, -0.8)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms a request: p50 (bar), p95 (tick)")
-    return _svg(figure, name, f"Latency of {model.name}")
+    return svg_of(figure, name, f"Latency of {model.name}")
 
 
 # --- lines ----------------------------------------------------------------------------------------
-
-Value = Callable[[Row], float | None]
 
 
 def _percent_hits(row: Row) -> float | None:
     return 100 * row.hit_rate if measured(row.hit_rate) else None
 
 
-def _draw(axes: Any, place: int, xs: list[float], ys: list[float | None], label: str = "") -> None:
-    axes.plot(
-        xs,
-        [math.nan if y is None else y for y in ys],
-        color=COLOURS[place],
-        marker=MARKERS[place],
-        linestyle=DASHES[place],
-        markersize=5,
-        linewidth=1.6,
-        label=_plain(textwrap.fill(label, LABEL_WIDTH - 8)),
-    )
-
-
-def evenly(items: list[Any], count: int) -> list[Any]:
-    """At most `count` of the items, first and last among them."""
-    if len(items) <= count:
-        return items
-    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2)
-
-
-def _panels(count: int, lines: int, height: float) -> tuple[Any, list[Any]]:
-    figure, axes = _plt().subplots(
-        count, 1, figsize=(WIDTH, height + 0.2 * lines), layout="constrained", sharex=True, squeeze=False
-    )
-    for one in axes[:, 0]:
-        _quiet(one)
-    return figure, list(axes[:, 0])
-
-
-def _log_axis(axes: Any, values: list[float], text: Callable[[float], str]) -> None:
-    axes.set_xscale("log", base=2)
-    ticks = evenly(sorted(set(values)), 7)
-    axes.set_xticks(ticks, [text(value) for value in ticks])
-    axes.minorticks_off()
-
-
-def tau_chart(sweep: Sweep, name: str) -> str:
-    """Over the threshold: speed-up above, what happened to the answers below."""
+def speed_and_answers(sweep: Sweep, setting: str) -> tuple[Any, Any, Any, list[Row]]:
+    """Over the setting: speed-up in the upper panel, what happened to the answers in the lower; and the rows shown."""
     lines = evenly(sweep.lines, MOST_LINES)
     all_rows = [row for _, rows in lines for row in rows]
     qualities = [row.quality for row in all_rows]
     first = next((quality for quality in qualities if quality and measured(quality.change)), None)
-    figure, (above, below) = _panels(2, len(lines), 3.9)
+    figure, (above, below) = new_panels(2, len(lines), 3.9)
     for place, (label, rows) in enumerate(lines):
-        xs = [row.threshold for row in rows]
-        _draw(above, place, xs, [r.speedup_vs_nocache if measured(r.speedup_vs_nocache) else None for r in rows], label)
+        xs = [row.record[setting] for row in rows]
+        draw(above, place, xs, [r.speedup_vs_nocache if measured(r.speedup_vs_nocache) else None for r in rows], label)
         if first:
             known = [row.quality for row in rows]
             same = [q if q and q.metric == first.metric and measured(q.change) else None for q in known]
-            _draw(below, place, xs, [q.change * q.scale if q else None for q in same])
+            draw(below, place, xs, [q.change * q.scale if q else None for q in same])
             bounds = [q.ci95 if q and q.ci95 else (math.nan, math.nan) for q in same]
             low, high = ([first.scale * bound[side] for bound in bounds] for side in (0, 1))
             below.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
         else:
-            _draw(below, place, xs, [(row.divergence or {}).get("mean") for row in rows])
+            draw(below, place, xs, [(row.divergence or {}).get("mean") for row in rows])
     if first:
         worse = "higher is worse" if first.lower_is_better else "lower is worse"
         unit = f" ({first.unit})" if first.unit else ""
@@ -269,6 +189,12 @@ def tau_chart(sweep: Sweep, name: str) -> str:
         below.set_ylim(bottom=0)
     above.set_ylabel("times as fast as\nwithout a cache")
     above.axhline(1, color=INK, linewidth=1.2, linestyle="--")
+    legend(figure, above)
+    return figure, above, below, all_rows
+
+
+def tau_chart(sweep: Sweep, name: str) -> str:
+    figure, above, below, rows = speed_and_answers(sweep, "threshold")
     for axes in (above, below):
         axes.axvspan(*PAPER_BAND, color="#f0e442", alpha=0.35, linewidth=0, zorder=0)
     label = f"{PAPER_BAND[0]:g} to {PAPER_BAND[1]:g}: the paper's choice"
@@ -283,45 +209,49 @@ def tau_chart(sweep: Sweep, name: str) -> str:
         fontsize=8,
     )
     below.set_xlabel("similarity threshold τ")
-    thresholds = [row.threshold for row in all_rows]
+    thresholds = [row.threshold for row in rows]
     span = max(*thresholds, 0.95) - min(*thresholds, 0.8)
     step = 0.05 if span < 0.25 else 0.1 if span < 0.7 else 0.2
-    below.xaxis.set_major_locator(_plt().MultipleLocator(step))
+    below.xaxis.set_major_locator(pyplot().MultipleLocator(step))
     below.set_xlim(min(*thresholds, 0.8) - 0.01, max(*thresholds, 0.95) + 0.01)
-    _legend(figure, above)
-    return _svg(figure, name, f"Speed-up and quality over the threshold, {sweep.model}, {sweep.workload}")
+    return svg_of(figure, name, f"Speed-up and quality over the threshold, {sweep.model}, {sweep.workload}")
 
 
 def layer_chart(sweep: Sweep, name: str) -> str:
+    return chart_by_layer(sweep, "hit_rate_by_layer", "hit rate (%)", name, "Hit rate by layer")
+
+
+def chart_by_layer(sweep: Sweep, field: str, axis: str, name: str, title: str) -> str:
+    """A line for each record: the shares that it lists under `field`, one a layer."""
     lines = sweep.lines[:MOST_LINES]
-    figure, (axes,) = _panels(1, len(lines), 2.4)
+    figure, (axes,) = new_panels(1, len(lines), 2.4)
     deepest = 0
     for place, (label, (row,)) in enumerate(lines):
-        rates = [100 * rate if measured(rate) else None for rate in row.hit_rate_by_layer]
+        rates = [100 * rate if measured(rate) else None for rate in row.record[field]]
         deepest = max(deepest, len(rates))
-        _draw(axes, place, list(range(len(rates))), rates, label)
+        draw(axes, place, list(range(len(rates))), rates, label)
     axes.set_xticks(evenly(list(range(deepest)), 13))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
-    axes.set_ylabel("hit rate (%)")
-    _legend(figure, axes)
-    return _svg(figure, name, f"Hit rate by layer, {sweep.model}, {sweep.workload}")
+    axes.set_ylabel(axis)
+    legend(figure, axes)
+    return svg_of(figure, name, f"{title}, {sweep.model}, {sweep.workload}")
 
 
 def capacity_chart(sweep: Sweep, name: str) -> str:
     lines = evenly(sweep.lines, MOST_LINES)
-    figure, (axes,) = _panels(1, len(lines), 2.4)
+    figure, (axes,) = new_panels(1, len(lines), 2.4)
     sizes: list[float] = []
     for place, (label, rows) in enumerate(lines):
         xs = [row.capacity_bytes / 2**20 for row in rows]
         sizes += xs
-        _draw(axes, place, xs, [_percent_hits(row) for row in rows], label)
-    _log_axis(axes, sizes, lambda size: f"{size:g}" if size < 1 else plain_number(round(size)))
+        draw(axes, place, xs, [_percent_hits(row) for row in rows], label)
+    log_axis(axes, sizes, lambda size: f"{size:g}" if size < 1 else plain_number(round(size)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("cache capacity (MiB, log scale)")
     axes.set_ylabel("hit rate (%)")
-    _legend(figure, axes)
-    return _svg(figure, name, f"Hit rate over capacity, {sweep.model}, {sweep.workload}")
+    legend(figure, axes)
+    return svg_of(figure, name, f"Hit rate over capacity, {sweep.model}, {sweep.workload}")
 
 
 def growth_text(rows: list[Row]) -> str:
@@ -353,7 +283,7 @@ def eviction_chart(document: dict[str, Any], name: str) -> str:
     lines = eviction_lines(document)
     if not lines:
         return ""
-    figure, (axes,) = _panels(1, len(lines) + 1, 2.8)
+    figure, (axes,) = new_panels(1, len(lines) + 1, 2.8)
     place = 0
     sizes: list[float] = []
     for policy, points in lines.items():
@@ -362,17 +292,17 @@ def eviction_chart(document: dict[str, Any], name: str) -> str:
         if policy == "belady":
             axes.plot(xs, ys, color=INK, linestyle=(0, (4, 2)), marker="x", linewidth=1.4, label="belady (optimum)")
         else:
-            _draw(axes, place % MOST_LINES, xs, ys, policy)
+            draw(axes, place % MOST_LINES, xs, ys, policy)
             place += 1
     bound = document.get("unbounded_hit_rate")
     if measured(bound):
         axes.axhline(100 * bound, color=INK, linewidth=1, linestyle=":", label=f"nothing evicted ({percent(bound)})")
-    _log_axis(axes, sizes, lambda size: plain_number(round(size)))
+    log_axis(axes, sizes, lambda size: plain_number(round(size)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("capacity (blocks, log scale)")
     axes.set_ylabel("hit rate (%)")
-    _legend(figure, axes)
-    return _svg(figure, name, "Hit rate of eviction policies over capacity")
+    legend(figure, axes)
+    return svg_of(figure, name, "Hit rate of eviction policies over capacity")
 
 
 def eviction_lines(document: dict[str, Any]) -> dict[str, dict[float, float]]:

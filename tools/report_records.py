@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from report_numbers import Quality, measured, mebibytes, plain_number, quality
+from report_numbers import Quality, interval, measured, mebibytes, percent, plain_number, quality
 
 SCHEMA = 1
 REQUIRED = ("model", "weights", "workload", "mode", "threads", "requests", "tokens", "latency_ms")
@@ -22,9 +23,13 @@ OBJECTS = (
     "decode_ms",
     "later_turns",
     "greedy",
+    "observed_error",
+    "share_reused",
 )
+LISTS = ("hit_rate_by_layer", "exits_by_layer")
 PLAIN = "nocache"
 PAPER_BAND = (0.82, 0.88)  # similarity thresholds that the LLMCache paper calls best
+USUAL_EPSILON = 0.01  # the error budget that stands for the others where one must
 # What makes two records of one model and workload different runs, and how it is written.
 SETTINGS = (
     "weights_held",
@@ -33,6 +38,10 @@ SETTINGS = (
     "fingerprint",
     "fingerprint_layer",
     "centring",
+    "budget_metric",
+    "budget_epsilon",
+    "budget_delta",
+    "cache_free",
     "cache_layers",
     "eviction",
     "ttl_seconds",
@@ -44,7 +53,7 @@ SETTINGS = (
 )
 
 
-ALWAYS_SHOWN = ("weights_held", "threshold", "fingerprint", "centring")
+ALWAYS_SHOWN = ("weights_held", "threshold", "fingerprint", "centring", "budget_metric", "budget_epsilon", "cache_free")
 CENTRING = {"off": "not centred", "running": "centred", "fitted": "centred (fitted)"}
 
 
@@ -61,6 +70,12 @@ def setting_text(name: str, value: Any) -> str:
         return "" if value == "as-loaded" else str(value)
     if name == "fingerprint":
         return str(value)
+    if name in ("budget_epsilon", "budget_delta"):
+        return f"{'ε' if name == 'budget_epsilon' else 'δ'}\u00a0{value:g}" if measured(value) else f"{name} {value}"
+    if name == "budget_metric":
+        return f"{value} error"
+    if name == "cache_free":
+        return "no neighbours" if value is True else ""
     if name == "centring":
         return CENTRING.get(str(value), f"centring {value}")
     if isinstance(value, list):
@@ -118,6 +133,25 @@ class Row:
             return later["speedup_vs_kvcache"], "later turns"
         found = self.prefill_speedup_vs_kvcache
         return (found, "prefill") if measured(found) else None
+
+    @property
+    def observed_text(self) -> str:
+        """The error rate against nocache with its interval; empty where it was not observed."""
+        found = self.observed_error or {}
+        if not measured(found.get("value")):
+            return ""
+        bounds = interval([found.get("low"), found.get("high")])
+        return percent(found["value"]) + (f" ({percent(bounds[0])} to {percent(bounds[1])})" if bounds else "")
+
+    @property
+    def reused_texts(self) -> list[str]:
+        """In which ways sequences were answered under a budget, with their shares."""
+        shares = self.share_reused or {}
+        return [
+            f"{name.replace('_', ' ')} {percent(share)}"
+            for name, share in shares.items()
+            if measured(share) and share > 0
+        ]
 
     @property
     def greedy_text(self) -> str:
@@ -179,8 +213,9 @@ def read_document(path: Path) -> dict[str, Any]:
         wrong = [name for name in OBJECTS if not isinstance(record.get(name), dict | None)]
         if wrong:
             raise ReportError(f"{path}: record {number}: {', '.join(wrong)} is not an object; run the benchmark again")
-        if not isinstance(record.get("hit_rate_by_layer"), list | None):
-            raise ReportError(f"{path}: record {number}: hit_rate_by_layer is not a list; run the benchmark again")
+        wrong = [name for name in LISTS if not isinstance(record.get(name), list | None)]
+        if wrong:
+            raise ReportError(f"{path}: record {number}: {', '.join(wrong)} is not a list; run the benchmark again")
     return document
 
 
@@ -230,21 +265,32 @@ def group(rows: list[Row]) -> list[Model]:
 
 
 def headline(rows: list[Row]) -> list[Row]:
-    """One cached run of each series: the threshold nearest the middle of the paper's band, the largest capacity."""
+    """One cached run of each series: the threshold nearest the middle of the paper's band, the error budget nearest the
+    usual one, the largest capacity."""
     middle = sum(PAPER_BAND) / 2
     best: dict[tuple[str, ...], Row] = {}
 
-    def rank(row: Row) -> tuple[float, float]:
+    def rank(row: Row) -> tuple[float, float, float]:
         distance = abs(row.threshold - middle) if measured(row.threshold) else 0.0
-        return -round(distance, 9), row.capacity_bytes if measured(row.capacity_bytes) else 0
+        ratio = budget_of(row) / USUAL_EPSILON if budget_of(row) else 1.0
+        return -round(distance, 9), -round(abs(math.log(ratio)), 9), capacity_of(row)
 
     for row in rows:
         if row.plain:
             continue
-        key = row.key("threshold", "capacity_bytes")
+        key = row.key("threshold", "capacity_bytes", "budget_epsilon")
         if key not in best or rank(row) > rank(best[key]):
             best[key] = row
     return list(best.values())
+
+
+def budget_of(row: Row) -> float:
+    """The error budget epsilon; 0 without one."""
+    return row.budget_epsilon if measured(row.budget_epsilon) and row.budget_epsilon > 0 else 0.0
+
+
+def capacity_of(row: Row) -> float:
+    return row.capacity_bytes if measured(row.capacity_bytes) else 0.0
 
 
 @dataclass
@@ -257,15 +303,15 @@ class Sweep:
     lines: list[tuple[str, list[Row]]]  # name, rows by rising value
 
 
-def sweeps(rows: list[Row], setting: str) -> list[Sweep]:
-    """Lines of at least two different values of the setting; of equal records the last one counts."""
+def sweeps(rows: list[Row], setting: str, least: int = 2) -> list[Sweep]:
+    """Lines of at least that many different values of the setting; of equal records the last one counts."""
     lines: dict[tuple[str, ...], dict[float, Row]] = {}
     for row in rows:
         if not row.plain and measured(row.record.get(setting)):
             lines.setdefault(row.key(setting), {})[row.record[setting]] = row
     found: dict[tuple[str, str, str], list[list[Row]]] = {}
     for line in lines.values():
-        if len(line) > 1:
+        if len(line) >= least:
             ordered = [line[value] for value in sorted(line)]
             first = ordered[0]
             found.setdefault((first.model, first.weights, first.workload), []).append(ordered)
@@ -278,12 +324,12 @@ def sweeps(rows: list[Row], setting: str) -> list[Sweep]:
     return result
 
 
-def by_layer(rows: list[Row]) -> list[Sweep]:
-    """Records with a hit rate for each layer, by model and workload; each is a line of its own, headlines first."""
+def by_layer(rows: list[Row], field: str) -> list[Sweep]:
+    """Records with a number for each layer under `field`, by model and workload; each is a line of its own, headlines first."""
     first = headline(rows)
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if any(map(measured, row.hit_rate_by_layer or [])):
+        if any(map(measured, row.record.get(field) or [])):
             found.setdefault((row.model, row.weights, row.workload), []).append(row)
     return [
         Sweep(

@@ -12,6 +12,7 @@ from support import ToolTest  # lets the tools be imported
 
 # isort: split
 import report
+import report_budget
 import report_charts
 from report_numbers import quality
 from report_records import headline, rows_of, sweeps
@@ -48,6 +49,22 @@ DECODER: dict[str, Any] = {
     "prefill_speedup_vs_kvcache": 3.75,
     "tokens_reused_fraction": 0.815,
     "tokens_shared_fraction": 0.0,
+}
+BUDGET: dict[str, Any] = {
+    **REAL,
+    "fidelity": "budget",
+    "budget_metric": "decision",
+    "budget_epsilon": 0.01,
+    "budget_delta": 0.05,
+    "promised_error": 0.0091,
+    "observed_error": {"value": 0.0062, "low": 0.0034, "high": 0.0113, "n": 1540},
+    "calibration_requests": 1251,
+    "share_reused": {"early_exit": 0.75, "cache_free_exit": 0.05, "token_reuse": 0.0, "segment_reuse": None},
+    "exits_by_layer": [0.6, 0.1, 0.05, 0.05, 0.0, 0.0],
+    "audits": 77,
+    "gate_closings": 1,
+    "gate_reopenings": 0,
+    "cache_free": False,
 }
 DROPS = {0.8: 0.086, 0.85: 0.051, 0.9: 0.012, 0.95: 0.0}  # threshold -> lost accuracy
 
@@ -117,6 +134,9 @@ class ReportTest(ToolTest):
             ({"prefill_ms": 3}, "prefill_ms is not an object"),
             ({"greedy": "all"}, "greedy is not an object"),
             ({"later_turns": [1]}, "later_turns is not an object"),
+            ({"observed_error": 0.01}, "observed_error is not an object"),
+            ({"share_reused": [0.5]}, "share_reused is not an object"),
+            ({"exits_by_layer": 0.5}, "exits_by_layer is not a list"),
         ):
             with self.subTest(wanted):
                 status, _, err = self.report(self.records({}, change))
@@ -126,7 +146,7 @@ class ReportTest(ToolTest):
     def test_old_records_say_how_to_get_each_chart(self) -> None:
         status, page, err = self.report(self.records({}))
         self.assertEqual(status, 0, err)
-        self.assertEqual(page.count("Not shown:"), 4)
+        self.assertEqual(page.count("Not shown:"), 7)
         for command in ("--threshold 0.80", "--cache-layers all", "--capacity-mib", "llmcache-trace --json"):
             self.assertIn(command, page)
 
@@ -172,6 +192,18 @@ class ReportTest(ToolTest):
                     "tokens_per_second": value,
                     "later_turns": {"speedup_vs_kvcache": value},
                     "greedy": {"compared": value, "different": value, "tied": value, "differences": value},
+                    "budget_metric": value,
+                    "budget_epsilon": value,
+                    "budget_delta": value,
+                    "promised_error": value,
+                    "observed_error": {"value": value, "low": value, "high": value, "n": value},
+                    "calibration_requests": value,
+                    "share_reused": {"early_exit": value},
+                    "exits_by_layer": [value, value],
+                    "audits": value,
+                    "gate_closings": value,
+                    "gate_reopenings": value,
+                    "cache_free": value,
                 }
                 status, page, err = self.report(self.records(record, record))
                 self.assertEqual(status, 0, err)
@@ -238,6 +270,71 @@ class ReportTest(ToolTest):
         self.assertEqual(status, 0, err)
         for text in ("kvcache", "prefill", "greedy", "tokens/s"):
             self.assertNotIn(text, page)
+
+    def budgets(self) -> list[dict[str, Any]]:
+        """Two lines of three budgets; one record was not audited, another has no interval."""
+        records = [
+            {**BUDGET, "budget_epsilon": epsilon, "speedup_vs_nocache": speed, "cache_free": free, "task": task(-epsilon)}
+            for free in (False, True)
+            for epsilon, speed in ((0.005, 2.9), (0.01, 3.5), (0.02, 5.25))
+        ]
+        records[0].update(audits=None, gate_closings=None, promised_error=None)
+        records[1]["observed_error"] = {"value": 0.02, "low": None, "high": None, "n": 100}
+        return records
+
+    def test_budgets(self) -> None:
+        status, page, err = self.report(self.records(*self.budgets()))
+        self.assertEqual(status, 0, err)
+        for chart in ("Promised and observed error", "Speed-up and quality over the error budget", "Early exits by layer"):
+            self.assertEqual(page.count(f'aria-label="{chart}, minilm, banking77"'), 1, chart)
+        self.assertEqual(page.count("Not shown:"), 4)
+        self.assertIn("the budget", page)
+        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
+        self.assertEqual(glance.count("ε\u00a00.01"), 2)  # of three budgets the usual one, of both kinds of exits
+        self.assertNotIn("ε\u00a00.02", glance)
+        self.assertIn("budget, decision error, ε\u00a00.01, no neighbours", glance)
+        self.assertIn("error 0.6\u2009% (0.3\u2009% to 1.1\u2009%), promised 0.9\u2009%", glance)
+        tables = page[page.index("All figures of") :]
+        for text in (
+            "<th>promised</th>",
+            "0.5\u2009%<small>decision</small>",
+            "<small>δ 5.0\u2009%</small>",
+            "0.6\u2009% (0.3\u2009% to 1.1\u2009%)<small>of 1\u2009540</small>",
+            "<td>2.0\u2009%<small>of 100</small>",
+            "<small>early exit 75.0\u2009%</small><small>cache free exit 5.0\u2009%</small></td>",
+            "<td>1\u2009251</td>",
+            "closed 1, reopened 0",
+        ):
+            self.assertIn(text, tables)
+
+    def test_one_budget_shows_its_error_but_no_line(self) -> None:
+        status, page, err = self.report(self.records(BUDGET))
+        self.assertEqual(status, 0, err)
+        self.assertEqual(page.count('aria-label="Promised and observed error'), 1)
+        self.assertIn("no model and workload was run with several error budgets", page)
+        nothing = {**BUDGET, **dict.fromkeys(name for name in BUDGET if name not in REAL or name == "task")}
+        status, page, err = self.report(self.records({**nothing, "budget_epsilon": 0.01}))
+        self.assertEqual(status, 0, err)
+        self.assertIn("no record has a promised or an observed error", page)
+        self.assertIn("no record has early exits", page)
+
+    def test_pages_without_budgets_have_no_columns_for_them(self) -> None:
+        status, page, err = self.report(self.records({}, REAL))
+        self.assertEqual(status, 0, err)
+        for text in ("<th>promised</th>", "<th>audits</th>", "calibration"):
+            self.assertNotIn(text, page)
+
+    def test_interval_of_the_observed_error(self) -> None:
+        """Bars reach from the marker to both ends of the interval, in percent."""
+        rows = rows_of([{"records": self.budgets()}])
+        self.assertEqual(report_budget.interval_bars(rows[1]), (0.0, 0.0))
+        below, above = report_budget.interval_bars(rows[2])
+        self.assertAlmostEqual(below, 0.28)
+        self.assertAlmostEqual(above, 0.51)
+        (sweep,) = report_budget.error_sweeps(rows)
+        self.assertEqual([[row.budget_epsilon for row in line] for _, line in sweep.lines], [[0.005, 0.01, 0.02]] * 2)
+        names = [name for name, _ in sweep.lines]
+        self.assertEqual(names, ["budget, decision error", "budget, decision error, no neighbours"])
 
     def test_packed_weights_are_named(self) -> None:
         changes = [{"weights_held": "as-loaded"}, {"weights_held": "packed-fp16"}]
