@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <sstream>
 #include <system_error>
 
@@ -36,11 +37,14 @@ Modes
              of a conversation. It is llmcache, fidelity lossless, emptied before each request and turn. Requests that
              are sent in one piece, such as the four choices of a question, are computed whole; their padding is not.
   llmcache   llmcache::LayerCache around the same module: weights are shared, not loaded twice. With --fidelity
-             identical, lossless or threshold: the last is the LLMCache paper (arXiv 2512.16843), whole hidden states of
-             the most similar earlier request where its similarity is T or more.
+             identical, lossless, budget or threshold. Budget: a sequence leaves the pass as soon as its answer can be
+             told well enough, so that the mean error stays at or below E; models with one pooled output a sequence,
+             and a workload with a training part, on which it is calibrated before the clock starts. Threshold is the
+             LLMCache paper (arXiv 2512.16843): whole hidden states of the most similar earlier request where its
+             similarity is T or more.
   doccache   the paper's rival, a semantic cache of final outputs: same fingerprint, same T; a hit returns the kept
              output of the most similar earlier request, and the model's layers do not run at all.
-  Every value of --threshold, --capacity-mib, --eviction and --weights is a setting with a cache of its own and a line
+  Every value of --threshold, --epsilon, --early-exit, --capacity-mib, --eviction and --weights is a setting with a cache of its own and a line
   of its own.
   threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured
   and prefixes are not reused.
@@ -77,7 +81,9 @@ Quality (models with random weights: none, only divergence)
   The change against nocache over the same requests follows, with its 95 % interval (paired bootstrap over requests).
 
 Columns
-  hits       sequences answered from an earlier request / all sequences.
+  hits       sequences answered from an earlier request, or before the last layer / all sequences.
+  promised   fidelity budget: upper bound of the error by calibration. error: mean over all sequences against nocache,
+             with its 95 % interval; audits, which count as served, are answered without error.
   requests   run, of those in the stream; fewer where the time budget ended first.
   speedup    sum of nocache latencies / sum of this setting's latencies, over the same requests.
   computed   tokens that went through the layers / real tokens; padding counts, so a plain padded batch is above 1.
@@ -224,11 +230,36 @@ Arguments parse_arguments(int argc, const char* const* argv) {
                           "others and where quality can be measured]")
                          ->check(CLI::IsMember({"nocache", "kvcache", "llmcache", "doccache"}));
   const auto* fidelity =
-      list("--fidelity", arguments.fidelities, "LEVEL",
-           "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical), lossless (and "
-           "padding is not computed; equal up to rounding), threshold (whole hidden states of similar requests: no "
-           "promise) [lossless,threshold; threshold as doccache]")
-          ->check(CLI::IsMember({"identical", "lossless", "threshold"}));
+      list(
+          "--fidelity", arguments.fidelities, "LEVEL",
+          "what llmcache may reuse: identical (whole outputs of identical requests, bit-identical), lossless (and "
+          "padding is not computed; equal up to rounding), budget (answers whose mean error stays below --epsilon), "
+          "threshold (whole hidden states of similar requests: no promise) [lossless,threshold; threshold as doccache]")
+          ->check(CLI::IsMember({"identical", "lossless", "budget", "threshold"}));
+  app.add_option("--metric", arguments.metric,
+                 "what the error of fidelity budget is: decision (another class than without cache; by the workload's "
+                 "probe where it has one), relative (distance to the output without cache / mean distance between "
+                 "outputs) [decision]")
+      ->check(CLI::IsMember({"decision", "relative"}))
+      ->type_name("METRIC");
+  app.add_option("--epsilon", arguments.epsilons,
+                 "error budgets of fidelity budget: largest mean error among all sequences [0.005,0.01,0.02]")
+      ->delimiter(',')
+      ->check(number_between(1e-6, 0.5))
+      ->type_name("E");
+  app.add_option("--delta", arguments.delta, "fidelity budget may fail with this probability over calibrations [0.1]")
+      ->check(number_between(1e-6, 1 - 1e-6))
+      ->type_name("D");
+  app.add_option(
+         "--calibration", arguments.calibration,
+         "of fidelity budget: auto (on the workload's training part, before the clock starts), or the file of a "
+         "profile: used if it is there, else calibrated and written; for one --epsilon and one --early-exit "
+         "[auto]")
+      ->type_name("auto|FILE");
+  list("--early-exit", arguments.early_exits, "HOW",
+       "of fidelity budget: neighbour (answers of similar sequences, corrected), cache-free (regressed from the state "
+       "alone) [neighbour,cache-free]")
+      ->check(CLI::IsMember({"neighbour", "cache-free"}));
   list("--weights", arguments.weights, "HOW",
        "how kvcache and llmcache hold the weights of linear layers: as-loaded, packed-fp32, packed-fp16 (half the "
        "memory; the quality columns say what it costs) [as-loaded]")
@@ -337,12 +368,21 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   }
   arguments.kvcache_asked = mode->count() > 0 && arguments.has_mode("kvcache");
   arguments.doccache_asked = mode->count() > 0;
+  arguments.budget_asked =
+      std::find(arguments.fidelities.begin(), arguments.fidelities.end(), "budget") != arguments.fidelities.end();
   arguments.threshold_asked = fidelity->count() > 0 || threshold->count() > 0;
   arguments.centre = centre == "on";
   make_unique(arguments.modes);
   make_unique(arguments.fidelities);
   make_unique(arguments.weights);
   make_unique(arguments.thresholds);
+  make_unique(arguments.epsilons);
+  std::sort(arguments.early_exits.begin(), arguments.early_exits.end(), std::greater<>());
+  arguments.early_exits.erase(std::unique(arguments.early_exits.begin(), arguments.early_exits.end()),
+                              arguments.early_exits.end());
+  if (arguments.calibration != "auto" && (arguments.epsilons.size() > 1 || arguments.early_exits.size() > 1)) {
+    throw Failure("--calibration FILE holds one profile: name one --epsilon and one --early-exit beside it");
+  }
   make_unique(arguments.evictions);
   make_unique(arguments.capacities_mib);
   if (arguments.pca && arguments.fingerprint != "pca") {
@@ -407,7 +447,16 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
       for (const std::string& weights : arguments.weights) {
         const Setting setting = {
             .mode = "llmcache", .fidelity = fidelity, .capacity_mib = capacity, .weights = weights};
-        if (fidelity != "threshold") {
+        if (fidelity == "budget") {
+          for (const double epsilon : arguments.epsilons) {
+            for (const std::string& early_exit : arguments.early_exits) {
+              if (!possible.budget) break;
+              all.push_back(setting);
+              all.back().epsilon = epsilon;
+              all.back().early_exit = early_exit;
+            }
+          }
+        } else if (fidelity != "threshold") {
           all.push_back(setting);
         } else if (similar || arguments.threshold_asked) {
           for (const std::string& eviction : arguments.evictions) {

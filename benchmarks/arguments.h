@@ -20,6 +20,12 @@ struct Arguments {
   bool kvcache_asked = false;         ///< by --mode: a model that has none is an error
   bool doccache_asked = false;        ///< by --mode: runs also where quality cannot be measured
   bool threshold_asked = false;       ///< by --fidelity or --threshold: the same
+  bool budget_asked = false;          ///< by --fidelity: a model or workload that has none is an error
+  std::string metric = "decision";    ///< of fidelity budget, what follows too
+  std::vector<double> epsilons = {0.005, 0.01, 0.02};
+  double delta = 0.1;
+  std::string calibration = "auto";  ///< or the path of a profile: read if it is there, else written
+  std::vector<std::string> early_exits = {"neighbour", "cache-free"};
   std::vector<double> thresholds = {0.85, 0.90, 0.95};
   std::string fingerprint = "simhash128";
   std::int64_t fingerprint_layer = 0;
@@ -68,6 +74,8 @@ struct Setting {
   std::string eviction = {};                      ///< of llmcache with fidelity threshold
   std::optional<std::int64_t> capacity_mib = {};  ///< unset for nocache; kvcache: enough
   std::string weights = "as-loaded";              ///< nocache and doccache: always so
+  std::optional<double> epsilon = {};             ///< of llmcache with fidelity budget
+  std::string early_exit = {};                    ///< the same
 };
 
 /// What can be done with a model on a workload.
@@ -75,6 +83,7 @@ struct Possible {
   bool quality = false;       ///< the quality of outputs can be measured
   bool prefix_reuse = false;  ///< the model can go on behind keys and values that are kept
   bool generation = false;    ///< text is generated, token by token
+  bool budget = false;        ///< answers can be reused within an error budget
 };
 
 /// What `arguments` ask for and is possible, nocache first. Doccache and fidelity threshold, unless asked for by name,

@@ -12,6 +12,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "calibration.h"
 #include "failure.h"
 #include "generation.h"
 #include "greedy.h"
@@ -45,13 +46,14 @@ struct Lane {
   double tokens_computed = 0;            // padding included where it was computed
   std::int64_t tokens_reused = 0;        // of prompts
   std::int64_t tokens_shared = 0;        // the same
+  std::vector<double> errors = {};       // one a sequence, in the metric of the budget, where one runs
   std::vector<double> divergences = {};  // one a request of which something came back, if nocache runs too
   std::vector<Sample> samples = {};      // one a request that can be scored
   std::optional<LastLogits> last = {};   // of the request before
   GreedyCount greedy = {};
 
   /// Computes what the model computes.
-  [[nodiscard]] bool exact() const { return !setting.threshold; }
+  [[nodiscard]] bool exact() const { return !setting.threshold && !setting.epsilon; }
   /// Asks for the outputs that the workload needs.
   [[nodiscard]] bool chooses_output() const { return setting.fidelity == "lossless"; }
 };
@@ -68,7 +70,9 @@ class Cell {
         progress_(context.progress),
         stream_(make_stream(tokens_, {arguments_.shuffle, arguments_.zipf, arguments_.limit})),
         decoder_(reuses_prefixes(context)),
-        scorer_(tokens_, model_.output_shape(), file_.vocabulary, probe()) {}
+        probe_(probe()),
+        scorer_(tokens_, model_.output_shape(), file_.vocabulary, probe_),
+        calibration_(model_, tokens_, arguments_, probe_, cut_at(), progress_) {}
 
   std::vector<Record> run() {
     say_what_is_cut();
@@ -117,6 +121,19 @@ class Cell {
                                  probe_path(arguments_.data_folder, tokens_.workload, file_.name).string()));
     }
     return found;
+  }
+
+  /// Errors of random weights mean nothing, and without a training part there is nothing to calibrate on.
+  [[nodiscard]] bool budget() const {
+    const bool possible = !file_.random_weights() && model_.output_shape().pooled_output >= 0 &&
+                          (tokens_.fill_requests > 0 || arguments_.calibration != "auto");
+    if (!possible && arguments_.budget_asked) {
+      progress_.note(
+          fmt::format("note: {} on {}: no fidelity budget: it takes trained weights, a pooled output and a "
+                      "training part",
+                      file_.name, tokens_.workload));
+    }
+    return possible;
   }
 
   [[nodiscard]] bool quality() const {
@@ -170,17 +187,18 @@ class Cell {
   }
 
   void make_lanes() {
-    const auto all = settings(arguments_, {.quality = quality(), .prefix_reuse = decoder_});
+    const auto all = settings(arguments_, {.quality = quality(), .prefix_reuse = decoder_, .budget = budget()});
     if (all.empty()) {
       throw Failure("nothing to run: --mode leaves no setting where quality cannot be measured; name --fidelity too");
     }
+    observes_errors_ = std::any_of(all.begin(), all.end(), [](const Setting& s) { return s.epsilon.has_value(); });
     output_ = choose_output();
     fingerprint_.kind = fingerprint_kind_from_string(arguments_.fingerprint);
     fingerprint_.centring = arguments_.centre ? Centring::kRunning : Centring::kOff;
     const bool similar = std::any_of(all.begin(), all.end(), [](const Setting& s) { return s.threshold.has_value(); });
     if (similar && fingerprint_.kind == FingerprintKind::kPca) fingerprint_.pca = pca();
     for (const Setting& setting : all) {
-      auto variant = make_variant(setting, {model_, arguments_, tokens_, fingerprint_});
+      auto variant = make_variant(setting, {model_, arguments_, tokens_, fingerprint_, &calibration_});
       lanes_.push_back({.setting = setting, .variant = std::move(variant), .served = ServedCounts(tokens_)});
     }
   }
@@ -349,6 +367,10 @@ class Cell {
                        Lane& lane) const {
     const double divergence = model_.divergence(plain.output, others);
     if (!std::isnan(divergence)) lane.divergences.push_back(divergence);
+    if (observes_errors_ && !lane.exact()) {
+      const auto errors = calibration_.errors(others.back().output, plain.output);
+      lane.errors.insert(lane.errors.end(), errors.begin(), errors.end());
+    }
     if (!compares_greedy(lane)) return;
     const at::Tensor expected = tensor_of(plain.output, model_.output_shape().logits_output);
     for (const Returned& call : others) {
@@ -413,9 +435,23 @@ class Cell {
       if (plain != nullptr && compares_greedy(lane)) r.greedy = lane.greedy.result();
     }
     lane.variant->describe(r);
+    if (!lane.errors.empty()) r.observed_error = observed(lane.errors);
     if (lane.setting.mode != "nocache" && lane.setting.mode != "kvcache") r.filled = filled_;
     if (!file_.random_weights()) judge(lane, r);
     return r;
+  }
+
+  /// Wilson's interval of a share of errors; of other errors the normal one of their mean.
+  [[nodiscard]] ObservedError observed(const std::vector<double>& errors) const {
+    const auto n = static_cast<std::int64_t>(errors.size());
+    const double value = mean(errors);
+    if (arguments_.metric == "decision") {
+      return {value, wilson(std::llround(value * static_cast<double>(n)), n), n};
+    }
+    double squares = 0;
+    for (const double error : errors) squares += (error - value) * (error - value);
+    const double half = 1.96 * std::sqrt(squares) / static_cast<double>(n);
+    return {value, {std::max(0.0, value - half), value + half}, n};
   }
 
   void judge(const Lane& lane, Record& r) const {
@@ -443,7 +479,10 @@ class Cell {
   Progress& progress_;
   const Stream stream_;
   const bool decoder_;
+  const std::optional<Probe> probe_;
   const Scorer scorer_;
+  Calibration calibration_;
+  bool observes_errors_ = false;
   std::string output_;
   FingerprintOptions fingerprint_;
   std::vector<Lane> lanes_;

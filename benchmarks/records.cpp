@@ -75,6 +75,34 @@ Json later_turns(const std::optional<LaterTurns>& value) {
           {"tokens_reused_fraction", number(value->tokens_reused_fraction)}};
 }
 
+Json observed_error(const std::optional<ObservedError>& value) {
+  if (!value) return nullptr;
+  return {{"value", number(value->value)},
+          {"low", number(value->ci95.low)},
+          {"high", number(value->ci95.high)},
+          {"n", value->of}};
+}
+
+/// The fields of a budget, all null where there is none.
+void write_budget(const std::optional<BudgetResult>& b, Json& json) {
+  const auto set = [&](const char* name, Json value) { json[name] = b ? std::move(value) : Json(nullptr); };
+  const BudgetResult r = b.value_or(BudgetResult{});
+  set("budget_metric", r.metric);
+  set("budget_epsilon", r.epsilon);
+  set("budget_delta", r.delta);
+  set("cache_free", r.cache_free);
+  set("promised_error", number(r.promised));
+  set("calibration_requests", r.calibration_requests);
+  set("share_reused", {{"early_exit", r.early_exit},
+                       {"cache_free_exit", r.cache_free_exit},
+                       {"token_reuse", r.token_reuse},
+                       {"segment_reuse", r.segment_reuse}});
+  set("exits_by_layer", r.exits_by_layer.empty() ? Json(nullptr) : Json(r.exits_by_layer));
+  set("audits", r.audits);
+  set("gate_closings", r.closings);
+  set("gate_reopenings", r.reopenings);
+}
+
 double number_from(const Json& json) { return json.is_null() ? kNotMeasured : json.get<double>(); }
 std::string text_from(const Json& json) { return json.is_null() ? std::string() : json.get<std::string>(); }
 
@@ -95,6 +123,32 @@ Summary summary_from(const Json& json) {
           .p95 = number_from(json.at("p95")),
           .p99 = number_from(json.at("p99")),
           .max = kNotMeasured};
+}
+
+/// Older results have no budgets.
+void read_budget(const Json& json, Record& r) {
+  if (const Json error = json.value("observed_error", Json(nullptr)); !error.is_null()) {
+    r.observed_error = {.value = number_from(error.at("value")),
+                        .ci95 = {number_from(error.at("low")), number_from(error.at("high"))},
+                        .of = error.at("n").get<std::int64_t>()};
+  }
+  if (json.value("budget_metric", Json(nullptr)).is_null()) return;
+  const Json& share = json.at("share_reused");
+  const Json& exits = json.at("exits_by_layer");
+  r.budget = {.metric = json.at("budget_metric").get<std::string>(),
+              .epsilon = number_from(json.at("budget_epsilon")),
+              .delta = number_from(json.at("budget_delta")),
+              .cache_free = json.at("cache_free").get<bool>(),
+              .promised = number_from(json.at("promised_error")),
+              .calibration_requests = json.at("calibration_requests").get<std::int64_t>(),
+              .early_exit = number_from(share.at("early_exit")),
+              .cache_free_exit = number_from(share.at("cache_free_exit")),
+              .token_reuse = number_from(share.at("token_reuse")),
+              .segment_reuse = number_from(share.at("segment_reuse")),
+              .exits_by_layer = exits.is_null() ? std::vector<double>{} : exits.get<std::vector<double>>(),
+              .audits = json.at("audits").get<std::int64_t>(),
+              .closings = json.at("gate_closings").get<std::int64_t>(),
+              .reopenings = json.at("gate_reopenings").get<std::int64_t>()};
 }
 
 /// What only decoders have.
@@ -156,61 +210,65 @@ void read_similarity(const Json& json, Record& r) {
 }  // namespace
 
 Json to_json(const Record& r, const Versions& versions) {
-  return {{"model", r.model},
-          {"weights", r.weights},
-          {"workload", r.workload},
-          {"mode", r.mode},
-          {"fidelity", text(r.fidelity)},
-          {"weights_held", r.weights_held},
-          {"output", r.output},
-          {"threshold", maybe(r.threshold)},
-          {"fingerprint", text(r.fingerprint)},
-          {"fingerprint_layer", maybe(r.fingerprint_layer)},
-          {"centring", text(r.centring)},
-          {"cache_layers", text(r.cache_layers)},
-          {"eviction", text(r.eviction)},
-          {"ttl_seconds", maybe(r.ttl_seconds)},
-          {"shadow_rate", maybe(r.shadow_rate)},
-          {"capacity_bytes", maybe(r.capacity_bytes)},
-          {"threads", r.threads},
-          {"requests", r.requests},
-          {"requests_available", r.requests_available},
-          {"filled", r.filled},
-          {"fill_available", r.fill_available},
-          {"sequences", r.sequences},
-          {"tokens", r.tokens},
-          {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
-          {"latency_ms", summary(r.latency_ms)},
-          {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
-          {"speedup_median", number(r.speedup_median)},
-          {"speedup_vs_kvcache", number(r.speedup_vs_kvcache)},
-          {"prefill_ms", maybe_summary(r.prefill_ms)},
-          {"prefill_speedup_vs_nocache", number(r.prefill_speedup_vs_nocache)},
-          {"prefill_speedup_vs_kvcache", number(r.prefill_speedup_vs_kvcache)},
-          {"tokens_reused_fraction", number(r.tokens_reused_fraction)},
-          {"tokens_shared_fraction", number(r.tokens_shared_fraction)},
-          {"decode_ms", maybe_summary(r.decode_ms)},
-          {"tokens_per_second", number(r.tokens_per_second)},
-          {"later_turns", later_turns(r.later_turns)},
-          {"greedy", greedy(r.greedy)},
-          {"hit_rate", number(r.hit_rate)},
-          {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
-          {"task", task(r.task)},
-          {"recall", number(r.recall)},
-          {"unsafe_served", unsafe_served(r.unsafe_served)},
-          {"same_answer", same_answer(r.same_answer)},
-          {"divergence",
-           {{"mean", number(r.divergence.mean)}, {"p95", number(r.divergence.p95)}, {"max", number(r.divergence.max)}}},
-          {"cache_bytes", r.cache_bytes},
-          {"zipf", maybe(r.zipf)},
-          {"shuffle", maybe(r.shuffle)},
-          {"source", r.source},
-          {"versions",
-           {{"llmcache", versions.llmcache},
-            {"torch", versions.torch},
-            {"compiler", versions.compiler},
-            {"model_torch", text(r.model_torch)},
-            {"model_transformers", text(r.model_transformers)}}}};
+  Json json = {
+      {"model", r.model},
+      {"weights", r.weights},
+      {"workload", r.workload},
+      {"mode", r.mode},
+      {"fidelity", text(r.fidelity)},
+      {"weights_held", r.weights_held},
+      {"output", r.output},
+      {"threshold", maybe(r.threshold)},
+      {"fingerprint", text(r.fingerprint)},
+      {"fingerprint_layer", maybe(r.fingerprint_layer)},
+      {"centring", text(r.centring)},
+      {"cache_layers", text(r.cache_layers)},
+      {"eviction", text(r.eviction)},
+      {"ttl_seconds", maybe(r.ttl_seconds)},
+      {"shadow_rate", maybe(r.shadow_rate)},
+      {"capacity_bytes", maybe(r.capacity_bytes)},
+      {"threads", r.threads},
+      {"requests", r.requests},
+      {"requests_available", r.requests_available},
+      {"filled", r.filled},
+      {"fill_available", r.fill_available},
+      {"sequences", r.sequences},
+      {"tokens", r.tokens},
+      {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
+      {"latency_ms", summary(r.latency_ms)},
+      {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
+      {"speedup_median", number(r.speedup_median)},
+      {"speedup_vs_kvcache", number(r.speedup_vs_kvcache)},
+      {"prefill_ms", maybe_summary(r.prefill_ms)},
+      {"prefill_speedup_vs_nocache", number(r.prefill_speedup_vs_nocache)},
+      {"prefill_speedup_vs_kvcache", number(r.prefill_speedup_vs_kvcache)},
+      {"tokens_reused_fraction", number(r.tokens_reused_fraction)},
+      {"tokens_shared_fraction", number(r.tokens_shared_fraction)},
+      {"decode_ms", maybe_summary(r.decode_ms)},
+      {"tokens_per_second", number(r.tokens_per_second)},
+      {"later_turns", later_turns(r.later_turns)},
+      {"greedy", greedy(r.greedy)},
+      {"hit_rate", number(r.hit_rate)},
+      {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
+      {"task", task(r.task)},
+      {"recall", number(r.recall)},
+      {"unsafe_served", unsafe_served(r.unsafe_served)},
+      {"same_answer", same_answer(r.same_answer)},
+      {"divergence",
+       {{"mean", number(r.divergence.mean)}, {"p95", number(r.divergence.p95)}, {"max", number(r.divergence.max)}}},
+      {"cache_bytes", r.cache_bytes},
+      {"zipf", maybe(r.zipf)},
+      {"shuffle", maybe(r.shuffle)},
+      {"source", r.source},
+      {"versions",
+       {{"llmcache", versions.llmcache},
+        {"torch", versions.torch},
+        {"compiler", versions.compiler},
+        {"model_torch", text(r.model_torch)},
+        {"model_transformers", text(r.model_transformers)}}}};
+  json["observed_error"] = observed_error(r.observed_error);
+  write_budget(r.budget, json);
+  return json;
 }
 
 Record record_from_json(const Json& json) {
@@ -229,6 +287,7 @@ Record record_from_json(const Json& json) {
   r.fill_available = json.at("fill_available").get<std::int64_t>();
   r.sequences = json.at("sequences").get<std::int64_t>();
   read_similarity(json, r);
+  read_budget(json, r);
   r.tokens = json.at("tokens").get<std::int64_t>();
   r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
   r.latency_ms = summary_from(json.at("latency_ms"));

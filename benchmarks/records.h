@@ -61,6 +61,32 @@ struct LaterTurns {
   double tokens_reused_fraction = kNotMeasured;
 };
 
+/// Error of answers against nocache, in the metric of a budget.
+struct ObservedError {
+  double value = kNotMeasured;
+  Interval ci95 = {kNotMeasured, kNotMeasured};
+  std::int64_t of = 0;  ///< sequences
+};
+
+/// What fidelity budget was allowed and did.
+struct BudgetResult {
+  std::string metric;  ///< "decision", "relative" or "token"
+  double epsilon = 0;
+  double delta = 0;
+  bool cache_free = false;
+  double promised = kNotMeasured;  ///< upper bound of the error, by calibration
+  std::int64_t calibration_requests = 0;
+  // Of the sequences that asked, the share answered so.
+  double early_exit = 0;
+  double cache_free_exit = 0;
+  double token_reuse = 0;
+  double segment_reuse = 0;
+  std::vector<double> exits_by_layer;
+  std::int64_t audits = 0;
+  std::int64_t closings = 0;
+  std::int64_t reopenings = 0;
+};
+
 /// One model on one workload in one mode. NaN means not measured, and is null in JSON.
 struct Record {
   std::string model;
@@ -103,6 +129,8 @@ struct Record {
   double tokens_per_second = kNotMeasured;       ///< generated, of all time
   std::optional<LaterTurns> later_turns;
   std::optional<GreedyResult> greedy;
+  std::optional<BudgetResult> budget;           ///< empty (null in JSON) but for fidelity budget
+  std::optional<ObservedError> observed_error;  ///< where a fidelity budget runs too
   double hit_rate = kNotMeasured;
   std::vector<double> hit_rate_by_layer;  ///< empty (null in JSON): the mode has none
   std::optional<TaskResult> task;

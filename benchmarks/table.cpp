@@ -26,6 +26,7 @@ std::string small(double value) {
 std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
   std::string name = r.fidelity.empty() || r.mode == "kvcache" ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
   if (r.weights_held != "as-loaded") name += " " + r.weights_held;
+  if (r.budget) name += fmt::format(" {:g}{}", r.budget->epsilon, r.budget->cache_free ? " cache-free" : "");
   if (r.threshold) name += fmt::format(" {:.2f}", *r.threshold);
   if (with_eviction && !r.eviction.empty()) name += " " + r.eviction;
   if (with_capacity && r.capacity_bytes) {
@@ -126,12 +127,18 @@ std::string Table::text() const {
   return text;
 }
 
+/// "0.0104 [0.0064, 0.0168]"
+std::string error(const std::optional<ObservedError>& e) {
+  if (!e) return "-";
+  return fmt::format("{} [{}, {}]", number(e->value, 4), number(e->ci95.low, 4), number(e->ci95.high, 4));
+}
+
 std::string results_table(const std::vector<Record>& records) {
   const std::vector<std::string> decoding = {"prefill ms", "vs nocache", "vs kvcache",      "reused",      "shared",
                                              "decode ms",  "tokens/s",   "later turns: ms", "vs kvcache ", "greedy"};
-  std::vector<std::string> headers = {"model",    "weights", "workload", "mode",   "quality",
-                                      "speedup",  "hits",    "requests", "filled", "sequences",
-                                      "computed", "mean ms", "p50",      "p95",    "p99"};
+  std::vector<std::string> headers = {"model",    "weights", "workload", "mode",     "quality", "speedup",
+                                      "promised", "error",   "hits",     "requests", "filled",  "sequences",
+                                      "computed", "mean ms", "p50",      "p95",      "p99"};
   headers.insert(headers.end(), decoding.begin(), decoding.end());
   headers.insert(headers.end(), {"divergence", "largest", "cache MiB"});
   Table table(std::move(headers), 5);
@@ -146,6 +153,8 @@ std::string results_table(const std::vector<Record>& records) {
                mode_name(r, capacities, evictions),
                quality(r),
                number(r.speedup_vs_nocache, 2),
+               number(r.budget ? r.budget->promised : kNotMeasured, 4),
+               error(r.observed_error),
                number(100 * r.hit_rate, 1) + "%",
                fmt::format("{}/{}", r.requests, r.requests_available),
                r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available),
@@ -170,6 +179,7 @@ std::string results_table(const std::vector<Record>& records) {
                number(static_cast<double>(r.cache_bytes) / kMiB, 1)});
   }
   for (const std::string& header : decoding) table.drop_if_empty(header);
+  for (const char* header : {"promised", "error"}) table.drop_if_empty(header);
   return table.text();
 }
 

@@ -154,6 +154,7 @@ class LayerCacheVariant final : public Variant {
     record.capacity_bytes = static_cast<std::int64_t>(bytes(setting_));
     record.cache_bytes = static_cast<std::int64_t>(after.bytes);
     record.hit_rate = static_cast<double>(hits_) / static_cast<double>(sequences_);
+    if (after.budget) describe_budget(*after.budget, sequences, record);
     if (!similar()) return;
     record.hit_rate = share(after.identical_hits + after.similar_hits - before_.identical_hits - before_.similar_hits);
     describe_similarity(setting_, context_, record);
@@ -170,6 +171,28 @@ class LayerCacheVariant final : public Variant {
 
  private:
   [[nodiscard]] bool similar() const { return setting_.fidelity == "threshold"; }
+
+  void describe_budget(const BudgetStats& after, double sequences, Record& record) const {
+    const BudgetStats& before = *before_.budget;
+    const CalibrationProfile profile = *cache_->calibration();
+    BudgetResult& budget = record.budget.emplace();
+    budget.metric = to_string(profile.budget.metric);
+    budget.epsilon = profile.budget.epsilon;
+    budget.delta = profile.budget.delta;
+    budget.cache_free = profile.early_exit == EarlyExit::kCacheFree;
+    budget.promised = profile.error_bound;
+    budget.calibration_requests = context_.calibration->requests();
+    const double exits = static_cast<double>(after.early_exits - before.early_exits) / sequences;
+    (budget.cache_free ? budget.cache_free_exit : budget.early_exit) = exits;
+    record.hit_rate += exits;
+    for (std::size_t l = 0; l < after.exits_by_layer.size(); ++l) {
+      budget.exits_by_layer.push_back(static_cast<double>(after.exits_by_layer[l] - before.exits_by_layer[l]) /
+                                      sequences);
+    }
+    budget.audits = static_cast<std::int64_t>(after.audits - before.audits);
+    budget.closings = static_cast<std::int64_t>(after.closings - before.closings);
+    budget.reopenings = static_cast<std::int64_t>(after.reopenings - before.reopenings);
+  }
 
   /// Which sequence of the file a number of the cache is.
   void remember(const ForwardReport& report, const Request& request) {
@@ -366,8 +389,14 @@ std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantConte
   if (setting.mode == "nocache") return std::make_unique<PlainVariant>(context);
   if (setting.mode == "kvcache") return std::make_unique<KvCacheVariant>(setting, context);
   if (setting.mode == "doccache") return std::make_unique<DocumentVariant>(setting, context);
-  const Options options =
+  Options options =
       cache_options(setting, context.arguments, context.fingerprint, context.model.cache().profile().layers);
+  if (options.fidelity == Fidelity::kBudget) {
+    options.budget = context.calibration->options(setting);
+    auto cache = context.model.make_cache(options);  // bound to this workload
+    context.calibration->calibrate(*cache, setting);
+    return std::make_unique<LayerCacheVariant>(setting, context, std::move(cache));
+  }
   const bool own =
       options.fidelity == Fidelity::kThreshold && (context.fingerprint.pca || context.arguments.shadow_rate > 0);
   std::shared_ptr<Cache> cache =

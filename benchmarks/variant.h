@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "calibration.h"
 #include "llmcache/fingerprint/options.h"
 #include "loaded_model.h"
 #include "outputs.h"
@@ -85,6 +86,7 @@ struct VariantContext {
   const Arguments& arguments;
   const TokenFile& tokens;
   const FingerprintOptions& fingerprint;  ///< of threshold and doccache
+  Calibration* calibration = nullptr;     ///< of fidelity budget
 };
 
 /// Throws Failure. The model must have been wrapped unless the mode is nocache.

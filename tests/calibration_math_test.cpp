@@ -225,10 +225,10 @@ TEST(Logistic, RefusesWhatDoesNotFit) {
   expect_error(ErrorCode::kInvalidInput, "3 values and 3 labels for 2", [&] { LogisticModel::fit(rows, labels, 2); });
   const std::vector<double> bad = {1, std::nan(""), 3};
   expect_error(ErrorCode::kInvalidInput, "not finite", [&] {
-    LogisticModel::fit(bad, std::vector<std::uint8_t>{0, 1, 1}, 1);
+    LogisticModel::fit(bad, std::vector<double>{0, 1, 1}, 1);
   });
   expect_error(ErrorCode::kInvalidOptions, "l2 is -1", [&] {
-    LogisticModel::fit(rows, std::vector<std::uint8_t>{0, 1, 1}, 1, -1);
+    LogisticModel::fit(rows, std::vector<double>{0, 1, 1}, 1, -1);
   });
 }
 

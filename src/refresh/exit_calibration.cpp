@@ -9,6 +9,7 @@
 #include <random>
 
 #include "llmcache/error.h"
+#include "refresh/ladder_calibration.h"
 #include "refresh/ridge.h"
 #include "refresh/risk_bound.h"
 
@@ -153,25 +154,6 @@ void fit_banks(ExitModel& model, const ExitSample& sample, const at::Tensor& whi
   }
 }
 
-/// Upper bound of the mean error, with confidence 1 - delta.
-double upper_bound(const std::vector<double>& errors, double delta, LossKind kind) {
-  if (kind == LossKind::kBinary) {
-    const auto wrong = static_cast<std::int64_t>(std::accumulate(errors.begin(), errors.end(), 0.0) + 0.5);
-    return clopper_pearson_upper(wrong, static_cast<std::int64_t>(errors.size()), delta);
-  }
-  double low = mean(errors);
-  double high = 1;
-  for (int step = 0; step < 40 && high - low > 1e-6; ++step) {
-    const double middle = (low + high) / 2;
-    if (middle > 0 && middle < 1 && betting_p_value(errors, middle, delta) <= delta) {
-      high = middle;
-    } else {
-      low = middle;
-    }
-  }
-  return high;
-}
-
 }  // namespace
 
 void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
@@ -258,7 +240,7 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
     const double left = std::accumulate(served.left.begin(), served.left.end(), 0.0);
     if (left == 0) return;  // nothing to gain
     profile.certified_error = mean(served.error);
-    profile.error_bound = upper_bound(served.error, budget.delta, kind);
+    profile.error_bound = upper_bound(served.error, budget.delta, kind == LossKind::kBinary);
     profile.expected_share = left / static_cast<double>(profile.certified);
     for (const double share : served.left) {
       profile.expected_exits.push_back(share / static_cast<double>(profile.certified));

@@ -42,6 +42,7 @@ class CalibrationProfile {
   double expected_share = 0;           ///< of the certifying sequences, those that were reused
   std::vector<double> expected_exits;  ///< early exit: share of sequences that leave in front of each layer
   std::size_t bytes = 0;               ///< of its banks
+  double typical_distance = 0;         ///< mean distance between outputs of different sequences (kRelativeError)
   std::shared_ptr<const ExitModel> exit;  ///< null: early exit is not used
 
   /// False: no setting could be certified, and nothing is reused beyond kLossless.

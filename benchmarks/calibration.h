@@ -1,0 +1,54 @@
+// Calibrating caches of fidelity budget on a workload's fill part, and what their answers are compared by.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "loaded_model.h"
+#include "probe.h"
+#include "progress.h"
+#include "token_file.h"
+
+namespace llmcache::bench {
+
+/// For one model on one workload.
+class Calibration {
+ public:
+  /// All must outlive it. `cut`: most tokens of a sequence.
+  Calibration(LoadedModel& model, const TokenFile& tokens, const Arguments& arguments,
+              const std::optional<Probe>& probe, std::int64_t cut, Progress& progress);
+
+  /// The options of a budget that the command line and the probe say; epsilon and early exit are the setting's.
+  [[nodiscard]] BudgetOptions options(const Setting& setting) const;
+
+  /// Calibrates `cache`, or gives it the profile that --calibration names. The fill part runs once for all caches that
+  /// hold the weights alike. Throws Failure.
+  void calibrate(Cache& cache, const Setting& setting);
+
+  /// Errors of the sequences of an answer against the plain model's, in the metric of the budget. Empty where they
+  /// cannot be told: before calibrate(), for a relative error.
+  [[nodiscard]] std::vector<double> errors(const c10::IValue& answer, const c10::IValue& plain) const;
+
+  /// Requests that were calibrated on.
+  [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests; }
+
+ private:
+  [[nodiscard]] at::Tensor pooled(const c10::IValue& output) const;
+
+  LoadedModel& model_;
+  const TokenFile& tokens_;
+  const Arguments& arguments_;
+  const std::int64_t cut_;
+  Progress& progress_;
+  ScoreFunction scores_;
+  std::map<std::string, CalibrationSample> samples_;  // by how weights are held
+  double typical_distance_ = 0;
+};
+
+}  // namespace llmcache::bench

@@ -1,0 +1,32 @@
+// Token reuse in bidirectional encoders, as a calibration chooses its settings.
+#pragma once
+
+#include "reuse_ladder.h"
+#include "token_reuse.h"
+
+namespace llmcache {
+
+/// Distance of a match: its edit fraction. Thread-safe.
+class TokenLadder final : public ReuseLadder {
+ public:
+  /// Throws as TokenReuse.
+  TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
+              std::size_t capacity_bytes);
+
+  std::string name() const override { return "token reuse"; }
+  std::size_t settings() const override { return settings_.size(); }
+  std::string describe(std::size_t setting) const override;
+  const std::vector<double>& limits() const override;
+  std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant, std::size_t setting) override;
+  c10::IValue run(const Batch& batch, const Matches& matches, const std::vector<char>& reused, std::size_t setting,
+                  const std::string& tenant, Output output, bool keep, ForwardReport& report) override;
+  void clear() override { reuse_.clear(); }
+  Counters counters() const override;
+
+ private:
+  struct Found;
+  std::vector<TokenReuseSettings> settings_;
+  TokenReuse reuse_;
+};
+
+}  // namespace llmcache
