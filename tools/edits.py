@@ -90,7 +90,7 @@ def passages_of(path: Path, tokens: int) -> list[Words]:
 def read_edits(path: Path, tokens: int, most_tokens: int) -> Traffic:
     """Passages of about `tokens` tokens, each followed by its edits of all kinds and sizes in random order.
 
-    The first passages fill, with their edits, and others ask. What edits put in comes from passages of the same part."""
+    The first passages fill, with their edits, and others ask. What edits put in comes from the same part's passages."""
     passages = shuffled(passages_of(path, min(tokens, most_tokens - MARGIN)))
     half = min(PASSAGES, len(passages) // 2)
     if half < 2:

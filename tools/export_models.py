@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Exports the models that tests and benchmarks use, as TorchScript files with a JSON sidecar each.
 
-DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these;
-DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a model counts as present only while size and SHA-256 in it match the file.
+DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these.
+DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a
+model counts as present only while size and SHA-256 in it match the file.
 The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
 """
 

@@ -3,13 +3,16 @@
 
 For each workload of task "classification" it runs the exported model on every text of the token file
 DATA/WORKLOAD.TOKENIZER.safetensors, without any cache, and fits a multinomial logistic regression with an L2
-penalty on the fill part (the training split). The asking part (the test split) is only measured. A model that takes a
+penalty on the fill part (the training split), or on the first requests of it: a classifier is surer of the texts that
+it was fitted on than of others, so an error budget must be calibrated on requests of the fill part behind those. The
+asking part (the test split) is only measured. A model that takes a
 pooling mask gets the file's `pool`; without --only it gets probes for the workloads that have one. Writes
 DATA/WORKLOAD.MODEL.probe.safetensors:
   weight  float32 [classes, dims]    logits = weight * embedding + bias
   bias    float32 [classes]
 Its metadata tells version ("1"), workload, model, model_sha256 (of the .pt file), classes (a JSON list),
-train_accuracy and test_accuracy (fractions), l2, recipe and content_sha256.
+fit_requests (the first requests of the token file, on which it was fitted), train_accuracy (on these) and
+test_accuracy (fractions), l2, recipe and content_sha256.
 
 A probe that is whole and was made from the same model, tokens and code is left as it is. A workload without
 token file (no raw data) is left out.
@@ -43,6 +46,8 @@ NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "
 OUT_OF_SCOPE = "oos"  # CLINC150's class of queries without an intent: 1 % of its training split, 18 % of its test split
 BATCH = 16  # queries of one length at once: large enough for full speed on a core, small enough for its cache
 L2 = 1e-3  # penalty on standardised embeddings; 1e-2 to 1e-5 differ by a point at most on a tenth held out
+L2_FOR_FEW = (1e-3, 1e-2, 1e-1)  # of these one is chosen where only a part of the fill part is used
+HELD_OUT = 0.25  # share of the texts that choose it
 STEPS = 100  # of L-BFGS at most
 
 
@@ -54,9 +59,15 @@ class Queries:
     pools: list[np.ndarray]  # for each text, 1 where it is pooled: at all tokens, if the file has no `pool`
     has_pool: bool
     labels: np.ndarray
-    train: int  # the first that many fill
+    requests: np.ndarray  # first text of each request, and the number of texts
+    fill: int  # the first that many requests fill
     classes: list[str]
     content: str  # digest
+
+    @property
+    def train(self) -> int:
+        """The first that many texts fill."""
+        return int(self.requests[self.fill])
 
 
 def embed(
@@ -120,6 +131,16 @@ def accuracy(rows: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bia
     return (rows @ weight.T + bias).argmax(1).eq(labels).double().mean().item()
 
 
+def chosen_l2(rows: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
+    """The penalty of L2_FOR_FEW with the best accuracy on the last of the texts, fitted on the others."""
+    kept = max(1, round((1 - HELD_OUT) * len(rows)))
+
+    def held_out(l2: float) -> float:
+        return accuracy(rows[kept:], labels[kept:], *fit(rows[:kept], labels[:kept], classes, l2))
+
+    return max(L2_FOR_FEW, key=held_out)
+
+
 def read_queries(path: Path) -> Queries:
     loaded = token_file.load(path)
     if loaded is None:
@@ -128,7 +149,8 @@ def read_queries(path: Path) -> Queries:
     try:
         classes = json.loads(metadata["label_names"])
         fill, labels, offsets = int(metadata["fill_requests"]), arrays["labels"], arrays["sequence_offsets"]
-        train = int(arrays["request_offsets"][fill])
+        requests = arrays["request_offsets"]
+        train = int(requests[fill])
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(f"{path} holds no labelled queries ({error}); run prepare_data.py again") from error
     ids = np.split(arrays["tokens"], offsets[1:-1])
@@ -142,7 +164,7 @@ def read_queries(path: Path) -> Queries:
     if len(pool) != len(arrays["tokens"]):
         raise DataError(f"{path} has {len(pool)} entries of pool for {len(arrays['tokens'])} tokens; prepare it again")
     pools = np.split(pool, offsets[1:-1])
-    return Queries(ids, pools, "pool" in arrays, labels, train, classes, metadata["content_sha256"])
+    return Queries(ids, pools, "pool" in arrays, labels, requests, fill, classes, metadata["content_sha256"])
 
 
 def load_probe(path: Path) -> dict[str, str] | None:
@@ -155,14 +177,17 @@ def load_probe(path: Path) -> dict[str, str] | None:
     return metadata if whole else None
 
 
-def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, queries: Queries) -> None:
+def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, queries: Queries, share: float) -> None:
+    """Fits on the first `share` of the requests that fill."""
     import torch
 
     target = tokens.with_name(f"{workload}.{model_file.stem}.probe.safetensors")
     train, classes = queries.train, queries.classes
+    fit_requests = max(1, round(share * queries.fill))
+    fitted = int(queries.requests[fit_requests])
     model_digest = sha256_of(model_file)
     code = sha256_of(Path(__file__))
-    recipe = hashlib.sha256(f"{model_digest} {queries.content} {code} {torch.__version__}".encode()).hexdigest()
+    recipe = hashlib.sha256(f"{model_digest} {queries.content} {share} {code} {torch.__version__}".encode()).hexdigest()
     known = load_probe(target)
     if known and known.get("recipe") == recipe:
         print(f"{target.name}: already there, skipped", flush=True)
@@ -180,8 +205,10 @@ def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, que
         raise ModelError(f"{model_file} does not run on {tokens.name}: {str(error)[:500]}") from error
     embedding_seconds = time.monotonic() - started
     wanted = torch.from_numpy(queries.labels)
-    weight, bias = fit(rows[:train], wanted[:train], len(classes), L2)
-    on_train = accuracy(rows[:train], wanted[:train], weight, bias)
+    known_rows, known_labels = rows[:fitted], wanted[:fitted]
+    l2 = L2 if fitted == train else chosen_l2(known_rows, known_labels, len(classes))
+    weight, bias = fit(known_rows, known_labels, len(classes), l2)
+    on_train = accuracy(known_rows, known_labels, weight, bias)
     test_rows, test_labels = rows[train:], wanted[train:]
     on_test = accuracy(test_rows, test_labels, weight, bias)
     in_scope = ""
@@ -197,14 +224,15 @@ def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, que
             "model": model_file.stem,
             "model_sha256": model_digest,
             "classes": json.dumps(classes),
+            "fit_requests": str(fit_requests),
             "train_accuracy": f"{on_train:.6f}",
             "test_accuracy": f"{on_test:.6f}",
-            "l2": repr(L2),
+            "l2": repr(l2),
             "recipe": recipe,
         },
     )
     print(
-        f"{target.name}: {len(classes)} classes, accuracy {100 * on_train:.2f} % on {train} training queries, "
+        f"{target.name}: {len(classes)} classes, accuracy {100 * on_train:.2f} % on {fitted} training queries, "
         f"{100 * on_test:.2f} % on {len(queries.ids) - train} test queries{in_scope}; embedding {embedding_seconds:.0f} s, "
         f"fitting {time.monotonic() - started - embedding_seconds:.0f} s",
         flush=True,
@@ -239,7 +267,18 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 queries = read_queries(tokens)
                 if options.only or queries.has_pool or not pooling:
-                    make_probe(workload, model_file, pooling, tokens, queries)
+                    share = options.fit_share or WORKLOADS[workload].fit_share
+                    make_probe(workload, model_file, pooling, tokens, queries, share)
+
+
+def fit_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0, 1 at most")
+    return share
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,6 +289,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--model", nargs="+", metavar="NAME", help=f"default: those of {', '.join(MODELS)} that are exported"
     )
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=NAMES, help=f"default: {', '.join(NAMES)}")
+    parser.add_argument(
+        "--fit-share",
+        type=fit_share,
+        metavar="SHARE",
+        help="fit on the first SHARE (above 0, at most 1) of the requests that fill; default: as the workload says",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; default: 1, always the same result")
     try:
         run(parser.parse_args(arguments))

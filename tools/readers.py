@@ -198,7 +198,9 @@ def read_intents(
 
 def read_news(path: Path, fill: int) -> Traffic:
     """Labelled articles, title and description, in batches of eight: the first `fill` after shuffling fill."""
-    rows = [(label, f"{title}. {text}") for _, (label, title, text) in tsv_rows(path, ("label", "title", "description"))]
+    rows = [
+        (label, f"{title}. {text}") for _, (label, title, text) in tsv_rows(path, ("label", "title", "description"))
+    ]
     names = sorted({label for label, _ in rows})
     distinct = {text: single(text, names.index(label)) for label, text in rows}
     if len(distinct) <= fill:
@@ -220,9 +222,7 @@ def read_qqp(path: Path) -> Traffic:
     firsts = shuffled(dict.fromkeys(first for first, _, _ in rows))
     place = {text: number for number, text in enumerate(firsts)}
     fill = [Request([single(text)], partner=-1, pair_label=-1) for text in firsts]
-    ask = [
-        Request([single(second)], partner=place[first], pair_label=label) for first, second, label in shuffled(rows)
-    ]
+    ask = [Request([single(second)], partner=place[first], pair_label=label) for first, second, label in shuffled(rows)]
     return Traffic(some(fill + ask, path), fill=len(fill))
 
 

@@ -103,8 +103,8 @@ def sections(rows: list[Row], traces: list[dict[str, Any]]) -> list[Section]:
         ),
         Section(
             "Early exits by layer",
-            "Share of the sequences that were answered from the state in front of this layer, so that it and all layers "
-            "above were skipped. Layer 0 is the first: an exit there costs no layer.",
+            "Share of the sequences that were answered from the state in front of this layer, so that it and all "
+            "layers above were skipped. Layer 0 is the first: an exit there costs no layer.",
             [
                 _titled(sweep, budget.exits_chart(sweep, f"exits{number}"))
                 for number, sweep in enumerate(by_layer(rows, "exits_by_layer"))

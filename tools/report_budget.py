@@ -102,4 +102,4 @@ def epsilon_chart(sweep: Sweep, name: str) -> str:
 
 
 def exits_chart(sweep: Sweep, name: str) -> str:
-    return chart_by_layer(sweep, "exits_by_layer", "answered there (% of sequences)", name, "Early exits by layer")
+    return chart_by_layer(sweep, "exits_by_layer", "answered there (%)", name, "Early exits by layer")

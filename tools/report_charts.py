@@ -68,9 +68,7 @@ def speedup_chart(models: list[Model], chosen: list[Row], colours: dict[str, str
         return f" · {quality.metric} {quality.change_text}" if quality and measured(quality.change) else ""
 
     bars = {
-        id(row): (row.speedup_vs_nocache, _name(row), beside(row))
-        for row in chosen
-        if measured(row.speedup_vs_nocache)
+        id(row): (row.speedup_vs_nocache, _name(row), beside(row)) for row in chosen if measured(row.speedup_vs_nocache)
     }
     return _times_chart(
         models, bars, colours, "times as fast as without a cache", "speedup", "Speed-up by model and workload"

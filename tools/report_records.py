@@ -325,7 +325,8 @@ def sweeps(rows: list[Row], setting: str, least: int = 2) -> list[Sweep]:
 
 
 def by_layer(rows: list[Row], field: str) -> list[Sweep]:
-    """Records with a number for each layer under `field`, by model and workload; each is a line of its own, headlines first."""
+    """Records with a number for each layer under `field`, by model and workload; each is a line of its own, headlines
+    first."""
     first = headline(rows)
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:

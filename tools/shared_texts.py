@@ -123,7 +123,7 @@ def _conversation(texts: list[str]) -> tuple[str, ...]:
 
 
 def _corrected(text: str, vocabulary: list[str], draw: random.Random) -> str | None:
-    """The text with a word of four letters or more replaced by another of the same length, or one letter more or less."""
+    """The text with a word of four letters or more replaced by one that is a letter longer or shorter at most."""
     words = list(re.finditer(r"[A-Za-z]{4,}", text))
     draw.shuffle(words)
     for word in words:
@@ -157,9 +157,7 @@ def _with_corrections(texts: list[str], vocabulary: list[str]) -> list[Request]:
 
     def request(kind: str, percent: float, changed: list[str]) -> Request:
         pieces = _conversation(changed)
-        sequence = Sequence(
-            (changed[0], None), pieces, scored=len(pieces) - 1, edit_kind=kind, edit_percent=percent
-        )
+        sequence = Sequence((changed[0], None), pieces, scored=len(pieces) - 1, edit_kind=kind, edit_percent=percent)
         return Request([sequence])
 
     found: dict[tuple[str, ...], None] = {}

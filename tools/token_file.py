@@ -20,8 +20,9 @@ Where text is generated (task generation), a request is a conversation: its sequ
 answered by the model with new_tokens tokens, or until it says stop_token.
 Metadata (all texts): version, workload, tokenizer, source, description, order, max_tokens, task, fill_requests (the
 first that many requests only fill the cache and are not measured), label_names (classification: a JSON list),
-new_tokens and stop_token (generation; the latter where there is one), edit_kinds (with edit_kind: a JSON list of names),
-recipe and content_sha256 (what it was made from, and its content). The same arrays and metadata give the same bytes."""
+new_tokens and stop_token (generation; the latter where there is one), edit_kinds (with edit_kind: a JSON list of
+names), recipe and content_sha256 (what it was made from, and its content). The same arrays and metadata give the same
+bytes."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ FILL_SHUFFLED = "fill part and asking part each shuffled, seed 0"
 EDIT_TOKENS = (128, 256, 512)
 NEWS_FILL = 2000  # articles
 INSTRUCTED_FILL = 4000  # queries
+FIT_SHARE = 0.5  # half of what fills is left to calibrate on
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Workload:
     whole: bool = False  # a request that would have to be cut is left out, and the edits of its text with it
     growing: bool = False  # each request is a document so far: stop once it has reached MAX_TOKENS
     prompt_tokens: int = 0  # each sequence is cut to that many, shorter ones are left out; 0: as they are
+    fit_share: float = 1.0  # task classification: a probe is fitted on the first of the requests that fill
     new_tokens: int = 0  # task generation: that many are generated behind each sequence
+
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
@@ -142,11 +145,12 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             "agnews",
             ("ag_news/test_sample.tsv",),
-            f"AG News articles, title and description, four classes, in batches of eight: a sample of the test file, of "
-            f"which {NEWS_FILL} articles chosen with seed 0 fill and the others ask",
+            f"AG News articles, title and description, four classes, in batches of eight: of a sample of the test file "
+            f"{NEWS_FILL} articles chosen with seed 0 fill and the others ask",
             FILL_SHUFFLED,
             partial(read_news, fill=NEWS_FILL),
             task="classification",
+            fit_share=FIT_SHARE,
             encoders_only=True,
         ),
         Workload(
@@ -157,6 +161,7 @@ WORKLOADS: dict[str, Workload] = {
             FILL_SHUFFLED,
             partial(read_intents, apart=True),
             task="classification",
+            fit_share=FIT_SHARE,
             encoders_only=True,
         ),
         *(
@@ -168,6 +173,7 @@ WORKLOADS: dict[str, Workload] = {
                 FILL_SHUFFLED,
                 partial(read_intents, instruction=instruction, most=INSTRUCTED_FILL, apart=True),
                 task="classification",
+                fit_share=FIT_SHARE,
                 encoders_only=True,
             )
             for tokens, instruction in INSTRUCTIONS.items()
@@ -178,8 +184,8 @@ WORKLOADS: dict[str, Workload] = {
                 ("squad_v2/squad_v2_dev.jsonl",),
                 f"SQuAD passages of about {min(tokens, MAX_TOKENS - MARGIN)} tokens, one a request, each followed by "
                 f"edits of {', '.join(map(str, PERCENTS))} % of its words: substituted, inserted, deleted, appended, "
-                f"moved. Some passages fill, with their edits, others ask; what would be longer than {MAX_TOKENS} tokens "
-                "is left out",
+                f"moved. Some passages fill, with their edits, others ask; what would be longer than {MAX_TOKENS} "
+                "tokens is left out",
                 "passages shuffled, seed 0; edits of a passage behind it, shuffled",
                 partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS),
                 encoders_only=True,
@@ -190,8 +196,8 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             "passages",
             ("squad_v2/squad_v2_dev.jsonl",),
-            f"{TOGETHER} of {POOL} SQuAD passages in changing order behind a fixed head, and a question about one of them "
-            "with its answer: some orders and questions fill, others ask",
+            f"{TOGETHER} of {POOL} SQuAD passages in changing order behind a fixed head, and a question about one of "
+            "them with its answer: some orders and questions fill, others ask",
             FILL_SHUFFLED,
             read_passages,
             task="answer",
@@ -200,7 +206,11 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             "chat-edit",
-            ("prompts/mt_vicuna_bench.jsonl", "prompts/meancache_multiturn.jsonl", "prompts/meancache_contextual.jsonl"),
+            (
+                "prompts/mt_vicuna_bench.jsonl",
+                "prompts/meancache_multiturn.jsonl",
+                "prompts/meancache_contextual.jsonl",
+            ),
             f"Conversations of {DIALOGUES} dialogues with their answers: each as it was, then with a word of an early "
             f"question replaced, up to {CORRECTIONS} times; the last answer is scored. Some conversations fill, others "
             f"ask; those that would be longer than {MAX_TOKENS} tokens are left out",

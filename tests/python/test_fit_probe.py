@@ -216,6 +216,42 @@ class ProbeTest(ToolTest):
         self.assertEqual(status, 0, err)
         self.assertEqual(list(self.data.glob("*.probe.safetensors")), [])
 
+    def test_a_part_of_the_fill_part_is_left_to_calibrate_on(self) -> None:
+        """What labels the other requests have makes no difference."""
+        self.write_model()
+        self.write_tokens()
+        self.assertEqual(self.fit()[0], 0)
+        self.assertEqual(self.load()[1]["fit_requests"], "60")
+        loaded = token_file.load(self.tokens)
+        assert loaded is not None
+        labels = loaded[0]["labels"]
+        self.assertEqual(self.fit("--fit-share", "0.5")[0], 0)
+        half, metadata = self.load()
+        self.assertEqual((metadata["fit_requests"], float(metadata["l2"]) in fit_probe.L2_FOR_FEW), ("30", True))
+        other = np.concatenate([labels[:30], 2 - labels[30:]])
+        self.write_tokens(labels=other)
+        status, out, err = self.fit("--fit-share", "0.5")
+        self.assertEqual(status, 0, err)
+        self.assertIn("30 training queries", out)
+        self.assertTrue(np.array_equal(self.load()[0]["weight"], half["weight"]))
+        self.assertNotEqual(self.load()[1]["test_accuracy"], metadata["test_accuracy"])
+        for bad in ("0", "1.5", "x", "nan"):
+            self.assertEqual(self.fit("--fit-share", bad)[0], 2)
+
+    def test_the_penalty_is_chosen_on_what_is_held_out(self) -> None:
+        import torch
+
+        draw = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 2, (400,), generator=draw)
+        noise = torch.randn(400, 60, generator=draw)
+        clear = noise.clone()
+        clear[:, 0] += 40.0 * (2 * labels - 1)
+        self.assertEqual(fit_probe.chosen_l2(clear, labels, 2), 1e-3)  # all are right, the first stays
+        noise[:, 0] += 2 * labels - 1
+        noisy = labels.clone()
+        noisy[:300:4] = 1 - noisy[:300:4]  # what cannot be learnt is in what is fitted only
+        self.assertGreater(fit_probe.chosen_l2(noise, noisy, 2), 1e-3)
+
     def test_without_token_file_there_is_no_probe(self) -> None:
         self.write_model()
         status, out, err = self.fit()

@@ -258,11 +258,26 @@ class ReportTest(ToolTest):
         status, page, err = self.report(self.records(kvcache, DECODER, generated))
         self.assertEqual(status, 0, err)
         glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
-        for text in ("against kvcache", "3.75", "6.50", "later turns", "81.5\u2009%", "1\u2009022 of 1\u2009024 (1 tied)"):
+        for text in (
+            "against kvcache",
+            "3.75",
+            "6.50",
+            "later turns",
+            "81.5\u2009%",
+            "1\u2009022 of 1\u2009024 (1 tied)",
+        ):
             self.assertIn(text, glance)
         self.assertEqual(page.count('aria-label="Prefill against kvcache"'), 1)
         tables = page[page.index("All figures of") :]
-        for text in ("prefill ms", "12.50", "5.25", "41.50", "19.2", "later turns 7.75", "sequence 3, token 77: 4.0e-5"):
+        for text in (
+            "prefill ms",
+            "12.50",
+            "5.25",
+            "41.50",
+            "19.2",
+            "later turns 7.75",
+            "sequence 3, token 77: 4.0e-5",
+        ):
             self.assertIn(text, tables)
 
     def test_pages_without_decoders_have_no_columns_for_them(self) -> None:
@@ -274,7 +289,13 @@ class ReportTest(ToolTest):
     def budgets(self) -> list[dict[str, Any]]:
         """Two lines of three budgets; one record was not audited, another has no interval."""
         records = [
-            {**BUDGET, "budget_epsilon": epsilon, "speedup_vs_nocache": speed, "cache_free": free, "task": task(-epsilon)}
+            {
+                **BUDGET,
+                "budget_epsilon": epsilon,
+                "speedup_vs_nocache": speed,
+                "cache_free": free,
+                "task": task(-epsilon),
+            }
             for free in (False, True)
             for epsilon, speed in ((0.005, 2.9), (0.01, 3.5), (0.02, 5.25))
         ]
@@ -285,7 +306,11 @@ class ReportTest(ToolTest):
     def test_budgets(self) -> None:
         status, page, err = self.report(self.records(*self.budgets()))
         self.assertEqual(status, 0, err)
-        for chart in ("Promised and observed error", "Speed-up and quality over the error budget", "Early exits by layer"):
+        for chart in (
+            "Promised and observed error",
+            "Speed-up and quality over the error budget",
+            "Early exits by layer",
+        ):
             self.assertEqual(page.count(f'aria-label="{chart}, minilm, banking77"'), 1, chart)
         self.assertEqual(page.count("Not shown:"), 4)
         self.assertIn("the budget", page)

@@ -13,6 +13,8 @@ import numpy as np
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
+import itertools
+
 import prepare_data
 import shared_texts
 from edits import PERCENTS, changed_words, edited, passages_of
@@ -227,7 +229,7 @@ class ReaderTest(ToolTest):
             {"turns": ["No reference here"]},
             {"turns": ["Empty answer", "follows"], "reference": ["Something", ""]},
         ]
-        names = "alpha bravo charly delta foxtrot golfer hotels indigo juliet kilos".split()
+        names = ["alpha", "bravo", "charly", "delta", "foxtrot", "golfer", "hotels", "indigo", "juliet", "kilos"]
         two = [{"u0": f"What {n} means?", "response0": f"{n}.", "u1": f"And {n}?", "response1": n} for n in names]
         fields = ("main_query", "main_response", "followup_query", "followup_response")
         contextual = [{field: f"{field} context{number}" for field in fields} for number in range(5)]
@@ -356,7 +358,7 @@ class PreparedTest(ToolTest):
                 tokenizer.encode(text + more, add_special_tokens=False).ids for text in queries for more in ("", " too")
             )
             got = []
-            for begin, end in zip(offsets, offsets[1:]):
+            for begin, end in itertools.pairwise(offsets):
                 ids, pool = arrays["tokens"][begin:end], arrays["pool"][begin:end]
                 self.assertEqual((pool[0], pool[-1]), (0, 0))
                 self.assertLessEqual(set(pool.tolist()), {0, 1})
