@@ -291,5 +291,38 @@ class BenchTest(unittest.TestCase):
         self.assertIn("unknown", run.stdout)
 
 
+class BudgetFieldsTest(unittest.TestCase):
+    """The fields of runs under an error budget, which other records may leave out."""
+
+    def fits(self, field: str, value: Any) -> bool:
+        schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+        record = schema["$defs"]["record"]
+        self.assertNotIn(field, record["required"])
+        part = {"$defs": schema["$defs"], "$ref": f"#/$defs/record/properties/{field}"}
+        return jsonschema.Draft202012Validator(part).is_valid(value)
+
+    def test_what_they_hold(self) -> None:
+        error = {"value": 0.01, "low": 0.0, "high": 0.02, "n": 1540}
+        shares = {"early_exit": 0.5, "cache_free_exit": None, "token_reuse": 0.0, "segment_reuse": 0.0}
+        for field, good, bad in (
+            ("budget_metric", ["decision", "relative", "token"], ["accuracy", 1]),
+            ("budget_epsilon", [0.005, 1], [0, -0.1, 1.5, "1 %"]),
+            ("budget_delta", [0.05], [0, 1]),
+            ("promised_error", [0, 0.01, 1], [-0.1, 1.1]),
+            ("observed_error", [error, {**error, "low": None}], [0.01, {"value": 0.01}, {**error, "n": -1}]),
+            ("calibration_requests", [0, 1251], [-1, 0.5]),
+            ("share_reused", [shares], [{"early_exit": 0.5}, {**shares, "prefix": 0.5}, {**shares, "early_exit": 2}]),
+            ("exits_by_layer", [[0.6, 0, None]], [[], [1.5], 0.5]),
+            ("audits", [0, 77], [-1]),
+            ("gate_closings", [0, 1], [True, -1]),
+            ("gate_reopenings", [0, 1], ["1"]),
+            ("cache_free", [True, False], ["yes", 1]),
+        ):
+            for value in (*good, None):
+                self.assertTrue(self.fits(field, value), f"{field}: {value}")
+            for value in bad:
+                self.assertFalse(self.fits(field, value), f"{field}: {value}")
+
+
 if __name__ == "__main__":
     unittest.main()
