@@ -181,8 +181,8 @@ def read_intents(
         if not rows[path]:
             raise DataError(f"{path}: no record in it; fetch the file again")
     if apart:
-        asked = {text for _, text in rows[test]}
-        rows[train] = [(label, text) for label, text in rows[train] if text not in asked]
+        asked = {text.lower() for _, text in rows[test]}  # some tokenizers know no case
+        rows[train] = [(label, text) for label, text in rows[train] if text.lower() not in asked]
     names = sorted(known)
     numbers = {name: number for number, name in enumerate(names)}
 
@@ -202,7 +202,7 @@ def read_news(path: Path, fill: int) -> Traffic:
         (label, f"{title}. {text}") for _, (label, title, text) in tsv_rows(path, ("label", "title", "description"))
     ]
     names = sorted({label for label, _ in rows})
-    distinct = {text: single(text, names.index(label)) for label, text in rows}
+    distinct = {text.lower(): single(text, names.index(label)) for label, text in rows}
     if len(distinct) <= fill:
         raise DataError(f"{path}: {len(distinct)} articles in it, expected more than {fill}; fetch the file again")
     articles = shuffled(distinct.values())
