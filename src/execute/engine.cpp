@@ -120,6 +120,7 @@ class PackedExecution {
     report.embed_ms = clock.lap();
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
       observe(l);
+      steer(l);
       const bool needed = enter(l);
       if (needed) run_layer(l);
       const double ms = clock.lap();
@@ -132,6 +133,8 @@ class PackedExecution {
     return result;
   }
 
+  /// As it was run, but for sequences that stopped.
+  [[nodiscard]] const Plan& plan() const { return plan_; }
   /// Layers that ran for sequence i: those of the plan below this one.
   [[nodiscard]] std::int32_t stopped_at(std::size_t i) const { return stopped_at_[i]; }
 
@@ -215,6 +218,40 @@ class PackedExecution {
     for (const std::size_t i : observer_->at_layer(l, states)) stopped_at_.at(i) = l;
   }
 
+  /// Asks the source what the sequences do from layer l on.
+  void steer(std::int32_t l) {
+    if (l == 0 || !run_ || !source_.steers()) return;
+    std::int64_t offset = 0;
+    for (std::size_t i = 0; i < active_.size(); ++i) {
+      const auto rows = static_cast<std::int64_t>(active_[i].size());
+      if (rows > 0 && running(i)) {
+        const Course course = source_.before_layer(i, l, run_->hidden().narrow(1, offset, rows));
+        if (course == Course::kStop) stopped_at_[i] = l;
+        if (course == Course::kWiden) widen(plan_.sequences[i], l);
+      }
+      offset += rows;
+    }
+  }
+
+  void widen(SequencePlan& sequence, std::int32_t l) const {
+    for (TokenRange& range : sequence.ranges) {
+      if (range.first_layer >= l || range.last_layer <= l) range.first_layer = l;
+      range.last_layer = plan_.layers;
+    }
+  }
+
+  /// Lets the source change the embedded rows.
+  void change_embedded(const PackedLayout& layout, const ActiveSets& active) {
+    auto hidden = run_->hidden().clone();
+    std::int64_t offset = 0;
+    for (std::size_t i = 0; i < active.size(); ++i) {
+      const auto rows = static_cast<std::int64_t>(active[i].size());
+      if (rows > 0) source_.embedded(i, hidden.narrow(1, offset, rows));
+      offset += rows;
+    }
+    run_->set_rows(layout, std::move(hidden));
+  }
+
   /// Makes the active rows of layer l current; false if nobody is active.
   bool enter(std::int32_t l) {
     auto active = active_in(plan_, l);
@@ -232,7 +269,11 @@ class PackedExecution {
             if (range.first_layer > 0 && range.first_layer <= l && l < range.last_layer) all_from_embedding = false;
           }
         }
-        if (!all_from_embedding) run_->set_rows(layout, hidden_rows(l, active, {}));
+        if (!all_from_embedding) {
+          run_->set_rows(layout, hidden_rows(l, active, {}));
+        } else if (source_.steers()) {
+          change_embedded(layout, active);
+        }
       } else {
         run_->set_rows(layout, hidden_rows(l, active, run_->hidden()));
       }
@@ -379,7 +420,7 @@ class PackedExecution {
   const Model& whole_;
   const TokenLevelModel& model_;
   const Inputs& inputs_;
-  const Plan& plan_;
+  Plan plan_;  ///< its own: the source may widen sequences
   StateSource& source_;
   const Selection& selection_;
   at::Device device_;
@@ -455,7 +496,7 @@ c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, 
   report.execution = Execution::kPacked;
   PackedExecution execution(model, inputs, plan, source, selection, capture != nullptr, observer);
   auto result = execution.run(report);
-  report.sequences = count_tokens(plan);
+  report.sequences = count_tokens(execution.plan());
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     auto& layers = report.sequences[static_cast<std::size_t>(plan.sequences[i].row)].layers;
     for (auto l = static_cast<std::size_t>(execution.stopped_at(i)); l < layers.size(); ++l) {

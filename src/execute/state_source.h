@@ -11,6 +11,13 @@
 
 namespace llmcache {
 
+/// What a sequence of a pass does from some layer on.
+enum class Course {
+  kGoOn,
+  kWiden,  ///< all its tokens run
+  kStop,   ///< no further layer, and not the head, is run for it
+};
+
 /// Belongs to one pass; called by the thread that runs it. Sequences are numbered as the plan's. What it throws ends
 /// the pass.
 class StateSource {
@@ -22,6 +29,17 @@ class StateSource {
   /// active tokens before the first of them is attended: what one writes another may read.
   virtual std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
                                        std::vector<at::Tensor> fresh) = 0;
+
+  /// True if embedded() and before_layer() are to be called.
+  [[nodiscard]] virtual bool steers() const { return false; }
+  /// The embedded states of the sequence's tokens that run from layer 0 on, `[1, active, hidden]`, to be changed in
+  /// place.
+  virtual void embedded(std::size_t /*sequence*/, at::Tensor /*rows*/) {}
+  /// Asked before layer l > 0; `active`: the states of the tokens that ran through the layer before, `[1, active,
+  /// hidden]`. After kWiden, and where the plan has tokens that first run in l, entering() is asked for the others.
+  virtual Course before_layer(std::size_t /*sequence*/, std::int32_t /*layer*/, const at::Tensor& /*active*/) {
+    return Course::kGoOn;
+  }
 
   /// The hidden state that enters `layer` of tokens that first run there, from other layers than the pass computed:
   /// `[1, end - begin, hidden]`.

@@ -1,0 +1,208 @@
+#include "bank/token_bank.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <new>
+
+namespace llmcache {
+
+TokenBank::TokenBank(Settings settings)
+    : settings_(std::move(settings)),
+      account_(settings_.capacity_bytes),
+      memory_(account_),
+      spaces_(&memory_),
+      nodes_(&memory_),
+      free_(&memory_),
+      index_(&memory_),
+      policy_(settings_.eviction, &memory_) {}
+
+std::vector<std::shared_ptr<const TokenEntry>> TokenBank::similar(std::string_view space,
+                                                                  const std::vector<std::uint64_t>& hashes,
+                                                                  std::size_t limit) {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<const TokenEntry>> entries;
+  const auto it = spaces_.find(space);
+  if (it == spaces_.end()) return entries;
+  for (const auto& candidate : index_.best(it->second.number, hashes, limit)) {
+    entries.push_back(nodes_[candidate.id].entry);
+  }
+  return entries;
+}
+
+std::optional<TokenBank::Candidate> TokenBank::find(std::string_view space, const TokenView& tokens, double now_s,
+                                                    std::size_t tried) {
+  std::optional<Candidate> best;
+  double least = 1;
+  for (auto& entry : similar(space, shingle_hashes(tokens, settings_.alignment.least_shifted), tried)) {
+    auto alignment = align_tokens(tokens, entry->view(), settings_.alignment);
+    const double edits = alignment.edit_fraction();
+    if (edits >= least) continue;
+    least = edits;
+    best = Candidate{std::move(entry), std::move(alignment)};
+  }
+  if (best) {
+    const std::lock_guard lock(mutex_);
+    if (const auto slot = slot_of(best->entry.get())) policy_.hit(*slot, now_s);
+  }
+  return best;
+}
+
+std::unique_ptr<TokenDraft> TokenBank::reserve(std::int64_t tokens, double now_s) {
+  const std::size_t bytes = settings_.layout.bytes(tokens);
+  {
+    const std::lock_guard lock(mutex_);
+    bool room = bytes <= account_.limit();
+    while (room && !account_.try_reserve(bytes)) room = evict_one(now_s);
+    if (!room) {
+      ++counters_.rejected;
+      return nullptr;
+    }
+  }
+  return std::make_unique<TokenDraft>(settings_.layout, tokens, account_, bytes);
+}
+
+/// Makes the states of the draft, where they align with the entry's in their places, the mean over what the entry's are
+/// the mean of, and the draft's. Returns of how many sequences each token's states are the mean now.
+std::vector<std::uint16_t> TokenBank::average(TokenDraft& draft, const TokenEntry& entry,
+                                              const TokenAlignment& alignment, std::int64_t& averaged) const {
+  std::vector<std::uint16_t> counts(static_cast<std::size_t>(draft.tokens()), 1);
+  averaged = 0;
+  if (settings_.most_averaged < 2) return counts;
+  for (const AlignedBlock& block : alignment.blocks) {
+    if (block.shifted() || block.tokens < settings_.least_averaged) continue;
+    std::vector<float> weights;  // of the entry's states
+    for (std::int64_t t = block.begin; t < block.begin + block.tokens; ++t) {
+      const auto known = std::min<std::int64_t>(entry.count(t), settings_.most_averaged - 1);
+      counts[static_cast<std::size_t>(t)] = static_cast<std::uint16_t>(known + 1);
+      weights.push_back(static_cast<float>(known) / static_cast<float>(known + 1));
+    }
+    for (std::size_t i = 0; i < settings_.layout.specs.size(); ++i) {
+      auto own = draft.tensor(i).narrow(0, block.begin, block.tokens);
+      std::vector<std::int64_t> shape(static_cast<std::size_t>(own.dim()), 1);
+      shape[0] = block.tokens;
+      own.lerp_(entry.rows(i).narrow(0, block.donor_begin, block.tokens),
+                at::tensor(weights).to(own.options()).view(shape));
+    }
+    averaged += block.tokens;
+  }
+  return counts;
+}
+
+void TokenBank::keep(std::string_view space, const TokenView& tokens, std::unique_ptr<TokenDraft> draft,
+                     double saved_ms, double now_s) {
+  const auto hashes = shingle_hashes(tokens, settings_.alignment.least_shifted);
+  std::vector<std::uint16_t> counts(static_cast<std::size_t>(tokens.size()), 1);
+  std::shared_ptr<const TokenEntry> superseded;
+  std::int64_t averaged = 0;
+  auto in_place = settings_.alignment;
+  in_place.shifted = false;
+  Candidate best;
+  for (auto& entry : similar(space, hashes, 3)) {
+    auto alignment = align_tokens(tokens, entry->view(), in_place);
+    if (best.entry && alignment.aligned() <= best.alignment.aligned()) continue;
+    best = {std::move(entry), std::move(alignment)};
+  }
+  if (best.entry) {
+    if (best.alignment.edit_fraction() == 0) {  // the same sequence
+      const std::lock_guard lock(mutex_);
+      if (const auto slot = slot_of(best.entry.get())) policy_.hit(*slot, now_s);
+      return;
+    }
+    counts = average(*draft, *best.entry, best.alignment, averaged);
+    if (2 * averaged >= best.entry->tokens()) superseded = std::move(best.entry);
+  }
+  const std::lock_guard lock(mutex_);
+  std::shared_ptr<const TokenEntry> entry;
+  for (;;) {
+    try {
+      if (!entry) {
+        const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
+        entry = std::allocate_shared<TokenEntry>(allocator, settings_.layout, *draft, tokens, counts, &memory_);
+      }
+      place(space, entry, hashes, saved_ms, now_s);
+      break;
+    } catch (const std::bad_alloc&) {
+      if (evict_one(now_s)) continue;
+      ++counters_.rejected;
+      return;
+    }
+  }
+  ++counters_.insertions;
+  if (averaged > 0) ++counters_.averaged;
+  if (!superseded) return;
+  if (const auto slot = slot_of(superseded.get())) remove(*slot);
+}
+
+/// Makes the entry findable, or throws std::bad_alloc and it is not.
+void TokenBank::place(std::string_view space, const std::shared_ptr<const TokenEntry>& entry,
+                      const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s) {
+  auto it = spaces_.find(space);
+  const bool new_space = it == spaces_.end();
+  if (new_space) it = spaces_.try_emplace(std::pmr::string(space, &memory_), Space{next_space_++, 0}).first;
+  const bool new_slot = free_.empty();
+  const auto slot = new_slot ? static_cast<std::uint32_t>(nodes_.size()) : free_.back();
+  bool indexed = false;
+  try {
+    if (new_slot) {
+      // Whatever is freed later finds its place in the list without taking memory.
+      if (free_.capacity() < nodes_.size() + 1) free_.reserve(2 * nodes_.size() + 8);
+      nodes_.emplace_back();
+    }
+    index_.insert(slot, it->second.number, hashes);
+    indexed = true;
+    policy_.insert(slot, {entry->bytes(), saved_ms}, now_s);
+  } catch (...) {
+    if (indexed) index_.erase(slot);
+    if (new_slot && nodes_.size() > slot) nodes_.pop_back();
+    if (new_space) spaces_.erase(it);
+    throw;
+  }
+  if (!new_slot) free_.pop_back();
+  nodes_[slot] = {entry, it};
+  ++it->second.entries;
+}
+
+std::optional<std::uint32_t> TokenBank::slot_of(const TokenEntry* entry) const {
+  for (std::size_t slot = 0; slot < nodes_.size(); ++slot) {
+    if (nodes_[slot].entry.get() == entry) return static_cast<std::uint32_t>(slot);
+  }
+  return std::nullopt;
+}
+
+void TokenBank::remove(std::uint32_t slot) noexcept {
+  Node& node = nodes_[slot];
+  index_.erase(slot);
+  policy_.erase(slot);
+  if (--node.space->second.entries == 0) spaces_.erase(node.space);
+  node = {};
+  free_.push_back(slot);
+  if (policy_.size() > 0) return;
+  std::pmr::vector<Node>(&memory_).swap(nodes_);
+  std::pmr::vector<std::uint32_t>(&memory_).swap(free_);
+}
+
+bool TokenBank::evict_one(double now_s) {
+  const auto slot = policy_.victim(now_s);
+  if (!slot) return false;
+  remove(*slot);
+  ++counters_.evictions;
+  return true;
+}
+
+void TokenBank::clear() {
+  const std::lock_guard lock(mutex_);
+  while (const auto slot = policy_.victim(0)) remove(*slot);
+  policy_.clear();
+}
+
+TokenBank::Counters TokenBank::counters() const {
+  const std::lock_guard lock(mutex_);
+  Counters counters = counters_;
+  counters.entries = policy_.size();
+  counters.bytes = account_.used();
+  counters.peak_bytes = account_.peak();
+  return counters;
+}
+
+}  // namespace llmcache

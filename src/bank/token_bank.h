@@ -1,0 +1,109 @@
+// The states of all tokens of whole sequences, found by the text that they have in common with a new one.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <memory_resource>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "bank/token_entry.h"
+#include "llmcache/bank/eviction.h"
+#include "match/shingle_index.h"
+
+namespace llmcache {
+
+/// Thread-safe. Entries live in spaces that never see each other (a tenant, say).
+///
+/// Averaging (measured: half the error for a passage behind which questions change). A sequence that was computed in
+/// full and has long runs of tokens in the same places as an entry gets, on these tokens, the mean of the states over
+/// all sequences that had them, itself included; the entry that they came from leaves if most of it lives on so.
+/// Running passes are not disturbed: entries never change, and live as long as somebody reads them (and count until
+/// then). Tokens in other places are not averaged: their states hold the place.
+///
+/// Memory: tensors are counted before they are made, index and containers as they grow; the sum never exceeds the
+/// capacity. Entries and drafts must not outlive the bank.
+class TokenBank {
+ public:
+  struct Settings {
+    std::size_t capacity_bytes = 0;
+    EvictionOptions eviction = {};
+    StateLayout layout;
+    AlignmentSettings alignment = {};
+    std::int64_t least_averaged = 16;  ///< shortest run of tokens that is averaged
+    std::int64_t most_averaged = 32;   ///< sequences that a mean remembers; 1: nothing is averaged. At most 65535
+  };
+
+  struct Candidate {
+    std::shared_ptr<const TokenEntry> entry;
+    TokenAlignment alignment;
+  };
+
+  struct Counters {
+    std::uint64_t entries = 0;     ///< held now
+    std::uint64_t insertions = 0;  ///< sequences kept
+    std::uint64_t evictions = 0;   ///< for room
+    std::uint64_t rejected = 0;    ///< no room could be made
+    std::uint64_t averaged = 0;    ///< of the insertions, those that were averaged with an entry
+    std::size_t bytes = 0;         ///< held now, drafts included
+    std::size_t peak_bytes = 0;
+  };
+
+  explicit TokenBank(Settings settings);
+
+  /// The entry that aligns best (smallest edit fraction), of the `tried` ones with most text in common; empty if none
+  /// has any. It counts as used.
+  std::optional<Candidate> find(std::string_view space, const TokenView& tokens, double now_s, std::size_t tried = 3);
+
+  /// Room for a sequence, made by evicting; null if there is none, which is counted.
+  std::unique_ptr<TokenDraft> reserve(std::int64_t tokens, double now_s);
+
+  /// Keeps a sequence that was computed in full. Never fails. What the bank has already is not kept twice.
+  void keep(std::string_view space, const TokenView& tokens, std::unique_ptr<TokenDraft> draft, double saved_ms,
+            double now_s);
+
+  void clear();
+  [[nodiscard]] const StateLayout& layout() const noexcept { return settings_.layout; }
+  [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }
+  [[nodiscard]] Counters counters() const;
+
+ private:
+  struct Space {
+    std::uint32_t number = 0;
+    std::size_t entries = 0;
+  };
+  using Spaces = std::pmr::map<std::pmr::string, Space, std::less<>>;
+  struct Node {
+    std::shared_ptr<const TokenEntry> entry;  ///< null: the slot is free
+    Spaces::iterator space;
+  };
+
+  [[nodiscard]] std::vector<std::shared_ptr<const TokenEntry>> similar(std::string_view space,
+                                                                       const std::vector<std::uint64_t>& hashes,
+                                                                       std::size_t limit);
+  [[nodiscard]] std::vector<std::uint16_t> average(TokenDraft& draft, const TokenEntry& entry,
+                                                   const TokenAlignment& alignment, std::int64_t& averaged) const;
+  void place(std::string_view space, const std::shared_ptr<const TokenEntry>& entry,
+             const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
+  [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
+  void remove(std::uint32_t slot) noexcept;
+  bool evict_one(double now_s);
+
+  const Settings settings_;
+  MemoryAccount account_;
+  AccountedResource memory_;
+  mutable std::mutex mutex_;
+  Spaces spaces_;
+  std::pmr::vector<Node> nodes_;          ///< by slot
+  std::pmr::vector<std::uint32_t> free_;  ///< slots that are not in use
+  ShingleIndex index_;                    ///< of slots
+  EvictionPolicy policy_;
+  std::uint32_t next_space_ = 0;
+  Counters counters_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,77 @@
+#include "bank/token_entry.h"
+
+#include <ATen/ATen.h>
+
+#include <utility>
+
+namespace llmcache {
+namespace {
+
+/// What a tensor takes beside its data.
+constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
+
+}  // namespace
+
+std::size_t StateLayout::bytes(std::int64_t tokens) const {
+  std::size_t sum = 0;
+  for (const Spec& spec : specs) {
+    std::size_t own = static_cast<std::size_t>(tokens) * spec.options.dtype().itemsize();
+    for (const std::int64_t size : spec.sizes) own *= static_cast<std::size_t>(size);
+    sum += own + kTensorOverhead;
+  }
+  return sum;
+}
+
+TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
+    : tokens_(tokens), account_(account), bytes_(bytes) {
+  try {
+    for (const StateLayout::Spec& spec : layout.specs) {
+      auto sizes = spec.sizes;
+      sizes.insert(sizes.begin(), tokens);
+      tensors_.push_back(at::empty(sizes, spec.options));
+    }
+  } catch (...) {
+    tensors_.clear();
+    account_.release(bytes_);
+    throw;
+  }
+}
+
+TokenDraft::~TokenDraft() {
+  tensors_.clear();
+  account_.release(bytes_);
+}
+
+bool TokenDraft::finite(const StateLayout& layout) const {
+  return tensors_[static_cast<std::size_t>(layout.hidden.back())].isfinite().all().item<bool>();
+}
+
+TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
+                       const std::vector<std::uint16_t>& counts, std::pmr::memory_resource* memory)
+    : layout_(layout),
+      values_(tokens.values.begin(), tokens.values.end(), memory),
+      width_(tokens.width),
+      counts_(counts.begin(), counts.end(), memory),
+      held_(memory),
+      account_(draft.account_) {
+  held_.reserve(draft.tensors_.size());  // the last that may throw: the draft is whole until then
+  for (at::Tensor& tensor : draft.tensors_) held_.emplace_back(std::move(tensor));
+  draft.tensors_.clear();
+  bytes_ = std::exchange(draft.bytes_, 0);
+}
+
+TokenEntry::~TokenEntry() {
+  held_.clear();
+  account_.release(bytes_);
+}
+
+at::Tensor TokenEntry::keys(std::int32_t layer, std::int64_t site, std::size_t input) const {
+  return rows(layout_.first_key[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)] + input);
+}
+
+at::Tensor TokenEntry::hidden(std::int32_t layer) const {
+  const int spec = layout_.hidden[static_cast<std::size_t>(layer)];
+  return spec < 0 ? at::Tensor() : rows(static_cast<std::size_t>(spec));
+}
+
+}  // namespace llmcache

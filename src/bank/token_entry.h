@@ -1,0 +1,95 @@
+// What a TokenBank holds of one sequence.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory_resource>
+#include <vector>
+
+#include "bank/memory.h"
+#include "execute/cached_states.h"
+#include "match/token_alignment.h"
+
+namespace llmcache {
+
+/// Which tensors there are of a sequence, each `[tokens, ...]`, in the model's types. Plain data.
+struct StateLayout {
+  struct Spec {
+    std::vector<std::int64_t> sizes;  ///< of one token
+    at::TensorOptions options;
+  };
+  std::vector<Spec> specs;
+  std::vector<std::vector<std::size_t>> first_key;  ///< by layer and site: spec of its first key-side tensor
+  std::vector<int> hidden;  ///< by layer, 0 .. L: spec of the states that enter it (L: the final ones); -1: not kept
+
+  /// Of the tensors of a sequence, with what they take beside their data.
+  [[nodiscard]] std::size_t bytes(std::int64_t tokens) const;
+};
+
+/// One tensor `[tokens, ...]` in the form in which it is held: as it is. The only place that knows the form.
+class HeldTensor {
+ public:
+  /// `rows` belongs to the held tensor from now on.
+  explicit HeldTensor(at::Tensor rows) : rows_(std::move(rows)) {}
+  /// As the model has it. Read only.
+  [[nodiscard]] at::Tensor rows() const { return rows_; }
+
+ private:
+  at::Tensor rows_;
+};
+
+/// Room for the states of one sequence, reserved before its tensors were made. Gives it back at its end, unless it
+/// became an entry. Belongs to one thread.
+class TokenDraft {
+ public:
+  TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes);
+  ~TokenDraft();
+  TokenDraft(const TokenDraft&) = delete;
+  TokenDraft& operator=(const TokenDraft&) = delete;
+
+  [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
+  /// Tensor of spec i, to be written.
+  [[nodiscard]] at::Tensor& tensor(std::size_t i) { return tensors_[i]; }
+  /// False if a value of the final states is NaN or infinite: then nothing of it is of use.
+  [[nodiscard]] bool finite(const StateLayout& layout) const;
+
+ private:
+  friend class TokenEntry;
+  std::int64_t tokens_;
+  std::vector<at::Tensor> tensors_;
+  MemoryAccount& account_;
+  std::size_t bytes_;
+};
+
+/// Tokens and states of one sequence. Immutable.
+class TokenEntry final : public CachedStates {
+ public:
+  /// Takes tensors and reserved bytes of `draft`. `counts`: by token, over how many sequences its states are the mean.
+  TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
+             const std::vector<std::uint16_t>& counts, std::pmr::memory_resource* memory);
+  ~TokenEntry() override;
+  TokenEntry(const TokenEntry&) = delete;
+  TokenEntry& operator=(const TokenEntry&) = delete;
+
+  [[nodiscard]] std::int64_t tokens() const override { return static_cast<std::int64_t>(counts_.size()); }
+  [[nodiscard]] at::Tensor keys(std::int32_t layer, std::int64_t site, std::size_t input) const override;
+  [[nodiscard]] at::Tensor hidden(std::int32_t layer) const override;
+
+  [[nodiscard]] TokenView view() const { return {values_, width_}; }
+  [[nodiscard]] std::uint16_t count(std::int64_t token) const { return counts_[static_cast<std::size_t>(token)]; }
+  [[nodiscard]] at::Tensor rows(std::size_t spec) const { return held_[spec].rows(); }
+  /// Of its tensors.
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  const StateLayout& layout_;
+  std::pmr::vector<std::int64_t> values_;
+  std::size_t width_;
+  std::pmr::vector<std::uint16_t> counts_;
+  std::pmr::vector<HeldTensor> held_;  ///< by spec
+  MemoryAccount& account_;
+  std::size_t bytes_ = 0;  ///< reserved, released with the entry
+};
+
+}  // namespace llmcache
