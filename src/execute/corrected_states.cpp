@@ -84,14 +84,13 @@ Course CorrectedStates::before_layer(std::size_t sequence, std::int32_t layer, c
   if (!reused.donor || layer > state.widened) return Course::kGoOn;
   Course course = Course::kGoOn;
   if (monitor_) course = monitor_(sequence, layer, state.shifts[static_cast<std::size_t>(layer) - 1]);
-  if (layer == state.widened) {
-    if (course == Course::kWiden) course = Course::kGoOn;
-  } else if (course != Course::kWiden) {
-    return course;
-  }
-  if (course == Course::kStop) return course;
-  const auto cached = reused.donor->hidden(layer);
-  if (!cached.defined()) return layer == state.widened ? Course::kStop : Course::kGoOn;
+  const bool planned = layer == state.widened;
+  if (planned && course == Course::kWiden) course = Course::kGoOn;
+  const auto cached = planned || course == Course::kWiden ? reused.donor->hidden(layer) : at::Tensor();
+  if (!cached.defined() && course == Course::kWiden) course = Course::kGoOn;
+  if (!cached.defined() && planned) course = Course::kStop;
+  state.stopped = course == Course::kStop;
+  if (!cached.defined() || state.stopped) return course;
   state.entering = reused_rows(state, cached, measure(state, active[0], cached));
   state.widened = layer;
   return course;

@@ -55,10 +55,13 @@ class CorrectedStates final : public StateSource {
 
   /// By layer, of those that ran on a part of the tokens.
   [[nodiscard]] const std::vector<SampleShift>& shifts(std::size_t sequence) const { return state_[sequence].shifts; }
+  /// True if before_layer() said so.
+  [[nodiscard]] bool stopped(std::size_t sequence) const { return state_[sequence].stopped; }
 
  private:
   struct State {
     std::int32_t widened = 0;
+    bool stopped = false;
     at::Tensor gather;        ///< donor position of each token, 0 where there is none
     at::Tensor active;        ///< tokens that are computed
     at::Tensor known_rows;    ///< rows of the active tokens that the donor has
