@@ -4,7 +4,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
 
 #include "execute/clock.h"
 #include "execute/engine.h"
@@ -369,8 +369,9 @@ void TokenReuse::run_pass(const Batch& batch, const Matches& matches, const Toke
   report.lookup_ms += clock.lap();
 
   const auto monitor = [&](std::size_t, std::int32_t l, const SampleShift& shift) {
+    if (!std::isfinite(shift.relative)) return Course::kStop;
     if (l - 1 < settings.first_watched || l - 1 > settings.last_watched) return Course::kGoOn;
-    if (!(shift.relative <= settings.stop_shift)) return Course::kStop;
+    if (shift.relative > settings.stop_shift) return Course::kStop;
     return shift.relative > settings.widen_shift ? Course::kWiden : Course::kGoOn;
   };
   CorrectedStates corrected(*model_.token_level(), layers_, reused, model_.device(), monitor);
@@ -430,7 +431,8 @@ TokenReuse::Result TokenReuse::run(const Batch& batch, const Matches& matches, c
 
 void TokenReuse::keep(std::vector<Computed> computed) {
   for (Computed& one : computed) {
-    if (!one.states->finite(bank_->layout())) continue;
+    // Attention spreads what is not finite to all final states.
+    if (!one.states->final_states().isfinite().all().item<bool>()) continue;
     bank_->keep(one.space, {one.values, one.width}, std::move(one.states), one.ms, now());
   }
 }

@@ -46,8 +46,8 @@ struct TokenReuseSettings {
   double max_computed_fraction = 0.75;  ///< likewise, those of which more would be computed: reuse costs time too
   /// A pooled output that is read at marked tokens: these are computed if at most this part of the sequence is marked.
   double max_read_fraction = 0.5;
-  /// Where the samples' shift (SampleShift::relative, no unit) in the layers [first_watched, last_watched] is above, or
-  /// not a number, the sequence is computed in full.
+  /// Where the samples' shift (SampleShift::relative, no unit) in the layers [first_watched, last_watched] is above
+  /// this, the sequence is computed in full; where it is not finite, whatever the layer.
   double stop_shift = std::numeric_limits<double>::infinity();
   /// Where it is above this, all tokens run from the next kept layer on.
   double widen_shift = std::numeric_limits<double>::infinity();

@@ -23,7 +23,7 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
 }
 
 TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
-    : tokens_(tokens), account_(account), bytes_(bytes) {
+    : tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())), account_(account), bytes_(bytes) {
   try {
     for (const StateLayout::Spec& spec : layout.specs) {
       auto sizes = spec.sizes;
@@ -40,10 +40,6 @@ TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAcc
 TokenDraft::~TokenDraft() {
   tensors_.clear();
   account_.release(bytes_);
-}
-
-bool TokenDraft::finite(const StateLayout& layout) const {
-  return tensors_[static_cast<std::size_t>(layout.hidden.back())].isfinite().all().item<bool>();
 }
 
 TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,

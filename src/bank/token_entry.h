@@ -51,12 +51,12 @@ class TokenDraft {
   [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
   /// Tensor of spec i, to be written.
   [[nodiscard]] at::Tensor& tensor(std::size_t i) { return tensors_[i]; }
-  /// False if a value of the final states is NaN or infinite: then nothing of it is of use.
-  [[nodiscard]] bool finite(const StateLayout& layout) const;
+  [[nodiscard]] const at::Tensor& final_states() const { return tensors_[final_]; }
 
  private:
   friend class TokenEntry;
   std::int64_t tokens_;
+  std::size_t final_;  ///< spec of the final states
   std::vector<at::Tensor> tensors_;
   MemoryAccount& account_;
   std::size_t bytes_;

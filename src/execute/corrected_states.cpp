@@ -107,7 +107,8 @@ std::vector<KeySegment> CorrectedStates::keys(std::size_t sequence, std::int32_t
   for (std::size_t i = 0; i < fresh.size(); ++i) {
     const auto own = fresh[i].movedim(dims[i], 0);
     const auto cached = reused.donor->keys(layer, site, i);
-    const Shift shift = measure(state, own, cached);
+    // Known tokens enter layer 0 as they did in the donor.
+    const Shift shift = layer == 0 ? Shift{} : measure(state, own, cached);
     measured.relative += share * shift.measured.relative;
     measured.shrinkage += share * shift.measured.shrinkage;
     fresh[i] = reused_rows(state, cached, shift).index_copy_(0, state.active, own).movedim(0, dims[i]);

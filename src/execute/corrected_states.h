@@ -53,7 +53,7 @@ class CorrectedStates final : public StateSource {
   void finished(std::size_t sequence, const at::Tensor& fresh) override { at(sequence).finished = fresh; }
   at::Tensor final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) override;
 
-  /// By layer, of those that ran on a part of the tokens.
+  /// By layer, of those that ran on a part of the tokens; zero in layer 0.
   [[nodiscard]] const std::vector<SampleShift>& shifts(std::size_t sequence) const { return state_[sequence].shifts; }
   /// True if before_layer() said so.
   [[nodiscard]] bool stopped(std::size_t sequence) const { return state_[sequence].stopped; }
