@@ -156,6 +156,7 @@ void TokenBank::place(std::string_view space, const std::shared_ptr<const TokenE
     if (indexed) index_.erase(slot);
     if (new_slot && nodes_.size() > slot) nodes_.pop_back();
     if (new_space) spaces_.erase(it);
+    release_if_empty();
     throw;
   }
   if (!new_slot) free_.pop_back();
@@ -177,6 +178,11 @@ void TokenBank::remove(std::uint32_t slot) noexcept {
   if (--node.space->second.entries == 0) spaces_.erase(node.space);
   node = {};
   free_.push_back(slot);
+  release_if_empty();
+}
+
+/// Gives back the tables of slots where nothing is held.
+void TokenBank::release_if_empty() noexcept {
   if (policy_.size() > 0) return;
   std::pmr::vector<Node>(&memory_).swap(nodes_);
   std::pmr::vector<std::uint32_t>(&memory_).swap(free_);

@@ -91,6 +91,7 @@ class TokenBank {
              const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
   [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
   void remove(std::uint32_t slot) noexcept;
+  void release_if_empty() noexcept;
   bool evict_one(double now_s);
 
   const Settings settings_;
