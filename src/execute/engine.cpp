@@ -121,7 +121,7 @@ class PackedExecution {
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
       observe(l);
       steer(l);
-      const bool needed = enter(l);
+      const bool needed = l == source_.choosing_layer() ? choose(l) : enter(l);
       if (needed) run_layer(l);
       const double ms = clock.lap();
       if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms - take_started(report);
@@ -133,8 +133,9 @@ class PackedExecution {
     return result;
   }
 
-  /// As it was run, but for sequences that stopped.
+  /// As it was run, with what the source has changed, but for sequences that stopped.
   [[nodiscard]] const Plan& plan() const { return plan_; }
+
   /// Layers that ran for sequence i: those of the plan below this one.
   [[nodiscard]] std::int32_t stopped_at(std::size_t i) const { return stopped_at_[i]; }
 
@@ -252,12 +253,18 @@ class PackedExecution {
     run_->set_rows(layout, std::move(hidden));
   }
 
-  /// Makes the active rows of layer l current; false if nobody is active.
-  bool enter(std::int32_t l) {
+  /// Active tokens of layer l, of the sequences that have not stopped.
+  [[nodiscard]] ActiveSets active_at(std::int32_t l) const {
     auto active = active_in(plan_, l);
     for (std::size_t i = 0; i < active.size(); ++i) {
       if (!running(i)) active[i].clear();
     }
+    return active;
+  }
+
+  /// Makes the active rows of layer l current; false if nobody is active.
+  bool enter(std::int32_t l) {
+    auto active = active_at(l);
     if (run_ && active == active_) return layout_.rows > 0;
     auto layout = make_layout(plan_, active, device_);
     if (layout.rows > 0) {
@@ -278,6 +285,30 @@ class PackedExecution {
         run_->set_rows(layout, hidden_rows(l, active, run_->hidden()));
       }
     }
+    active_ = std::move(active);
+    layout_ = std::move(layout);
+    listed_ = listed(active_);
+    return layout_.rows > 0;
+  }
+
+  /// As enter(), with the active rows cut to those that the source chooses by their keys in this layer. These are made
+  /// once more for the rows that stay: a small part of what a layer costs.
+  bool choose(std::int32_t l) {
+    if (!enter(l)) return false;
+    const at::Tensor entering = run_->hidden();
+    const SiteTensors tensors = run_->before(l, 0);
+    const auto& dims = model_.key_dims(l, 0);
+    for (std::size_t q = 0; q < listed_.size(); ++q) {
+      const PackedSequence& packed = layout_.sequences[q];
+      std::vector<at::Tensor> fresh;
+      for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
+        fresh.push_back(tensors.keys[i].narrow(dims[i], packed.offset, packed.rows));
+      }
+      plan_.sequences[listed_[q]].ranges = source_.choose(listed_[q], fresh);
+    }
+    auto active = active_at(l);
+    auto layout = make_layout(plan_, active, device_);
+    if (layout.rows > 0) run_->set_rows(layout, hidden_rows(l, active, entering));
     active_ = std::move(active);
     layout_ = std::move(layout);
     listed_ = listed(active_);
@@ -420,7 +451,7 @@ class PackedExecution {
   const Model& whole_;
   const TokenLevelModel& model_;
   const Inputs& inputs_;
-  Plan plan_;  ///< its own: the source may widen sequences
+  Plan plan_;  ///< its own: the source may change it
   StateSource& source_;
   const Selection& selection_;
   at::Device device_;

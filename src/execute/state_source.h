@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "llmcache/match/plan.h"
 #include "llmcache/model/token_level.h"
 
 namespace llmcache {
@@ -49,6 +50,16 @@ class StateSource {
   virtual void finished(std::size_t sequence, const at::Tensor& fresh) = 0;
   /// The final states of tokens [begin, end), `[1, end - begin, hidden]`, active or not. Asked after all finished().
   virtual at::Tensor final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) = 0;
+
+  /// The layer, above 0 and with an attention site, by whose keys the source chooses which tokens go on; -1: none. The
+  /// model must be self-contained.
+  [[nodiscard]] virtual std::int32_t choosing_layer() const { return -1; }
+  /// Shown the keys that a sequence's active tokens have at the first site of that layer, before any token runs through
+  /// it. Returns the ranges by which the sequence goes on, which must say the same as the plan's about the layers
+  /// before.
+  virtual std::vector<TokenRange> choose(std::size_t /*sequence*/, const std::vector<at::Tensor>& /*fresh*/) {
+    return {};
+  }
 };
 
 }  // namespace llmcache

@@ -1,0 +1,219 @@
+#include "bank/segment_bank.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <exception>
+#include <new>
+#include <utility>
+
+namespace llmcache {
+
+SegmentEntry::SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens,
+                           const std::vector<KeySpec>& specs, const StateFormat& format,
+                           std::pmr::memory_resource* memory)
+    : specs_(specs),
+      format_(format),
+      space_(space, memory),
+      tokens_(tokens.begin(), tokens.end(), memory),
+      stored_(specs.size()) {}
+
+SegmentEntry::~SegmentEntry() {
+  stored_.clear();
+  if (account_ != nullptr) account_->release(bytes_);
+}
+
+bool SegmentEntry::complete() const noexcept {
+  return std::ranges::none_of(stored_, [](const auto& tensors) { return tensors.empty(); });
+}
+
+// The containers start empty and allocate nothing until the first insertion.
+SegmentBank::SegmentBank(Settings settings)
+    : settings_(std::move(settings)),
+      format_(settings_.format ? settings_.format : std::make_shared<const AsComputed>()),
+      account_(settings_.capacity_bytes),
+      memory_(account_),
+      index_(
+          settings_.token_width, settings_.block_tokens,
+          [this](std::uint32_t slot) {
+            const SegmentEntry& entry = *(*entries_)[slot];
+            return BlockHashIndex::Sequence{entry.space(), entry.tokens()};
+          },
+          &memory_),
+      policy_(settings_.eviction, &memory_) {}
+
+std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<const std::int64_t> tokens,
+                                          const Wanted& wanted, double now_s) {
+  const BlockHashIndex::Sequence request{space, tokens};
+  std::vector<SegmentHit> hits;
+  const std::lock_guard lock(mutex_);
+  const auto add = [&](const BlockMatch& match, bool exact) {
+    hits.push_back({static_cast<std::int64_t>(match.begin), (*entries_)[match.slot],
+                    static_cast<std::int64_t>(match.donor_begin), static_cast<std::int64_t>(match.tokens), exact});
+    policy_.hit(match.slot, now_s);
+  };
+  const BlockMatch prefix = index_.prefix(request);
+  if (prefix.tokens > 0) add(prefix, true);
+  const auto least = static_cast<std::size_t>(std::max<std::int64_t>(wanted.least, 1));
+  for (const BlockMatch& match : index_.segments(request, {prefix.tokens, least, wanted.moved})) add(match, false);
+  return hits;
+}
+
+/// Empty if it is more than the capacity.
+std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const noexcept {
+  std::size_t bytes = 0;
+  for (const KeySpec& spec : settings_.specs) {
+    bytes += format_->bytes(spec, static_cast<std::int64_t>(tokens)) + sizeof(std::vector<at::Tensor>);
+    if (bytes > account_.limit()) return std::nullopt;
+  }
+  return bytes;
+}
+
+std::shared_ptr<SegmentEntry> SegmentBank::reserve(std::string_view space, std::span<const std::int64_t> tokens,
+                                                   double now_s) {
+  const std::size_t count = tokens.size() / settings_.token_width;
+  const std::lock_guard lock(mutex_);
+  if (index_.prefix({space, tokens}).tokens == count) return nullptr;
+  const auto bytes = entry_bytes(count);
+  while (bytes && make_room(*bytes, now_s)) {
+    try {
+      const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
+      auto entry = std::allocate_shared<SegmentEntry>(allocator, space, tokens, settings_.specs, *format_, &memory_);
+      entry->account_ = &account_;
+      entry->bytes_ = *bytes;
+      return entry;
+    } catch (const std::bad_alloc&) {
+      account_.release(*bytes);
+      if (!evict_one(now_s)) break;
+    }
+  }
+  ++counters_.rejected;
+  return nullptr;
+}
+
+void SegmentBank::insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, double now_s) {
+  if (!entry || !entry->complete()) return;
+  const std::lock_guard lock(mutex_);
+  const std::size_t count = tokens_of(*entry);
+  const BlockMatch known = index_.prefix({entry->space(), entry->tokens()});
+  if (known.tokens == count) return;  // somebody was faster
+  const bool replaces = known.tokens > 0 && known.tokens == tokens_of(*(*entries_)[known.slot]);
+  for (;;) {
+    try {
+      place(entry, saved_ms, now_s);
+      break;
+    } catch (const std::bad_alloc&) {
+      reset_if_empty();
+      if (evict_one(now_s)) continue;
+      ++counters_.rejected;
+      return;
+    }
+  }
+  ++counters_.insertions;
+  // Unless it was evicted for room on the way: the slot may be the new entry's own.
+  if (!replaces || !policy_.contains(known.slot)) return;
+  const SegmentEntry& old = *(*entries_)[known.slot];
+  if (&old == entry.get() || tokens_of(old) != known.tokens) return;
+  remove(known.slot);
+  ++counters_.replaced;
+}
+
+/// All or nothing; throws std::bad_alloc.
+void SegmentBank::place(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s) {
+  if (!entries_) entries_.emplace(&memory_);
+  const auto free = std::find(entries_->begin(), entries_->end(), nullptr);
+  const auto slot = static_cast<std::uint32_t>(free - entries_->begin());
+  if (free == entries_->end()) {
+    entries_->push_back(entry);
+  } else {
+    *free = entry;
+  }
+  EntryCost cost;
+  cost.bytes = entry->bytes_;
+  cost.saved_ms = saved_ms;
+  cost.key = XXH3_64bits_withSeed(entry->tokens().data(), entry->tokens().size_bytes(),
+                                  XXH3_64bits(entry->space().data(), entry->space().size()));
+  try {
+    index_.insert(slot);
+    try {
+      policy_.insert(slot, cost, now_s);
+    } catch (...) {
+      index_.erase(slot);
+      throw;
+    }
+  } catch (...) {
+    (*entries_)[slot] = nullptr;
+    throw;
+  }
+  ++counters_.entries;
+  counters_.tokens += tokens_of(*entry);
+}
+
+void SegmentBank::remove(std::uint32_t slot) noexcept {
+  index_.erase(slot);
+  policy_.erase(slot);
+  --counters_.entries;
+  counters_.tokens -= tokens_of(*(*entries_)[slot]);
+  (*entries_)[slot] = nullptr;
+  reset_if_empty();
+}
+
+void SegmentBank::reset_if_empty() noexcept {
+  if (counters_.entries == 0) entries_.reset();
+}
+
+/// Reserves bytes in the account. Evicts nothing if entries in use leave too little.
+bool SegmentBank::make_room(std::size_t bytes, double now_s) noexcept {
+  if (account_.try_reserve(bytes)) return true;
+  std::size_t in_use = 0;
+  for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
+    if ((*entries_)[slot] && !idle(slot)) in_use += (*entries_)[slot]->bytes_;
+  }
+  const std::size_t limit = account_.limit();
+  if (bytes > limit || in_use > limit - bytes) return false;
+  while (!account_.try_reserve(bytes)) {
+    if (!evict_one(now_s)) return false;
+  }
+  return true;
+}
+
+bool SegmentBank::evict_one(double now_s) noexcept {
+  // An entry in use counts as used again, so that the policy names another one. How often is bounded: some policies
+  // name it several times before they do.
+  for (int attempts = 0; attempts < 64; ++attempts) {
+    const auto victim = policy_.victim(now_s);
+    if (!victim) return false;
+    if (idle(*victim)) {
+      remove(*victim);
+      ++counters_.evictions;
+      return true;
+    }
+    policy_.hit(*victim, now_s);
+  }
+  for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
+    if (!(*entries_)[slot] || !idle(slot)) continue;
+    remove(slot);
+    ++counters_.evictions;
+    return true;
+  }
+  return false;
+}
+
+void SegmentBank::clear() {
+  const std::lock_guard lock(mutex_);
+  index_.clear();
+  policy_.clear();
+  entries_.reset();
+  counters_.entries = 0;
+  counters_.tokens = 0;
+}
+
+SegmentBank::Counters SegmentBank::counters() const {
+  const std::lock_guard lock(mutex_);
+  Counters counters = counters_;
+  counters.bytes = account_.used();
+  counters.peak_bytes = account_.peak();
+  return counters;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,137 @@
+// States of whole sequences, found by any run of their tokens.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <memory_resource>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "bank/memory.h"
+#include "bank/state_format.h"
+#include "llmcache/bank/eviction.h"
+#include "match/block_hash_index.h"
+
+namespace llmcache {
+
+/// States of one sequence that was computed in full, one tensor a KeySpec. Written by the pass that computes it, before
+/// the bank makes it known; then immutable. Must not outlive its bank.
+class SegmentEntry {
+ public:
+  SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, const std::vector<KeySpec>& specs,
+               const StateFormat& format, std::pmr::memory_resource* memory);
+  ~SegmentEntry();
+  SegmentEntry(const SegmentEntry&) = delete;
+  SegmentEntry& operator=(const SegmentEntry&) = delete;
+
+  [[nodiscard]] std::string_view space() const noexcept { return space_; }
+  /// Token after token.
+  [[nodiscard]] std::span<const std::int64_t> tokens() const noexcept { return tokens_; }
+  /// Tokens [begin, begin + count) of tensor number i. Not to be written to.
+  [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const {
+    return format_.decode(specs_[i], stored_[i], begin, count);
+  }
+  /// Sets tensor number i, of all tokens.
+  void set(std::size_t i, const at::Tensor& state) { stored_[i] = format_.encode(specs_[i], state); }
+
+ private:
+  friend class SegmentBank;
+  [[nodiscard]] bool complete() const noexcept;
+
+  const std::vector<KeySpec>& specs_;
+  const StateFormat& format_;
+  std::pmr::string space_;
+  std::pmr::vector<std::int64_t> tokens_;
+  std::vector<std::vector<at::Tensor>> stored_;
+  MemoryAccount* account_ = nullptr;  ///< in which bytes_ are reserved
+  std::size_t bytes_ = 0;
+};
+
+/// A run of a request's tokens that the bank has.
+struct SegmentHit {
+  std::int64_t begin = 0;                     ///< first token of the request
+  std::shared_ptr<const SegmentEntry> donor;  ///< stays readable while this lives
+  std::int64_t donor_begin = 0;               ///< first token of the donor
+  std::int64_t tokens = 0;
+  bool exact = false;  ///< a prefix of both: the donor's states are the request's
+};
+
+/// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index are counted before memory is
+/// taken: the capacity holds at every moment. Sequences live in spaces that never see each other (tenant, types of the
+/// inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the policy
+/// names an entry; those in use (held by a SegmentHit) are passed over.
+class SegmentBank {
+ public:
+  struct Settings {
+    std::size_t capacity_bytes = 0;
+    EvictionOptions eviction;
+    std::size_t token_width = 1;
+    std::size_t block_tokens = 16;  ///< of the index: runs below it are never found, from twice as many on always
+    std::vector<KeySpec> specs;
+    std::shared_ptr<const StateFormat> format;  ///< null: AsComputed
+  };
+  struct Counters {
+    std::uint64_t entries = 0;  ///< held now
+    std::uint64_t tokens = 0;   ///< that they hold
+    std::uint64_t insertions = 0;
+    std::uint64_t evictions = 0;  ///< for room
+    std::uint64_t replaced = 0;   ///< entries that a longer one made superfluous
+    std::uint64_t rejected = 0;   ///< for which there was no room
+    std::size_t bytes = 0, peak_bytes = 0;
+  };
+
+  explicit SegmentBank(Settings settings);
+  SegmentBank(const SegmentBank&) = delete;
+  SegmentBank& operator=(const SegmentBank&) = delete;
+
+  struct Wanted {
+    std::int64_t least = 1;  ///< shortest run behind the prefix, tokens
+    bool moved = true;       ///< runs that stand at another place in the donor
+  };
+  /// The longest known prefix of a request, and behind it runs in ascending order without overlap.
+  [[nodiscard]] std::vector<SegmentHit> find(std::string_view space, std::span<const std::int64_t> tokens,
+                                             const Wanted& wanted, double now_s);
+
+  /// An entry to be filled, whose bytes are reserved; evicts for it. Null if there is no room (counted as rejected), or
+  /// if the bank knows these tokens as a prefix already. Dropping it gives the bytes back.
+  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve(std::string_view space, std::span<const std::int64_t> tokens,
+                                                      double now_s);
+  /// Makes a filled entry known. `saved_ms`: for the policy, time that a hit on it saves. Never fails: what finds no
+  /// room in the index is counted as rejected.
+  void insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, double now_s);
+
+  /// Drops every entry. Hits stay valid.
+  void clear();
+  [[nodiscard]] Counters counters() const;
+
+ private:
+  [[nodiscard]] std::size_t tokens_of(const SegmentEntry& entry) const noexcept {
+    return entry.tokens().size() / settings_.token_width;
+  }
+  [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const noexcept;
+  bool make_room(std::size_t bytes, double now_s) noexcept;
+  bool evict_one(double now_s) noexcept;
+  [[nodiscard]] bool idle(std::uint32_t slot) const noexcept { return (*entries_)[slot].use_count() == 1; }
+  void place(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
+  void remove(std::uint32_t slot) noexcept;
+  void reset_if_empty() noexcept;
+
+  const Settings settings_;
+  const std::shared_ptr<const StateFormat> format_;
+  MemoryAccount account_;
+  AccountedResource memory_;
+  mutable std::mutex mutex_;
+  std::optional<std::pmr::deque<std::shared_ptr<SegmentEntry>>> entries_;  ///< by slot; none while there are none
+  BlockHashIndex index_;
+  EvictionPolicy policy_;
+  Counters counters_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,120 @@
+#include "execute/key_positions.h"
+
+#include <ATen/ATen.h>
+#include <fmt/core.h>
+
+#include <algorithm>
+
+#include "execute/engine.h"
+#include "model/probe.h"
+
+namespace llmcache {
+namespace {
+
+constexpr std::int64_t kSequences = 2;
+
+/// Key-side tensors of a pass, by layer, site and tensor: of all sequences, put together as if they were heads.
+using Keys = std::vector<std::vector<std::vector<at::Tensor>>>;
+
+/// Keeps the keys of a pass that computes everything, and nothing else.
+class KeyRecorder final : public StateSource {
+ public:
+  explicit KeyRecorder(const Model& model) {
+    for (std::int64_t l = 0; l < model.layers(); ++l) {
+      keys_.emplace_back(static_cast<std::size_t>(model.token_level()->sites(l)));
+    }
+  }
+
+  std::vector<KeySegment> keys(std::size_t, std::int32_t layer, std::int64_t site,
+                               std::vector<at::Tensor> fresh) override {
+    auto& kept = keys_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
+    const bool first = kept.empty();
+    for (std::size_t i = 0; i < fresh.size(); ++i) {
+      if (first) {
+        kept.push_back(fresh[i].unsqueeze(0).clone());
+      } else {
+        kept[i] = at::cat({kept[i], fresh[i].unsqueeze(0)});
+      }
+    }
+    const auto tokens = tokens_;
+    return {{tokens, std::move(fresh)}};
+  }
+  at::Tensor entering(std::size_t, std::int32_t, std::int64_t, std::int64_t) override { return {}; }
+  void finished(std::size_t, const at::Tensor&) override {}
+  at::Tensor final_states(std::size_t, std::int64_t, std::int64_t) override { return {}; }
+
+  Keys run(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t tokens) {
+    tokens_ = tokens;
+    auto inputs = probe_inputs(vocabulary, model.device(), kSequences, 1, 3);
+    for (c10::IValue& input : inputs) input = input.toTensor().expand({kSequences, tokens}).contiguous();
+    const auto layers = static_cast<std::int32_t>(model.layers());
+    Plan plan{kSequences, tokens, layers, {}};
+    Selection nothing{0, {}, {}};
+    for (std::int64_t row = 0; row < kSequences; ++row) {
+      plan.sequences.push_back(compute_all(row, 0, tokens, layers));
+      nothing.spans.push_back({});
+    }
+    ForwardReport report;
+    execute_packed(model, inputs, plan, *this, nothing, report);
+    return std::move(keys_);
+  }
+
+ private:
+  Keys keys_;
+  std::int64_t tokens_ = 0;
+};
+
+/// The longest of some lengths that the model takes.
+Keys record(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t& tokens) {
+  for (const std::int64_t length : {320, 160, 80}) {
+    try {
+      tokens = length;
+      return KeyRecorder(model).run(model, vocabulary, length);
+    } catch (const std::exception&) {  // longer than its table of positions
+    }
+  }
+  tokens = 40;
+  return KeyRecorder(model).run(model, vocabulary, tokens);
+}
+
+}  // namespace
+
+KeyPositions find_key_positions(const Model& model, const std::vector<std::int64_t>& vocabulary) {
+  KeyPositions found;
+  const Keys keys = record(model, vocabulary, found.positions);
+  const std::int64_t few = 24;
+  const Keys shorter = KeyRecorder(model).run(model, vocabulary, few);
+  for (std::size_t l = 0; l < keys.size(); ++l) {
+    found.rotation_of.emplace_back(keys[l].size());
+    for (std::size_t s = 0; s < keys[l].size(); ++s) {
+      for (std::size_t i = 0; i < keys[l][s].size(); ++i) {
+        const at::Tensor& key = keys[l][s][i];
+        const auto dim =
+            model.token_level()->key_dims(static_cast<std::int64_t>(l), static_cast<std::int64_t>(s))[i] + 1;
+        int& rotation = found.rotation_of[l][s].emplace_back(-1);
+        if (same_at_all_positions(key, dim)) continue;
+        const auto known = std::find_if(found.rotations.begin(), found.rotations.end(),
+                                        [&](const KeyRotation& other) { return foretells(other, key, dim); });
+        rotation = static_cast<int>(known - found.rotations.begin());
+        if (known == found.rotations.end()) {
+          std::string why;
+          auto fresh = find_rotation(key, dim, why);
+          if (!fresh) {
+            found.why = fmt::format("positions are not rotary (layer {}, tensor {} of its attention): {}", l, i, why);
+            return found;
+          }
+          found.rotations.push_back(std::move(*fresh));
+        }
+        const auto& same = found.rotations[static_cast<std::size_t>(rotation)];
+        const auto both = at::cat({key.narrow(dim, 0, 1), shorter[l][s][i].narrow(dim, 1, few - 1)}, dim);
+        if (foretells(same, both, dim)) continue;
+        found.why = fmt::format("the rotation of layer {} changes with the length of the sequence", l);
+        return found;
+      }
+    }
+  }
+  found.movable = true;
+  return found;
+}
+
+}  // namespace llmcache

@@ -1,0 +1,123 @@
+// Reuse beyond the exact prefix in causal models: known passages in a new order (retrieval-augmented prompts), and what
+// stands behind an edit. Their keys and values are taken from where they were computed before, turned to their new
+// positions, although what stands before them is another text now.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bank/segment_bank.h"
+#include "execute/batch.h"
+#include "execute/engine.h"
+#include "execute/key_positions.h"
+#include "llmcache/options.h"
+#include "model/probe.h"
+
+namespace llmcache {
+
+/// Settings of one pass with reused segments.
+struct SegmentSettings {
+  /// Part of the reused tokens that are computed all the same, 0 to 1: those whose keys and values at layer 1 are
+  /// farthest from the cached ones (CacheBlend, arXiv 2405.16444). Between 0 and 1 every token runs through layer 0 for
+  /// it. 1: all tokens are computed, and the result is lossless.
+  double recompute_share = 0.1;
+
+  /// The first tokens of each reused segment that are computed: in the donor they attended to what stood right before.
+  /// 0 or more.
+  std::int64_t head_tokens = 4;
+
+  /// Shortest segment that is reused, tokens, 1 or more. Shorter ones than SegmentOptions::block_tokens are not found.
+  std::int64_t least_segment = 32;
+
+  /// Keep the states of sequences that are computed in full, or behind an exact prefix.
+  bool keep = true;
+
+  /// Throws Error(kInvalidOptions) that names the field at fault.
+  void validate() const;
+};
+
+/// Settings of a SegmentReuse.
+struct SegmentOptions {
+  /// Passages are found by blocks of this many tokens, 1 or more.
+  std::size_t block_tokens = 16;
+  EvictionOptions eviction = {};
+  /// How states are held; null: as they were computed.
+  std::shared_ptr<const StateFormat> format = {};
+};
+
+/// What is known of a sequence.
+struct SegmentMatch {
+  /// Ascending, without overlap. The first one may be exact: a prefix, whose reuse is lossless.
+  std::vector<SegmentHit> segments;
+  std::int64_t exact_tokens = 0;
+  /// Of all token-layers, those that run() will compute at these settings.
+  double computed_fraction = 1;
+};
+
+/// Thread-safe.
+class SegmentReuse {
+ public:
+  /// `profile` and `output` are what probing found. The model must be causal and run any subset of tokens, otherwise
+  /// Error(kNotAvailable). It is run a few times: to find how its keys turn with the position, and to see that a
+  /// sequence comes out right that takes its beginning from another one; Error(kNotAvailable) if it does not.
+  SegmentReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
+               const SegmentOptions& options, std::size_t capacity_bytes);
+
+  /// What the bank knows of each row; empty where that is nothing. Rows with padding in front are not looked up: in
+  /// some models it decides positions.
+  [[nodiscard]] std::vector<std::optional<SegmentMatch>> find(const Batch& batch, const std::string& tenant,
+                                                              const SegmentSettings& settings);
+
+  /// Runs a batch that can be packed (check_packable) and has a real token. `matches`, one a row, are what find() gave
+  /// for it, or less: a row without match is computed in full, an exact segment alone is lossless. The last token is
+  /// always computed, unless it belongs to an exact prefix. Fills `report`, its sequences included (Source::kPartial:
+  /// something is not exact; reused_tokens: the exact prefix). The result covers the tokens that `output` names, where
+  /// kNewTokens are those behind the exact prefix; all of them where the head is not token-wise. None if these are no
+  /// tokens. If it throws nothing of the call is kept. Throws Error(kNotAvailable) for a recompute_share between 0 and
+  /// 1 if the model's layers are not self-contained.
+  c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
+                  const SegmentSettings& settings, Output output, ForwardReport& report);
+
+  /// Computes what is not known exactly of each row, and keeps it.
+  void keep(const Batch& batch, const std::string& tenant, ForwardReport& report);
+
+  /// How keys turn with their position. Not movable: only segments that stay in their place are found.
+  [[nodiscard]] const KeyPositions& positions() const noexcept { return positions_; }
+  void clear() { bank_.clear(); }
+  [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
+
+ private:
+  class Pass;
+  struct Row;
+
+  [[nodiscard]] SegmentBank::Settings bank_settings(const SegmentOptions& options, std::size_t capacity_bytes);
+  [[nodiscard]] double now() const;
+  [[nodiscard]] std::vector<Row> rows_of(const Batch& batch, const std::string& tenant) const;
+  [[nodiscard]] std::vector<std::optional<SegmentMatch>> find_in(SegmentBank& bank, const Batch& batch,
+                                                                 const std::string& tenant,
+                                                                 const SegmentSettings& settings) const;
+  c10::IValue run_in(SegmentBank& bank, const Batch& batch, const std::string& tenant,
+                     std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
+                     std::optional<Output> output, ForwardReport& report) const;
+  void plan(Row& row, const SegmentSettings& settings) const;
+  [[nodiscard]] Selection select(const Plan& plan, const std::vector<Row>& rows, std::optional<Output> output) const;
+  void verify(const SegmentOptions& options);
+
+  const Model& model_;
+  const InputSpec& inputs_;
+  const OutputSpec& output_;
+  const ModelProfile& profile_;
+  const std::int32_t layers_;
+  std::vector<std::vector<std::size_t>> key_specs_;  ///< by layer and site: the first spec of its keys
+  std::size_t final_spec_ = 0;                       ///< of the final states
+  const SegmentBank::Settings settings_;
+  KeyPositions positions_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  SegmentBank bank_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,611 @@
+// Reuse of segments in causal models: how keys turn with the position, what the index finds, what the bank holds, and
+// what comes out of a model.
+#include "segment_reuse.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <random>
+#include <thread>
+
+#include "bank/segment_bank.h"
+#include "execute/self_check.h"
+#include "llmcache/model/torchscript.h"
+#include "match/block_hash_index.h"
+#include "model/rotary.h"
+#include "support.h"
+
+namespace llmcache::test {
+namespace {
+
+using Tokens = std::vector<std::int64_t>;
+
+// --- rotation -----------------------------------------------------------------------------------------
+
+/// Keys [1, heads, tokens, channels] of one token at the positions 0, 1, ..., turned by a rotation.
+at::Tensor turned_keys(const KeyRotation& rotation, std::int64_t channels, std::int64_t tokens) {
+  at::manual_seed(3);
+  auto keys = at::randn({1, 2, 1, channels}).expand({1, 2, tokens, channels}).clone();
+  Tokens moves(static_cast<std::size_t>(tokens));
+  for (std::size_t t = 0; t < moves.size(); ++t) moves[t] = static_cast<std::int64_t>(t);
+  rotate_(keys, 2, rotation, turn_of(rotation, moves, at::kCPU));
+  return keys;
+}
+
+KeyRotation rotation_of(KeyRotation::Layout layout, std::int64_t pairs, double base) {
+  KeyRotation rotation{layout, {}};
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    rotation.frequencies.push_back(std::pow(base, -static_cast<double>(i) / static_cast<double>(pairs)));
+  }
+  return rotation;
+}
+
+class Rotation : public ::testing::TestWithParam<std::tuple<KeyRotation::Layout, int, double>> {};
+
+TEST_P(Rotation, IsFoundInKeysOfOneToken) {
+  const auto [layout, pairs, base] = GetParam();
+  const auto made = rotation_of(layout, pairs, base);
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    const auto keys = turned_keys(made, 32, 320).to(type);
+    std::string why;
+    const auto found = find_rotation(keys, 2, why);
+    ASSERT_TRUE(found) << why;
+    EXPECT_EQ(found->layout, layout);
+    ASSERT_GE(found->frequencies.size(), made.frequencies.size());
+    for (std::size_t i = 0; i < made.frequencies.size(); ++i) {
+      EXPECT_NEAR(found->frequencies[i], made.frequencies[i], type == at::kFloat ? 1e-6 : 3e-5) << i;
+    }
+    EXPECT_TRUE(foretells(*found, keys, 2));
+    EXPECT_FALSE(foretells(rotation_of(layout, pairs, base * 3), keys, 2));
+    // The same with tokens in the last dimension.
+    EXPECT_TRUE(find_rotation(keys.transpose(2, 3).contiguous(), 3, why)) << why;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, Rotation,
+                         ::testing::Combine(::testing::Values(KeyRotation::Layout::kHalves,
+                                                              KeyRotation::Layout::kInterleaved),
+                                            ::testing::Values(16, 8, 3), ::testing::Values(1e4, 5e5)));
+
+TEST(RotationRefused, WhereKeysAreNotTurned) {
+  std::string why;
+  at::manual_seed(5);
+  EXPECT_FALSE(find_rotation(at::randn({1, 2, 64, 16}), 2, why));
+  EXPECT_THAT(why, ::testing::HasSubstr("length"));
+  // Learned positions, added.
+  const auto added = at::randn({1, 2, 1, 16}) + 0.2 * at::randn({1, 1, 64, 16});
+  EXPECT_FALSE(find_rotation(added, 2, why));
+  // Turned by the square of the position.
+  const auto rotation = rotation_of(KeyRotation::Layout::kHalves, 8, 1e4);
+  auto keys = at::randn({1, 2, 1, 16}).expand({1, 2, 64, 16}).clone();
+  Tokens squares;
+  for (std::int64_t t = 0; t < 64; ++t) squares.push_back(t * t);
+  rotate_(keys, 2, rotation, turn_of(rotation, squares, at::kCPU));
+  EXPECT_FALSE(find_rotation(keys, 2, why));
+  EXPECT_THAT(why, ::testing::HasSubstr("foretells"));
+  EXPECT_FALSE(find_rotation(keys.narrow(2, 0, 8), 2, why));
+}
+
+TEST(RotationMoves, ThereAndBack) {
+  const auto rotation = rotation_of(KeyRotation::Layout::kInterleaved, 8, 1e4);
+  const auto keys = at::randn({1, 3, 5, 20});
+  auto moved = keys.clone();
+  rotate_(moved, 2, rotation, turn_of(rotation, {0, 7, -3, 100, 4000}, at::kCPU));
+  EXPECT_TRUE(at::equal(moved.select(2, 0), keys.select(2, 0)));
+  EXPECT_FALSE(at::allclose(moved.select(2, 1), keys.select(2, 1), 1e-2, 1e-2));
+  EXPECT_TRUE(at::equal(moved.narrow(3, 16, 4), keys.narrow(3, 16, 4)));
+  rotate_(moved, 2, rotation, turn_of(rotation, {0, -7, 3, -100, -4000}, at::kCPU));
+  EXPECT_TRUE(at::allclose(moved, keys, 1e-4, 1e-5));
+}
+
+// --- index --------------------------------------------------------------------------------------------
+
+struct Library {
+  explicit Library(std::size_t width = 1)
+      : index(
+            width, 16,
+            [this](std::uint32_t slot) {
+              return BlockHashIndex::Sequence{spaces.at(slot), sequences.at(slot)};
+            },
+            &memory) {}
+  std::uint32_t add(Tokens tokens, std::string space = "a") {
+    sequences.push_back(std::move(tokens));
+    spaces.push_back(std::move(space));
+    index.insert(static_cast<std::uint32_t>(sequences.size() - 1));
+    return static_cast<std::uint32_t>(sequences.size() - 1);
+  }
+  [[nodiscard]] std::vector<BlockMatch> segments(const Tokens& tokens, BlockHashIndex::Wanted wanted = {},
+                                                 std::string space = "a") const {
+    return index.segments({space, tokens}, wanted);
+  }
+
+  std::deque<Tokens> sequences;
+  std::deque<std::string> spaces;
+  std::pmr::unsynchronized_pool_resource memory;
+  BlockHashIndex index;
+};
+
+Tokens range(std::int64_t first, std::int64_t count) {
+  Tokens tokens;
+  for (std::int64_t t = 0; t < count; ++t) tokens.push_back(first + t);
+  return tokens;
+}
+
+Tokens joined(std::initializer_list<Tokens> parts) {
+  Tokens all;
+  for (const Tokens& part : parts) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+TEST(BlockIndex, FindsARunWhereverItStands) {
+  Library library;
+  const auto slot = library.add(range(0, 100));
+  for (const std::int64_t lead : {0, 1, 7, 16, 33}) {
+    const auto request = joined({range(5000, lead), range(20, 31), range(6000, 9)});
+    const auto found = library.segments(request);
+    ASSERT_EQ(found.size(), 1u) << lead;
+    EXPECT_EQ(found[0].begin, static_cast<std::size_t>(lead));
+    EXPECT_EQ(found[0].slot, slot);
+    EXPECT_EQ(found[0].donor_begin, 20u);
+    EXPECT_EQ(found[0].tokens, 31u);
+  }
+  EXPECT_TRUE(library.segments(range(5, 15)).empty());
+  EXPECT_TRUE(library.segments(joined({range(5000, 3), range(20, 31)}), {.least = 32}).empty());
+  EXPECT_TRUE(library.segments(joined({range(5000, 3), range(20, 31)}), {}, "b").empty());
+}
+
+TEST(BlockIndex, RunsDoNotOverlapAndTheLongestWins) {
+  Library library;
+  library.add(range(0, 60));
+  const auto longer = library.add(joined({range(900, 5), range(20, 80)}));
+  const auto request = joined({range(40, 60), range(0, 40)});
+  const auto found = library.segments(request);
+  ASSERT_EQ(found.size(), 2u);
+  EXPECT_EQ(found[0].slot, longer);
+  EXPECT_EQ(found[0].tokens, 60u);
+  EXPECT_EQ(found[1].begin, 60u);
+  EXPECT_EQ(found[1].tokens, 40u);
+  EXPECT_EQ(library.segments(request, {.from = 30}).at(0).begin, 30u);
+}
+
+TEST(BlockIndex, OnlyWhatHasNotMoved) {
+  Library library;
+  library.add(range(0, 100));
+  const auto edited = joined({range(0, 20), range(800, 5), range(25, 75)});
+  const auto found = library.segments(edited, {.from = 20, .moved = false});
+  ASSERT_EQ(found.size(), 1u);
+  EXPECT_EQ(found[0].begin, 25u);
+  EXPECT_EQ(found[0].donor_begin, 25u);
+  EXPECT_TRUE(library.segments(joined({range(800, 4), range(25, 75)}), {.moved = false}).empty());
+}
+
+TEST(BlockIndex, LongestPrefixAmongManyThatBeginAlike) {
+  Library library;
+  std::uint32_t wanted = 0;
+  for (std::int64_t i = 0; i < 200; ++i) {
+    const auto slot = library.add(joined({range(0, 40), range(1000 + 100 * i, 30)}));
+    if (i == 77) wanted = slot;
+  }
+  const auto request = joined({range(0, 40), range(8700, 25), range(5, 9)});
+  const auto prefix = library.index.prefix({"a", request});
+  EXPECT_EQ(prefix.slot, wanted);
+  EXPECT_EQ(prefix.tokens, 65u);
+  EXPECT_EQ(library.index.prefix({"b", request}).tokens, 0u);
+  library.index.erase(wanted);
+  const auto rest = library.index.prefix({"a", request});
+  EXPECT_EQ(rest.tokens, 40u);
+}
+
+// --- bank ---------------------------------------------------------------------------------------------
+
+const std::vector<KeySpec> kSpecs{{{1, 2, 1, 4}, 2, at::kFloat}, {{1, 1, 8}, 1, at::kBFloat16}};
+
+SegmentBank make_bank(std::size_t capacity, Eviction policy = Eviction::kLru) {
+  return SegmentBank({capacity, {.policy = policy}, 1, 16, kSpecs, nullptr});
+}
+
+bool keep(SegmentBank& bank, const Tokens& tokens, double now_s, const std::string& space = "a") {
+  auto entry = bank.reserve(space, tokens, now_s);
+  if (!entry) return false;
+  const auto n = static_cast<std::int64_t>(tokens.size());
+  const auto values = at::tensor(tokens, at::kFloat);
+  entry->set(0, values.view({1, 1, n, 1}).expand({1, 2, n, 4}));
+  entry->set(1, values.view({1, n, 1}).expand({1, n, 8}).to(at::kBFloat16));
+  bank.insert(std::move(entry), 1, now_s);
+  return true;
+}
+
+TEST(SegmentBankTest, GivesBackTheStatesOfARun) {
+  auto bank = make_bank(1 << 20);
+  ASSERT_TRUE(keep(bank, range(0, 100), 0));
+  const auto hits = bank.find("a", joined({range(0, 20), range(700, 3), range(30, 50)}), {}, 1);
+  ASSERT_EQ(hits.size(), 2u);
+  EXPECT_TRUE(hits[0].exact);
+  EXPECT_EQ(hits[0].tokens, 20);
+  EXPECT_FALSE(hits[1].exact);
+  EXPECT_EQ(hits[1].begin, 23);
+  EXPECT_EQ(hits[1].donor_begin, 30);
+  const auto state = hits[1].donor->state(0, hits[1].donor_begin, hits[1].tokens);
+  EXPECT_TRUE(at::equal(state.select(3, 0).select(1, 0)[0], at::arange(30, 80, at::kFloat)));
+  EXPECT_TRUE(bank.find("b", range(0, 50), {}, 1).empty());
+}
+
+TEST(SegmentBankTest, KeepsNothingTwice) {
+  auto bank = make_bank(1 << 20);
+  EXPECT_TRUE(keep(bank, range(0, 50), 0));
+  EXPECT_FALSE(keep(bank, range(0, 50), 1));
+  EXPECT_FALSE(keep(bank, range(0, 32), 1));
+  EXPECT_TRUE(keep(bank, range(0, 90), 2));
+  const auto counters = bank.counters();
+  EXPECT_EQ(counters.entries, 1u);
+  EXPECT_EQ(counters.replaced, 1u);
+  EXPECT_EQ(counters.tokens, 90u);
+  EXPECT_EQ(counters.rejected, 0u);
+  bank.clear();
+  EXPECT_EQ(bank.counters().bytes, 0u);
+}
+
+TEST(SegmentBankTest, NeverHoldsMoreThanItsCapacity) {
+  for (const Eviction policy : {Eviction::kLru, Eviction::kDecay, Eviction::kS3Fifo, Eviction::kGdsf}) {
+    constexpr std::size_t kCapacity = 40000;
+    auto bank = make_bank(kCapacity, policy);
+    std::mt19937_64 random(7);
+    std::vector<SegmentHit> held;
+    for (int step = 0; step < 400; ++step) {
+      const auto now = static_cast<double>(step);
+      const auto first = static_cast<std::int64_t>(random() % 40) * 1000;
+      keep(bank, range(first, 20 + static_cast<std::int64_t>(random() % 200)), now);
+      for (auto& hit : bank.find("a", joined({range(-50, 5), range(first + 10, 60)}), {}, now)) held.push_back(hit);
+      if (step % 5 == 0) held.clear();
+      const auto counters = bank.counters();
+      ASSERT_LE(counters.bytes, kCapacity);
+      ASSERT_LE(counters.peak_bytes, kCapacity);
+    }
+    EXPECT_GT(bank.counters().evictions, 20u);
+    EXPECT_GT(bank.counters().entries, 0u);
+    held.clear();
+    bank.clear();
+    EXPECT_EQ(bank.counters().bytes, 0u);
+    EXPECT_FALSE(keep(bank, range(0, 2000), 1000));
+    EXPECT_GE(bank.counters().rejected, 1u);
+  }
+}
+
+TEST(SegmentBankTest, WhatIsInUseStays) {
+  auto bank = make_bank(30000);
+  ASSERT_TRUE(keep(bank, range(0, 250), 0));
+  const auto hits = bank.find("a", range(0, 250), {}, 1);
+  ASSERT_EQ(hits.size(), 1u);
+  EXPECT_FALSE(keep(bank, range(5000, 300), 2)) << "no room beside an entry in use";
+  EXPECT_EQ(bank.find("a", range(0, 250), {}, 3).size(), 1u);
+  EXPECT_TRUE(at::equal(hits[0].donor->state(0, 0, 250).select(3, 0).select(1, 0)[0], at::arange(250, at::kFloat)));
+}
+
+// --- models -------------------------------------------------------------------------------------------
+
+struct Rig {
+  explicit Rig(const std::string& name, std::size_t capacity = std::size_t{64} << 20)
+      : info(model_info(name)),
+        plain(load_model(name)),
+        model(ModelTraits<Module>::wrap(plain, {})),
+        inputs(model->input_spec()) {
+    model->describe(profile);
+    output = probe(*model, inputs.vocabulary, {}, profile);
+    self_check(*model, inputs.vocabulary, output, profile);
+    reuse = std::make_unique<SegmentReuse>(*model, inputs, output, profile, SegmentOptions{}, capacity);
+  }
+
+  Request request(const std::vector<Tokens>& rows) const {
+    std::vector<std::int64_t> lengths;
+    for (const Tokens& row : rows) lengths.push_back(static_cast<std::int64_t>(row.size()));
+    Request made = right_padded(info, lengths, 1);
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      auto row = made.ids()[static_cast<std::int64_t>(r)];
+      row.narrow(0, 0, lengths[r]).copy_(at::tensor(rows[r], row.options()));
+    }
+    return made;
+  }
+  Batch batch(const Request& request) const { return check_batch(request.inputs, inputs, profile, model->device()); }
+  void keep(const std::vector<Tokens>& rows, const std::string& tenant = "") {
+    ForwardReport ignored;
+    reuse->keep(batch(request(rows)), tenant, ignored);
+  }
+  c10::IValue run(const Request& given, const SegmentSettings& settings, Output which = Output::kAll,
+                  const std::string& tenant = "") {
+    const c10::NoGradGuard no_grad;
+    const Batch checked = batch(given);
+    report = {};
+    return reuse->run(checked, tenant, reuse->find(checked, tenant, settings), settings, which, report);
+  }
+  Tokens random(std::uint64_t seed, std::size_t count) const {
+    std::mt19937_64 generator(seed);
+    Tokens tokens;
+    for (std::size_t i = 0; i < count; ++i) {
+      tokens.push_back(10 + static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(info.vocab - 10)));
+    }
+    return tokens;
+  }
+
+  ModelInfo info;
+  Module plain;
+  std::unique_ptr<Model> model;
+  InputSpec inputs;
+  ModelProfile profile;
+  OutputSpec output;
+  std::unique_ptr<SegmentReuse> reuse;
+  ForwardReport report;
+};
+
+struct Expectation {
+  std::string name;
+  bool movable;
+  std::size_t rotations;
+};
+
+void PrintTo(const Expectation& expectation, std::ostream* out) { *out << expectation.name; }
+
+class KeyPositionsOf : public ::testing::TestWithParam<Expectation> {};
+
+TEST_P(KeyPositionsOf, AreFoundOrRefused) {
+  const c10::NoGradGuard no_grad;
+  const auto& expected = GetParam();
+  const auto model = ModelTraits<Module>::wrap(load_model(expected.name), {});
+  const auto found = find_key_positions(*model, model->input_spec().vocabulary);
+  EXPECT_EQ(found.movable, expected.movable) << found.why;
+  EXPECT_EQ(found.why.empty(), expected.movable) << found.why;
+  EXPECT_EQ(found.rotations.size(), expected.rotations) << found.why;
+  EXPECT_GE(found.positions, 80);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, KeyPositionsOf,
+                         ::testing::Values(Expectation{"tiny-llama-sdpa", true, 1},
+                                           Expectation{"tiny-llama-eager", true, 1},
+                                           Expectation{"tiny-llama-sdpa-bf16", true, 1},
+                                           Expectation{"zoo-qwen2", true, 1}, Expectation{"zoo-mistral", true, 1},
+                                           Expectation{"zoo-gptneox", true, 1}, Expectation{"zoo-gptj", true, 1},
+                                           Expectation{"zoo-phi", true, 1}, Expectation{"zoo-falcon", true, 1},
+                                           Expectation{"zoo-gemma2", true, 1}, Expectation{"zoo-bloom", true, 0},
+                                           Expectation{"tiny-gpt2-sdpa", false, 0},
+                                           Expectation{"tiny-gpt2-eager", false, 0}, Expectation{"zoo-opt", false, 0},
+                                           Expectation{"zoo-gptneo", false, 0}),
+                         [](const auto& param) {
+                           std::string name = param.param.name;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+// --- what comes out ------------------------------------------------------------------------------------
+
+/// Largest difference of two results at the last token, relative to the largest magnitude.
+double last_difference(const Rig& rig, const c10::IValue& got, const Request& request, const c10::IValue& plain) {
+  double worst = 0;
+  for (std::size_t r = 0; r < request.spans.size(); ++r) {
+    const auto row = static_cast<std::int64_t>(r);
+    const auto want = leaves(plain)[0][row].select(0, request.spans[r].tokens - 1).to(at::kDouble);
+    const auto have = leaves(got)[0][row].select(0, 0).to(at::kDouble);
+    worst = std::max(worst, (have - want).abs().max().item<double>() / want.abs().max().item<double>());
+  }
+  EXPECT_EQ(leaves(got)[0].size(1), 1) << rig.info.name;
+  return worst;
+}
+
+std::vector<std::string> decoders() {
+  std::vector<std::string> names;
+  for (const std::string& name : wrappable_names({"tiny-", "zoo-"})) {
+    if (model_info(name).family == "decoder") names.push_back(name);
+  }
+  return names;
+}
+
+class Segments : public ::testing::TestWithParam<std::string> {
+ protected:
+  /// Null, with the test skipped, where the model takes no part.
+  std::unique_ptr<Rig> rig() {
+    if (GetParam() == "tiny-nan" || GetParam() == "tiny-throws") return nullptr;
+    try {
+      return std::make_unique<Rig>(GetParam());
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kNotAvailable) << error.what();
+      return nullptr;
+    }
+  }
+};
+
+// All tokens recomputed, and an exact prefix: as the plain model, whatever is known.
+TEST_P(Segments, LosslessWhereItMustBe) {
+  const auto made = rig();
+  if (!made) GTEST_SKIP() << "no segments";
+  Rig& rig = *made;
+  const auto head = rig.random(1, 20);
+  const auto a = rig.random(2, 50);
+  const auto b = rig.random(3, 40);
+  rig.keep({joined({head, a}), joined({head, b})});
+  EXPECT_EQ(rig.reuse->counters().entries, 2u);
+  SegmentSettings all;
+  all.recompute_share = 1;
+  all.keep = false;
+  const auto moved = rig.request({joined({head, b, a, rig.random(4, 7)}), joined({head, a, rig.random(5, 3)})});
+  EXPECT_TRUE(close_on_real(rig.run(moved, all), run_plain(rig.plain, moved.inputs), moved, tolerance_of(rig.info)))
+      << rig.report.to_string();
+  EXPECT_EQ(rig.report.sequences[0].reused_tokens, 60);
+  EXPECT_EQ(rig.report.sequences[1].reused_tokens, 70);
+  EXPECT_EQ(rig.report.sequences[0].source, Source::kPrefix);
+  // Behind an exact prefix a share of 0 recomputes everything too, where nothing else is known.
+  SegmentSettings none;
+  none.recompute_share = 0;
+  const auto longer = rig.request({joined({head, a, rig.random(6, 30)})});
+  EXPECT_TRUE(
+      close_on_real(rig.run(longer, none), run_plain(rig.plain, longer.inputs), longer, tolerance_of(rig.info)));
+  EXPECT_EQ(rig.report.sequences[0].source, Source::kPrefix);
+  // That was kept; all of it is known now, to the last token.
+  EXPECT_TRUE(
+      close_on_real(rig.run(longer, none), run_plain(rig.plain, longer.inputs), longer, tolerance_of(rig.info)));
+  EXPECT_EQ(rig.report.sequences[0].reused_tokens, 100);
+}
+
+// Passages in another order, and an edit: near the plain model, the nearer the more is recomputed, and never as far as
+// if nothing stood in their place.
+TEST_P(Segments, MovedAndEditedComeNear) {
+  const auto made = rig();
+  if (!made) GTEST_SKIP() << "no segments";
+  Rig& rig = *made;
+  const auto head = rig.random(1, 20);
+  const auto a = rig.random(2, 50);
+  const auto b = rig.random(3, 60);
+  const auto question = rig.random(4, 8);
+  rig.keep({joined({head, a}), joined({head, b})});
+  const auto moved = rig.request({joined({head, b, a, question})});
+  const auto edited = rig.request({joined({head, rig.random(9, 6), Tokens(a.begin() + 6, a.end()), question})});
+  const bool movable = rig.reuse->positions().movable;
+  for (const auto& request : {moved, edited}) {
+    const bool reusable = movable || &request == &edited || at::equal(request.ids(), edited.ids());
+    const auto plain = run_plain(rig.plain, request.inputs);
+    for (const double share : {0.0, 0.3}) {
+      if (share > 0 && !rig.model->token_level()->self_contained()) continue;
+      SegmentSettings settings;
+      settings.recompute_share = share;
+      const auto got = rig.run(request, settings, Output::kLastToken);
+      EXPECT_LE(last_difference(rig, got, request, plain), 0.35) << share << rig.report.to_string();
+      const auto& sequence = rig.report.sequences[0];
+      EXPECT_EQ(sequence.source, reusable ? Source::kPartial : Source::kPrefix);
+      EXPECT_EQ(sequence.reused_tokens, at::equal(request.ids(), moved.ids()) ? 80 : 20);
+      if (reusable) {
+        EXPECT_LT(sequence.layers.back().computed, share == 0 ? 22 : 36);
+        EXPECT_EQ(sequence.layers.back().computed + sequence.layers.back().reused, sequence.tokens);
+      }
+      // What is not exact is not kept.
+      EXPECT_EQ(rig.reuse->counters().insertions, reusable ? 2u : 3u);
+      if (!reusable) return;
+    }
+  }
+}
+
+// The donor's neighbours are the same ones as before, so that keys of any layer are the request's own but for the
+// position: what comes out must be the plain model's.
+TEST_P(Segments, KeysOfAMovedRepetitionAreTheRequestsOwn) {
+  const auto made = rig();
+  if (!made || !made->reuse->positions().movable) GTEST_SKIP() << "no moved segments";
+  Rig& rig = *made;
+  if (rig.reuse->positions().rotations.empty()) GTEST_SKIP() << "distances are seen elsewhere";
+  // Of one repeated token all states are the same at every position.
+  rig.keep({Tokens(60, 77)});
+  const auto request = rig.request({joined({Tokens(25, 77)})});
+  const auto longer = rig.request({Tokens(100, 77)});
+  SegmentSettings settings;
+  settings.recompute_share = 0;
+  settings.head_tokens = 0;
+  const auto batch = rig.batch(longer);
+  auto matches = rig.reuse->find(batch, "", settings);
+  ASSERT_TRUE(matches[0]);
+  ASSERT_EQ(matches[0]->segments.size(), 2u) << "60 exact ones and 40 moved ones";
+  ForwardReport report;
+  const auto got = rig.reuse->run(batch, "", matches, settings, Output::kLastToken, report);
+  EXPECT_EQ(report.sequences[0].layers[0].computed, 1);
+  EXPECT_LE(last_difference(rig, got, longer, run_plain(rig.plain, longer.inputs)), tolerance_of(rig.info));
+}
+
+TEST_P(Segments, TenantsDoNotMeet) {
+  const auto made = rig();
+  if (!made) GTEST_SKIP() << "no segments";
+  const auto tokens = made->random(1, 60);
+  made->keep({tokens}, "one");
+  const auto batch = made->batch(made->request({tokens}));
+  EXPECT_TRUE(made->reuse->find(batch, "one", {})[0]);
+  EXPECT_FALSE(made->reuse->find(batch, "two", {})[0]);
+  made->reuse->clear();
+  EXPECT_FALSE(made->reuse->find(batch, "one", {})[0]);
+  EXPECT_EQ(made->reuse->counters().bytes, 0u);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Segments, ::testing::ValuesIn(decoders()), test_name);
+
+TEST(SegmentReuseTest, BatchesMixRowsOfEveryKind) {
+  Rig rig("tiny-llama-sdpa");
+  const auto head = rig.random(1, 20);
+  const auto a = rig.random(2, 50);
+  const auto b = rig.random(3, 60);
+  rig.keep({joined({head, a}), joined({head, b})});
+  const std::vector<Tokens> rows{joined({head, b, a, rig.random(4, 5)}), rig.random(5, 33), joined({head, a}),
+                                 joined({head, rig.random(6, 9), b}), rig.random(7, 4)};
+  const auto request = rig.request(rows);
+  SegmentSettings settings;
+  settings.keep = false;
+  for (const double share : {0.0, 0.2, 1.0}) {
+    settings.recompute_share = share;
+    const auto together = rig.run(request, settings, Output::kLastToken);
+    const std::vector<Source> sources{share == 1 ? Source::kPrefix : Source::kPartial, Source::kComputed,
+                                      Source::kPrefix, share == 1 ? Source::kPrefix : Source::kPartial,
+                                      Source::kComputed};
+    for (std::size_t r = 0; r < rows.size(); ++r) EXPECT_EQ(rig.report.sequences[r].source, sources[r]) << r;
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      const auto alone = rig.run(rig.request({rows[r]}), settings, Output::kLastToken);
+      const auto row = leaves(together)[0][static_cast<std::int64_t>(r)];
+      EXPECT_TRUE(at::allclose(row, leaves(alone)[0][0], 1e-4, 1e-4)) << share << " " << r;
+    }
+  }
+}
+
+TEST(SegmentReuseTest, OutputsCoverTheTokensAskedFor) {
+  Rig rig("tiny-llama-sdpa");
+  const auto head = rig.random(1, 20);
+  const auto a = rig.random(2, 50);
+  rig.keep({joined({head, a})});
+  const auto request = rig.request({joined({head, rig.random(6, 9), a, rig.random(7, 5)})});
+  SegmentSettings settings;
+  const auto all = leaves(rig.run(request, settings, Output::kAll))[0];
+  const auto fresh = leaves(rig.run(request, settings, Output::kNewTokens))[0];
+  const auto last = leaves(rig.run(request, settings, Output::kLastToken))[0];
+  EXPECT_EQ(all.size(1), 84);
+  ASSERT_EQ(fresh.size(1), 64);
+  EXPECT_TRUE(at::allclose(fresh, all.narrow(1, 20, 64), 1e-5, 1e-5));
+  EXPECT_TRUE(at::allclose(last, all.narrow(1, 83, 1), 1e-5, 1e-5));
+}
+
+TEST(SegmentReuseTest, SettingsAreChecked) {
+  Rig rig("tiny-llama-sdpa");
+  const auto batch = rig.batch(rig.request({rig.random(1, 40)}));
+  const auto with = [&](auto change) {
+    SegmentSettings settings;
+    change(settings);
+    return [&rig, &batch, settings] { (void)rig.reuse->find(batch, "", settings); };
+  };
+  EXPECT_THAT(with([](auto& s) { s.recompute_share = 1.5; }),
+              ThrowsError(ErrorCode::kInvalidOptions, "recompute_share is 1.5"));
+  EXPECT_THAT(with([](auto& s) { s.head_tokens = -1; }), ThrowsError(ErrorCode::kInvalidOptions, "head_tokens"));
+  EXPECT_THAT(with([](auto& s) { s.least_segment = 0; }), ThrowsError(ErrorCode::kInvalidOptions, "least_segment"));
+  ForwardReport report;
+  EXPECT_THAT([&] { rig.reuse->run(batch, "", {}, {}, Output::kAll, report); },
+              ThrowsError(ErrorCode::kInvalidOptions, "0 matches"));
+  EXPECT_THAT([] { Rig encoder("tiny-bert-sdpa"); }, ThrowsError(ErrorCode::kNotAvailable, "causal"));
+}
+
+TEST(SegmentReuseTest, ThreadsShareOneBankWithinItsCapacity) {
+  constexpr std::size_t kCapacity = std::size_t{600} << 10;
+  Rig rig("tiny-llama-sdpa", kCapacity);
+  const auto work = [&rig](std::uint64_t seed) {
+    const c10::NoGradGuard no_grad;
+    std::mt19937_64 random(seed);
+    for (int i = 0; i < 25; ++i) {
+      const auto request = rig.request({joined(
+          {rig.random(1, 20), rig.random(random() % 12, 50), rig.random(random() % 12, 50), rig.random(random(), 5)})});
+      const auto batch = rig.batch(request);
+      SegmentSettings settings;
+      settings.recompute_share = static_cast<double>(i % 3) / 2;
+      ForwardReport report;
+      const auto got =
+          rig.reuse->run(batch, "", rig.reuse->find(batch, "", settings), settings, Output::kLastToken, report);
+      ASSERT_TRUE(at::isfinite(leaves(got)[0]).all().item<bool>());
+      ASSERT_LE(rig.reuse->counters().peak_bytes, kCapacity);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (std::uint64_t t = 0; t < 3; ++t) threads.emplace_back(work, t);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GT(rig.reuse->counters().insertions, 0u);
+  EXPECT_GT(rig.reuse->counters().evictions, 0u);
+  rig.reuse->clear();
+  EXPECT_EQ(rig.reuse->counters().bytes, 0u);
+}
+
+}  // namespace
+}  // namespace llmcache::test
