@@ -101,6 +101,7 @@ class SegmentReuse::Pass final : public StateSource {
     const auto chosen = static_cast<std::int64_t>(std::ceil(settings_.recompute_share * static_cast<double>(count)));
     const auto best = std::get<1>(deviation.nan_to_num(0.0).topk(chosen)).cpu();
     const auto* number = best.const_data_ptr<std::int64_t>();
+    for (const std::int64_t t : row.reused) row.last[static_cast<std::size_t>(t)] = kChoosingLayer;
     for (std::int64_t i = 0; i < chosen; ++i) {
       row.last[static_cast<std::size_t>(row.reused[static_cast<std::size_t>(number[i])])] = owner_.layers_;
     }
@@ -308,7 +309,7 @@ void SegmentReuse::plan(Row& row, const SegmentSettings& settings) const {
     }
     for (std::int64_t t = segment.begin + settings.head_tokens; t < std::min(end, row.span.tokens - 1); ++t) {
       row.reused.push_back(t);
-      row.last[static_cast<std::size_t>(t)] = chooses(settings) ? kChoosingLayer : 0;
+      row.last[static_cast<std::size_t>(t)] = chooses(settings) ? kChoosingLayer + 1 : 0;
     }
   }
 }
@@ -326,8 +327,8 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
     double computed = 0;
     for (const std::int32_t layers : row.last) computed += layers;
     if (chooses(settings)) {
-      computed += std::ceil(settings.recompute_share * static_cast<double>(row.reused.size())) *
-                  static_cast<double>(layers_ - kChoosingLayer);
+      const auto count = static_cast<double>(row.reused.size());
+      computed += std::ceil(settings.recompute_share * count) * static_cast<double>(layers_ - kChoosingLayer) - count;
     }
     const double all = static_cast<double>(row.span.tokens) * static_cast<double>(layers_);
     matches[static_cast<std::size_t>(row.row)] = SegmentMatch{std::move(row.segments), row.exact, computed / all};

@@ -580,7 +580,7 @@ TEST(SegmentReuseTest, SettingsAreChecked) {
 }
 
 TEST(SegmentReuseTest, ThreadsShareOneBankWithinItsCapacity) {
-  constexpr std::size_t kCapacity = std::size_t{600} << 10;
+  static constexpr std::size_t kCapacity = std::size_t{600} << 10;
   Rig rig("tiny-llama-sdpa", kCapacity);
   const auto work = [&rig](std::uint64_t seed) {
     const c10::NoGradGuard no_grad;
