@@ -21,6 +21,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "execute/self_check.h"
@@ -53,6 +54,7 @@ struct Arguments {
   Tokens head = {21350, 260, 1962, 429, 260, 14471, 2441, 30, 198};
   std::int64_t end_of_line = 198;
   std::uint64_t seed = 1;
+  bool every_token = false;
 };
 
 /// A passage up to its end of line, and questions about it up to where the answer begins.
@@ -104,27 +106,28 @@ class Bed {
   }
 
   struct Answer {
-    at::Tensor logits;  ///< of the last token
+    at::Tensor logits;  ///< of the last tokens, `[tokens, vocabulary]`
     double ms = 0;
     double computed = 0;  ///< share of token-layers
   };
 
-  Answer lossless(const Tokens& tokens, bool known) {
+  /// With the logits of the last `wanted` tokens.
+  Answer lossless(const Tokens& tokens, bool known, std::int64_t wanted) {
     const Batch batch = batch_of(tokens);
     ForwardReport report;
     const auto start = Clock::now();
     // A tenant that knows nothing computes everything.
-    const auto result = prefixes_->run(batch, known ? "" : fmt::format("{}", ++nobody_), Output::kLastToken, report);
-    return answer(result, start, report);
+    const auto result = prefixes_->run(batch, known ? "" : fmt::format("{}", ++nobody_), output_for(wanted), report);
+    return answer(result, start, report, wanted);
   }
 
-  Answer reused(const Tokens& tokens, const SegmentSettings& settings) {
+  Answer reused(const Tokens& tokens, const SegmentSettings& settings, std::int64_t wanted) {
     const Batch batch = batch_of(tokens);
     ForwardReport report;
     const auto start = Clock::now();
     auto matches = segments_->find(batch, "", settings);
-    const auto result = segments_->run(batch, "", std::move(matches), settings, Output::kLastToken, report);
-    return answer(result, start, report);
+    const auto result = segments_->run(batch, "", std::move(matches), settings, output_for(wanted), report);
+    return answer(result, start, report, wanted);
   }
 
  private:
@@ -137,10 +140,13 @@ class Bed {
     return check_batch(inputs, inputs_, profile_, model_->device());
   }
 
-  static Answer answer(const c10::IValue& result, Clock::time_point start, const ForwardReport& report) {
+  static Output output_for(std::int64_t wanted) { return wanted == 1 ? Output::kLastToken : Output::kAll; }
+
+  static Answer answer(const c10::IValue& result, Clock::time_point start, const ForwardReport& report,
+                       std::int64_t wanted) {
     const double ms = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
     const auto& logits = result.isTuple() ? result.toTupleRef().elements()[0].toTensor() : result.toTensor();
-    return {logits.flatten().to(at::kDouble), ms, report.computed_fraction()};
+    return {logits[0].narrow(0, logits.size(1) - wanted, wanted).to(at::kDouble), ms, report.computed_fraction()};
   }
 
   Weights weights_;
@@ -162,10 +168,13 @@ struct Variant {
   void add(const Bed::Answer& answer, const Bed::Answer& reference) {
     ms.push_back(answer.ms);
     computed.push_back(answer.computed);
-    const auto p = at::log_softmax(reference.logits, 0);
-    const auto q = at::log_softmax(answer.logits, 0);
-    kl.push_back((p.exp() * (p - q)).sum().item<double>());
-    agree.push_back(p.argmax().item<std::int64_t>() == q.argmax().item<std::int64_t>() ? 1 : 0);
+    const auto p = at::log_softmax(reference.logits, 1);
+    const auto q = at::log_softmax(answer.logits, 1);
+    const auto divergence = (p.exp() * (p - q)).sum(1).contiguous();
+    const auto same = p.argmax(1).eq(q.argmax(1)).to(at::kDouble).contiguous();
+    const auto n = static_cast<std::size_t>(same.size(0));
+    kl.insert(kl.end(), divergence.const_data_ptr<double>(), divergence.const_data_ptr<double>() + n);
+    agree.insert(agree.end(), same.const_data_ptr<double>(), same.const_data_ptr<double>() + n);
   }
 };
 
@@ -227,8 +236,7 @@ class Bench {
       order.resize(arguments_.passages);
       Tokens tokens = arguments_.head;
       for (const std::size_t i : order) append(tokens, items_[i].passage);
-      append(tokens, question(items_[order[random_() % order.size()]]));
-      return tokens;
+      return asked(std::move(tokens), items_[order[random_() % order.size()]]);
     });
   }
 
@@ -238,36 +246,42 @@ class Bench {
       constexpr std::size_t kFrom = 40;
       constexpr std::size_t kEdited = 10;
       Tokens tokens = arguments_.head;
-      const Item* asked = nullptr;
+      const Item* item = nullptr;
       while (tokens.size() < kText) {
-        asked = &items_[random_() % items_.size()];
-        append(tokens, asked->passage);
+        item = &items_[random_() % items_.size()];
+        append(tokens, item->passage);
       }
       tokens.resize(kText);
       bed_.keep(tokens);
       const Tokens& other = items_[random_() % items_.size()].passage;
       std::copy_n(other.begin() + 20, kEdited, tokens.begin() + kFrom);
-      append(tokens, question(*asked));
-      return tokens;
+      return asked(std::move(tokens), *item);
     });
   }
 
  private:
   static void append(Tokens& tokens, const Tokens& more) { tokens.insert(tokens.end(), more.begin(), more.end()); }
-  const Tokens& question(const Item& item) { return item.questions[random_() % item.questions.size()]; }
+
+  /// With a question behind it, and how many tokens that has.
+  std::pair<Tokens, std::size_t> asked(Tokens tokens, const Item& item) {
+    const Tokens& question = item.questions[random_() % item.questions.size()];
+    append(tokens, question);
+    return {std::move(tokens), question.size()};
+  }
 
   template <class Make>
   void measure(const std::string& title, Make make) {
     auto variants = variants_of(arguments_);
     std::vector<double> full_ms, prefix_ms, tokens;
     for (std::size_t i = 0; i < arguments_.prompts + 1; ++i) {
-      const Tokens prompt = make();
-      const auto full = bed_.lossless(prompt, false);
-      const auto prefix = bed_.lossless(prompt, true);
+      const auto [prompt, question] = make();
+      const std::int64_t wanted = arguments_.every_token ? static_cast<std::int64_t>(question) : 1;
+      const auto full = bed_.lossless(prompt, false, wanted);
+      const auto prefix = bed_.lossless(prompt, true, wanted);
       std::vector<Bed::Answer> answers(variants.size());
       for (std::size_t k = 0; k < variants.size(); ++k) {
         const std::size_t v = (k + i) % variants.size();
-        answers[v] = bed_.reused(prompt, variants[v].settings);
+        answers[v] = bed_.reused(prompt, variants[v].settings, wanted);
       }
       if (i == 0) continue;  // warm-up
       tokens.push_back(static_cast<double>(prompt.size()));
@@ -301,6 +315,7 @@ int run(int argc, char** argv) {
   app.add_option("--head", arguments.head, "ids in front of every prompt (default: of SmolLM2's)")->delimiter(',');
   app.add_option("--end-of-line", arguments.end_of_line, "id between passage and question (default: of SmolLM2's)");
   app.add_option("--seed", arguments.seed);
+  app.add_flag("--every-token", arguments.every_token, "quality of all tokens of the question");
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(arguments.threads);
   const c10::InferenceMode inference;

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <deque>
+#include <map>
 #include <random>
 #include <thread>
 
@@ -285,8 +287,10 @@ TEST(SegmentBankTest, WhatIsInUseStays) {
 
 struct Rig {
   explicit Rig(const std::string& name, std::size_t capacity = std::size_t{64} << 20)
+      : Rig(name, load_model(name), capacity) {}
+  Rig(const std::string& name, Module module, std::size_t capacity = std::size_t{64} << 20)
       : info(model_info(name)),
-        plain(load_model(name)),
+        plain(std::move(module)),
         model(ModelTraits<Module>::wrap(plain, {})),
         inputs(model->input_spec()) {
     model->describe(profile);
@@ -399,21 +403,27 @@ std::vector<std::string> decoders() {
 
 class Segments : public ::testing::TestWithParam<std::string> {
  protected:
-  /// Null, with the test skipped, where the model takes no part.
-  std::unique_ptr<Rig> rig() {
+  /// Null where the model takes no part. Made once: wrapping takes longer than the tests.
+  Rig* rig() {
+    static std::map<std::string, std::unique_ptr<Rig>> rigs;
     if (GetParam() == "tiny-nan" || GetParam() == "tiny-throws") return nullptr;
-    try {
-      return std::make_unique<Rig>(GetParam());
-    } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ErrorCode::kNotAvailable) << error.what();
-      return nullptr;
+    auto& found = rigs[GetParam()];
+    if (!found) {
+      try {
+        found = std::make_unique<Rig>(GetParam());
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kNotAvailable) << error.what();
+        return nullptr;
+      }
     }
+    found->reuse->clear();
+    return found.get();
   }
 };
 
 // All tokens recomputed, and an exact prefix: as the plain model, whatever is known.
 TEST_P(Segments, LosslessWhereItMustBe) {
-  const auto made = rig();
+  auto* const made = rig();
   if (!made) GTEST_SKIP() << "no segments";
   Rig& rig = *made;
   const auto head = rig.random(1, 20);
@@ -443,10 +453,10 @@ TEST_P(Segments, LosslessWhereItMustBe) {
   EXPECT_EQ(rig.report.sequences[0].reused_tokens, 100);
 }
 
-// Passages in another order, and an edit: near the plain model, the nearer the more is recomputed, and never as far as
-// if nothing stood in their place.
+// Passages in another order, and an edit: near the plain model, even if its weights are random and its tokens too. What
+// is reused stays out of every layer, what is not exact is not kept.
 TEST_P(Segments, MovedAndEditedComeNear) {
-  const auto made = rig();
+  auto* const made = rig();
   if (!made) GTEST_SKIP() << "no segments";
   Rig& rig = *made;
   const auto head = rig.random(1, 20);
@@ -456,56 +466,35 @@ TEST_P(Segments, MovedAndEditedComeNear) {
   rig.keep({joined({head, a}), joined({head, b})});
   const auto moved = rig.request({joined({head, b, a, question})});
   const auto edited = rig.request({joined({head, rig.random(9, 6), Tokens(a.begin() + 6, a.end()), question})});
-  const bool movable = rig.reuse->positions().movable;
-  for (const auto& request : {moved, edited}) {
-    const bool reusable = movable || &request == &edited || at::equal(request.ids(), edited.ids());
+  for (const bool edit : {true, false}) {
+    const Request& request = edit ? edited : moved;
+    const bool reusable = edit || rig.reuse->positions().movable;
     const auto plain = run_plain(rig.plain, request.inputs);
     for (const double share : {0.0, 0.3}) {
       if (share > 0 && !rig.model->token_level()->self_contained()) continue;
       SegmentSettings settings;
       settings.recompute_share = share;
+      settings.keep = share == 0;
+      const auto kept = rig.reuse->counters().insertions;
       const auto got = rig.run(request, settings, Output::kLastToken);
-      EXPECT_LE(last_difference(rig, got, request, plain), 0.35) << share << rig.report.to_string();
+      EXPECT_LE(last_difference(rig, got, request, plain), 0.5) << share << rig.report.to_string();
       const auto& sequence = rig.report.sequences[0];
-      EXPECT_EQ(sequence.source, reusable ? Source::kPartial : Source::kPrefix);
-      EXPECT_EQ(sequence.reused_tokens, at::equal(request.ids(), moved.ids()) ? 80 : 20);
-      if (reusable) {
-        EXPECT_LT(sequence.layers.back().computed, share == 0 ? 22 : 36);
-        EXPECT_EQ(sequence.layers.back().computed + sequence.layers.back().reused, sequence.tokens);
+      if (!reusable) {
+        EXPECT_EQ(rig.reuse->counters().insertions, kept + (share == 0 ? 1 : 0));
+        EXPECT_EQ(sequence.source, Source::kPrefix);
+        continue;
       }
-      // What is not exact is not kept.
-      EXPECT_EQ(rig.reuse->counters().insertions, reusable ? 2u : 3u);
-      if (!reusable) return;
+      EXPECT_EQ(rig.reuse->counters().insertions, kept);
+      EXPECT_EQ(sequence.source, Source::kPartial);
+      EXPECT_EQ(sequence.reused_tokens, edit ? 20 : 80);
+      EXPECT_LT(sequence.layers.back().computed, share == 0 ? 22 : 36);
+      EXPECT_EQ(sequence.layers.back().computed + sequence.layers.back().reused, sequence.tokens);
     }
   }
 }
 
-// The donor's neighbours are the same ones as before, so that keys of any layer are the request's own but for the
-// position: what comes out must be the plain model's.
-TEST_P(Segments, KeysOfAMovedRepetitionAreTheRequestsOwn) {
-  const auto made = rig();
-  if (!made || !made->reuse->positions().movable) GTEST_SKIP() << "no moved segments";
-  Rig& rig = *made;
-  if (rig.reuse->positions().rotations.empty()) GTEST_SKIP() << "distances are seen elsewhere";
-  // Of one repeated token all states are the same at every position.
-  rig.keep({Tokens(60, 77)});
-  const auto request = rig.request({joined({Tokens(25, 77)})});
-  const auto longer = rig.request({Tokens(100, 77)});
-  SegmentSettings settings;
-  settings.recompute_share = 0;
-  settings.head_tokens = 0;
-  const auto batch = rig.batch(longer);
-  auto matches = rig.reuse->find(batch, "", settings);
-  ASSERT_TRUE(matches[0]);
-  ASSERT_EQ(matches[0]->segments.size(), 2u) << "60 exact ones and 40 moved ones";
-  ForwardReport report;
-  const auto got = rig.reuse->run(batch, "", matches, settings, Output::kLastToken, report);
-  EXPECT_EQ(report.sequences[0].layers[0].computed, 1);
-  EXPECT_LE(last_difference(rig, got, longer, run_plain(rig.plain, longer.inputs)), tolerance_of(rig.info));
-}
-
 TEST_P(Segments, TenantsDoNotMeet) {
-  const auto made = rig();
+  auto* const made = rig();
   if (!made) GTEST_SKIP() << "no segments";
   const auto tokens = made->random(1, 60);
   made->keep({tokens}, "one");
@@ -515,6 +504,41 @@ TEST_P(Segments, TenantsDoNotMeet) {
   made->reuse->clear();
   EXPECT_FALSE(made->reuse->find(batch, "one", {})[0]);
   EXPECT_EQ(made->reuse->counters().bytes, 0u);
+}
+
+// Where attention changes nothing but in the last layer, the states of a token are the same behind any text: reused
+// keys, once they are turned to their places, and values must be the request's own.
+TEST(SegmentModels, MovedKeysAreTheRequestsOwn) {
+  for (const char* name : {"tiny-llama-sdpa", "tiny-llama-eager", "tiny-llama-sdpa-bf16", "zoo-qwen2", "zoo-mistral",
+                           "zoo-gptneox", "zoo-gptj", "zoo-phi", "zoo-falcon", "zoo-gemma2"}) {
+    SCOPED_TRACE(name);
+    const c10::NoGradGuard no_grad;
+    Module module = load_model(name);
+    const auto info = model_info(name);
+    const std::string last = "." + std::to_string(info.layers - 1) + ".";
+    int silenced = 0;
+    for (const auto& parameter : module.named_parameters()) {
+      const bool output =
+          std::ranges::any_of(std::vector<std::string>{"o_proj", "out_proj", "attention.dense", "self_attn.dense"},
+                              [&](const std::string& part) { return parameter.name.find(part) != std::string::npos; });
+      if (!output || parameter.name.find(last) != std::string::npos) continue;
+      parameter.value.zero_();
+      ++silenced;
+    }
+    ASSERT_GE(silenced, info.layers - 1);
+    Rig rig(name, module);
+    const auto head = rig.random(1, 20);
+    const auto a = rig.random(2, 50);
+    const auto b = rig.random(3, 60);
+    rig.keep({joined({head, a}), joined({head, b})});
+    const auto request = rig.request({joined({head, b, rig.random(4, 9), a, rig.random(5, 8)})});
+    SegmentSettings settings;
+    settings.recompute_share = 0;
+    settings.head_tokens = 0;
+    const auto got = rig.run(request, settings, Output::kLastToken);
+    EXPECT_EQ(rig.report.sequences[0].layers.back().computed, 17);
+    EXPECT_LE(last_difference(rig, got, request, run_plain(rig.plain, request.inputs)), 2 * tolerance_of(rig.info));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Segments, ::testing::ValuesIn(decoders()), test_name);

@@ -43,10 +43,8 @@ class KeyRecorder final : public StateSource {
   void finished(std::size_t, const at::Tensor&) override {}
   at::Tensor final_states(std::size_t, std::int64_t, std::int64_t) override { return {}; }
 
-  Keys run(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t tokens) {
+  Keys run(const Model& model, const Inputs& inputs, std::int64_t tokens) {
     tokens_ = tokens;
-    auto inputs = probe_inputs(vocabulary, model.device(), kSequences, 1, 3);
-    for (c10::IValue& input : inputs) input = input.toTensor().expand({kSequences, tokens}).contiguous();
     const auto layers = static_cast<std::int32_t>(model.layers());
     Plan plan{kSequences, tokens, layers, {}};
     Selection nothing{0, {}, {}};
@@ -64,26 +62,60 @@ class KeyRecorder final : public StateSource {
   std::int64_t tokens_ = 0;
 };
 
-/// The longest of some lengths that the model takes.
-Keys record(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t& tokens) {
+/// Keys of sequences of one repeated token each.
+Keys repeated(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t tokens) {
+  auto inputs = probe_inputs(vocabulary, model.device(), kSequences, 1, 3);
+  for (c10::IValue& input : inputs) input = input.toTensor().expand({kSequences, tokens}).contiguous();
+  return KeyRecorder(model).run(model, inputs, tokens);
+}
+
+/// The same for the longest of some lengths that the model takes.
+Keys longest(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t& tokens) {
   for (const std::int64_t length : {320, 160, 80}) {
     try {
       tokens = length;
-      return KeyRecorder(model).run(model, vocabulary, length);
+      return repeated(model, vocabulary, length);
     } catch (const std::exception&) {  // longer than its table of positions
     }
   }
   tokens = 40;
-  return KeyRecorder(model).run(model, vocabulary, tokens);
+  return repeated(model, vocabulary, tokens);
+}
+
+/// Of different tokens, the keys of the first layer depend on nothing but the token and its position either. Moves a
+/// sequence by some tokens, and compares.
+bool moves_as_found(const Model& model, const std::vector<std::int64_t>& vocabulary, const KeyPositions& found) {
+  constexpr std::int64_t kTokens = 30;
+  constexpr std::int64_t kMove = 7;
+  const auto inputs = probe_inputs(vocabulary, model.device(), kSequences, kTokens, 11);
+  Inputs rolled;
+  for (const c10::IValue& input : inputs) rolled.emplace_back(input.toTensor().roll({kMove}, {1}));
+  const Keys before = KeyRecorder(model).run(model, inputs, kTokens);
+  const Keys after = KeyRecorder(model).run(model, rolled, kTokens);
+  for (std::size_t s = 0; s < before[0].size(); ++s) {
+    for (std::size_t i = 0; i < before[0][s].size(); ++i) {
+      const auto dim = model.token_level()->key_dims(0, static_cast<std::int64_t>(s))[i] + 1;
+      auto moved = before[0][s][i].narrow(dim, 0, kTokens - kMove).clone();
+      if (const int number = found.rotation_of[0][s][i]; number >= 0) {
+        const KeyRotation& rotation = found.rotations[static_cast<std::size_t>(number)];
+        rotate_(moved, dim, rotation,
+                turn_of(rotation, std::vector<std::int64_t>(kTokens - kMove, kMove), model.device()));
+      }
+      const auto own = after[0][s][i].narrow(dim, kMove, kTokens - kMove);
+      const auto scale = own.abs().max().item<double>();
+      if ((own - moved).abs().max().item<double>() > key_tolerance(own.scalar_type()) * scale) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
 
 KeyPositions find_key_positions(const Model& model, const std::vector<std::int64_t>& vocabulary) {
   KeyPositions found;
-  const Keys keys = record(model, vocabulary, found.positions);
+  const Keys keys = longest(model, vocabulary, found.positions);
   const std::int64_t few = 24;
-  const Keys shorter = KeyRecorder(model).run(model, vocabulary, few);
+  const Keys shorter = repeated(model, vocabulary, few);
   for (std::size_t l = 0; l < keys.size(); ++l) {
     found.rotation_of.emplace_back(keys[l].size());
     for (std::size_t s = 0; s < keys[l].size(); ++s) {
@@ -113,7 +145,8 @@ KeyPositions find_key_positions(const Model& model, const std::vector<std::int64
       }
     }
   }
-  found.movable = true;
+  found.movable = moves_as_found(model, vocabulary, found);
+  if (!found.movable) found.why = "keys of different tokens do not turn as those of equal ones do";
   return found;
 }
 

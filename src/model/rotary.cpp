@@ -18,14 +18,6 @@ constexpr std::int64_t kLeastPositions = 16;
 constexpr double kSmallPair = 0.05;
 constexpr double kNoEvidence = 1e-3;
 
-/// How far keys may be from what a rotation foretells, of their largest magnitude. A model's own cosines are float32 of
-/// p * frequency, or rounded to half precision.
-double tolerance_of(at::ScalarType type) {
-  if (type == at::kBFloat16) return 0.04;
-  if (type == at::kHalf) return 0.005;
-  return 5e-4;
-}
-
 /// [heads, tokens, channels], double.
 at::Tensor flat(const at::Tensor& keys, std::int64_t token_dim) {
   const KeyDims dims = key_dims_of(keys, token_dim);
@@ -101,6 +93,12 @@ double error_of(const KeyRotation& rotation, const at::Tensor& keys) {
 
 }  // namespace
 
+double key_tolerance(at::ScalarType type) {
+  if (type == at::kBFloat16) return 0.04;
+  if (type == at::kHalf) return 0.005;
+  return 5e-4;
+}
+
 KeyDims key_dims_of(const at::Tensor& keys, std::int64_t token_dim) {
   const auto rank = keys.dim();
   return {token_dim, token_dim == rank - 1 ? rank - 2 : rank - 1};
@@ -109,7 +107,7 @@ KeyDims key_dims_of(const at::Tensor& keys, std::int64_t token_dim) {
 bool same_at_all_positions(const at::Tensor& keys, std::int64_t token_dim) {
   const auto all = flat(keys, token_dim);
   const double change = (all - all.narrow(1, 0, 1)).abs().max().item<double>();
-  return change <= tolerance_of(keys.scalar_type()) * all.abs().max().item<double>();
+  return change <= key_tolerance(keys.scalar_type()) * all.abs().max().item<double>();
 }
 
 std::optional<KeyRotation> find_rotation(const at::Tensor& keys, std::int64_t token_dim, std::string& why) {
@@ -117,7 +115,7 @@ std::optional<KeyRotation> find_rotation(const at::Tensor& keys, std::int64_t to
   const auto tokens = all.size(1);
   const auto channels = all.size(2);
   const double scale = all.abs().max().item<double>();
-  const double tolerance = tolerance_of(keys.scalar_type());
+  const double tolerance = key_tolerance(keys.scalar_type());
   if (tokens < kLeastPositions || !std::isfinite(scale) || scale == 0) {
     why = fmt::format("{} positions of keys of magnitude {}, at least {} finite ones are expected", tokens, scale,
                       kLeastPositions);
@@ -159,7 +157,7 @@ std::optional<KeyRotation> find_rotation(const at::Tensor& keys, std::int64_t to
 bool foretells(const KeyRotation& rotation, const at::Tensor& keys, std::int64_t token_dim) {
   const auto all = flat(keys, token_dim);
   if (2 * static_cast<std::int64_t>(rotation.frequencies.size()) > all.size(2)) return false;
-  return error_of(rotation, all) <= tolerance_of(keys.scalar_type());
+  return error_of(rotation, all) <= key_tolerance(keys.scalar_type());
 }
 
 Turn turn_of(const KeyRotation& rotation, const std::vector<std::int64_t>& moves, at::Device device) {

@@ -32,6 +32,10 @@ struct KeyDims {
 /// last.
 KeyDims key_dims_of(const at::Tensor& keys, std::int64_t token_dim);
 
+/// How far keys may be from what a rotation foretells, of their largest magnitude: a model's own cosines are float32 of
+/// p * frequency, or rounded to half precision.
+double key_tolerance(at::ScalarType type);
+
 /// True if the keys of one and the same token, at the positions 0, 1, ... along dims.tokens, are equal up to the
 /// rounding of their type.
 bool same_at_all_positions(const at::Tensor& keys, std::int64_t token_dim);
