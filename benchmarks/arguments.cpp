@@ -236,11 +236,12 @@ Arguments parse_arguments(int argc, const char* const* argv) {
           "padding is not computed; equal up to rounding), budget (answers whose mean error stays below --epsilon), "
           "threshold (whole hidden states of similar requests: no promise) [lossless,threshold; threshold as doccache]")
           ->check(CLI::IsMember({"identical", "lossless", "budget", "threshold"}));
-  app.add_option("--metric", arguments.metric,
-                 "what the error of fidelity budget is: decision (another class than without cache; by the workload's "
-                 "probe where it has one), relative (distance to the output without cache / mean distance between "
-                 "outputs) [decision]")
-      ->check(CLI::IsMember({"decision", "relative"}))
+  app.add_option(
+         "--metric", arguments.metric,
+         "what the error of fidelity budget is: decision (another class than without cache; by the workload's "
+         "probe where it has one), relative (distance to the output without cache / mean distance between "
+         "outputs), token (decoders: another token comes out on top behind the last one) [decision; decoders: token]")
+      ->check(CLI::IsMember({"decision", "relative", "token"}))
       ->type_name("METRIC");
   app.add_option("--epsilon", arguments.epsilons,
                  "error budgets of fidelity budget: largest mean error among all sequences [0.005,0.01,0.02]")
@@ -453,7 +454,8 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
               if (!possible.budget) break;
               all.push_back(setting);
               all.back().epsilon = epsilon;
-              all.back().early_exit = early_exit;
+              all.back().early_exit = possible.prefix_reuse ? "off" : early_exit;
+              if (possible.prefix_reuse) break;  // nothing leaves a decoder early
             }
           }
         } else if (fidelity != "threshold") {

@@ -21,7 +21,7 @@ struct Arguments {
   bool doccache_asked = false;        ///< by --mode: runs also where quality cannot be measured
   bool threshold_asked = false;       ///< by --fidelity or --threshold: the same
   bool budget_asked = false;          ///< by --fidelity: a model or workload that has none is an error
-  std::string metric = "decision";    ///< of fidelity budget, what follows too
+  std::string metric = "auto";        ///< of fidelity budget, what follows too
   std::vector<double> epsilons = {0.005, 0.01, 0.02};
   double delta = 0.1;
   std::string calibration = "auto";  ///< or the path of a profile: read if it is there, else written

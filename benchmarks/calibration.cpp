@@ -21,16 +21,24 @@ ScoreFunction scores_of(const Probe& probe) {
 }  // namespace
 
 Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Arguments& arguments,
-                         const std::optional<Probe>& probe, std::int64_t cut, Progress& progress)
-    : model_(model), tokens_(tokens), arguments_(arguments), cut_(cut), progress_(progress) {
+                         const std::optional<Probe>& probe, bool decoder, std::int64_t cut, Progress& progress)
+    : model_(model),
+      tokens_(tokens),
+      arguments_(arguments),
+      metric_(arguments.metric != "auto" ? budget_metric_from_string(arguments.metric)
+              : decoder                  ? BudgetMetric::kTokenAgreement
+                                         : BudgetMetric::kDecision),
+      cut_(cut),
+      progress_(progress) {
   if (probe) scores_ = scores_of(*probe);
 }
 
 BudgetOptions Calibration::options(const Setting& setting) const {
   BudgetOptions options;
-  options.budget = {budget_metric_from_string(arguments_.metric), setting.epsilon.value(), arguments_.delta};
+  options.budget = {metric_, setting.epsilon.value(), arguments_.delta};
   options.scores = scores_;
   options.early_exit = early_exit_from_string(setting.early_exit);
+  options.token_reuse = options.early_exit != EarlyExit::kCacheFree;  // a baseline that keeps nothing
   return options;
 }
 
@@ -50,7 +58,8 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
         std::int64_t next = 0;
         sample = cache.run_sample([&]() -> std::optional<Inputs> {
           if (next == tokens_.fill_requests) return std::nullopt;
-          return model_.inputs(tokens_.request(next++, cut_));
+          const std::int64_t number = next++;
+          return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
         });
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         progress_.note(
@@ -71,11 +80,24 @@ at::Tensor Calibration::pooled(const c10::IValue& output) const {
   return tensor_of(output, model_.output_shape().pooled_output).to(at::kFloat);
 }
 
-std::vector<double> Calibration::errors(const c10::IValue& answer, const c10::IValue& plain) const {
-  const auto got = pooled(answer);
-  const auto want = pooled(plain);
+std::vector<double> Calibration::errors(const Returned& answer, const Returned& plain) const {
+  std::vector<double> errors;
+  if (metric_ == BudgetMetric::kTokenAgreement) {
+    const auto got = tensor_of(answer.output, model_.output_shape().logits_output);
+    const auto want = tensor_of(plain.output, model_.output_shape().logits_output);
+    for (std::size_t row = 0; row < answer.tokens.size(); ++row) {
+      const auto [begin, end] = answer.tokens[row];
+      if (begin == end) continue;
+      const auto r = static_cast<std::int64_t>(row);
+      const bool same = got[r][end - 1 - begin].argmax().equal(want[r][end - 1].argmax());
+      errors.push_back(same ? 0 : 1);
+    }
+    return errors;
+  }
+  const auto got = pooled(answer.output);
+  const auto want = pooled(plain.output);
   at::Tensor error;
-  if (arguments_.metric == "relative") {
+  if (metric_ == BudgetMetric::kRelativeError) {
     if (typical_distance_ == 0) return {};
     error = ((got - want).norm(2, 1) / typical_distance_).clamp_max(1.0);
   } else {
@@ -83,7 +105,8 @@ std::vector<double> Calibration::errors(const c10::IValue& answer, const c10::IV
     error = decide(got).ne(decide(want));
   }
   error = error.to(at::kDouble).contiguous();
-  return {error.const_data_ptr<double>(), error.const_data_ptr<double>() + error.numel()};
+  errors.assign(error.const_data_ptr<double>(), error.const_data_ptr<double>() + error.numel());
+  return errors;
 }
 
 }  // namespace llmcache::bench

@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "loaded_model.h"
+#include "outputs.h"
 #include "probe.h"
 #include "progress.h"
 #include "token_file.h"
@@ -22,7 +23,7 @@ class Calibration {
  public:
   /// All must outlive it. `cut`: most tokens of a sequence.
   Calibration(LoadedModel& model, const TokenFile& tokens, const Arguments& arguments,
-              const std::optional<Probe>& probe, std::int64_t cut, Progress& progress);
+              const std::optional<Probe>& probe, bool decoder, std::int64_t cut, Progress& progress);
 
   /// The options of a budget that the command line and the probe say; epsilon and early exit are the setting's.
   [[nodiscard]] BudgetOptions options(const Setting& setting) const;
@@ -33,7 +34,8 @@ class Calibration {
 
   /// Errors of the sequences of an answer against the plain model's, in the metric of the budget. Empty where they
   /// cannot be told: before calibrate(), for a relative error.
-  [[nodiscard]] std::vector<double> errors(const c10::IValue& answer, const c10::IValue& plain) const;
+  [[nodiscard]] std::vector<double> errors(const Returned& answer, const Returned& plain) const;
+  [[nodiscard]] BudgetMetric metric() const { return metric_; }
 
   /// Requests that were calibrated on.
   [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests; }
@@ -44,6 +46,7 @@ class Calibration {
   LoadedModel& model_;
   const TokenFile& tokens_;
   const Arguments& arguments_;
+  const BudgetMetric metric_;
   const std::int64_t cut_;
   Progress& progress_;
   ScoreFunction scores_;

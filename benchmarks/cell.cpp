@@ -55,7 +55,7 @@ struct Lane {
   /// Computes what the model computes.
   [[nodiscard]] bool exact() const { return !setting.threshold && !setting.epsilon; }
   /// Asks for the outputs that the workload needs.
-  [[nodiscard]] bool chooses_output() const { return setting.fidelity == "lossless"; }
+  [[nodiscard]] bool chooses_output() const { return setting.fidelity == "lossless" || setting.epsilon; }
 };
 
 class Cell {
@@ -72,7 +72,7 @@ class Cell {
         decoder_(reuses_prefixes(context)),
         probe_(probe()),
         scorer_(tokens_, model_.output_shape(), file_.vocabulary, probe_),
-        calibration_(model_, tokens_, arguments_, probe_, cut_at(), progress_) {}
+        calibration_(model_, tokens_, arguments_, probe_, decoder_, cut_at(), progress_) {}
 
   std::vector<Record> run() {
     say_what_is_cut();
@@ -125,8 +125,9 @@ class Cell {
 
   /// Errors of random weights mean nothing, and without a training part there is nothing to calibrate on.
   [[nodiscard]] bool budget() const {
-    const bool possible = !file_.random_weights() && model_.output_shape().pooled_output >= 0 &&
-                          (tokens_.fill_requests > 0 || arguments_.calibration != "auto");
+    const bool answers = decoder_ ? model_.output_shape().logits_output >= 0 : model_.output_shape().pooled_output >= 0;
+    const bool possible =
+        !file_.random_weights() && answers && (tokens_.fill_requests > 0 || arguments_.calibration != "auto");
     if (!possible && arguments_.budget_asked) {
       progress_.note(
           fmt::format("note: {} on {}: no fidelity budget: it takes trained weights, a pooled output and a "
@@ -152,7 +153,7 @@ class Cell {
       width = std::max(width, row.size());
     }
     request.padded = static_cast<std::int64_t>(width * request.rows.size());
-    request.inputs = model_.inputs(request.rows);
+    request.inputs = model_.inputs(request.rows, tokens_.pools(number, cut_at()));
     add_calls(request);
     return request;
   }
@@ -368,7 +369,7 @@ class Cell {
     const double divergence = model_.divergence(plain.output, others);
     if (!std::isnan(divergence)) lane.divergences.push_back(divergence);
     if (observes_errors_ && !lane.exact()) {
-      const auto errors = calibration_.errors(others.back().output, plain.output);
+      const auto errors = calibration_.errors(others.front(), plain);
       lane.errors.insert(lane.errors.end(), errors.begin(), errors.end());
     }
     if (!compares_greedy(lane)) return;
@@ -420,7 +421,7 @@ class Cell {
       r.speedup_median = median(std::move(ratios));
       r.divergence = summarize(lane.divergences);
     }
-    if (decoder_ && lane.exact()) {
+    if (decoder_ && (lane.exact() || lane.setting.epsilon)) {
       const Lane* kvcache = kvcache_lane(lane);
       r.prefill_ms = summarize(lane.prefills);
       if (plain != nullptr) r.prefill_speedup_vs_nocache = ratio_of_sums(plain->prefills, lane.prefills);
@@ -445,7 +446,7 @@ class Cell {
   [[nodiscard]] ObservedError observed(const std::vector<double>& errors) const {
     const auto n = static_cast<std::int64_t>(errors.size());
     const double value = mean(errors);
-    if (arguments_.metric == "decision") {
+    if (calibration_.metric() != BudgetMetric::kRelativeError) {
       return {value, wilson(std::llround(value * static_cast<double>(n)), n), n};
     }
     double squares = 0;

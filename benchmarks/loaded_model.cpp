@@ -60,6 +60,8 @@ void LoadedModel::find_inputs() {
     const std::string& name = arguments[i].name();
     if (i == 1) {
       inputs_.push_back(Input::kIds);
+    } else if (contains(name, "pool")) {
+      inputs_.push_back(Input::kPool);
     } else if (contains(name, "mask")) {
       inputs_.push_back(Input::kMask);
     } else if (contains(name, "token_type") || contains(name, "segment")) {
@@ -133,7 +135,7 @@ std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const O
   return cache;
 }
 
-Inputs LoadedModel::inputs(const Rows& rows) const {
+Inputs LoadedModel::inputs(const Rows& rows, const std::vector<std::span<const std::int64_t>>& pools) const {
   std::size_t width = 0;
   for (const auto& row : rows) width = std::max(width, row.size());
   const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != width; });
@@ -151,9 +153,29 @@ Inputs LoadedModel::inputs(const Rows& rows) const {
     std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * width);
     std::fill_n(mask.data_ptr<std::int64_t>() + row * width, rows[row].size(), std::int64_t{1});
   }
+  at::Tensor pool = mask;
+  if (!pools.empty()) {
+    pool = at::zeros_like(ids);
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      std::copy(pools[row].begin(), pools[row].end(), pool.data_ptr<std::int64_t>() + row * width);
+    }
+  }
   Inputs values;
   for (const Input input : inputs_) {
-    values.emplace_back(input == Input::kIds ? ids : input == Input::kMask ? mask : at::zeros_like(ids));
+    switch (input) {
+      case Input::kIds:
+        values.emplace_back(ids);
+        break;
+      case Input::kMask:
+        values.emplace_back(mask);
+        break;
+      case Input::kPool:
+        values.emplace_back(pool.clone());
+        break;
+      case Input::kZeros:
+        values.emplace_back(at::zeros_like(ids));
+        break;
+    }
   }
   return values;
 }

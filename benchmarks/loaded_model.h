@@ -8,6 +8,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,9 +34,9 @@ class LoadedModel {
   /// knows it by `name`. Throws Failure.
   WrapCost wrap(const Options& options, const std::string& name = {});
 
-  /// The module's inputs for a request: padded on the right to its longest sequence. Ids and mask
-  /// by position and name; token types are 0.
-  [[nodiscard]] Inputs inputs(const Rows& rows) const;
+  /// The module's inputs for a request: padded on the right to its longest sequence. Ids and masks
+  /// by position and name; token types are 0. A pooling mask is `pools`, all ones without it.
+  [[nodiscard]] Inputs inputs(const Rows& rows, const std::vector<std::span<const std::int64_t>>& pools = {}) const;
 
   /// The plain module, without gradients.
   c10::IValue plain(const Inputs& inputs);
@@ -59,7 +60,7 @@ class LoadedModel {
   [[nodiscard]] double divergence(const c10::IValue& reference, const std::vector<Returned>& others) const;
 
  private:
-  enum class Input { kIds, kMask, kZeros };
+  enum class Input { kIds, kMask, kPool, kZeros };
 
   void find_inputs();
   void find_token_outputs();

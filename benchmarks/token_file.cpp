@@ -72,6 +72,10 @@ class TaskReader {
     file_.group = optional("group", file_.requests(), "request");
     file_.partner = optional("partner", file_.requests(), "request");
     file_.pair_label = optional("pair_label", file_.requests(), "request");
+    file_.pool = optional("pool", static_cast<std::int64_t>(file_.tokens.size()), "token");
+    for (const std::int64_t mark : file_.pool) {
+      if (mark != 0 && mark != 1) in_.damaged(fmt::format("pool has the value {}, expected 0 or 1", mark));
+    }
     read_scored();
     read_pair_scores();
     check_range(file_.group, -1, std::int64_t{1} << 40, "group", in_);
@@ -234,6 +238,19 @@ std::vector<std::span<const std::int32_t>> TokenFile::request(std::int64_t i, st
   for (std::int64_t s = request_offsets[index]; s < request_offsets[index + 1]; ++s) {
     const auto whole = sequence(s);
     rows.push_back(whole.first(std::min(whole.size(), static_cast<std::size_t>(limit))));
+  }
+  return rows;
+}
+
+std::vector<std::span<const std::int64_t>> TokenFile::pools(std::int64_t i, std::int64_t limit) const {
+  std::vector<std::span<const std::int64_t>> rows;
+  if (pool.empty()) return rows;
+  const auto index = static_cast<std::size_t>(i);
+  for (auto s = static_cast<std::size_t>(request_offsets[index]);
+       s < static_cast<std::size_t>(request_offsets[index + 1]); ++s) {
+    const auto begin = static_cast<std::size_t>(sequence_offsets[s]);
+    const auto tokens_of = static_cast<std::size_t>(sequence_offsets[s + 1]) - begin;
+    rows.push_back(std::span(pool).subspan(begin, std::min(tokens_of, static_cast<std::size_t>(limit))));
   }
   return rows;
 }

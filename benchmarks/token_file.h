@@ -18,6 +18,7 @@
 //   partner     int64   [requests]      duplicates: the fill request of the pair; -1 in the fill part
 //   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
 //   pair_score  float32 [requests]      similarity: gold score of the request's two sequences
+//   pool        int64   [total]         1 at the tokens that a model with a pooling mask is to pool, else 0
 //
 // Where text is generated, a request is a conversation: its sequences are the user's parts of it, the model's
 // answers come between them.
@@ -66,6 +67,7 @@ struct TokenFile {
   std::vector<std::int64_t> partner;     ///< empty, or one a request
   std::vector<std::int64_t> pair_label;  ///< empty, or one a request
   std::vector<float> pair_score;         ///< empty, or one a request
+  std::vector<std::int64_t> pool;        ///< empty, or one a token
 
   [[nodiscard]] std::int64_t sequences() const { return static_cast<std::int64_t>(sequence_offsets.size()) - 1; }
   [[nodiscard]] std::int64_t requests() const { return static_cast<std::int64_t>(request_offsets.size()) - 1; }
@@ -73,6 +75,8 @@ struct TokenFile {
   [[nodiscard]] std::span<const std::int32_t> sequence(std::int64_t i) const;
   /// Ids of each sequence of request `i`, 0 <= i < requests(), cut to `max_tokens` ids.
   [[nodiscard]] std::vector<std::span<const std::int32_t>> request(std::int64_t i, std::int64_t max_tokens) const;
+  /// The same of `pool`; empty where there is none.
+  [[nodiscard]] std::vector<std::span<const std::int64_t>> pools(std::int64_t i, std::int64_t max_tokens) const;
   /// Number of the first sequence of request `i`; the others follow it.
   [[nodiscard]] std::int64_t first_sequence(std::int64_t i) const {
     return request_offsets[static_cast<std::size_t>(i)];

@@ -122,7 +122,7 @@ class LayerCacheVariant final : public Variant {
       }
       sequences_ += static_cast<std::int64_t>(report.sequences.size());
     };
-    if (setting_.fidelity != "lossless") {
+    if (setting_.fidelity != "lossless" && setting_.fidelity != "budget") {
       one({request.rows, request.inputs, Output::kAll}, true);
     } else {
       for (const Call& call : request.calls) one(call, &call == &request.calls.front());
@@ -179,12 +179,14 @@ class LayerCacheVariant final : public Variant {
     budget.metric = to_string(profile.budget.metric);
     budget.epsilon = profile.budget.epsilon;
     budget.delta = profile.budget.delta;
-    budget.cache_free = profile.early_exit == EarlyExit::kCacheFree;
+    budget.cache_free = setting_.early_exit == "cache-free";
     budget.promised = profile.error_bound;
     budget.calibration_requests = context_.calibration->requests();
     const double exits = static_cast<double>(after.early_exits - before.early_exits) / sequences;
     (budget.cache_free ? budget.cache_free_exit : budget.early_exit) = exits;
-    record.hit_rate += exits;
+    budget.token_reuse = static_cast<double>(after.token_reuses - before.token_reuses) / sequences;
+    budget.segment_reuse = static_cast<double>(after.segment_reuses - before.segment_reuses) / sequences;
+    record.hit_rate += exits + budget.token_reuse + budget.segment_reuse;
     for (std::size_t l = 0; l < after.exits_by_layer.size(); ++l) {
       budget.exits_by_layer.push_back(static_cast<double>(after.exits_by_layer[l] - before.exits_by_layer[l]) /
                                       sequences);

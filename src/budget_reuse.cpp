@@ -12,6 +12,8 @@
 #include "execute/observer.h"
 #include "llmcache/error.h"
 #include "refresh/exit_calibration.h"
+#include "segment_ladder.h"
+#include "token_ladder.h"
 
 namespace llmcache {
 namespace {
@@ -141,25 +143,50 @@ class BudgetReuse::Pass final : public LayerObserver {
   std::vector<Sequence> sequences_;
 };
 
-BudgetReuse::BudgetReuse(const Model& model, const OutputSpec& output, const ModelProfile& profile,
-                         const Options& options, std::size_t capacity_bytes)
+BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
+                         const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
     : model_(model),
       output_(output),
       profile_(profile),
       options_(options.budget),
       capacity_bytes_(capacity_bytes),
       exits_(static_cast<std::size_t>(model.layers())) {
+  const auto metric = options_.budget.metric;
   if (profile.granularity == Granularity::kWholeLayers) {
-    unavailable_ = "it runs whole layers only; its profile says why";
+    no_exits_ = "it runs whole layers only; its profile says why";
   } else if (output.leaves.size() != 1 || output.leaves[0].tokens >= 0 || output.leaves[0].batch != 0) {
-    unavailable_ = "its output is not one pooled vector a sequence, [batch, values]";
+    no_exits_ = "its output is not one pooled vector a sequence, [batch, values]";
   } else if (options_.early_exit == EarlyExit::kOff) {
-    unavailable_ = "BudgetOptions.early_exit is off";
-  } else if (options_.budget.metric == BudgetMetric::kTokenAgreement) {
-    unavailable_ =
-        "its output is a pooled one, and the metric of the budget is for tokens; choose decision or relative";
+    no_exits_ = "BudgetOptions.early_exit is off";
+  } else if (metric == BudgetMetric::kTokenAgreement) {
+    no_exits_ = "its output is a pooled one, and the metric of the budget is for tokens; choose decision or relative";
   }
-  if (options_.background_audit && unavailable_.empty()) audits_ = std::make_unique<BudgetAudits>(model, output);
+  if (options_.background_audit && no_exits_.empty()) audits_ = std::make_unique<BudgetAudits>(model, output);
+  make_ladder(inputs, options_);
+}
+
+/// Token states are reused where a model allows it, and its kind of answer fits the metric.
+void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& options) {
+  const bool wanted = profile_.causal ? options.segment_reuse : options.token_reuse;
+  if (!wanted) {
+    no_ladder_ = profile_.causal ? "BudgetOptions.segment_reuse is off" : "BudgetOptions.token_reuse is off";
+    return;
+  }
+  if (output_.leaves.empty() || output_.leaves[0].batch != 0 || output_.leaves[0].tokens > 1) {
+    no_ladder_ = "its first output is neither [batch, values] nor [batch, tokens, values]";
+    return;
+  }
+  try {
+    std::unique_ptr<ReuseLadder> ladder;
+    if (profile_.causal) {
+      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, capacity_bytes_);
+    } else {
+      ladder = std::make_unique<TokenLadder>(model_, inputs, output_, profile_, capacity_bytes_);
+    }
+    ladder_ = std::make_unique<LadderReuse>(std::move(ladder), model_, output_, profile_, options);
+  } catch (const std::exception& error) {
+    no_ladder_ = reason_of(error);
+  }
 }
 
 BudgetReuse::~BudgetReuse() = default;
@@ -175,26 +202,50 @@ std::optional<CalibrationProfile> BudgetReuse::profile() const {
 }
 
 void BudgetReuse::check_available() const {
-  if (unavailable_.empty()) return;
-  throw Error(ErrorCode::kNotAvailable, "fidelity 'budget' has nothing to reuse for this model: " + unavailable_);
+  if (no_exits_.empty() || ladder_) return;
+  throw Error(ErrorCode::kNotAvailable,
+              fmt::format("fidelity 'budget' has nothing to reuse for this model: no early exit, because {}; no token "
+                          "states, because {}",
+                          no_exits_, no_ladder_));
 }
 
 CalibrationSample BudgetReuse::run_sample(const std::function<std::optional<Batch>()>& sample) const {
   check_available();
+  auto requests = std::make_shared<std::vector<Batch>>();
+  std::int64_t tokens = 0;
+  CalibrationSample done{profile_.digest, 0, {}, {}};
+  while (auto batch = sample()) {
+    tokens += batch->tokens;
+    for (c10::IValue& input : batch->inputs) {
+      if (input.isTensor()) input = input.toTensor().clone();  // the caller may use his again
+    }
+    for (const RowSpan& span : batch->spans) done.sequences += span.tokens > 0 ? 1 : 0;
+    requests->push_back(std::move(*batch));
+  }
+  if (tokens == 0) throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
+  if (no_exits_.empty()) {
+    done.exit = run_exit_sample(*requests);
+    done.sequences = done.exit->outputs.size(0);
+  }
+  done.requests = std::move(requests);
+  return done;
+}
+
+std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector<Batch>& requests) const {
   const auto layers = static_cast<std::int32_t>(model_.layers());
   std::unordered_set<std::string> known;
   std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
   std::vector<at::Tensor> outputs;
-  while (const auto batch = sample()) {
+  for (const Batch& batch : requests) {
     // Identical requests are answered without any error: they are no evidence.
     std::vector<std::int64_t> rows;
-    for (std::int64_t row = 0; row < batch->rows; ++row) {
-      if (batch->spans[static_cast<std::size_t>(row)].tokens > 0 && known.insert(key_of(*batch, row)).second) {
+    for (std::int64_t row = 0; row < batch.rows; ++row) {
+      if (batch.spans[static_cast<std::size_t>(row)].tokens > 0 && known.insert(key_of(batch, row)).second) {
         rows.push_back(row);
       }
     }
     if (rows.empty()) continue;
-    const Batch part = batch->select(rows);
+    const Batch part = batch.select(rows);
     Recorder recorder(layers);
     ForwardReport report;
     const auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, &recorder);
@@ -209,28 +260,49 @@ CalibrationSample BudgetReuse::run_sample(const std::function<std::optional<Batc
     outputs.push_back(pooled.index_select(0, usable));
     for (std::size_t l = 0; l < states.size(); ++l) states[l].push_back(recorder.means(l).index_select(0, usable));
   }
-  if (outputs.empty()) throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
   auto all = std::make_shared<ExitSample>();
   all->outputs = at::cat(outputs);
   for (auto& layer : states) {
     all->states.push_back(at::cat(layer));
     layer.clear();
   }
-  return {profile_.digest, all->outputs.size(0), std::move(all)};
+  return all;
 }
 
 CalibrationProfile BudgetReuse::calibrate(const CalibrationSample& sample) {
   check_available();
-  if (sample.model_digest != profile_.digest || sample.exit == nullptr) {
+  if (sample.model_digest != profile_.digest || sample.requests == nullptr) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("the sample was run by a model of digest '{}', this one has '{}'", sample.model_digest,
                             profile_.digest));
   }
   CalibrationProfile profile;
   profile.budget = options_.budget;
-  profile.early_exit = options_.early_exit;
+  profile.early_exit = no_exits_.empty() ? options_.early_exit : EarlyExit::kOff;
   profile.model_digest = profile_.digest;
-  calibrate_exit(*sample.exit, options_, capacity_bytes_, profile);
+  if (no_exits_.empty() && sample.exit) calibrate_exit(*sample.exit, options_, capacity_bytes_, profile);
+  if (ladder_) {
+    // One of the two is used, so that one budget is spent: the one that computes less.
+    double layers_run = 1;
+    for (std::size_t l = 0; l < profile.expected_exits.size(); ++l) {
+      const auto layers = static_cast<double>(profile.expected_exits.size());
+      layers_run -= profile.expected_exits[l] * (1 - static_cast<double>(l) / layers);
+    }
+    const auto choice = ladder_->calibrate(*sample.requests);
+    if (choice && choice->computed < layers_run) {
+      profile.reuse = choice;
+      profile.exit = nullptr;
+      profile.early_exit = EarlyExit::kOff;
+      profile.expected_exits.clear();
+      profile.bytes = 0;
+      profile.fitted = choice->fitted;
+      profile.certified = choice->certified;
+      profile.certified_error = choice->error;
+      profile.error_bound = choice->bound;
+      profile.typical_distance = choice->typical_distance;
+      profile.expected_share = 1 - choice->computed;
+    }
+  }
   use(profile);
   return profile;
 }
@@ -239,7 +311,8 @@ void BudgetReuse::use(CalibrationProfile profile) {
   const auto refuse = [](const std::string& why) {
     throw Error(ErrorCode::kInvalidOptions, "the calibration profile does not fit this cache: " + why);
   };
-  if (!unavailable_.empty()) refuse("there is nothing to reuse for this model: " + unavailable_);
+  if (profile.exit && !no_exits_.empty()) refuse("it has early exits, and there are none, because " + no_exits_);
+  if (profile.reuse && !ladder_) refuse("it reuses token states, and that cannot be done, because " + no_ladder_);
   if (profile.model_digest != profile_.digest) {
     refuse(
         fmt::format("it was made with a model of digest {}, this one has {}", profile.model_digest, profile_.digest));
@@ -251,7 +324,7 @@ void BudgetReuse::use(CalibrationProfile profile) {
                        to_string(has.metric), has.epsilon, 1 - has.delta, to_string(asked.metric), asked.epsilon,
                        1 - asked.delta));
   }
-  if (profile.early_exit != options_.early_exit) {
+  if (profile.exit && profile.early_exit != options_.early_exit) {
     refuse(fmt::format("its early exit is {}, BudgetOptions.early_exit is {}", to_string(profile.early_exit),
                        to_string(options_.early_exit)));
   }
@@ -287,12 +360,27 @@ void BudgetReuse::use(CalibrationProfile profile) {
       }
     }
   }
+  if (ladder_) ladder_->use(profile.reuse);
+  if (ladder_ && !profile.reuse) ladder_->clear();
   const std::lock_guard lock(mutex_);
   calibration_ = std::move(profile);
   rules_ = std::move(rules);
 }
 
-std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, ForwardReport& report) {
+std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const std::string& tenant, Output output,
+                                                    ForwardReport& report) {
+  if (!ladder_ || !ladder_->ready()) return run_exits(batch, report);
+  auto result = ladder_->run(batch, tenant, output, report);
+  if (!result) return std::nullopt;
+  return Answer{std::move(*result), profile_.causal && profile_.head_tokenwise,
+                std::vector<std::vector<at::Tensor>>(static_cast<std::size_t>(batch.rows))};
+}
+
+void BudgetReuse::clear() {
+  if (ladder_) ladder_->clear();
+}
+
+std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, ForwardReport& report) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
@@ -329,6 +417,7 @@ void BudgetReuse::fill(Stats& stats) const {
     budget.exits_by_layer.push_back(exits);
     budget.early_exits += exits;
   }
+  if (ladder_) ladder_->fill(stats);
   if (audits_) {
     budget.audits_waiting = audits_->waiting();
     budget.audits_dropped = audits_->dropped();

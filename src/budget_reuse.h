@@ -1,4 +1,5 @@
-// Fidelity::kBudget on a wrapped model: early exits as a calibration allows them, and their supervision.
+// Fidelity::kBudget on a wrapped model: early exits, or reuse of token states, as a calibration allows them, and their
+// supervision.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "execute/batch.h"
+#include "ladder_reuse.h"
 #include "llmcache/options.h"
 #include "llmcache/refresh/calibration.h"
 #include "llmcache/report.h"
@@ -26,8 +28,8 @@ struct BudgetRules;
 /// Thread-safe.
 class BudgetReuse {
  public:
-  BudgetReuse(const Model& model, const OutputSpec& output, const ModelProfile& profile, const Options& options,
-              std::size_t capacity_bytes);
+  BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
+              const Options& options, std::size_t capacity_bytes);
   ~BudgetReuse();
 
   /// Runs a sample in full; batches are given one by one until there is none. Throws Error(kNotAvailable) with the
@@ -42,16 +44,21 @@ class BudgetReuse {
   /// The profile in use; unset if there is none.
   [[nodiscard]] std::optional<CalibrationProfile> profile() const;
   /// True if a profile is in use that reuses anything.
-  [[nodiscard]] bool ready() const { return rules() != nullptr; }
+  [[nodiscard]] bool ready() const { return rules() != nullptr || (ladder_ && ladder_->ready()); }
 
   struct Answer {
-    c10::IValue computed;  ///< the model's result for the whole batch; None if no row needed it
+    c10::IValue computed;  ///< the result for the whole batch; None if no row needed it
+    bool cut = false;      ///< it has only the tokens that were asked for
     /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
     std::vector<std::vector<at::Tensor>> rows;
   };
   /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by.
-  std::optional<Answer> run(const Batch& batch, ForwardReport& report);
+  std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report);
+  /// True if requests for these outputs go through run().
+  [[nodiscard]] bool serves(Output output) const noexcept { return !profile_.causal || output != Output::kNewTokens; }
 
+  /// Forgets token states. Calibrated banks stay.
+  void clear();
   void fill(Stats& stats) const;
 
  private:
@@ -59,13 +66,18 @@ class BudgetReuse {
   class Recorder;
   [[nodiscard]] std::shared_ptr<BudgetRules> rules() const;
   void check_available() const;
+  std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report);
+  void make_ladder(const InputSpec& inputs, const BudgetOptions& options);
+  [[nodiscard]] std::shared_ptr<const ExitSample> run_exit_sample(const std::vector<Batch>& requests) const;
 
   const Model& model_;
   const OutputSpec& output_;
   const ModelProfile& profile_;
   const BudgetOptions options_;
   const std::size_t capacity_bytes_;
-  std::string unavailable_;  ///< why nothing can be reused; empty: something can
+  std::string no_exits_;                 ///< why there are no early exits; empty: there can be
+  std::string no_ladder_;                ///< why token states are not reused; empty: they can be
+  std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused
   mutable std::mutex mutex_;
   std::optional<CalibrationProfile> calibration_;  ///< guarded by mutex_
   std::shared_ptr<BudgetRules> rules_;             ///< guarded by mutex_; null: nothing is reused

@@ -13,11 +13,11 @@
 namespace llmcache {
 namespace {
 
-constexpr std::size_t kTypicalDraws = 64;   // outputs that the typical distance is taken from
-constexpr std::size_t kLeastDraws = 40;     // fewer certify nothing
-constexpr double kWarmUp = 0.2;             // of the sample, which fills the bank before anything counts
-constexpr std::size_t kGiveUpAfter = 200;   // sequences without a match
-constexpr double kWorthIt = 0.9;            // part of the token-layers that a choice may compute at most
+constexpr std::size_t kTypicalDraws = 64;  // outputs that the typical distance is taken from
+constexpr std::size_t kLeastDraws = 40;    // fewer certify nothing
+constexpr double kWarmUp = 0.2;            // of the sample, which fills the bank before anything counts
+constexpr std::size_t kGiveUpAfter = 200;  // sequences without a match
+constexpr double kWorthIt = 0.9;           // part of the token-layers that a choice may compute at most
 
 }  // namespace
 
@@ -114,8 +114,7 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
       LadderDraw& draw = draws.emplace_back();
       for (std::size_t s = 0; s < ladder_->settings(); ++s) {
         const auto distance = distances[s][row];
-        const double loss =
-            distance ? error(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
+        const double loss = distance ? error(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
         for (const double limit : limits) {
           const bool used = distance && *distance <= limit;
           draw.errors.push_back(used ? loss : 0);
@@ -126,8 +125,8 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
   }
   ladder_->clear();
   if (!any_match || draws.size() < kLeastDraws) return std::nullopt;
-  const bool binary = budget.metric == BudgetMetric::kTokenAgreement ||
-                      (budget.metric == BudgetMetric::kDecision && !per_token_);
+  const bool binary =
+      budget.metric == BudgetMetric::kTokenAgreement || (budget.metric == BudgetMetric::kDecision && !per_token_);
   const LadderChoice best = choose_setting(draws, budget, binary);
   if (best.setting < 0 || best.computed > kWorthIt) return std::nullopt;
   const auto setting = static_cast<std::size_t>(best.setting) / limits.size();
@@ -189,6 +188,10 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
     reused[row] = decisions[row].reuse || decisions[row].audit;
   }
   auto result = ladder_->run(batch, *matches, reused, rules->setting, tenant, output, true, report);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const bool answers = report.sequences[row].source == Source::kPartial && !decisions[row].audit;
+    served_ += answers ? 1 : 0;
+  }
   if (audited.empty()) return result;
   // Audited rows are computed in full too, which is what they are answered with.
   const Batch part = batch.select(audited);
@@ -199,8 +202,8 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
   for (std::size_t i = 0; i < audited.size(); ++i) {
     const auto row = static_cast<std::size_t>(audited[i]);
     SequenceReport& told = report.sequences[row];
-    told.drift = rules->error(first_output(result, batch, audited[i]),
-                              first_output(full, part, static_cast<std::int64_t>(i)));
+    told.drift =
+        rules->error(first_output(result, batch, audited[i]), first_output(full, part, static_cast<std::int64_t>(i)));
     rules->gate->record(decisions[row], told.drift);
     const double drift = told.drift;
     told = own.sequences[i];
@@ -231,6 +234,7 @@ void LadderReuse::fill(Stats& stats) const {
   const auto rules = this->rules();
   if (rules == nullptr) return;
   BudgetStats& budget = *stats.budget;
+  (profile_.causal ? budget.segment_reuses : budget.token_reuses) = served_;
   budget.calibrated = true;
   budget.levels = 1;
   if (rules->gate == nullptr) return;

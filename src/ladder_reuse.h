@@ -2,6 +2,7 @@
 // setting, and watches over it.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -25,8 +26,8 @@ class LadderReuse {
 
   [[nodiscard]] const ReuseLadder& ladder() const { return *ladder_; }
 
-  /// Serves the sample, request after request, with each setting and in full, and chooses one by the errors (
-  /// choose_setting). Empties the bank before and after. Unset if nothing of the sample is ever known from requests
+  /// Serves the sample, request after request, with each setting and in full, and chooses one by the errors
+  /// (choose_setting). Empties the bank before and after. Unset if nothing of the sample is ever known from requests
   /// before, or nothing can be certified.
   std::optional<ReuseChoice> calibrate(const std::vector<Batch>& sample);
 
@@ -51,7 +52,6 @@ class LadderReuse {
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
   [[nodiscard]] at::Tensor first_output(const c10::IValue& result, const Batch& batch, std::int64_t row) const;
   [[nodiscard]] double typical_distance(const std::vector<Batch>& sample) const;
-  [[nodiscard]] std::optional<std::pair<std::size_t, double>> find_choice(const std::string& setting) const;
 
   const std::unique_ptr<ReuseLadder> ladder_;
   const Model& model_;

@@ -66,6 +66,9 @@ void append(std::string& key, const void* data, std::size_t bytes) {
 }
 void append(std::string& key, std::int64_t number) { append(key, &number, sizeof(number)); }
 
+/// Answers that are not to be taken for the model's own.
+bool is_approximate(Source source) { return source == Source::kEarlyExit || source == Source::kPartial; }
+
 void number_rows(ForwardReport& report, std::uint64_t first) {
   for (std::size_t i = 0; i < report.sequences.size(); ++i) report.sequences[i].number = first + i;
 }
@@ -114,7 +117,8 @@ struct LayerCacheBase::Impl {
     } else {
       options.prefix.validate(model->layers());
       if (options.fidelity == Fidelity::kBudget) {
-        budget = std::make_unique<BudgetReuse>(*model, output, profile, options, share(options.budget.capacity_share));
+        budget = std::make_unique<BudgetReuse>(*model, inputs, output, profile, options,
+                                               share(options.budget.capacity_share));
       }
       make_prefix_reuse(share);
     }
@@ -306,13 +310,15 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   report.sequences = count_tokens(batch.full_plan(static_cast<std::int32_t>(model->layers())));
 
   Stopwatch clock;
-  const bool within_budget = fidelity == Fidelity::kBudget && budget->ready() && can_pack(batch);
+  const bool within_budget =
+      fidelity == Fidelity::kBudget && budget->ready() && budget->serves(request.output) && can_pack(batch);
   const bool lossless = fidelity == Fidelity::kLossless || fidelity == Fidelity::kBudget;
   const bool prefixes = lossless && prefix && !within_budget && can_pack(batch);
   const bool exact = fidelity == Fidelity::kIdentical;
   // Where only a part is wanted of what prefixes leave to compute, a whole output is not made.
+  const bool cuts = prefixes || (within_budget && profile.causal);
   const bool keeps = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0 &&
-                     !(prefixes && request.output != Output::kAll);
+                     !(cuts && request.output != Output::kAll);
   Known known = keeps ? look_up(batch, request.tenant, exact, report) : Known(static_cast<std::size_t>(batch.rows));
   report.lookup_ms = clock.lap();
 
@@ -431,8 +437,9 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(const
                                                                            ForwardReport& report) {
   const double looked_up = report.lookup_ms;
   try {
-    if (auto answer = budget->run(part, report)) {
+    if (auto answer = budget->run(part, request.tenant, request.output, report)) {
       Computed computed;
+      computed.cut = answer->cut;
       computed.packed = true;
       computed.padding_skipped = part.rows * part.width - part.tokens;
       std::vector<std::int64_t> rows(static_cast<std::size_t>(part.rows));
@@ -455,7 +462,7 @@ void LayerCacheBase::Impl::keep(const Batch& batch, const Known& known, const Co
                                 const ForwardReport& report) {
   for (std::size_t m = 0; m < known.missing.size(); ++m) {
     const auto i = static_cast<std::size_t>(known.missing[m]);
-    if (known.keys[i].empty() || report.sequences[i].source == Source::kEarlyExit) continue;
+    if (known.keys[i].empty() || is_approximate(report.sequences[i].source)) continue;
     const RowSpan& span = batch.spans[i];
     const bool cut = ignores_padding() && batch.contiguous;
     const auto tensors = row_of(computed.result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
@@ -661,6 +668,7 @@ const Options& LayerCacheBase::options() const noexcept { return impl_->options;
 void LayerCacheBase::clear() {
   impl_->bank->clear();
   if (impl_->prefix) impl_->prefix->clear();
+  if (impl_->budget) impl_->budget->clear();
   if (impl_->threshold) impl_->threshold->clear();
 }
 

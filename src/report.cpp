@@ -81,7 +81,8 @@ std::string ForwardReport::to_string() const {
 }
 
 double Stats::hit_rate() const noexcept {
-  const std::uint64_t hits = identical_hits + prefix_hits + similar_hits + (budget ? budget->early_exits : 0);
+  std::uint64_t hits = identical_hits + prefix_hits + similar_hits;
+  if (budget) hits += budget->early_exits + budget->token_reuses + budget->segment_reuses;
   return sequences == 0 ? 0 : static_cast<double>(hits) / static_cast<double>(sequences);
 }
 
@@ -96,11 +97,13 @@ std::string Stats::to_string() const {
   if (unusable_states > 0) text += fmt::format("; {} sequences with unusable states", unusable_states);
   if (budget) {
     text += fmt::format(
-        "\n  budget: {}; {} early exits; level {} of {}, {} audits with {} errors, {} closings, {} reopenings, banks "
+        "\n  budget: {}; {} early exits, {} token and {} segment reuses; level {} of {}, {} audits with {} errors, {} "
+        "closings, {} reopenings, banks "
         "of {} "
         "bytes",
-        budget->calibrated ? "calibrated" : "not calibrated", budget->early_exits, budget->level, budget->levels,
-        budget->audits, budget->audit_errors, budget->closings, budget->reopenings, budget->bytes);
+        budget->calibrated ? "calibrated" : "not calibrated", budget->early_exits, budget->token_reuses,
+        budget->segment_reuses, budget->level, budget->levels, budget->audits, budget->audit_errors, budget->closings,
+        budget->reopenings, budget->bytes);
   }
   for (const LayerStats& l : layers) {
     text += fmt::format(

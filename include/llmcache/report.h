@@ -14,7 +14,7 @@ enum class Source {
   kComputed,   ///< all its tokens were computed
   kIdentical,  ///< the whole output of an identical earlier request
   kPrefix,     ///< its first tokens were known, the others were computed
-  kPartial,    ///< some tokens computed, the states of others taken from a donor (forced Plan)
+  kPartial,    ///< some tokens computed, the states of others taken from elsewhere (kBudget, forced Plan)
   kSimilar,    ///< the hidden state of another request, above the threshold (kThreshold)
   kEarlyExit,  ///< an answer made before its last layer had run (kBudget)
 };
@@ -102,6 +102,8 @@ struct BudgetStats {
                                               ///< are safer; `levels`: supervision has stopped all reuse
   std::size_t levels = 0;                     ///< there are
   std::uint64_t early_exits = 0;              ///< sequences
+  std::uint64_t token_reuses = 0;             ///< sequences of which token states were taken from a near-identical one
+  std::uint64_t segment_reuses = 0;           ///< sequences of which segments beyond an exact prefix were known
   std::vector<std::uint64_t> exits_by_layer;  ///< of these, by the first layer that did not run
   std::uint64_t audits = 0;                   ///< answers compared with the full computation
   double audit_errors = 0;                    ///< sum of their errors

@@ -79,6 +79,10 @@ std::string CalibrationProfile::to_string() const {
   text += fmt::format("sample: {} sequences fitted, {} others to certify\n", fitted, certified);
   if (!reuses()) return text + "no setting could be certified: nothing is reused beyond lossless\n";
   text += fmt::format("certified: error {:.4f}, at most {:.4f} with that confidence\n", certified_error, error_bound);
+  if (reuse) {
+    return text + fmt::format("{} ({}, distance up to {:g}): {:.1f} % of token-layers computed\n", reuse->mechanism,
+                              reuse->setting, reuse->limit, 100 * reuse->computed);
+  }
   text += fmt::format("early exit ({}): {:.1f} % of sequences, {:.1f} MiB\n", llmcache::to_string(early_exit),
                       100 * expected_share, static_cast<double>(bytes) / (1 << 20));
   for (std::size_t l = 0; l < expected_exits.size(); ++l) {

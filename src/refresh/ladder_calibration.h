@@ -29,7 +29,8 @@ struct LadderChoice {
 /// with an order learnt on independent data). Of those that pass, the one that computes least.
 LadderChoice choose_setting(const std::vector<LadderDraw>& draws, const Budget& budget, bool binary);
 
-/// Upper bound of the mean of errors in [0, 1], with confidence 1 - delta: exact for errors of 0 and 1, else by betting.
+/// Upper bound of the mean of errors in [0, 1], with confidence 1 - delta: exact for errors of 0 and 1, else by
+/// betting.
 double upper_bound(const std::vector<double>& errors, double delta, bool binary);
 
 }  // namespace llmcache

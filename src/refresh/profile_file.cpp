@@ -186,6 +186,17 @@ void CalibrationProfile::save(const fs::path& path) const {
     json["exit"] = {{"tensors_xxh3", hash_of(tensors)}, {"thresholds", exit->thresholds}, {"gates", std::move(gates)}};
     write(tensors_of(path), tensors);
   }
+  if (reuse) {
+    json["reuse"] = {{"mechanism", reuse->mechanism},
+                     {"setting", reuse->setting},
+                     {"limit", reuse->limit},
+                     {"fitted", reuse->fitted},
+                     {"certified", reuse->certified},
+                     {"error", reuse->error},
+                     {"bound", reuse->bound},
+                     {"computed", reuse->computed},
+                     {"typical_distance", reuse->typical_distance}};
+  }
   json["content_xxh3"] = hash_of(json.dump());
   write(path, json.dump(2) + "\n");
 }
@@ -218,6 +229,19 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
     json.at("expected_exits").get_to(profile.expected_exits);
     json.at("typical_distance").get_to(profile.typical_distance);
     json.at("bytes").get_to(profile.bytes);
+    if (json.contains("reuse")) {
+      const Json& part = json.at("reuse");
+      ReuseChoice& choice = profile.reuse.emplace();
+      part.at("mechanism").get_to(choice.mechanism);
+      part.at("setting").get_to(choice.setting);
+      part.at("limit").get_to(choice.limit);
+      part.at("fitted").get_to(choice.fitted);
+      part.at("certified").get_to(choice.certified);
+      part.at("error").get_to(choice.error);
+      part.at("bound").get_to(choice.bound);
+      part.at("computed").get_to(choice.computed);
+      part.at("typical_distance").get_to(choice.typical_distance);
+    }
     if (json.contains("exit")) {
       const Json& part = json.at("exit");
       auto model = std::make_shared<ExitModel>();

@@ -69,17 +69,25 @@ struct BudgetOptions {
   /// For models with one pooled output a sequence. Default: with the cached neighbour.
   EarlyExit early_exit = EarlyExit::kCachedNeighbour;
 
+  /// Reuse of token states between near-identical sequences of an encoder: an edited document, a passage under another
+  /// question, a fixed instruction before changing text. Default: if the calibration finds it cheaper than early exits.
+  bool token_reuse = true;
+
+  /// Reuse of keys and values of passages and edited prompts in a causal decoder, beyond exact prefixes; for outputs
+  /// kAll and kLastToken. Default: as far as the calibration allows.
+  bool segment_reuse = true;
+
   /// Part of Options::capacity_bytes that calibrated banks may take, 0 to 1; the rest keeps whole outputs, and keys
   /// and values of known prefixes. Default 0.7.
   double capacity_share = 0.7;
 
   /// Share of reused answers that are computed in full too, 0 to 1, while nothing speaks against the calibration; more
   /// are as soon as something does. 0 switches the supervision off: the promise then rests on the calibration alone.
-  /// Default 0.05.
-  double audit_rate = 0.05;
+  /// After a sudden drift some 1 / audit_rate wrong answers are served before one is noticed. Default 0.1.
+  double audit_rate = 0.1;
 
   /// False (default): an audited answer is the full computation's, made within the call. True: the reused answer is
-  /// returned, and a thread of the cache's own computes it in full afterwards.
+  /// returned, and a thread of the cache's own computes it in full afterwards (early exits only).
   bool background_audit = false;
 
   /// Chooses what is audited, and how calibration splits its sample. Any value; default 0.

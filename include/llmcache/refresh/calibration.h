@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,16 +12,33 @@
 
 namespace llmcache {
 
+struct Batch;
 struct ExitModel;
 struct ExitSample;
 
-/// Requests that were computed in full, to be calibrated on: for several budgets, or several caches around one model.
-/// Immutable; cheap to copy.
+/// Requests to be calibrated on: for several budgets, or several caches around one model. Immutable; cheap to copy.
 class CalibrationSample {
  public:
   std::string model_digest;                     ///< of the model that computed them
   std::int64_t sequences = 0;                   ///< different ones
-  std::shared_ptr<const ExitSample> exit = {};  ///< what early exits are fitted on
+  std::shared_ptr<const ExitSample> exit = {};  ///< what early exits are fitted on; null: this model has none
+  std::shared_ptr<const std::vector<Batch>> requests = {};  ///< in their order
+};
+
+/// Reuse of token states (encoders) or of segments (decoders), as a calibration chose it.
+///
+/// The sample is served in its order with each setting and in full: its first fifth fills the bank, every other
+/// sequence of the rest puts the settings in order of their error, the others certify them as below.
+struct ReuseChoice {
+  std::string mechanism;        ///< "token reuse" or "segment reuse"
+  std::string setting;          ///< how much of a matched sequence is computed, and how the rest is corrected
+  double limit = 0;             ///< largest distance of a match: edit fraction of a sequence, computed part of a prompt
+  std::int64_t fitted = 0;      ///< sequences that ordered the settings
+  std::int64_t certified = 0;   ///< sequences that certified them
+  double error = 0;             ///< mean error among these
+  double bound = 0;             ///< its upper bound with confidence 1 - delta
+  double computed = 1;          ///< token-layers computed / all, of these
+  double typical_distance = 0;  ///< between outputs of different requests
 };
 
 /// What calibrate() fitted, and the evidence for its promise. Immutable; cheap to copy.
@@ -44,9 +62,10 @@ class CalibrationProfile {
   std::size_t bytes = 0;               ///< of its banks
   double typical_distance = 0;         ///< mean distance between outputs of different sequences (kRelativeError)
   std::shared_ptr<const ExitModel> exit;  ///< null: early exit is not used
+  std::optional<ReuseChoice> reuse;       ///< unset: states of tokens are not reused. Beside `exit` it is not used
 
   /// False: no setting could be certified, and nothing is reused beyond kLossless.
-  [[nodiscard]] bool reuses() const noexcept { return exit != nullptr; }
+  [[nodiscard]] bool reuses() const noexcept { return exit != nullptr || reuse; }
   /// What it promises and why, for people.
   [[nodiscard]] std::string to_string() const;
 
