@@ -352,7 +352,9 @@ TEST_F(BudgetTest, WhatCannotBeCalibratedIsRefusedAndTheOldProfileStays) {
   EXPECT_THAT([&] { cache.calibrate(foreign); }, ThrowsError(ErrorCode::kInvalidOptions, "another"));
   EXPECT_EQ(cache.calibration()->to_string(), first.to_string());
 
-  LayerCache<Module> tokens(load_model("tiny-bert-sdpa"), Options{.fidelity = Fidelity::kBudget});
+  Options no_tokens{.fidelity = Fidelity::kBudget};
+  no_tokens.budget.token_reuse = false;
+  LayerCache<Module> tokens(load_model("tiny-bert-sdpa"), no_tokens);
   EXPECT_THAT([&] { tokens.calibrate(Traffic(1).sample(5)); }, ThrowsError(ErrorCode::kNotAvailable, "pooled"));
   auto narrow = options_for(BudgetMetric::kDecision, 0.1);
   narrow.budget.scores = [](const at::Tensor& outputs) { return outputs.narrow(1, 0, 1); };
