@@ -161,6 +161,11 @@ def read_openbookqa(path: Path, examples: Path | None = None, shots: int = 0) ->
     return Traffic(some(requests, path))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """Equal for texts that a tokenizer without case takes for the same."""
+    return tuple(re.findall(r"\w+|[^\w\s]", text.lower()))
+
+
 def read_intents(
     train: Path, test: Path, instruction: str = "", most: int | None = None, apart: bool = False
 ) -> Traffic:
@@ -181,8 +186,8 @@ def read_intents(
         if not rows[path]:
             raise DataError(f"{path}: no record in it; fetch the file again")
     if apart:
-        asked = {text.lower() for _, text in rows[test]}  # some tokenizers know no case
-        rows[train] = [(label, text) for label, text in rows[train] if text.lower() not in asked]
+        asked = {_words(text) for _, text in rows[test]}
+        rows[train] = [(label, text) for label, text in rows[train] if _words(text) not in asked]
     names = sorted(known)
     numbers = {name: number for number, name in enumerate(names)}
 
@@ -202,7 +207,7 @@ def read_news(path: Path, fill: int) -> Traffic:
         (label, f"{title}. {text}") for _, (label, title, text) in tsv_rows(path, ("label", "title", "description"))
     ]
     names = sorted({label for label, _ in rows})
-    distinct = {text.lower(): single(text, names.index(label)) for label, text in rows}
+    distinct = {_words(text): single(text, names.index(label)) for label, text in rows}
     if len(distinct) <= fill:
         raise DataError(f"{path}: {len(distinct)} articles in it, expected more than {fill}; fetch the file again")
     articles = shuffled(distinct.values())

@@ -173,11 +173,11 @@ class ReaderTest(ToolTest):
             WORKLOADS["agnews"].read(short)
 
     def test_sentiment_parts_are_apart(self) -> None:
-        train = self.tsv("train.tsv", "label\ttext", ["1\tgood", "0\tbad", "1\tfine", "1\tFine"])
-        test = self.tsv("test.tsv", "label\ttext", ["1\tfine"])
+        train = self.tsv("train.tsv", "label\ttext", ["1\tgood", "0\tbad", "1\tfine", "1\tFine !"])
+        test = self.tsv("test.tsv", "label\ttext", ["1\tfine", "1\tfine!"])
         traffic = WORKLOADS["sst2"].read(train, test)
         self.assertEqual(texts(traffic.requests[: traffic.fill]), {"good", "bad"})
-        self.assertEqual(texts(traffic.requests[traffic.fill :]), {"fine"})
+        self.assertEqual(texts(traffic.requests[traffic.fill :]), {"fine", "fine!"})
 
     def questions(self) -> Path:
         """Thirty passages of 50 words in two sentences, with three questions each; and what is not taken."""
