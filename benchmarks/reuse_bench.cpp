@@ -83,13 +83,14 @@ constexpr std::pair<Edit, const char*> kEdits[] = {{Edit::kQuestionBehind, "ques
                                                    {Edit::kSlid32, "window slid by 32"}};
 
 struct Pair {
-  Ids cached;
+  std::vector<Ids> cached;
   Ids asked;
+  std::size_t read_from = 0;  ///< first token of which an output of one vector a token is compared
 };
 
-/// Pair number `number` with about `tokens` tokens.
-Pair make_pair(const std::vector<Text>& texts, std::size_t number, std::size_t tokens, Edit edit, std::int64_t begin,
-               std::int64_t separator) {
+/// Pair number `number` with about `tokens` tokens, and at most `cached` questions that are cached.
+Pair make_pair(const std::vector<Text>& texts, std::size_t number, std::size_t tokens, Edit edit, std::size_t cached,
+               std::int64_t begin, std::int64_t separator) {
   std::mt19937_64 random(number);
   const std::size_t start = number * 37 % texts.size();
   Ids body;
@@ -114,9 +115,15 @@ Pair make_pair(const std::vector<Text>& texts, std::size_t number, std::size_t t
   };
   const auto& questions = texts[start].questions;
   if (edit == Edit::kQuestionBehind || edit == Edit::kQuestionBefore) {
-    const Ids passage = cut(body, 0, tokens - 3 - std::max(questions[0].size(), questions[1].size()));
-    if (edit == Edit::kQuestionBehind) return {framed({passage, questions[0]}), framed({passage, questions[1]})};
-    return {framed({questions[0], passage}), framed({questions[1], passage})};
+    std::size_t longest = 0;
+    for (const Ids& question : questions) longest = std::max(longest, question.size());
+    const Ids passage = cut(body, 0, tokens - 3 - longest);
+    if (edit == Edit::kQuestionBefore) return {{framed({questions[0], passage})}, framed({questions[1], passage})};
+    Pair pair{{}, framed({passage, questions.back()}), passage.size() + 2};
+    for (std::size_t i = 0; i < std::min(cached, questions.size() - 1); ++i) {
+      pair.cached.push_back(framed({passage, questions[i]}));
+    }
+    return pair;
   }
   const std::size_t n = tokens - 2;
   const Ids plain = cut(body, 0, n);
@@ -141,19 +148,20 @@ Pair make_pair(const std::vector<Text>& texts, std::size_t number, std::size_t t
       insert(16);
       break;
     case Edit::kAppend16:
-      return {framed({cut(body, 0, n - 16)}), framed({plain})};
+      return {{framed({cut(body, 0, n - 16)})}, framed({plain})};
     case Edit::kMoved:
       std::rotate(changed.begin(), changed.begin() + static_cast<std::ptrdiff_t>(2 * n / 3), changed.end());
       break;
     default:
-      return {framed({plain}), framed({cut(body, 32, n)})};
+      return {{framed({plain})}, framed({cut(body, 32, n)})};
   }
-  return {framed({plain}), framed({changed})};
+  return {{framed({plain})}, framed({changed})};
 }
 
 class Bench {
  public:
-  explicit Bench(const std::string& path) : model_(wrap_torchscript(torch::jit::load(path), options_)) {
+  Bench(const std::string& path, const std::string& weights)
+      : options_{.weights = weights_from_string(weights)}, model_(wrap_torchscript(torch::jit::load(path), options_)) {
     inputs_ = model_->input_spec();
     model_->describe(profile_);
     output_ = probe(*model_, inputs_.vocabulary, {}, profile_);
@@ -170,20 +178,21 @@ class Bench {
     std::vector<at::Tensor> cached;
     for (const Pair& pair : pairs) {
       reuse_->clear();
-      const Batch before = batch(pair.cached);
       const Batch now = batch(pair.asked);
       ForwardReport report;
-      auto filled = reuse_->run(before, {}, {}, "", true, report);
-      reuse_->keep(std::move(filled.computed));
-      cached.push_back(vector_of(filled.value));
+      for (const Ids& ids : pair.cached) {
+        auto filled = reuse_->run(batch(ids), {}, {}, "", true, report);
+        reuse_->keep(std::move(filled.computed));
+        if (&ids == &pair.cached.back()) cached.push_back(vector_of(filled.value, pair));
+      }
       at::Tensor full, reused;
       double least_full = 1e9, least_reuse = 1e9;
       for (int turn = 0; turn < 3; ++turn) {
-        least_full =
-            std::min(least_full, timed([&] { full = vector_of(reuse_->run(now, {}, {}, "", false, report).value); }));
+        least_full = std::min(
+            least_full, timed([&] { full = vector_of(reuse_->run(now, {}, {}, "", false, report).value, pair); }));
         least_reuse = std::min(least_reuse, timed([&] {
                                  const auto matches = reuse_->find(now, "");
-                                 reused = vector_of(reuse_->run(now, matches, settings, "", false, report).value);
+                                 reused = vector_of(reuse_->run(now, matches, settings, "", false, report).value, pair);
                                }));
       }
       const double own = at::cosine_similarity(full, reused, 0).item<double>();
@@ -198,7 +207,7 @@ class Bench {
     const auto all = at::stack(cached);
     const auto n = static_cast<double>(pairs.size());
     const double spread = at::cdist(all, all).sum().item<double>() / (n * (n - 1));
-    fmt::print("{:<44} {:.4f} {:.4f} {:.4f} {:6.3f} {:6.3f} {:8.2f} {:8.2f} {:6.2f}\n", name, cosine / n, worst,
+    fmt::print("{:<56} {:.4f} {:.4f} {:.4f} {:6.3f} {:6.3f} {:8.2f} {:8.2f} {:6.2f}\n", name, cosine / n, worst,
                stale / n, error / n / spread, fraction / n, full_ms / n, reuse_ms / n, full_ms / reuse_ms);
     std::fflush(stdout);
   }
@@ -231,9 +240,12 @@ class Bench {
     return check_batch(given, inputs_, profile_, model_->device());
   }
 
-  static at::Tensor vector_of(const c10::IValue& value) {
-    if (!value.isTensor() || value.toTensor().dim() != 2) throw Failure("the model's output is not one vector a row");
-    return value.toTensor()[0].to(at::kFloat).clone();
+  static at::Tensor vector_of(const c10::IValue& value, const Pair& pair) {
+    if (!value.isTensor() || value.toTensor().dim() < 2)
+      throw Failure("the model's output is not one tensor of vectors");
+    auto row = value.toTensor()[0].to(at::kFloat);
+    if (row.dim() == 2) row = row.slice(0, static_cast<std::int64_t>(pair.read_from)).mean(0);
+    return row.clone();
   }
 
   Options options_;
@@ -244,24 +256,38 @@ class Bench {
   std::unique_ptr<TokenReuse> reuse_;
 };
 
-void run(const std::string& model, const std::string& tokens, std::size_t count) {
+void run(const std::string& model, const std::string& tokens, std::size_t count, const std::string& weights) {
   const c10::InferenceMode no_grad;
   at::set_num_threads(1);
   std::int64_t begin = 0;
   std::int64_t separator = 0;
   const auto texts = read_texts(read_token_file(tokens), begin, separator);
-  Bench bench(model);
+  Bench bench(model, weights);
   const Machine machine = this_machine();
-  fmt::print("{}, {} cores, 1 thread; {}\n{}; {} pairs a line\n", machine.cpu, machine.cores, compiler(),
-             bench.reuse().output_positions().note, count);
-  fmt::print("{:<44} {:>6} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6}\n", "case", "cos", "worst", "stale", "error",
+  fmt::print("{}, {} cores, 1 thread; {}; weights {}\n{}; {} pairs a line\n", machine.cpu, machine.cores, compiler(),
+             weights, bench.reuse().output_positions().note, count);
+  fmt::print("{:<56} {:>6} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6}\n", "case", "cos", "worst", "stale", "error",
              "frac", "full", "reuse", "times");
-  const auto pairs_of = [&](std::size_t length, Edit edit) {
+  const auto pairs_of = [&](std::size_t length, Edit edit, std::size_t cached = 1) {
     std::vector<Pair> pairs;
-    for (std::size_t i = 0; i < count; ++i) pairs.push_back(make_pair(texts, i, length, edit, begin, separator));
+    for (std::size_t i = 0; i < count; ++i)
+      pairs.push_back(make_pair(texts, i, length, edit, cached, begin, separator));
     return pairs;
   };
   TokenReuseSettings settings{.max_edit_fraction = 1, .max_computed_fraction = 1};
+  if (bench.reuse().output_positions().read == OutputRead::kPerToken) {
+    for (const std::size_t length : {128, 256, 512}) {
+      for (const std::int64_t samples : {0, 16}) {
+        for (const std::size_t cached : {1, 8}) {
+          auto other = settings;
+          other.samples = samples;
+          bench.run(pairs_of(length, Edit::kQuestionBehind, cached), other,
+                    fmt::format("{} tokens, read at the question, {} cached, {} samples", length, cached, samples));
+        }
+      }
+    }
+    return;
+  }
   for (const std::size_t length : {128, 256, 512}) {
     for (const auto& [edit, name] : kEdits) {
       bench.run(pairs_of(length, edit), settings, fmt::format("{} tokens, {}, 16 samples", length, name));
@@ -273,6 +299,7 @@ void run(const std::string& model, const std::string& tokens, std::size_t count)
       bench.run(pairs_of(256, edit), other, fmt::format("256 tokens, {}, {}", what, name));
     }
   };
+  bench.run(pairs_of(256, Edit::kQuestionBehind, 8), settings, "256 tokens, question changed behind, mean of 8");
   for (const std::int64_t samples : {0, 8, 32, 64}) {
     auto other = settings;
     other.samples = samples;
@@ -287,14 +314,14 @@ void run(const std::string& model, const std::string& tokens, std::size_t count)
 }  // namespace llmcache::bench
 
 int main(int argc, char** argv) {
-  if (argc < 3 || argc > 4) {
-    std::fputs("usage: llmcache-reuse-bench MODEL.pt TOKENS.safetensors [PAIRS]\n", stderr);
+  if (argc < 3 || argc > 5) {
+    std::fputs("usage: llmcache-reuse-bench MODEL.pt TOKENS.safetensors [PAIRS] [WEIGHTS]\n", stderr);
     return 2;
   }
   try {
     const int count = argc > 3 ? std::stoi(argv[3]) : 16;
     if (count < 2) throw llmcache::bench::Failure("PAIRS is less than 2");
-    llmcache::bench::run(argv[1], argv[2], static_cast<std::size_t>(count));
+    llmcache::bench::run(argv[1], argv[2], static_cast<std::size_t>(count), argc > 4 ? argv[4] : "as-loaded");
   } catch (const std::exception& error) {
     std::fprintf(stderr, "llmcache-reuse-bench: %s\n", error.what());
     return 1;

@@ -2,6 +2,8 @@
 #include "token_reuse.h"
 
 #include <algorithm>
+#include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 
@@ -486,6 +488,43 @@ TEST(TokenReuse, CausalModelsAreRefused) {
   Encoder& subject = encoder("tiny-gpt2-sdpa");
   EXPECT_THAT([&] { (void)subject.reuse(); }, ThrowsError(ErrorCode::kNotAvailable, "causal"));
 }
+
+// Architectures that nothing was written for: they come out right, or are refused with a reason.
+class TokenReuseZoo : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(TokenReuseZoo, WorksOrSaysWhyNot) {
+  std::unique_ptr<TokenReuse> reuse;
+  try {
+    reuse = encoder(GetParam()).reuse();
+  } catch (const Error& error) {
+    ASSERT_THAT(error.code(), ::testing::AnyOf(ErrorCode::kNotAvailable, ErrorCode::kUnsupportedModel));
+    ASSERT_GT(std::string(error.what()).size(), 30u);
+    GTEST_SKIP() << error.what();
+  }
+  Encoder& subject = encoder(GetParam());
+  std::mt19937_64 random(15);
+  const auto tokens = random_tokens(random, subject.info, 50);
+  fill(*reuse, subject, {tokens});
+  for (const auto& [edit, samples] : {std::pair{Edit::kNone, 8}, std::pair{Edit::kSubstitute, 1000}}) {
+    const auto request = request_of(subject.info, {edited(random, subject.info, tokens, edit)}, 60);
+    const auto answer = ask(*reuse, subject, request, eager(samples));
+    ASSERT_TRUE(answer.matches[0].has_value());
+    EXPECT_TRUE(
+        close_on_real(answer.value, run_plain(subject.plain, request.inputs), request, tolerance_of(subject.info)));
+  }
+  const auto moved = request_of(subject.info, {edited(random, subject.info, tokens, Edit::kMove)});
+  EXPECT_EQ(ask(*reuse, subject, moved, eager()).matches[0]->shifted > 0, reuse->moves());
+}
+
+std::vector<std::string> zoo() {
+  std::vector<std::string> names;
+  for (const std::string& name : wrappable_names({"zoo-"})) {
+    if (model_info(name).family == "encoder") names.push_back(name);
+  }
+  return names;
+}
+
+INSTANTIATE_TEST_SUITE_P(Zoo, TokenReuseZoo, ::testing::ValuesIn(zoo()), test_name);
 
 TEST(TokenReuse, ManyThreadsAtOnce) {
   Encoder& subject = encoder("tiny-bert-pooled");
