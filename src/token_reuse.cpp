@@ -1,6 +1,8 @@
 #include "token_reuse.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -168,6 +170,7 @@ TokenReuse::TokenReuse(const Model& model, const InputSpec& inputs, const Output
       options_((options.validate(static_cast<std::int32_t>(model.layers())), std::move(options))),
       layers_(static_cast<std::int32_t>(model.layers())) {
   check_model(model, profile);
+  const c10::NoGradGuard no_grad;
   try {
     positions_ = llmcache::output_positions(model, inputs.vocabulary, output, profile);
     moves_ = layers_ignore_places(model, inputs.vocabulary);
@@ -422,6 +425,7 @@ void TokenReuse::run_stopped(const Batch& batch, const std::vector<std::int64_t>
 TokenReuse::Result TokenReuse::run(const Batch& batch, const Matches& matches, const TokenReuseSettings& settings,
                                    const std::string& tenant, bool capture, ForwardReport& report) {
   settings.validate(layers_, options_);
+  const c10::NoGradGuard no_grad;
   Result result;
   std::vector<std::int64_t> stopped;
   run_pass(batch, matches, settings, tenant, capture, result, stopped, report);
@@ -430,6 +434,7 @@ TokenReuse::Result TokenReuse::run(const Batch& batch, const Matches& matches, c
 }
 
 void TokenReuse::keep(std::vector<Computed> computed) {
+  const c10::InferenceMode any_tensor;  // drafts may come from a pass in that mode
   for (Computed& one : computed) {
     // Attention spreads what is not finite to all final states.
     if (!one.states->final_states().isfinite().all().item<bool>()) continue;

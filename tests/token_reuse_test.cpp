@@ -459,6 +459,41 @@ TEST(TokenReuse, StatesThatAreNotFiniteAreNeitherKeptNorUsed) {
   EXPECT_TRUE(close_on_real(answer.value, run_plain(subject.plain, request.inputs), request, tolerance_of(info)));
 }
 
+// Whatever mode a pass runs in, what it computed can be kept, averaged and reused in another.
+TEST(TokenReuse, ModesOfAutogradMayDiffer) {
+  Encoder& subject = encoder("tiny-bert-pooled");
+  std::mt19937_64 random(16);
+  const auto reuse = subject.reuse();
+  const auto passage = random_tokens(random, subject.info, 40);
+  const auto with_question = [&] {
+    auto tokens = passage;
+    const auto question = random_tokens(random, subject.info, 6);
+    tokens.insert(tokens.end(), question.begin(), question.end());
+    return request_of(subject.info, {tokens});
+  };
+  const auto compute = [&](const Request& request) {
+    ForwardReport report;
+    return reuse->run(subject.batch(request), {}, {}, "", true, report);
+  };
+  TokenReuse::Result first;
+  {
+    const c10::InferenceMode inference;
+    first = compute(with_question());
+  }
+  auto second = compute(with_question());
+  reuse->keep(std::move(second.computed));
+  reuse->keep(std::move(first.computed));
+  EXPECT_EQ(reuse->counters().averaged, 1u);
+  const Batch batch = subject.batch(with_question());
+  ForwardReport report;
+  const auto matches = reuse->find(batch, "");
+  ASSERT_TRUE(matches[0].has_value());
+  const auto outside = reuse->run(batch, matches, eager(), "", false, report).value.toTensor();
+  EXPECT_FALSE(outside.requires_grad());
+  const c10::InferenceMode inference;
+  EXPECT_TRUE(at::allclose(reuse->run(batch, matches, eager(), "", false, report).value.toTensor(), outside));
+}
+
 TEST(TokenReuse, LimitsAreKept) {
   Encoder& subject = encoder("tiny-bert-pooled");
   std::mt19937_64 random(11);
