@@ -22,6 +22,8 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
   return sum;
 }
 
+std::size_t HeldTensor::bytes() const { return rows_.nbytes() + kTensorOverhead; }
+
 TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
     : tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())), account_(account), bytes_(bytes) {
   try {
@@ -50,10 +52,12 @@ TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const Token
       counts_(counts.begin(), counts.end(), memory),
       held_(memory),
       account_(draft.account_) {
-  held_.reserve(draft.tensors_.size());  // the last that may throw: the draft is whole until then
-  for (at::Tensor& tensor : draft.tensors_) held_.emplace_back(std::move(tensor));
+  held_.reserve(draft.tensors_.size());
+  for (const at::Tensor& tensor : draft.tensors_) held_.emplace_back(tensor);
+  for (const HeldTensor& held : held_) bytes_ += held.bytes();
+  // Nothing throws from here on: the draft was whole until now.
   draft.tensors_.clear();
-  bytes_ = std::exchange(draft.bytes_, 0);
+  account_.release(std::exchange(draft.bytes_, 0) - bytes_);
 }
 
 TokenEntry::~TokenEntry() {

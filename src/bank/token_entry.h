@@ -27,13 +27,16 @@ struct StateLayout {
   [[nodiscard]] std::size_t bytes(std::int64_t tokens) const;
 };
 
-/// One tensor `[tokens, ...]` in the form in which it is held: as it is. The only place that knows the form.
+/// One tensor `[tokens, ...]` in the form in which it is held: as it is. The only place that knows the form; it may
+/// take less room than the tensor, not more.
 class HeldTensor {
  public:
-  /// `rows` belongs to the held tensor from now on.
-  explicit HeldTensor(at::Tensor rows) : rows_(std::move(rows)) {}
+  /// Nobody writes to `rows` any more.
+  explicit HeldTensor(const at::Tensor& rows) : rows_(rows) {}
   /// As the model has it. Read only.
   [[nodiscard]] at::Tensor rows() const { return rows_; }
+  /// With what it takes beside its data.
+  [[nodiscard]] std::size_t bytes() const;
 
  private:
   at::Tensor rows_;
