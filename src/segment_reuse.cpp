@@ -18,6 +18,12 @@ constexpr std::int32_t kChoosingLayer = 1;
 
 bool chooses(const SegmentSettings& settings) { return settings.recompute_share > 0 && settings.recompute_share < 1; }
 
+/// May the active tokens differ by layer, and is there a layer to choose them by?
+bool can_choose(const Model& model) {
+  return model.token_level()->self_contained() && model.layers() > kChoosingLayer &&
+         model.token_level()->sites(kChoosingLayer) > 0;
+}
+
 /// Tokens that go through the same layers, [0, last[t]), as ranges.
 std::vector<TokenRange> ranges_of(const std::vector<std::int32_t>& last) {
   std::vector<TokenRange> ranges;
@@ -364,7 +370,7 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("{} matches for a batch of {} rows, one a row is expected", matches.size(), batch.rows));
   }
-  if (chooses(settings) && (!model_.token_level()->self_contained() || layers_ <= kChoosingLayer)) {
+  if (chooses(settings) && !can_choose(model_)) {
     throw Error(ErrorCode::kNotAvailable,
                 "tokens cannot be chosen by their keys: the active tokens of this model must be the same in all "
                 "layers; use a recompute_share of 0 or 1");
@@ -442,7 +448,7 @@ void SegmentReuse::verify(const SegmentOptions& options) {
   run(0, 0, tokens, 1);         // computed, and known from here on
   run(5, 0, 2 * block + 3, 1);  // leaves it
   run(6, 4, tokens - 4, 0);     // has a part of it elsewhere: is it run at all?
-  if (model_.token_level()->self_contained() && layers_ > kChoosingLayer) run(7, 4, tokens - 4, 0.3);
+  if (can_choose(model_)) run(7, 4, tokens - 4, 0.3);
 }
 
 c10::IValue SegmentReuse::run(const Batch& batch, const std::string& tenant,
