@@ -50,6 +50,7 @@ struct Arguments {
   std::size_t passages = 6;
   std::vector<double> shares = {0, 0.1, 0.2, 0.3};
   std::vector<std::int64_t> heads = {4};
+  std::vector<std::int32_t> layers = {1};
   /// "Answer the question from the passages below.\n" for SmolLM2.
   Tokens head = {21350, 260, 1962, 429, 260, 14471, 2441, 30, 198};
   std::int64_t end_of_line = 198;
@@ -180,13 +181,16 @@ struct Variant {
 
 std::vector<Variant> variants_of(const Arguments& arguments) {
   std::vector<Variant> variants;
-  for (const std::int64_t head : arguments.heads) {
-    for (const double share : arguments.shares) {
-      Variant& variant = variants.emplace_back();
-      variant.name = fmt::format("segments, share {:.2f}, head {}", share, head);
-      variant.settings.recompute_share = share;
-      variant.settings.head_tokens = head;
-      variant.settings.keep = false;
+  for (const std::int32_t layer : arguments.layers) {
+    for (const std::int64_t head : arguments.heads) {
+      for (const double share : arguments.shares) {
+        Variant& variant = variants.emplace_back();
+        variant.name = fmt::format("share {:.2f}, head {}, layer {}", share, head, layer);
+        variant.settings.recompute_share = share;
+        variant.settings.head_tokens = head;
+        variant.settings.choosing_layer = layer;
+        variant.settings.keep = false;
+      }
     }
   }
   return variants;
@@ -196,7 +200,7 @@ void print(const std::string& title, const std::vector<Variant>& variants, const
            const std::vector<double>& prefix_ms) {
   fmt::print("\n{}\n{:34} {:>9} {:>9} {:>9} {:>9} {:>16} {:>9}\n", title, "", "ms (p50)", "against", "computed",
              "top-1", "95 % interval", "KL");
-  fmt::print("{:34} {:9.1f}\n", "nothing known", median(full_ms));
+  if (!full_ms.empty()) fmt::print("{:34} {:9.1f}\n", "nothing known", median(full_ms));
   fmt::print("{:34} {:9.1f} {:>8}x\n", "longest known prefix (lossless)", median(prefix_ms), 1);
   for (const Variant& variant : variants) {
     std::vector<double> ratios;
@@ -276,8 +280,8 @@ class Bench {
     for (std::size_t i = 0; i < arguments_.prompts + 1; ++i) {
       const auto [prompt, question] = make();
       const std::int64_t wanted = arguments_.every_token ? static_cast<std::int64_t>(question) : 1;
-      const auto full = bed_.lossless(prompt, false, wanted);
       const auto prefix = bed_.lossless(prompt, true, wanted);
+      const auto full = arguments_.every_token ? prefix : bed_.lossless(prompt, false, wanted);
       std::vector<Bed::Answer> answers(variants.size());
       for (std::size_t k = 0; k < variants.size(); ++k) {
         const std::size_t v = (k + i) % variants.size();
@@ -285,7 +289,7 @@ class Bench {
       }
       if (i == 0) continue;  // warm-up
       tokens.push_back(static_cast<double>(prompt.size()));
-      full_ms.push_back(full.ms);
+      if (!arguments_.every_token) full_ms.push_back(full.ms);
       prefix_ms.push_back(prefix.ms);
       for (std::size_t v = 0; v < variants.size(); ++v) variants[v].add(answers[v], full);
     }
@@ -312,6 +316,7 @@ int run(int argc, char** argv) {
   app.add_option("--passages", arguments.passages, "of a prompt");
   app.add_option("--shares", arguments.shares, "SegmentSettings::recompute_share")->delimiter(',');
   app.add_option("--heads", arguments.heads, "SegmentSettings::head_tokens")->delimiter(',');
+  app.add_option("--layers", arguments.layers, "SegmentSettings::choosing_layer")->delimiter(',');
   app.add_option("--head", arguments.head, "ids in front of every prompt (default: of SmolLM2's)")->delimiter(',');
   app.add_option("--end-of-line", arguments.end_of_line, "id between passage and question (default: of SmolLM2's)");
   app.add_option("--seed", arguments.seed);

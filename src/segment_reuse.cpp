@@ -13,16 +13,7 @@
 namespace llmcache {
 namespace {
 
-/// The layer by whose keys tokens are chosen: the first that sees what stands before a token.
-constexpr std::int32_t kChoosingLayer = 1;
-
 bool chooses(const SegmentSettings& settings) { return settings.recompute_share > 0 && settings.recompute_share < 1; }
-
-/// May the active tokens differ by layer, and is there a layer to choose them by?
-bool can_choose(const Model& model) {
-  return model.token_level()->self_contained() && model.layers() > kChoosingLayer &&
-         model.token_level()->sites(kChoosingLayer) > 0;
-}
 
 /// Tokens that go through the same layers, [0, last[t]), as ranges.
 std::vector<TokenRange> ranges_of(const std::vector<std::int32_t>& last) {
@@ -82,7 +73,7 @@ class SegmentReuse::Pass final : public StateSource {
       if (std::ranges::all_of(moves, [](std::int64_t move) { return move == 0; })) moves.clear();
       merges_[i].turns.resize(owner.positions_.rotations.size());
     }
-    choosing_ = any && chooses(settings) ? kChoosingLayer : -1;
+    choosing_ = any && chooses(settings) ? settings.choosing_layer : -1;
   }
 
   [[nodiscard]] std::int32_t choosing_layer() const override { return choosing_; }
@@ -93,13 +84,13 @@ class SegmentReuse::Pass final : public StateSource {
     if (count == 0) return ranges_of(row.last);
     const auto device = fresh[0].device();
     const auto reused = at::tensor(row.reused, at::TensorOptions().dtype(at::kLong)).to(device);
-    const auto& dims = owner_.model_.token_level()->key_dims(kChoosingLayer, 0);
+    const auto& dims = owner_.model_.token_level()->key_dims(choosing_, 0);
     at::Tensor deviation = at::zeros({count}, fresh[0].options().dtype(at::kFloat));
     for (std::size_t i = 0; i < fresh.size(); ++i) {
       // What is active here stands behind the exact prefix, without gap.
       const auto now = fresh[i].index_select(dims[i], reused - row.exact).to(at::kFloat);
       const auto then =
-          known(sequence, kChoosingLayer, 0, i, fresh[i], dims[i]).index_select(dims[i], reused).to(at::kFloat);
+          known(sequence, choosing_, 0, i, fresh[i], dims[i]).index_select(dims[i], reused).to(at::kFloat);
       const auto squares = [&](const at::Tensor& all) { return all.square().movedim(dims[i], 0).flatten(1).sum(1); };
       const auto scale = squares(now).mean().clamp_min(1e-12);
       deviation += squares(now - then) / scale;
@@ -107,7 +98,7 @@ class SegmentReuse::Pass final : public StateSource {
     const auto chosen = static_cast<std::int64_t>(std::ceil(settings_.recompute_share * static_cast<double>(count)));
     const auto best = std::get<1>(deviation.nan_to_num(0.0).topk(chosen)).cpu();
     const auto* number = best.const_data_ptr<std::int64_t>();
-    for (const std::int64_t t : row.reused) row.last[static_cast<std::size_t>(t)] = kChoosingLayer;
+    for (const std::int64_t t : row.reused) row.last[static_cast<std::size_t>(t)] = choosing_;
     for (std::int64_t i = 0; i < chosen; ++i) {
       row.last[static_cast<std::size_t>(row.reused[static_cast<std::size_t>(number[i])])] = owner_.layers_;
     }
@@ -300,6 +291,23 @@ std::vector<SegmentReuse::Row> SegmentReuse::rows_of(const Batch& batch, const s
   return rows;
 }
 
+void SegmentReuse::check(const SegmentSettings& settings) const {
+  settings.validate();
+  if (!chooses(settings)) return;
+  if (!model_.token_level()->self_contained()) {
+    throw Error(ErrorCode::kNotAvailable,
+                "tokens cannot be chosen by their keys: the active tokens of this model must be the same in all "
+                "layers; use a recompute_share of 0 or 1");
+  }
+  const auto layer = settings.choosing_layer;
+  if (layer < 1 || layer >= layers_ || model_.token_level()->sites(layer) == 0) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("SegmentSettings.choosing_layer is {}; a layer above 0 with attention is expected, the "
+                            "model has {} layers",
+                            layer, layers_));
+  }
+}
+
 /// Which tokens run how far, before any is chosen.
 void SegmentReuse::plan(Row& row, const SegmentSettings& settings) const {
   row.last.assign(static_cast<std::size_t>(row.span.tokens), layers_);
@@ -315,7 +323,7 @@ void SegmentReuse::plan(Row& row, const SegmentSettings& settings) const {
     }
     for (std::int64_t t = segment.begin + settings.head_tokens; t < std::min(end, row.span.tokens - 1); ++t) {
       row.reused.push_back(t);
-      row.last[static_cast<std::size_t>(t)] = chooses(settings) ? kChoosingLayer + 1 : 0;
+      row.last[static_cast<std::size_t>(t)] = chooses(settings) ? settings.choosing_layer + 1 : 0;
     }
   }
 }
@@ -323,7 +331,7 @@ void SegmentReuse::plan(Row& row, const SegmentSettings& settings) const {
 std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank, const Batch& batch,
                                                                const std::string& tenant,
                                                                const SegmentSettings& settings) const {
-  settings.validate();
+  check(settings);
   std::vector<std::optional<SegmentMatch>> matches(static_cast<std::size_t>(batch.rows));
   for (Row& row : rows_of(batch, tenant)) {
     if (row.span.first != 0) continue;
@@ -334,7 +342,8 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
     for (const std::int32_t layers : row.last) computed += layers;
     if (chooses(settings)) {
       const auto count = static_cast<double>(row.reused.size());
-      computed += std::ceil(settings.recompute_share * count) * static_cast<double>(layers_ - kChoosingLayer) - count;
+      computed +=
+          std::ceil(settings.recompute_share * count) * static_cast<double>(layers_ - settings.choosing_layer) - count;
     }
     const double all = static_cast<double>(row.span.tokens) * static_cast<double>(layers_);
     matches[static_cast<std::size_t>(row.row)] = SegmentMatch{std::move(row.segments), row.exact, computed / all};
@@ -365,15 +374,10 @@ Selection SegmentReuse::select(const Plan& plan, const std::vector<Row>& rows, s
 c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const std::string& tenant,
                                  std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
                                  std::optional<Output> output, ForwardReport& report) const {
-  settings.validate();
+  check(settings);
   if (static_cast<std::int64_t>(matches.size()) != batch.rows) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("{} matches for a batch of {} rows, one a row is expected", matches.size(), batch.rows));
-  }
-  if (chooses(settings) && !can_choose(model_)) {
-    throw Error(ErrorCode::kNotAvailable,
-                "tokens cannot be chosen by their keys: the active tokens of this model must be the same in all "
-                "layers; use a recompute_share of 0 or 1");
   }
   Stopwatch clock;
   auto rows = rows_of(batch, tenant);
@@ -448,7 +452,7 @@ void SegmentReuse::verify(const SegmentOptions& options) {
   run(0, 0, tokens, 1);         // computed, and known from here on
   run(5, 0, 2 * block + 3, 1);  // leaves it
   run(6, 4, tokens - 4, 0);     // has a part of it elsewhere: is it run at all?
-  if (can_choose(model_)) run(7, 4, tokens - 4, 0.3);
+  if (model_.token_level()->self_contained() && layers_ > 1) run(7, 4, tokens - 4, 0.3);
 }
 
 c10::IValue SegmentReuse::run(const Batch& batch, const std::string& tenant,

@@ -21,10 +21,14 @@ namespace llmcache {
 
 /// Settings of one pass with reused segments.
 struct SegmentSettings {
-  /// Part of the reused tokens that are computed all the same, 0 to 1: those whose keys and values at layer 1 are
-  /// farthest from the cached ones (CacheBlend, arXiv 2405.16444). Between 0 and 1 every token runs through layer 0 for
-  /// it. 1: all tokens are computed, and the result is lossless.
+  /// Part of the reused tokens that are computed all the same, 0 to 1: those whose keys and values at
+  /// `choosing_layer` are farthest from the cached ones (CacheBlend, arXiv 2405.16444). 0: none, and the tokens that
+  /// are reused run through no layer. 1: all tokens are computed, and the result is lossless.
   double recompute_share = 0.1;
+
+  /// With a share between 0 and 1: every token runs through the layers below this one, which must be above 0 and one of
+  /// the model's.
+  std::int32_t choosing_layer = 1;
 
   /// The first tokens of each reused segment that are computed: in the donor they attended to what stood right before.
   /// 0 or more.
@@ -67,6 +71,9 @@ class SegmentReuse {
   SegmentReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
                const SegmentOptions& options, std::size_t capacity_bytes);
 
+  /// Both throw Error(kInvalidOptions) for settings that do not fit the model, and Error(kNotAvailable) for a
+  /// recompute_share between 0 and 1 if its layers are not self-contained.
+  ///
   /// What the bank knows of each row; empty where that is nothing. Rows with padding in front are not looked up: in
   /// some models it decides positions.
   [[nodiscard]] std::vector<std::optional<SegmentMatch>> find(const Batch& batch, const std::string& tenant,
@@ -77,8 +84,7 @@ class SegmentReuse {
   /// always computed, unless it belongs to an exact prefix. Fills `report`, its sequences included (Source::kPartial:
   /// something is not exact; reused_tokens: the exact prefix). The result covers the tokens that `output` names, where
   /// kNewTokens are those behind the exact prefix; all of them where the head is not token-wise. None if these are no
-  /// tokens. If it throws nothing of the call is kept. Throws Error(kNotAvailable) for a recompute_share between 0 and
-  /// 1 if the model's layers are not self-contained.
+  /// tokens. If it throws nothing of the call is kept.
   c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
                   const SegmentSettings& settings, Output output, ForwardReport& report);
 
@@ -103,6 +109,7 @@ class SegmentReuse {
   c10::IValue run_in(SegmentBank& bank, const Batch& batch, const std::string& tenant,
                      std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
                      std::optional<Output> output, ForwardReport& report) const;
+  void check(const SegmentSettings& settings) const;
   void plan(Row& row, const SegmentSettings& settings) const;
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<Row>& rows, std::optional<Output> output) const;
   void verify(const SegmentOptions& options);

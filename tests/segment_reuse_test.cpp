@@ -585,6 +585,32 @@ TEST(SegmentReuseTest, OutputsCoverTheTokensAskedFor) {
   EXPECT_TRUE(at::allclose(last, all.narrow(1, 83, 1), 1e-5, 1e-5));
 }
 
+// Below the layer by which tokens are chosen all of them run, from it on those chosen and those that are not known.
+TEST(SegmentReuseTest, TokensAreChosenAtTheLayerThatIsAskedFor) {
+  Rig rig("tiny-llama-sdpa");
+  const auto head = rig.random(1, 20);
+  const auto a = rig.random(2, 60);
+  rig.keep({joined({head, a})});
+  const auto request = rig.request({joined({head, rig.random(6, 9), a, rig.random(7, 5)})});
+  for (const std::int32_t layer : {1, 3}) {
+    SegmentSettings settings;
+    settings.recompute_share = 0.25;
+    settings.choosing_layer = layer;
+    const auto found = rig.reuse->find(rig.batch(request), "", settings);
+    ASSERT_TRUE(found[0]);
+    const auto got = rig.run(request, settings);
+    for (std::int32_t l = 0; l < 4; ++l) {
+      const auto& counts = rig.report.sequences[0].layers[static_cast<std::size_t>(l)];
+      EXPECT_EQ(counts.computed, l < layer ? 74 : 9 + 4 + 14 + 5) << layer << " " << l;
+    }
+    EXPECT_NEAR(found[0]->computed_fraction, rig.report.computed_fraction(), 1e-9);
+    // Layers below see the true text, so that the more of them run the nearer it comes.
+    EXPECT_LE(last_difference(rig, rig.run(request, settings, Output::kLastToken), request,
+                              run_plain(rig.plain, request.inputs)),
+              layer == 1 ? 0.5 : 0.35);
+  }
+}
+
 TEST(SegmentReuseTest, SettingsAreChecked) {
   Rig rig("tiny-llama-sdpa");
   const auto batch = rig.batch(rig.request({rig.random(1, 40)}));
@@ -597,6 +623,10 @@ TEST(SegmentReuseTest, SettingsAreChecked) {
               ThrowsError(ErrorCode::kInvalidOptions, "recompute_share is 1.5"));
   EXPECT_THAT(with([](auto& s) { s.head_tokens = -1; }), ThrowsError(ErrorCode::kInvalidOptions, "head_tokens"));
   EXPECT_THAT(with([](auto& s) { s.least_segment = 0; }), ThrowsError(ErrorCode::kInvalidOptions, "least_segment"));
+  for (const std::int32_t layer : {0, 4}) {
+    EXPECT_THAT(with([layer](auto& s) { s.choosing_layer = layer; }),
+                ThrowsError(ErrorCode::kInvalidOptions, "choosing_layer"));
+  }
   ForwardReport report;
   EXPECT_THAT([&] { rig.reuse->run(batch, "", {}, {}, Output::kAll, report); },
               ThrowsError(ErrorCode::kInvalidOptions, "0 matches"));
