@@ -13,36 +13,11 @@
 #include "bank/segment_bank.h"
 #include "execute/batch.h"
 #include "execute/engine.h"
-#include "execute/key_positions.h"
 #include "llmcache/options.h"
 #include "model/probe.h"
+#include "segment_pass.h"
 
 namespace llmcache {
-
-/// Settings of one pass with reused segments.
-struct SegmentSettings {
-  /// Part of the reused tokens that are computed all the same, 0 to 1: those whose keys and values at
-  /// `choosing_layer` are farthest from the cached ones (CacheBlend, arXiv 2405.16444). 0: none, and the tokens that
-  /// are reused run through no layer. 1: all tokens are computed, and the result is lossless.
-  double recompute_share = 0.1;
-
-  /// With a share between 0 and 1: every token runs through the layers below this one, which must be above 0 and one of
-  /// the model's.
-  std::int32_t choosing_layer = 1;
-
-  /// The first tokens of each reused segment that are computed: in the donor they attended to what stood right before.
-  /// 0 or more.
-  std::int64_t head_tokens = 4;
-
-  /// Shortest segment that is reused, tokens, 1 or more. Shorter ones than SegmentOptions::block_tokens are not found.
-  std::int64_t least_segment = 32;
-
-  /// Keep the states of sequences that are computed in full, or behind an exact prefix.
-  bool keep = true;
-
-  /// Throws Error(kInvalidOptions) that names the field at fault.
-  void validate() const;
-};
 
 /// Settings of a SegmentReuse.
 struct SegmentOptions {
@@ -92,17 +67,14 @@ class SegmentReuse {
   void keep(const Batch& batch, const std::string& tenant, ForwardReport& report);
 
   /// How keys turn with their position. Not movable: only segments that stay in their place are found.
-  [[nodiscard]] const KeyPositions& positions() const noexcept { return positions_; }
+  [[nodiscard]] const KeyPositions& positions() const noexcept { return layout_.positions; }
   void clear() { bank_.clear(); }
   [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
 
  private:
-  class Pass;
-  struct Row;
-
   [[nodiscard]] SegmentBank::Settings bank_settings(const SegmentOptions& options, std::size_t capacity_bytes);
   [[nodiscard]] double now() const;
-  [[nodiscard]] std::vector<Row> rows_of(const Batch& batch, const std::string& tenant) const;
+  [[nodiscard]] std::vector<SegmentRow> rows_of(const Batch& batch, const std::string& tenant) const;
   [[nodiscard]] std::vector<std::optional<SegmentMatch>> find_in(SegmentBank& bank, const Batch& batch,
                                                                  const std::string& tenant,
                                                                  const SegmentSettings& settings) const;
@@ -110,19 +82,17 @@ class SegmentReuse {
                      std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
                      std::optional<Output> output, ForwardReport& report) const;
   void check(const SegmentSettings& settings) const;
-  void plan(Row& row, const SegmentSettings& settings) const;
-  [[nodiscard]] Selection select(const Plan& plan, const std::vector<Row>& rows, std::optional<Output> output) const;
+  void plan(SegmentRow& row, const SegmentSettings& settings) const;
+  [[nodiscard]] Selection select(const Plan& plan, const std::vector<SegmentRow>& rows,
+                                 std::optional<Output> output) const;
   void verify(const SegmentOptions& options);
 
   const Model& model_;
   const InputSpec& inputs_;
   const OutputSpec& output_;
   const ModelProfile& profile_;
-  const std::int32_t layers_;
-  std::vector<std::vector<std::size_t>> key_specs_;  ///< by layer and site: the first spec of its keys
-  std::size_t final_spec_ = 0;                       ///< of the final states
+  SegmentLayout layout_;
   const SegmentBank::Settings settings_;
-  KeyPositions positions_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   SegmentBank bank_;
 };
