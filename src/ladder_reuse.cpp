@@ -65,9 +65,7 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
   const Budget& budget = options_.budget;
   ReuseChoice choice;
   choice.mechanism = ladder_->name();
-  choice.typical_distance = typical_distance(sample);
-  if (budget.metric == BudgetMetric::kRelativeError && !(choice.typical_distance > 0)) return std::nullopt;
-  const OutputError error(budget.metric, options_.scores, per_token_, choice.typical_distance);
+  std::optional<OutputError> error;  // made when first needed: most traffic has nothing in common
   // A decoder answers with its last token; an encoder has no use for one alone.
   const Output output = profile_.head_tokenwise && profile_.causal ? Output::kLastToken : Output::kAll;
   const auto& limits = ladder_->limits();
@@ -84,6 +82,11 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
     std::vector<std::vector<std::optional<double>>> distances;
     std::vector<c10::IValue> results;
     std::vector<std::vector<double>> computed;
+    if (warm && !error) {
+      choice.typical_distance = typical_distance(sample);
+      if (budget.metric == BudgetMetric::kRelativeError && !(choice.typical_distance > 0)) break;
+      error.emplace(budget.metric, options_.scores, per_token_, choice.typical_distance);
+    }
     for (std::size_t s = 0; warm && s < ladder_->settings(); ++s) {
       const auto matches = ladder_->find(batch, "", s);
       distances.push_back(matches->distance);
@@ -93,7 +96,6 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
       bool any = false;
       for (std::size_t row = 0; row < rows; ++row) any = (reused[row] = matches->distance[row].has_value()) || any;
       if (!any) continue;
-      any_match = true;
       ForwardReport report;
       result = ladder_->run(batch, *matches, reused, s, "", output, false, report);
       for (std::size_t row = 0; row < rows; ++row) {
@@ -104,9 +106,11 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
     }
     ForwardReport report;
     const auto nothing = ladder_->find(batch, "", 0);
+    any_match = any_match || std::any_of(nothing->distance.begin(), nothing->distance.end(),
+                                         [](const auto& distance) { return distance.has_value(); });
     const auto full = ladder_->run(batch, *nothing, std::vector<char>(rows), 0, "", output, true, report);
     seen += rows;
-    if (!any_match && seen > kGiveUpAfter && warm) break;
+    if (!any_match && seen > kGiveUpAfter) break;
     if (!warm) continue;
     for (std::size_t row = 0; row < rows; ++row) {
       if (batch.spans[row].tokens == 0) continue;
@@ -114,7 +118,7 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
       LadderDraw& draw = draws.emplace_back();
       for (std::size_t s = 0; s < ladder_->settings(); ++s) {
         const auto distance = distances[s][row];
-        const double loss = distance ? error(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
+        const double loss = distance ? (*error)(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
         for (const double limit : limits) {
           const bool used = distance && *distance <= limit;
           draw.errors.push_back(used ? loss : 0);
