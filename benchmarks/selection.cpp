@@ -19,6 +19,8 @@ constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no 
 constexpr const char* kSample = "sample";
 /// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
 const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
+/// Made for reuse within an error budget: they run only if asked for.
+const std::vector<std::string> kForBudgets = {"agnews", "chat-edit", "edits", "instruct", "passages", "sst2"};
 /// Long, and no more telling with random weights than generate-128: such models run them only if asked to.
 const std::set<std::string> kForRealWeights = {"chat", "generate-512"};
 constexpr const char* kSuffix = ".safetensors";
@@ -53,6 +55,8 @@ void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vect
   for (const WorkloadFile& file : files) names.insert(file.workload);
   std::erase_if(files, [&](const WorkloadFile& file) {
     if (model.output != "sentence_embedding" && kForEmbeddings.contains(file.workload)) return true;
+    const auto named = [&](const std::string& name) { return is_named(file.workload, name); };
+    if (std::any_of(kForBudgets.begin(), kForBudgets.end(), named)) return true;
     if (model.random_weights() && kForRealWeights.contains(file.workload)) return true;
     if (!shots.empty() && names.contains(file.workload + shots)) return true;
     return !shots_of(file.workload).empty() && shots_of(file.workload) != shots;

@@ -179,9 +179,9 @@ void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& opti
   try {
     std::unique_ptr<ReuseLadder> ladder;
     if (profile_.causal) {
-      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, capacity_bytes_);
+      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_);
     } else {
-      ladder = std::make_unique<TokenLadder>(model_, inputs, output_, profile_, capacity_bytes_);
+      ladder = std::make_unique<TokenLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_);
     }
     ladder_ = std::make_unique<LadderReuse>(std::move(ladder), model_, output_, profile_, options);
   } catch (const std::exception& error) {

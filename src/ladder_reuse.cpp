@@ -65,6 +65,7 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
   const Budget& budget = options_.budget;
   ReuseChoice choice;
   choice.mechanism = ladder_->name();
+  choice.format = options_.format;
   std::optional<OutputError> error;  // made when first needed: most traffic has nothing in common
   // A decoder answers with its last token; an encoder has no use for one alone.
   const Output output = profile_.head_tokenwise && profile_.causal ? Output::kLastToken : Output::kAll;
@@ -118,7 +119,8 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
       LadderDraw& draw = draws.emplace_back();
       for (std::size_t s = 0; s < ladder_->settings(); ++s) {
         const auto distance = distances[s][row];
-        const double loss = distance ? (*error)(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
+        const double loss =
+            distance ? (*error)(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
         for (const double limit : limits) {
           const bool used = distance && *distance <= limit;
           draw.errors.push_back(used ? loss : 0);
@@ -154,6 +156,13 @@ void LadderReuse::use(const std::optional<ReuseChoice>& choice) {
                   fmt::format("the calibration profile does not fit this cache: it chose {} with '{}', which there is "
                               "none of for this model and version; calibrate again",
                               choice->mechanism, choice->setting));
+    }
+    if (choice->format != options_.format) {
+      throw Error(
+          ErrorCode::kInvalidOptions,
+          fmt::format("the calibration profile does not fit this cache: it was made with states held as {}, and "
+                      "BudgetOptions.format is {}",
+                      to_string(choice->format), to_string(options_.format)));
     }
     rules = std::make_shared<Rules>(
         setting, choice->limit,

@@ -11,8 +11,9 @@ struct SegmentLadder::Found final : Matches {
 };
 
 SegmentLadder::SegmentLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                             const ModelProfile& profile, std::size_t capacity_bytes)
-    : reuse_(model, inputs, output, profile, {}, capacity_bytes) {
+                             const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes)
+    : exact_prefixes_(format == BankFormat::kAsComputed),
+      reuse_(model, inputs, output, profile, {.format = format}, capacity_bytes) {
   const bool selective = model.token_level()->self_contained();
   for (const double share : {0.0, 0.1, 0.2, 0.3, 0.5}) {
     if (share > 0 && !selective) continue;
@@ -38,9 +39,10 @@ std::unique_ptr<ReuseLadder::Matches> SegmentLadder::find(const Batch& batch, co
   found->rows = reuse_.find(batch, tenant, settings_[setting]);
   for (const auto& match : found->rows) {
     auto& distance = found->distance.emplace_back();
-    // An exact prefix alone is no approximation.
-    const bool approximate = match && std::any_of(match->segments.begin(), match->segments.end(),
-                                                  [](const SegmentHit& hit) { return !hit.exact; });
+    // An exact prefix alone is no approximation, as long as it is held as it was computed.
+    const bool approximate =
+        match && std::any_of(match->segments.begin(), match->segments.end(),
+                             [&](const SegmentHit& hit) { return !hit.exact || !exact_prefixes_; });
     if (approximate) distance = match->computed_fraction;
   }
   return found;
@@ -52,7 +54,7 @@ c10::IValue SegmentLadder::run(const Batch& batch, const Matches& matches, const
   auto rows = static_cast<const Found&>(matches).rows;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (reused[i] || !rows[i]) continue;
-    std::erase_if(rows[i]->segments, [](const SegmentHit& hit) { return !hit.exact; });
+    std::erase_if(rows[i]->segments, [&](const SegmentHit& hit) { return !hit.exact || !exact_prefixes_; });
     if (rows[i]->segments.empty()) rows[i].reset();
   }
   SegmentSettings chosen = settings_[setting];

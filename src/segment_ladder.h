@@ -11,7 +11,7 @@ class SegmentLadder final : public ReuseLadder {
  public:
   /// Throws as SegmentReuse.
   SegmentLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-                std::size_t capacity_bytes);
+                BankFormat format, std::size_t capacity_bytes);
 
   std::string name() const override { return "segment reuse"; }
   std::size_t settings() const override { return settings_.size(); }
@@ -25,6 +25,7 @@ class SegmentLadder final : public ReuseLadder {
 
  private:
   struct Found;
+  const bool exact_prefixes_;  ///< an exact prefix is reused without loss
   std::vector<SegmentSettings> settings_;
   SegmentReuse reuse_;
 };

@@ -220,7 +220,7 @@ void SegmentReuse::verify(const SegmentOptions& options) {
   // Checked in a bank of its own, whatever capacity and format are.
   SegmentBank::Settings own = settings_;
   own.capacity_bytes = std::size_t{1} << 30;
-  own.format = nullptr;
+  own.format = BankFormat::kAsComputed;
   SegmentBank bank(std::move(own));
   const auto block = static_cast<std::int64_t>(options.block_tokens);
   const std::int64_t tokens = 3 * block + 8;

@@ -24,8 +24,8 @@ struct SegmentOptions {
   /// Passages are found by blocks of this many tokens, 1 or more.
   std::size_t block_tokens = 16;
   EvictionOptions eviction = {};
-  /// How states are held; null: as they were computed.
-  std::shared_ptr<const StateFormat> format = {};
+  /// How states are held. But for kAsComputed an exact prefix is not lossless either.
+  BankFormat format = BankFormat::kAsComputed;
 };
 
 /// What is known of a sequence.

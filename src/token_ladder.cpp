@@ -6,8 +6,9 @@ namespace llmcache {
 namespace {
 
 /// The last layers can run on all tokens where their entering states are kept: of the last layer, and the one before.
-TokenReuseOptions options_for(std::int32_t layers) {
+TokenReuseOptions options_for(std::int32_t layers, BankFormat format) {
   TokenReuseOptions options;
+  options.format = format;
   for (const std::int32_t full : {2, 1}) {
     if (layers - full >= 1) options.kept_layers.push_back(layers - full);
   }
@@ -37,9 +38,10 @@ struct TokenLadder::Found final : Matches {
 };
 
 TokenLadder::TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, std::size_t capacity_bytes)
+                         const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes)
     : settings_(settings_for(static_cast<std::int32_t>(model.layers()))),
-      reuse_(model, inputs, output, profile, options_for(static_cast<std::int32_t>(model.layers())), capacity_bytes) {}
+      reuse_(model, inputs, output, profile, options_for(static_cast<std::int32_t>(model.layers()), format),
+             capacity_bytes) {}
 
 std::string TokenLadder::describe(std::size_t setting) const {
   const TokenReuseSettings& s = settings_[setting];

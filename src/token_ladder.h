@@ -11,7 +11,7 @@ class TokenLadder final : public ReuseLadder {
  public:
   /// Throws as TokenReuse.
   TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-              std::size_t capacity_bytes);
+              BankFormat format, std::size_t capacity_bytes);
 
   std::string name() const override { return "token reuse"; }
   std::size_t settings() const override { return settings_.size(); }

@@ -193,6 +193,7 @@ StateLayout TokenReuse::layout() const {
   Plan plan{1, 3, layers_, {compute_all(0, 0, 3, layers_)}};
   execute_packed(model_, probe, plan, {}, &captured, report);
   StateLayout layout;
+  layout.format = options_.format;
   const auto add = [&](const at::Tensor& tensor, std::int64_t dim) {
     auto sizes = tensor.movedim(dim, 0).sizes().vec();
     sizes.erase(sizes.begin());

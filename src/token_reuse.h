@@ -32,6 +32,7 @@ struct TokenReuseOptions {
   std::int64_t least_averaged = 16;  ///< see TokenBank::Settings
   std::int64_t most_averaged = 32;   ///< see TokenBank::Settings; 1: no averaging
   EvictionOptions eviction = {};
+  BankFormat format = BankFormat::kAsComputed;  ///< how states are held
 
   /// Throws Error(kInvalidOptions) that names the field.
   void validate(std::int32_t layers) const;

@@ -311,7 +311,8 @@ def run(options: argparse.Namespace) -> None:
     raw, chosen = raw_folder(options.raw)
     print(f"raw data: {raw} ({chosen})" if raw else "raw data: none, only the repository's sample", flush=True)
     workloads = dict(WORKLOADS)
-    names = list(dict.fromkeys(name for given in options.only or WORKLOADS for name in named(given)))
+    default = [name for name, workload in WORKLOADS.items() if not workload.on_request]
+    names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
     if options.shots:
         shot = with_shots(options.shots)
         workloads[shot.name] = shot
@@ -358,7 +359,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared files go")
     parser.add_argument("--models", type=Path, metavar="DIR", help="prepare only what the models there can use")
     names = sorted({*WORKLOADS, *(re.sub(r"-\d+$", "", name) for name in WORKLOADS)})
-    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", choices=names, help=f"of {', '.join(names)} [all]")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORKLOAD",
+        choices=names,
+        help=f"of {', '.join(names)} [all but those for error budgets]",
+    )
     parser.add_argument(
         "--shots",
         type=shot_count,

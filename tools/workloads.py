@@ -45,6 +45,7 @@ class Workload:
     task: str = ""  # "", classification, choice, perplexity, answer, similarity, duplicates or generation
     decoders_only: bool = False
     encoders_only: bool = False
+    on_request: bool = False  # prepared and run only if named
     whole: bool = False  # a request that would have to be cut is left out, and the edits of its text with it
     growing: bool = False  # each request is a document so far: stop once it has reached MAX_TOKENS
     prompt_tokens: int = 0  # each sequence is cut to that many, shorter ones are left out; 0: as they are
@@ -152,6 +153,7 @@ WORKLOADS: dict[str, Workload] = {
             task="classification",
             fit_share=FIT_SHARE,
             encoders_only=True,
+            on_request=True,
         ),
         Workload(
             "sst2",
@@ -163,6 +165,7 @@ WORKLOADS: dict[str, Workload] = {
             task="classification",
             fit_share=FIT_SHARE,
             encoders_only=True,
+            on_request=True,
         ),
         *(
             Workload(
@@ -175,6 +178,7 @@ WORKLOADS: dict[str, Workload] = {
                 task="classification",
                 fit_share=FIT_SHARE,
                 encoders_only=True,
+                on_request=True,
             )
             for tokens, instruction in INSTRUCTIONS.items()
         ),
@@ -189,6 +193,7 @@ WORKLOADS: dict[str, Workload] = {
                 "passages shuffled, seed 0; edits of a passage behind it, shuffled",
                 partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS),
                 encoders_only=True,
+                on_request=True,
                 whole=True,
             )
             for tokens in EDIT_TOKENS
@@ -202,6 +207,7 @@ WORKLOADS: dict[str, Workload] = {
             read_passages,
             task="answer",
             decoders_only=True,
+            on_request=True,
             whole=True,
         ),
         Workload(
@@ -218,6 +224,7 @@ WORKLOADS: dict[str, Workload] = {
             read_corrections,
             task="perplexity",
             decoders_only=True,
+            on_request=True,
             whole=True,
         ),
         Workload(

@@ -1,5 +1,6 @@
 #include "bank/segment_bank.h"
 
+#include <c10/core/InferenceMode.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -8,10 +9,15 @@
 #include <utility>
 
 namespace llmcache {
+namespace {
+
+/// What values and scales take beside their data.
+constexpr std::size_t kStatesOverhead = sizeof(StoredStates) + 2 * (sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl));
+
+}  // namespace
 
 SegmentEntry::SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens,
-                           const std::vector<KeySpec>& specs, const StateFormat& format,
-                           std::pmr::memory_resource* memory)
+                           const std::vector<KeySpec>& specs, BankFormat format, std::pmr::memory_resource* memory)
     : specs_(specs),
       format_(format),
       space_(space, memory),
@@ -24,13 +30,18 @@ SegmentEntry::~SegmentEntry() {
 }
 
 bool SegmentEntry::complete() const noexcept {
-  return std::ranges::none_of(stored_, [](const auto& tensors) { return tensors.empty(); });
+  return std::ranges::all_of(stored_, [](const StoredStates& states) { return states.bytes() > 0; });
+}
+
+void SegmentEntry::set(std::size_t i, const at::Tensor& state) {
+  // A tensor made in inference mode could not be used outside of it.
+  const c10::InferenceMode normal(false);
+  stored_[i] = StoredStates::encode(state.detach(), specs_[i].token_dim, format_);
 }
 
 // The containers start empty and allocate nothing until the first insertion.
 SegmentBank::SegmentBank(Settings settings)
     : settings_(std::move(settings)),
-      format_(settings_.format ? settings_.format : std::make_shared<const AsComputed>()),
       account_(settings_.capacity_bytes),
       memory_(account_),
       index_(
@@ -63,7 +74,9 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<cons
 std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const noexcept {
   std::size_t bytes = 0;
   for (const KeySpec& spec : settings_.specs) {
-    bytes += format_->bytes(spec, static_cast<std::int64_t>(tokens)) + sizeof(std::vector<at::Tensor>);
+    auto sizes = spec.sizes;
+    sizes[static_cast<std::size_t>(spec.token_dim)] = static_cast<std::int64_t>(tokens);
+    bytes += StoredStates::bytes_for(sizes, spec.options, settings_.format) + kStatesOverhead;
     if (bytes > account_.limit()) return std::nullopt;
   }
   return bytes;
@@ -78,7 +91,8 @@ std::shared_ptr<SegmentEntry> SegmentBank::reserve(std::string_view space, std::
   while (bytes && make_room(*bytes, now_s)) {
     try {
       const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
-      auto entry = std::allocate_shared<SegmentEntry>(allocator, space, tokens, settings_.specs, *format_, &memory_);
+      auto entry =
+          std::allocate_shared<SegmentEntry>(allocator, space, tokens, settings_.specs, settings_.format, &memory_);
       entry->account_ = &account_;
       entry->bytes_ = *bytes;
       return entry;

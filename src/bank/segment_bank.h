@@ -15,7 +15,8 @@
 #include <vector>
 
 #include "bank/memory.h"
-#include "bank/state_format.h"
+#include "bank/prefix_bank.h"
+#include "bank/stored_states.h"
 #include "llmcache/bank/eviction.h"
 #include "match/block_hash_index.h"
 
@@ -26,7 +27,7 @@ namespace llmcache {
 class SegmentEntry {
  public:
   SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, const std::vector<KeySpec>& specs,
-               const StateFormat& format, std::pmr::memory_resource* memory);
+               BankFormat format, std::pmr::memory_resource* memory);
   ~SegmentEntry();
   SegmentEntry(const SegmentEntry&) = delete;
   SegmentEntry& operator=(const SegmentEntry&) = delete;
@@ -36,20 +37,20 @@ class SegmentEntry {
   [[nodiscard]] std::span<const std::int64_t> tokens() const noexcept { return tokens_; }
   /// Tokens [begin, begin + count) of tensor number i. Not to be written to.
   [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const {
-    return format_.decode(specs_[i], stored_[i], begin, count);
+    return stored_[i].rows(begin, count);
   }
   /// Sets tensor number i, of all tokens.
-  void set(std::size_t i, const at::Tensor& state) { stored_[i] = format_.encode(specs_[i], state); }
+  void set(std::size_t i, const at::Tensor& state);
 
  private:
   friend class SegmentBank;
   [[nodiscard]] bool complete() const noexcept;
 
   const std::vector<KeySpec>& specs_;
-  const StateFormat& format_;
+  const BankFormat format_;
   std::pmr::string space_;
   std::pmr::vector<std::int64_t> tokens_;
-  std::vector<std::vector<at::Tensor>> stored_;
+  std::vector<StoredStates> stored_;
   MemoryAccount* account_ = nullptr;  ///< in which bytes_ are reserved
   std::size_t bytes_ = 0;
 };
@@ -75,7 +76,7 @@ class SegmentBank {
     std::size_t token_width = 1;
     std::size_t block_tokens = 16;  ///< of the index: runs below it are never found, from twice as many on always
     std::vector<KeySpec> specs;
-    std::shared_ptr<const StateFormat> format;  ///< null: AsComputed
+    BankFormat format = BankFormat::kAsComputed;
   };
   struct Counters {
     std::uint64_t entries = 0;  ///< held now
@@ -124,7 +125,6 @@ class SegmentBank {
   void reset_if_empty() noexcept;
 
   const Settings settings_;
-  const std::shared_ptr<const StateFormat> format_;
   MemoryAccount account_;
   AccountedResource memory_;
   mutable std::mutex mutex_;

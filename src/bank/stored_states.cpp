@@ -283,6 +283,14 @@ at::Tensor StoredStates::decode() const {
   return states;
 }
 
+at::Tensor StoredStates::rows(std::int64_t begin, std::int64_t count) const {
+  const at::Tensor held = values_.narrow(token_dim_, begin, count);
+  if (format_ == BankFormat::kAsComputed) return held;
+  at::Tensor states = at::empty(held.sizes(), held.options().dtype(computed_));
+  copy_to(states, begin);
+  return states;
+}
+
 std::size_t StoredStates::bytes() const {
   return (values_.defined() ? values_.nbytes() : 0) + (scales_.defined() ? scales_.nbytes() : 0);
 }

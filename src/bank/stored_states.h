@@ -45,6 +45,9 @@ class StoredStates {
   void copy_to(const at::Tensor& target, std::int64_t begin, const at::Tensor& shift = {}) const;
   /// All tokens, in the model's type.
   [[nodiscard]] at::Tensor decode() const;
+  /// Tokens [begin, begin + count), in the model's type. Where they are held as they were computed a view of what is
+  /// held: not to be written to.
+  [[nodiscard]] at::Tensor rows(std::int64_t begin, std::int64_t count) const;
 
   [[nodiscard]] std::size_t bytes() const;  ///< of values and scales
   [[nodiscard]] BankFormat format() const noexcept { return format_; }

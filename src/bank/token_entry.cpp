@@ -1,6 +1,7 @@
 #include "bank/token_entry.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 
 #include <utility>
 
@@ -22,7 +23,20 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
   return sum;
 }
 
-std::size_t HeldTensor::bytes() const { return rows_.nbytes() + kTensorOverhead; }
+HeldTensor::HeldTensor(const at::Tensor& rows, BankFormat format) {
+  const auto stored = StoredStates::bytes_for(rows.sizes(), rows.options(), format) + kTensorOverhead;
+  // Where a row is short its scales take more than what the values save.
+  if (format == BankFormat::kAsComputed || rows.dim() < 2 || stored >= rows.nbytes()) {
+    rows_ = rows;
+    return;
+  }
+  const c10::InferenceMode normal(false);
+  stored_ = StoredStates::encode(rows, 0, format);
+}
+
+std::size_t HeldTensor::bytes() const {
+  return rows_.defined() ? rows_.nbytes() + kTensorOverhead : stored_.bytes() + 2 * kTensorOverhead;
+}
 
 TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
     : tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())), account_(account), bytes_(bytes) {
@@ -53,7 +67,7 @@ TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const Token
       held_(memory),
       account_(draft.account_) {
   held_.reserve(draft.tensors_.size());
-  for (const at::Tensor& tensor : draft.tensors_) held_.emplace_back(tensor);
+  for (const at::Tensor& tensor : draft.tensors_) held_.emplace_back(tensor, layout.format);
   for (const HeldTensor& held : held_) bytes_ += held.bytes();
   // Nothing throws from here on: the draft was whole until now.
   draft.tensors_.clear();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bank/memory.h"
+#include "bank/stored_states.h"
 #include "execute/cached_states.h"
 #include "match/token_alignment.h"
 
@@ -21,25 +22,26 @@ struct StateLayout {
   };
   std::vector<Spec> specs;
   std::vector<std::vector<std::size_t>> first_key;  ///< by layer and site: spec of its first key-side tensor
+  BankFormat format = BankFormat::kAsComputed;      ///< how entries hold them; drafts are as computed
   std::vector<int> hidden;  ///< by layer, 0 .. L: spec of the states that enter it (L: the final ones); -1: not kept
 
   /// Of the tensors of a sequence, with what they take beside their data.
   [[nodiscard]] std::size_t bytes(std::int64_t tokens) const;
 };
 
-/// One tensor `[tokens, ...]` in the form in which it is held: as it is. The only place that knows the form; it may
-/// take less room than the tensor, not more.
+/// One tensor `[tokens, ...]` in the form in which it is held, which takes no more room than the tensor.
 class HeldTensor {
  public:
   /// Nobody writes to `rows` any more.
-  explicit HeldTensor(const at::Tensor& rows) : rows_(rows) {}
+  HeldTensor(const at::Tensor& rows, BankFormat format);
   /// As the model has it. Read only.
-  [[nodiscard]] at::Tensor rows() const { return rows_; }
+  [[nodiscard]] at::Tensor rows() const { return rows_.defined() ? rows_ : stored_.decode(); }
   /// With what it takes beside its data.
   [[nodiscard]] std::size_t bytes() const;
 
  private:
-  at::Tensor rows_;
+  at::Tensor rows_;  ///< as computed; undefined: in stored_
+  StoredStates stored_;
 };
 
 /// Room for the states of one sequence, reserved before its tensors were made. Gives it back at its end, unless it

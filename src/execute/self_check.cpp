@@ -47,9 +47,11 @@ class Checker {
   Inputs inputs(const Spans& spans, std::int64_t width, std::int64_t seed) const {
     auto made = probe_inputs(vocabulary_, model_.device(), static_cast<std::int64_t>(spans.size()), width, seed);
     if (profile_.mask_argument < 0) return made;
-    auto mask = made[static_cast<std::size_t>(profile_.mask_argument)].toTensor().zero_();
-    for (std::size_t i = 0; i < spans.size(); ++i) {
-      mask[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
+    for (const int argument : marks(vocabulary_, profile_.ids_argument)) {
+      auto mark = made[static_cast<std::size_t>(argument)].toTensor().zero_();
+      for (std::size_t i = 0; i < spans.size(); ++i) {
+        mark[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
+      }
     }
     return made;
   }

@@ -86,19 +86,23 @@ Inputs with_id(const Inputs& inputs, int argument, std::int64_t row, std::int64_
   return changed;
 }
 
-/// An argument is a padding mask if a token that it marks 0 no longer influences the others.
+/// An argument is a padding mask if a token that it marks 0 no longer influences the others. Other marks of the token
+/// (a pooling mask's) are 0 all the while: padding has none.
 bool is_mask(const Model& model, const Inputs& inputs, int argument, const OutputSpec& spec,
-             const ModelProfile& profile, std::int64_t vocabulary) {
+             const ModelProfile& profile, const std::vector<std::int64_t>& vocabulary, std::int64_t ids) {
   constexpr std::int64_t kMasked = 2;
-  const auto other = with_id(inputs, profile.ids_argument, 0, kMasked, vocabulary);
-  const double open = difference(model.plain(inputs), model.plain(other), spec, kMasked, kMasked + 1);
-  const auto masked = [&](Inputs given) {
-    auto mask = given[static_cast<std::size_t>(argument)].toTensor().clone();
-    mask[0][kMasked].fill_(0);
-    given[static_cast<std::size_t>(argument)] = mask;
+  const auto other = with_id(inputs, profile.ids_argument, 0, kMasked, ids);
+  const auto marked = [&](Inputs given, bool open) {
+    for (const int i : marks(vocabulary, profile.ids_argument)) {
+      if (open && i == argument) continue;
+      auto mark = given[static_cast<std::size_t>(i)].toTensor().clone();
+      mark[0][kMasked].fill_(0);
+      given[static_cast<std::size_t>(i)] = mark;
+    }
     return model.plain(given);
   };
-  const double closed = difference(masked(inputs), masked(other), spec, kMasked, kMasked + 1);
+  const double open = difference(marked(inputs, true), marked(other, true), spec, kMasked, kMasked + 1);
+  const double closed = difference(marked(inputs, false), marked(other, false), spec, kMasked, kMasked + 1);
   return open > 0 && closed <= 1e-3 * open;
 }
 
@@ -112,9 +116,9 @@ bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>
   const auto length = [&](std::int64_t row) {
     return profile.mask_argument < 0 || row == 4 ? kWidth : row * 7 % 11 + 4;
   };
-  if (profile.mask_argument >= 0) {
-    const auto mask = many[static_cast<std::size_t>(profile.mask_argument)].toTensor();
-    for (std::int64_t row = 0; row < kRows; ++row) mask[row].narrow(0, length(row), kWidth - length(row)).zero_();
+  for (const int i : marks(vocabulary, profile.ids_argument)) {
+    const auto mark = many[static_cast<std::size_t>(i)].toTensor();
+    for (std::int64_t row = 0; row < kRows; ++row) mark[row].narrow(0, length(row), kWidth - length(row)).zero_();
   }
   const auto together = model.plain(many);
   for (const std::int64_t row : {std::int64_t{0}, std::int64_t{4}}) {
@@ -130,6 +134,14 @@ bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>
 }
 
 }  // namespace
+
+std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argument) {
+  std::vector<int> arguments;
+  for (std::size_t i = 0; i < vocabulary.size(); ++i) {
+    if (vocabulary[i] == 0 && static_cast<int>(i) != ids_argument) arguments.push_back(static_cast<int>(i));
+  }
+  return arguments;
+}
 
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
                     std::int64_t tokens, std::int64_t seed) {
@@ -226,7 +238,7 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
       profile.mask_argument = -1;
       for (std::size_t i = 0; i < vocabulary.size(); ++i) {
         if (vocabulary[i] != 0 || static_cast<int>(i) == profile.ids_argument) continue;
-        if (is_mask(model, single, static_cast<int>(i), spec, profile, ids_vocabulary)) {
+        if (is_mask(model, single, static_cast<int>(i), spec, profile, vocabulary, ids_vocabulary)) {
           profile.mask_argument = static_cast<int>(i);
           break;
         }

@@ -23,6 +23,9 @@ struct OutputSpec {
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
                     std::int64_t tokens, std::int64_t seed = 0);
 
+/// Positions of the inputs that select from no embedding, ids aside: masks, as far as is known. 0 where padding is.
+std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argument);
+
 /// The line of an exception's text that says what went wrong: TorchScript puts it last, behind the trace, others first.
 std::string reason_of(const std::exception& error);
 

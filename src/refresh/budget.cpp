@@ -64,6 +64,9 @@ void BudgetOptions::validate() const {
   if (static_cast<int>(early_exit) < 0 || static_cast<int>(early_exit) > static_cast<int>(EarlyExit::kCacheFree)) {
     refuse(fmt::format("BudgetOptions.early_exit is {}, which is no EarlyExit", static_cast<int>(early_exit)));
   }
+  if (static_cast<int>(format) < 0 || static_cast<int>(format) > static_cast<int>(BankFormat::kInt8)) {
+    refuse(fmt::format("BudgetOptions.format is {}, which is no BankFormat", static_cast<int>(format)));
+  }
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
     refuse(fmt::format("BudgetOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));
   }

@@ -187,15 +187,11 @@ void CalibrationProfile::save(const fs::path& path) const {
     write(tensors_of(path), tensors);
   }
   if (reuse) {
-    json["reuse"] = {{"mechanism", reuse->mechanism},
-                     {"setting", reuse->setting},
-                     {"limit", reuse->limit},
-                     {"fitted", reuse->fitted},
-                     {"certified", reuse->certified},
-                     {"error", reuse->error},
-                     {"bound", reuse->bound},
-                     {"computed", reuse->computed},
-                     {"typical_distance", reuse->typical_distance}};
+    json["reuse"] = {{"mechanism", reuse->mechanism}, {"format", llmcache::to_string(reuse->format)},
+                     {"setting", reuse->setting},     {"limit", reuse->limit},
+                     {"fitted", reuse->fitted},       {"certified", reuse->certified},
+                     {"error", reuse->error},         {"bound", reuse->bound},
+                     {"computed", reuse->computed},   {"typical_distance", reuse->typical_distance}};
   }
   json["content_xxh3"] = hash_of(json.dump());
   write(path, json.dump(2) + "\n");
@@ -233,6 +229,7 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
       const Json& part = json.at("reuse");
       ReuseChoice& choice = profile.reuse.emplace();
       part.at("mechanism").get_to(choice.mechanism);
+      choice.format = bank_format_from_string(part.at("format"));
       part.at("setting").get_to(choice.setting);
       part.at("limit").get_to(choice.limit);
       part.at("fitted").get_to(choice.fitted);

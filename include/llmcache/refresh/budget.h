@@ -5,6 +5,8 @@
 #include <functional>
 #include <string>
 
+#include "llmcache/bank/format.h"
+
 namespace at {
 class Tensor;
 }  // namespace at
@@ -76,6 +78,10 @@ struct BudgetOptions {
   /// Reuse of keys and values of passages and edited prompts in a causal decoder, beyond exact prefixes; for outputs
   /// kAll and kLastToken. Default: as far as the calibration allows.
   bool segment_reuse = true;
+
+  /// How states of tokens are held for reuse: int8 takes 0.28 of float32's bytes. What it costs is part of what the
+  /// calibration measures. Default: as they were computed.
+  BankFormat format = BankFormat::kAsComputed;
 
   /// Part of Options::capacity_bytes that calibrated banks may take, 0 to 1; the rest keeps whole outputs, and keys
   /// and values of known prefixes. Default 0.7.

@@ -30,7 +30,8 @@ class CalibrationSample {
 /// The sample is served in its order with each setting and in full: its first fifth fills the bank, every other
 /// sequence of the rest puts the settings in order of their error, the others certify them as below.
 struct ReuseChoice {
-  std::string mechanism;        ///< "token reuse" or "segment reuse"
+  std::string mechanism;                        ///< "token reuse" or "segment reuse"
+  BankFormat format = BankFormat::kAsComputed;  ///< in which states were held
   std::string setting;          ///< how much of a matched sequence is computed, and how the rest is corrected
   double limit = 0;             ///< largest distance of a match: edit fraction of a sequence, computed part of a prompt
   std::int64_t fitted = 0;      ///< sequences that ordered the settings
