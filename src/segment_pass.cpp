@@ -109,7 +109,7 @@ std::size_t SegmentPass::spec_of(std::int32_t layer, std::int64_t site) const {
   return layout_.key_specs[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
 }
 
-/// Active tokens of a sequence in a layer: the same ones in all layers but the chosen one's neighbours.
+/// Active tokens of a sequence in a layer. They change at the choosing layer only.
 const at::Tensor& SegmentPass::active(std::size_t sequence, std::int32_t layer, at::Device device) {
   Merge& merge = merges_[sequence];
   const std::int32_t since = choosing_ >= 0 && layer >= choosing_ ? choosing_ : 0;

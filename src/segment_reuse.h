@@ -42,7 +42,8 @@ class SegmentReuse {
  public:
   /// `profile` and `output` are what probing found. The model must be causal and run any subset of tokens, otherwise
   /// Error(kNotAvailable). It is run a few times: to find how its keys turn with the position, and to see that a
-  /// sequence comes out right that takes its beginning from another one; Error(kNotAvailable) if it does not.
+  /// sequence comes out right that takes its beginning from another one; Error(kNotAvailable) if it does not. Throws
+  /// what the model throws.
   SegmentReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
                const SegmentOptions& options, std::size_t capacity_bytes);
 
