@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <exception>
 #include <new>
 
 namespace llmcache {
@@ -109,8 +110,15 @@ void TokenBank::keep(std::string_view space, const TokenView& tokens, std::uniqu
       if (const auto slot = slot_of(best.entry.get())) policy_.hit(*slot, now_s);
       return;
     }
-    counts = average(*draft, *best.entry, best.alignment, averaged);
-    if (2 * averaged >= best.entry->tokens()) superseded = std::move(best.entry);
+    try {
+      counts = average(*draft, *best.entry, best.alignment, averaged);
+    } catch (const std::exception&) {  // no memory; what is half a mean is dropped
+      const std::lock_guard lock(mutex_);
+      ++counters_.rejected;
+      return;
+    }
+    const auto lives_on = static_cast<double>(averaged) / static_cast<double>(best.entry->tokens());
+    if (lives_on >= settings_.superseded_from) superseded = std::move(best.entry);
   }
   const std::lock_guard lock(mutex_);
   std::shared_ptr<const TokenEntry> entry;

@@ -19,11 +19,11 @@ namespace llmcache {
 
 /// Thread-safe. Entries live in spaces that never see each other (a tenant, say).
 ///
-/// Averaging (measured: half the error for a passage behind which questions change). A sequence that was computed in
-/// full and has long runs of tokens in the same places as an entry gets, on these tokens, the mean of the states over
-/// all sequences that had them, itself included; the entry that they came from leaves if most of it lives on so.
-/// Running passes are not disturbed: entries never change, and live as long as somebody reads them (and count until
-/// then). Tokens in other places are not averaged: their states hold the place.
+/// Averaging (llmcache-reuse-bench measures what it gains where questions change behind a passage). A sequence that was
+/// computed in full and has long runs of tokens in the same places as an entry gets, on these tokens, the mean of the
+/// states over all sequences that had them, itself included; the entry that they came from leaves if most of it lives
+/// on so (superseded_from). Running passes are not disturbed: entries never change, and live as long as somebody reads
+/// them (and count until then). Tokens in other places are not averaged: their states hold the place.
 ///
 /// Memory: tensors are counted before they are made, index and containers as they grow; the sum never exceeds the
 /// capacity. Entries and drafts must not outlive the bank.
@@ -36,6 +36,9 @@ class TokenBank {
     AlignmentSettings alignment = {};
     std::int64_t least_averaged = 16;  ///< shortest run of tokens that is averaged
     std::int64_t most_averaged = 32;   ///< sequences that a mean remembers; 1: nothing is averaged. At most 65535
+    /// An entry leaves if this part of its tokens lives on in the mean. Not less than most of it: documents that share
+    /// a form are more than the form.
+    double superseded_from = 0.75;
   };
 
   struct Candidate {
