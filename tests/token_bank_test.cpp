@@ -162,6 +162,25 @@ TEST(TokenBank, AveragesTokensInTheirPlaces) {
   EXPECT_EQ(bank.counters().evictions, 0u);
 }
 
+// Where no entry leaves, the next sequence still goes on from the one whose mean is over most.
+TEST(TokenBank, MeansGoOnThroughTheNewestOfSeveralEntries) {
+  std::mt19937_64 random(4);
+  TokenBank bank(settings_of(std::size_t{16} << 20));
+  const auto form = random_tokens(random, 30);
+  const auto with_rest = [&] {
+    auto tokens = form;
+    const auto rest = random_tokens(random, 30);
+    tokens.insert(tokens.end(), rest.begin(), rest.end());
+    return tokens;
+  };
+  for (int i = 1; i <= 3; ++i) keep(bank, "", with_rest(), static_cast<float>(100 * i));
+  EXPECT_EQ(bank.counters().entries, 3u);
+  const auto found = find(bank, "", with_rest());
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->entry->count(0), 3);
+  EXPECT_NEAR(found->entry->hidden(1)[0][0].item<float>(), 200, 0.01);
+}
+
 TEST(TokenBank, AnEntryStaysOfWhichLittleLivesOn) {
   std::mt19937_64 random(3);
   TokenBank bank(settings_of(std::size_t{16} << 20));

@@ -7,6 +7,18 @@
 #include <new>
 
 namespace llmcache {
+namespace {
+
+/// Sequences that the entry's states on its aligned tokens are the mean over, summed over these tokens.
+std::int64_t support(const TokenEntry& entry, const TokenAlignment& alignment) {
+  std::int64_t sum = 0;
+  for (const AlignedBlock& block : alignment.blocks) {
+    for (std::int64_t t = 0; t < block.tokens; ++t) sum += entry.count(block.donor_begin + t);
+  }
+  return sum;
+}
+
+}  // namespace
 
 TokenBank::TokenBank(Settings settings)
     : settings_(std::move(settings)),
@@ -35,11 +47,14 @@ std::optional<TokenBank::Candidate> TokenBank::find(std::string_view space, cons
                                                     std::size_t tried) {
   std::optional<Candidate> best;
   double least = 1;
+  std::int64_t most = 0;
   for (auto& entry : similar(space, shingle_hashes(tokens, settings_.alignment.least_shifted), tried)) {
     auto alignment = align_tokens(tokens, entry->view(), settings_.alignment);
     const double edits = alignment.edit_fraction();
-    if (edits >= least) continue;
+    const auto supported = support(*entry, alignment);
+    if (edits > least || (edits == least && supported <= most)) continue;
     least = edits;
+    most = supported;
     best = Candidate{std::move(entry), std::move(alignment)};
   }
   if (best) {
@@ -99,10 +114,15 @@ void TokenBank::keep(std::string_view space, const TokenView& tokens, std::uniqu
   auto in_place = settings_.alignment;
   in_place.shifted = false;
   Candidate best;
+  std::int64_t most = 0;
   for (auto& entry : similar(space, hashes, 3)) {
     auto alignment = align_tokens(tokens, entry->view(), in_place);
-    if (best.entry && alignment.aligned() <= best.alignment.aligned()) continue;
+    const auto supported = support(*entry, alignment);
+    const bool same = alignment.edit_fraction() == 0;
+    if (!same && supported <= most) continue;
+    most = supported;
     best = {std::move(entry), std::move(alignment)};
+    if (same) break;
   }
   if (best.entry) {
     if (best.alignment.edit_fraction() == 0) {  // the same sequence

@@ -58,8 +58,8 @@ class TokenBank {
 
   explicit TokenBank(Settings settings);
 
-  /// The entry that aligns best (smallest edit fraction), of the `tried` ones with most text in common; empty if none
-  /// has any. It counts as used.
+  /// The entry that aligns best (smallest edit fraction; among equals the one whose aligned states are the mean over
+  /// most), of the `tried` ones with most text in common; empty if none has any. It counts as used.
   std::optional<Candidate> find(std::string_view space, const TokenView& tokens, double now_s, std::size_t tried = 3);
 
   /// Room for a sequence, made by evicting; null if there is none, which is counted.
