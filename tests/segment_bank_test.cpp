@@ -196,8 +196,9 @@ TEST(BlockIndex, LongestPrefixAmongManyThatBeginAlike) {
 
 const std::vector<KeySpec> kSpecs{{{1, 2, 1, 4}, 2, at::kFloat}, {{1, 1, 8}, 1, at::kBFloat16}};
 
-SegmentBank make_bank(std::size_t capacity, Eviction policy = Eviction::kLru) {
-  return SegmentBank({capacity, {.policy = policy}, 1, 16, kSpecs, nullptr});
+SegmentBank make_bank(std::size_t capacity, Eviction policy = Eviction::kLru,
+                      BankFormat format = BankFormat::kAsComputed) {
+  return SegmentBank({capacity, {.policy = policy}, 1, 16, kSpecs, format});
 }
 
 bool keep(SegmentBank& bank, const Tokens& tokens, double now_s, const std::string& space = "a") {
@@ -224,6 +225,21 @@ TEST(SegmentBankTest, GivesBackTheStatesOfARun) {
   const auto state = hits[1].donor->state(0, hits[1].donor_begin, hits[1].tokens);
   EXPECT_TRUE(at::equal(state.select(3, 0).select(1, 0)[0], at::arange(30, 80, at::kFloat)));
   EXPECT_TRUE(bank.find("b", range(0, 50), {}, 1).empty());
+}
+
+TEST(SegmentBankTest, HoldsStatesInItsFormat) {
+  auto whole = make_bank(1 << 20);
+  ASSERT_TRUE(keep(whole, range(0, 100), 0));
+  for (const auto format : {BankFormat::kBFloat16, BankFormat::kFloat16, BankFormat::kInt8}) {
+    auto bank = make_bank(1 << 20, Eviction::kLru, format);
+    ASSERT_TRUE(keep(bank, range(0, 100), 0));
+    const auto hits = bank.find("a", range(0, 80), {}, 1);
+    ASSERT_EQ(hits.size(), 1u);
+    const auto state = hits[0].donor->state(0, 10, 50);
+    EXPECT_EQ(state.scalar_type(), at::kFloat);
+    EXPECT_TRUE(at::allclose(state[0][0].select(1, 0), at::arange(10, 60, at::kFloat), 0.01, 0));
+    EXPECT_LT(bank.counters().bytes, whole.counters().bytes);
+  }
 }
 
 TEST(SegmentBankTest, KeepsNothingTwice) {
