@@ -150,7 +150,12 @@ double distance(const c10::IValue& got, const c10::IValue& want) {
   return sum / static_cast<double>(a.size());
 }
 
-std::vector<std::string> encoders() { return wrappable_names({"tiny-bert-", "tiny-distilbert-"}); }
+/// Without the one whose output is read where an input says: its random marks decide what is computed.
+std::vector<std::string> encoders() {
+  auto names = wrappable_names({"tiny-bert-", "tiny-distilbert-"});
+  std::erase(names, "tiny-bert-pooling-mask");
+  return names;
+}
 
 class TokenReuseModels : public ::testing::TestWithParam<std::string> {};
 
@@ -175,6 +180,29 @@ TEST_P(TokenReuseModels, AnIdenticalSequenceComesOutAsPlain) {
   EXPECT_NEAR(reuse->computed_fraction(*answer.matches[0], eager()), 6.0 / 40, 1e-12);
   EXPECT_TRUE(
       close_on_real(answer.value, run_plain(subject.plain, request.inputs), request, tolerance_of(subject.info)));
+}
+
+TEST(TokenReuse, AnExportedPoolingMaskSaysWhereTheOutputIsRead) {
+  Encoder& subject = encoder("tiny-bert-pooling-mask");
+  const auto reuse = subject.reuse();
+  EXPECT_EQ(reuse->output_positions().read, OutputRead::kMaskedOnes);
+  std::mt19937_64 random(11);
+  const auto first = random_tokens(random, subject.info, 60);
+  auto second = first;
+  std::copy_n(random_tokens(random, subject.info, 8).begin(), 8, second.end() - 8);
+  const auto marked = [&](const auto& tokens) {
+    auto request = request_of(subject.info, {tokens});
+    request.inputs[2].toTensor().zero_().narrow(1, 52, 8).fill_(1);
+    return request;
+  };
+  const auto known = marked(first);
+  const auto asked = marked(second);
+  ask(*reuse, subject, known, eager(), true);
+  const auto answer = ask(*reuse, subject, asked, eager());
+  ASSERT_TRUE(answer.matches[0].has_value());
+  EXPECT_LT(answer.report.computed_fraction(), 0.5);
+  const auto want = run_plain(subject.plain, asked.inputs);
+  EXPECT_LT(distance(answer.value, want), 0.2 * distance(run_plain(subject.plain, known.inputs), want));
 }
 
 TEST_P(TokenReuseModels, WithAllTokensActiveAnEditedSequenceComesOutAsPlain) {

@@ -36,7 +36,15 @@ bool SegmentEntry::complete() const noexcept {
 void SegmentEntry::set(std::size_t i, const at::Tensor& state) {
   // A tensor made in inference mode could not be used outside of it.
   const c10::InferenceMode normal(false);
-  stored_[i] = StoredStates::encode(state.detach(), specs_[i].token_dim, format_);
+  // Scales belong to groups of the last dimension: where that is the tokens', they come first.
+  const auto dim = specs_[i].token_dim;
+  const bool last = dim == state.dim() - 1;
+  stored_[i] = StoredStates::encode(last ? state.detach().movedim(dim, 0) : state.detach(), last ? 0 : dim, format_);
+}
+
+at::Tensor SegmentEntry::state(std::size_t i, std::int64_t begin, std::int64_t count) const {
+  const auto own = stored_[i].rows(begin, count);
+  return stored_[i].token_dim() == specs_[i].token_dim ? own : own.movedim(0, specs_[i].token_dim);
 }
 
 // The containers start empty and allocate nothing until the first insertion.

@@ -36,9 +36,7 @@ class SegmentEntry {
   /// Token after token.
   [[nodiscard]] std::span<const std::int64_t> tokens() const noexcept { return tokens_; }
   /// Tokens [begin, begin + count) of tensor number i. Not to be written to.
-  [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const {
-    return stored_[i].rows(begin, count);
-  }
+  [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const;
   /// Sets tensor number i, of all tokens.
   void set(std::size_t i, const at::Tensor& state);
 
