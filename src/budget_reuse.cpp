@@ -81,7 +81,10 @@ class BudgetReuse::Pass final : public LayerObserver {
   Pass(BudgetRules& rules, std::size_t sequences, bool background)
       : rules_(rules), background_(background), level_(rules.level()), sequences_(sequences) {}
 
-  bool watches(std::int32_t l) const override { return static_cast<std::size_t>(l) < rules_.exit.layers.size(); }
+  bool watches(std::int32_t l) const override {
+    const auto layer = static_cast<std::size_t>(l);
+    return layer < rules_.exit.layers.size() && rules_.exit.layers[layer].used();
+  }
 
   std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
     std::vector<std::size_t> running;
@@ -236,6 +239,8 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
   std::unordered_set<std::string> known;
   std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
   std::vector<at::Tensor> outputs;
+  std::vector<double> layer_ms(static_cast<std::size_t>(layers));
+  std::int64_t ran = 0;
   for (const Batch& batch : requests) {
     // Identical requests are answered without any error: they are no evidence.
     std::vector<std::int64_t> rows;
@@ -249,6 +254,8 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
     Recorder recorder(layers);
     ForwardReport report;
     const auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, &recorder);
+    ran += part.rows;
+    for (std::size_t l = 0; l < layer_ms.size(); ++l) layer_ms[l] += report.layer_ms[l];
     const auto pooled = result.toTensor().to(at::kFloat);
     if (pooled.dim() != 2) {
       throw Error(ErrorCode::kNotAvailable,
@@ -262,6 +269,8 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
   }
   auto all = std::make_shared<ExitSample>();
   all->outputs = at::cat(outputs);
+  for (const double ms : layer_ms) all->layer_ms.push_back(ms / static_cast<double>(ran));
+  all->batch_rows = static_cast<double>(ran) / static_cast<double>(outputs.size());
   for (auto& layer : states) {
     all->states.push_back(at::cat(layer));
     layer.clear();
@@ -331,8 +340,9 @@ void BudgetReuse::use(CalibrationProfile profile) {
   std::shared_ptr<BudgetRules> rules;
   if (profile.exit) {
     const ExitModel& exit = *profile.exit;
+    const auto fits = [&](const ExitLayer& layer) { return !layer.used() || layer.centre.size(0) == profile_.hidden; };
     if (static_cast<std::int64_t>(exit.layers.size()) != model_.layers() ||
-        exit.layers[0].centre.size(0) != profile_.hidden) {
+        !std::all_of(exit.layers.begin(), exit.layers.end(), fits)) {
       refuse("its banks are for another number of layers or another width");
     }
     if (exit.bytes() > capacity_bytes_) {

@@ -13,11 +13,12 @@
 namespace llmcache {
 namespace {
 
-constexpr std::size_t kTypicalDraws = 64;  // outputs that the typical distance is taken from
-constexpr std::size_t kLeastDraws = 40;    // fewer certify nothing
-constexpr double kWarmUp = 0.2;            // of the sample, which fills the bank before anything counts
-constexpr std::size_t kGiveUpAfter = 200;  // sequences without a match
-constexpr double kWorthIt = 0.9;           // part of the token-layers that a choice may compute at most
+constexpr std::size_t kTypicalDraws = 64;    // outputs that the typical distance is taken from
+constexpr std::size_t kLeastDraws = 40;      // fewer certify nothing
+constexpr double kWarmUp = 0.2;              // of the sample, which fills the bank before anything counts
+constexpr std::size_t kMostRequests = 1000;  // of the sample: each runs several times
+constexpr std::size_t kGiveUpAfter = 200;    // sequences without a match
+constexpr double kWorthIt = 0.9;             // part of the token-layers that a choice may compute at most
 
 }  // namespace
 
@@ -74,11 +75,12 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
   std::size_t seen = 0;
   bool any_match = false;
   ladder_->clear();
-  for (std::size_t i = 0; i < sample.size(); ++i) {
+  const std::size_t requests = std::min(sample.size(), kMostRequests);
+  for (std::size_t i = 0; i < requests; ++i) {
     const Batch& batch = sample[i];
     if (batch.tokens == 0) continue;
     const auto rows = static_cast<std::size_t>(batch.rows);
-    const auto warm = static_cast<double>(i) >= kWarmUp * static_cast<double>(sample.size());
+    const auto warm = static_cast<double>(i) >= kWarmUp * static_cast<double>(requests);
     // By setting: distance and error of each row.
     std::vector<std::vector<std::optional<double>>> distances;
     std::vector<c10::IValue> results;

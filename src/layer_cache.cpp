@@ -117,6 +117,7 @@ struct LayerCacheBase::Impl {
     } else {
       options.prefix.validate(model->layers());
       if (options.fidelity == Fidelity::kBudget) {
+        options.budget.validate(model->layers());
         budget = std::make_unique<BudgetReuse>(*model, inputs, output, profile, options,
                                                share(options.budget.capacity_share));
       }

@@ -25,7 +25,7 @@ std::vector<TokenReuseSettings> settings_for(std::int32_t layers) {
     one.max_edit_fraction = 1;  // the calibrated limit decides
     all.push_back(one);
   };
-  for (const std::int64_t samples : {0, 8, 16, 32, 64}) add(samples, 0);
+  for (const std::int64_t samples : {0, 16, 32}) add(samples, 0);
   add(16, 1);
   add(16, 2);
   return all;

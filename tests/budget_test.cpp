@@ -58,6 +58,7 @@ Options options_for(BudgetMetric metric, double epsilon) {
   options.budget.budget = {metric, epsilon, 0.1};
   options.budget.scores = classes;
   options.budget.audit_rate = 0;
+  options.budget.exit_layers = {0, 1, 2};  // a tiny model's layers take no longer than looking for an answer
   return options;
 }
 
@@ -384,6 +385,110 @@ TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {
   EXPECT_GT(cache.stats().budget->early_exits, 0U);
 }
 
+/// Documents of 40 tokens of which one is changed from request to request, now and then a new one.
+std::vector<Request> documents(const ModelInfo& info, int requests, std::uint64_t seed) {
+  std::vector<Request> all;
+  auto current = right_padded(info, {40}, seed);
+  for (int i = 0; i < requests; ++i) {
+    if (i % 12 == 0) current = right_padded(info, {40}, seed + static_cast<std::uint64_t>(i));
+    Request next = current;
+    next.inputs = copy_of(current.inputs);
+    next.ids()[0][5 + i % 30] = 10 + (i * 7) % 200;
+    all.push_back(next);
+  }
+  return all;
+}
+
+TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {
+  for (const auto format : {BankFormat::kAsComputed, BankFormat::kBFloat16, BankFormat::kFloat16, BankFormat::kInt8}) {
+    SCOPED_TRACE(to_string(format));
+    for (const char* name : {"tiny-bert-sdpa", "tiny-bert-cls", "tiny-distilbert-eager"}) {
+      SCOPED_TRACE(name);
+      const auto info = model_info(name);
+      Module plain = load_model(name);
+      Options options{.fidelity = Fidelity::kBudget};
+      options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
+      options.budget.early_exit = EarlyExit::kOff;
+      options.budget.audit_rate = 0;
+      options.budget.format = format;
+      LayerCache<Module> cache(load_model(name), options);
+      std::vector<Inputs> sample;
+      for (const Request& request : documents(info, 300, 100)) sample.push_back(request.inputs);
+      const auto profile = cache.calibrate(sample);
+      ASSERT_TRUE(profile.reuse) << profile.to_string();
+      EXPECT_LE(profile.error_bound, 0.3);
+      double error = 0;
+      int reused = 0;
+      const auto served = documents(info, 120, 9000);
+      for (const Request& request : served) {
+        const auto got = leaves(cache.forward(request.inputs))[0];
+        const auto want = leaves(run_plain(plain, request.inputs))[0];
+        error += std::min(1.0, (got - want).norm(2, -1).mean().item<double>() / profile.typical_distance);
+        reused += cache.last_report().sequences[0].source == Source::kPartial ? 1 : 0;
+      }
+      EXPECT_LE(error / 120, 0.3);
+      EXPECT_GT(reused, 60);
+      EXPECT_EQ(cache.stats().budget->token_reuses, static_cast<std::uint64_t>(reused));
+      EXPECT_LE(cache.stats().peak_bytes, options.capacity_bytes);
+      // Another tenant has nothing in common with anybody.
+      cache.forward(served[5].inputs, {.tenant = "another"});
+      EXPECT_EQ(cache.last_report().sequences[0].source, Source::kComputed);
+      const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-budget-tokens.json";
+      profile.save(path);
+      cache.use_calibration(CalibrationProfile::load(path));
+      EXPECT_EQ(cache.calibration()->to_string(), profile.to_string());
+      auto other = options;
+      other.budget.format = format == BankFormat::kInt8 ? BankFormat::kFloat16 : BankFormat::kInt8;
+      LayerCache<Module> foreign(load_model(name), other);
+      EXPECT_THAT([&] { foreign.use_calibration(profile); }, ThrowsError(ErrorCode::kInvalidOptions, "format"));
+    }
+  }
+}
+
+TEST_F(BudgetTest, SegmentsOfPromptsAreReusedWithinTheBudget) {
+  const auto info = model_info("tiny-llama-sdpa");
+  Options options{.fidelity = Fidelity::kBudget};
+  options.budget.budget = {BudgetMetric::kTokenAgreement, 0.4, 0.2};
+  options.budget.audit_rate = 0.2;
+  LayerCache<Module> cache(load_model(info.name), options);
+  Module plain = load_model(info.name);
+  // Four passages of 40 tokens in changing order, and a few tokens behind them.
+  const auto passages = right_padded(info, {40, 40, 40, 40}, 77).ids();
+  std::mt19937_64 random(5);
+  const auto prompt = [&] {
+    std::vector<at::Tensor> parts = {passages[0].narrow(0, 0, 8)};
+    for (const auto i : {random() % 4, random() % 4, random() % 4})
+      parts.push_back(passages[static_cast<std::int64_t>(i)]);
+    parts.push_back(right_padded(info, {6}, random() % 100000).ids()[0]);
+    const auto ids = at::cat(parts).unsqueeze(0);
+    return Inputs{ids, at::ones_like(ids)};
+  };
+  std::vector<Inputs> sample;
+  for (int i = 0; i < 300; ++i) sample.push_back(prompt());
+  const auto profile = cache.calibrate(sample);
+  ASSERT_TRUE(profile.reuse) << profile.to_string();
+  int wrong = 0;
+  int reused = 0;
+  for (int i = 0; i < 60; ++i) {
+    const auto inputs = prompt();
+    const auto got = leaves(cache.forward(inputs, {.output = Output::kLastToken}))[0];
+    const auto want = leaves(run_plain(plain, inputs))[0];
+    wrong += got[0][0].argmax().equal(want[0][want.size(1) - 1].argmax()) ? 0 : 1;
+    const auto told = cache.last_report().sequences[0];
+    reused += told.source == Source::kPartial ? 1 : 0;
+    if (told.shadowed) {
+      EXPECT_TRUE(at::allclose(got[0][0], want[0][want.size(1) - 1], 1e-3, 1e-3));
+    }
+    // Tokens that are new are those behind an exact prefix: no approximation.
+    const auto exact = leaves(cache.forward(inputs, {.output = Output::kNewTokens}))[0];
+    EXPECT_TRUE(at::allclose(exact[0][exact.size(1) - 1], want[0][want.size(1) - 1], 1e-3, 1e-3));
+  }
+  EXPECT_GT(reused, 20);
+  EXPECT_LE(wrong, 0.4 * 60 + 3 * std::sqrt(60 * 0.4 * 0.6));
+  EXPECT_GT(cache.stats().budget->segment_reuses, 0U);
+  EXPECT_GT(cache.stats().budget->audits, 0U);
+}
+
 TEST_F(BudgetTest, OptionsOutOfRangeAreNamed) {
   const auto refused = [](auto change, const std::string& field) {
     Options options;
@@ -397,6 +502,13 @@ TEST_F(BudgetTest, OptionsOutOfRangeAreNamed) {
   refused([](BudgetOptions& b) { b.early_exit = static_cast<EarlyExit>(9); }, "BudgetOptions.early_exit");
   refused([](BudgetOptions& b) { b.capacity_share = 1.5; }, "BudgetOptions.capacity_share");
   refused([](BudgetOptions& b) { b.audit_rate = -0.1; }, "BudgetOptions.audit_rate");
+  refused([](BudgetOptions& b) { b.exit_layers = {1, 0}; }, "BudgetOptions.exit_layers");
+  refused([](BudgetOptions& b) { b.exit_layers = {-1}; }, "BudgetOptions.exit_layers");
+  refused([](BudgetOptions& b) { b.format = static_cast<BankFormat>(9); }, "BudgetOptions.format");
+  Options deep{.fidelity = Fidelity::kBudget};
+  deep.budget.exit_layers = {3};
+  EXPECT_THAT([&] { LayerCache<Module> cache(load_model(kModel), deep); },
+              ThrowsError(ErrorCode::kInvalidOptions, "exit_layers"));
   for (const char* name : {"decision", "relative", "token"}) {
     EXPECT_STREQ(to_string(budget_metric_from_string(name)), name);
   }

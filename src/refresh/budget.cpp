@@ -59,13 +59,21 @@ void Budget::validate() const {
   if (!(delta > 0 && delta < 1)) refuse(fmt::format("Budget.delta is {}; above 0, below 1 is expected", delta));
 }
 
-void BudgetOptions::validate() const {
+void BudgetOptions::validate(std::int64_t layers) const {
   budget.validate();
   if (static_cast<int>(early_exit) < 0 || static_cast<int>(early_exit) > static_cast<int>(EarlyExit::kCacheFree)) {
     refuse(fmt::format("BudgetOptions.early_exit is {}, which is no EarlyExit", static_cast<int>(early_exit)));
   }
   if (static_cast<int>(format) < 0 || static_cast<int>(format) > static_cast<int>(BankFormat::kInt8)) {
     refuse(fmt::format("BudgetOptions.format is {}, which is no BankFormat", static_cast<int>(format)));
+  }
+  for (std::size_t i = 0; i < exit_layers.size(); ++i) {
+    if (exit_layers[i] < 0 || (layers > 0 && exit_layers[i] >= layers) ||
+        (i > 0 && exit_layers[i] <= exit_layers[i - 1])) {
+      refuse(
+          fmt::format("BudgetOptions.exit_layers names layer {}; ascending layers of the model, from 0, are expected",
+                      exit_layers[i]));
+    }
   }
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
     refuse(fmt::format("BudgetOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));

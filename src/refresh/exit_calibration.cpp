@@ -4,7 +4,9 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -36,14 +38,17 @@ at::Tensor weights_of(const at::Tensor& x, const at::Tensor& y, double penalty) 
   return at::tensor(fitted.weights).view({inputs.size(1), outputs.size(1)}).to(x.device());
 }
 
-/// Of each direction the `kPairs` most similar others: int64 [n, kPairs].
-at::Tensor neighbours_of(const at::Tensor& directions) {
+/// Of each entry the `kPairs` most similar others: int64 [n, kPairs].
+at::Tensor neighbours_of(const ExitLayer& layer) {
   std::vector<at::Tensor> found;
-  for (std::int64_t begin = 0; begin < directions.size(0); begin += kSearchRows) {
-    const auto rows = std::min(kSearchRows, directions.size(0) - begin);
-    auto similar = at::mm(directions.narrow(0, begin, rows), directions.t());
-    similar.narrow(1, begin, rows).fill_diagonal_(-2.0);
-    found.push_back(std::get<1>(similar.topk(kPairs, 1)));
+  const auto entries = layer.directions.size(0);
+  for (std::int64_t begin = 0; begin < entries; begin += kSearchRows) {
+    const auto rows = std::min(kSearchRows, entries - begin);
+    auto [similarity, numbers] = layer.nearest(layer.directions.narrow(0, begin, rows), kPairs + 1);
+    // Itself, wherever it came out, goes last.
+    const auto own = numbers.eq(at::arange(begin, begin + rows, numbers.options()).unsqueeze(1));
+    const auto order = similarity.masked_fill(own, -2.0).argsort(1, true);
+    found.push_back(numbers.gather(1, order).narrow(1, 0, kPairs));
   }
   return at::cat(found);
 }
@@ -56,7 +61,8 @@ ExitLayer fit_layer(const at::Tensor& states, const at::Tensor& outputs, bool ca
   if (cache_free) return layer;
   layer.lengths = centred.norm(2, 1).clamp_min(1e-12);
   layer.directions = centred / layer.lengths.unsqueeze(1);
-  const auto near = neighbours_of(layer.directions);
+  layer.index();
+  const auto near = neighbours_of(layer);
   std::vector<at::Tensor> from;
   std::vector<at::Tensor> to;
   for (std::int64_t k = 0; k < kPairs; ++k) {
@@ -81,17 +87,16 @@ struct Met {
 struct Served {
   std::vector<double> error;  ///< one a sequence
   std::vector<double> left;   ///< sequences that leave in front of each layer
-  double layers_run = 0;      ///< mean
+  double ms = 0;              ///< of layers, mean
 };
 
-Served serve(const Met& met, const std::vector<double>& thresholds) {
+Served serve(const Met& met, const std::vector<double>& thresholds, const std::vector<double>& layer_ms) {
   const std::size_t layers = met.expected.size();
   const std::size_t n = met.expected[0].size();
   Served served{std::vector<double>(n, 0), std::vector<double>(layers, 0), 0};
   for (std::size_t i = 0; i < n; ++i) {
     std::size_t l = 0;
-    while (l < layers && !(met.expected[l][i] <= thresholds[l])) ++l;
-    served.layers_run += static_cast<double>(l) / static_cast<double>(n);
+    for (; l < layers && !(met.expected[l][i] <= thresholds[l]); ++l) served.ms += layer_ms[l] / static_cast<double>(n);
     if (l == layers) continue;
     served.left[l] += 1;
     served.error[i] = met.error[l][i];
@@ -105,11 +110,12 @@ double mean(const std::vector<double>& values) {
 }
 
 /// The thresholds of a level: the same error expected in front of every layer, or less of it the less there is to save.
-std::vector<double> thresholds_at(int level, double slope, std::size_t layers) {
+std::vector<double> thresholds_at(int level, double slope, const std::vector<char>& chosen) {
   const double base = kSafest * std::pow(1 / kSafest, static_cast<double>(level) / (kLevels - 1));
   std::vector<double> thresholds;
-  for (std::size_t l = 0; l < layers; ++l) {
-    thresholds.push_back(base * (1 - slope * static_cast<double>(l) / static_cast<double>(layers)));
+  for (std::size_t l = 0; l < chosen.size(); ++l) {
+    const double own = base * (1 - slope * static_cast<double>(l) / static_cast<double>(chosen.size()));
+    thresholds.push_back(chosen[l] ? own : -1);
   }
   return thresholds;
 }
@@ -129,6 +135,69 @@ Met meet(const ExitModel& model, const ExitSample& sample, const at::Tensor& whi
     }
   }
   return met;
+}
+
+/// Layers that sequences may leave in front of, and how thresholds fall from layer to layer.
+struct Shape {
+  std::vector<char> chosen;
+  double slope = 0;
+};
+
+/// Milliseconds, a sequence, that looking for an answer in front of a layer takes where `rows` come together.
+double proposal_ms(const ExitModel& model, std::size_t layer, const ExitSample& sample, double rows,
+                   const ScoreFunction& scores) {
+  constexpr int kTimes = 5;
+  const auto n = std::clamp<std::int64_t>(std::llround(rows), 1, sample.outputs.size(0));
+  std::vector<double> times;
+  for (int i = 0; i < kTimes; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    static_cast<void>(model.propose(layer, sample.states[layer].narrow(0, 0, n), scores));
+    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
+    times.push_back(ms.count());
+  }
+  std::nth_element(times.begin(), times.begin() + kTimes / 2, times.end());
+  return times[kTimes / 2] / static_cast<double>(n);
+}
+
+/// Adds layer after layer as long as that saves time at errors somewhat below the budget: each look costs time too.
+Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& sample, const BudgetOptions& options) {
+  constexpr int kStep = 4;         // of the levels each such one is tried
+  constexpr double kMargin = 0.8;  // of the budget: a choice looks better on the data that it was made on
+  constexpr double kWorthIt = 0.99;
+  const std::size_t layers = model.layers.size();
+  Shape best{std::vector<char>(layers), 0};
+  double best_ms = std::accumulate(sample.layer_ms.begin(), sample.layer_ms.end(), 0.0);
+  std::vector<double> look_ms;
+  for (std::size_t l = 0; l < layers; ++l) {
+    look_ms.push_back(proposal_ms(model, l, sample, sample.batch_rows, options.scores));
+  }
+  const bool given = !options.exit_layers.empty();
+  for (const std::int64_t layer : options.exit_layers) best.chosen[static_cast<std::size_t>(layer)] = 1;
+  while (true) {
+    Shape next;
+    double next_ms = given ? std::numeric_limits<double>::infinity() : best_ms * kWorthIt;
+    for (std::size_t l = 0; l < layers; ++l) {
+      if (best.chosen[l] && !given) continue;
+      Shape tried = best;
+      if (!given) tried.chosen[l] = 1;
+      double looks = 0;
+      for (std::size_t k = 0; k < layers; ++k) looks += tried.chosen[k] ? look_ms[k] : 0;
+      for (const double slope : {0.0, 0.4, 0.8}) {
+        tried.slope = slope;
+        for (int level = 0; level < kLevels; level += kStep) {
+          const auto served = serve(tuning, thresholds_at(level, slope, tried.chosen), sample.layer_ms);
+          if (mean(served.error) > kMargin * options.budget.epsilon) break;
+          if (served.ms + looks >= next_ms) continue;
+          next_ms = served.ms + looks;
+          next = tried;
+        }
+      }
+    }
+    if (next.chosen.empty()) return best;
+    best = std::move(next);
+    best_ms = next_ms;
+    if (given) return best;
+  }
 }
 
 void fit_gates(ExitModel& model, const ExitSample& sample, const at::Tensor& which, const ScoreFunction& scores) {
@@ -207,24 +276,12 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
 
   const Budget& budget = options.budget;
   const auto kind = budget.metric == BudgetMetric::kRelativeError ? LossKind::kReal : LossKind::kBinary;
-  const std::size_t layers = model->layers.size();
-  double best = static_cast<double>(layers) + 1;
-  double slope = 0;
-  for (const double tried : {0.0, 0.4, 0.8}) {
-    double run = static_cast<double>(layers);
-    for (int level = 0; level < kLevels; ++level) {
-      const auto served = serve(tuning, thresholds_at(level, tried, layers));
-      if (mean(served.error) > 0.8 * budget.epsilon) break;
-      run = served.layers_run;
-    }
-    if (run < best) {
-      best = run;
-      slope = tried;
-    }
-  }
+  const Shape shape = choose_shape(*model, tuning, sample, options);
+  if (std::none_of(shape.chosen.begin(), shape.chosen.end(), [](char one) { return one != 0; })) return;
+  const auto at_level = [&](int level) { return thresholds_at(level, shape.slope, shape.chosen); };
   std::vector<std::vector<double>> errors;
   for (int level = 0; level < kLevels; ++level) {
-    errors.push_back(serve(certified, thresholds_at(level, slope, layers)).error);
+    errors.push_back(serve(certified, at_level(level), sample.layer_ms).error);
   }
   profile.typical_distance = model->typical_distance;
   profile.fitted = model->outputs.size(0);
@@ -233,10 +290,10 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   for (int safer = 0; safer <= kSaferLevels; ++safer, epsilon /= 2) {
     const auto level = choose_level(errors, epsilon, budget.delta, kind);
     if (level < 0) break;
-    const auto thresholds = thresholds_at(static_cast<int>(level), slope, layers);
+    const auto thresholds = at_level(static_cast<int>(level));
     model->thresholds.push_back(thresholds);
     if (safer > 0) continue;
-    const auto served = serve(certified, thresholds);
+    const auto served = serve(certified, thresholds, sample.layer_ms);
     const double left = std::accumulate(served.left.begin(), served.left.end(), 0.0);
     if (left == 0) return;  // nothing to gain
     profile.certified_error = mean(served.error);
@@ -247,6 +304,9 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
     }
   }
   if (model->thresholds.empty()) return;
+  for (std::size_t l = 0; l < shape.chosen.size(); ++l) {
+    if (!shape.chosen[l]) model->layers[l] = {};
+  }
   if (model->cache_free) {
     model->outputs = model->outputs.narrow(0, 0, 0);
     model->decisions = model->decisions.narrow(0, 0, 0);

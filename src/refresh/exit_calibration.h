@@ -15,6 +15,8 @@ namespace llmcache {
 struct ExitSample {
   std::vector<at::Tensor> states;  ///< one a layer: `[n, hidden]`, mean over its tokens of the state that enters it
   at::Tensor outputs;              ///< `[n, values]`, final pooled outputs
+  std::vector<double> layer_ms;    ///< time of each layer, a sequence
+  double batch_rows = 1;           ///< mean number of sequences that came together
 };
 
 /// What CalibrationProfile says: banks and translators from the first part of the sample, gates from the second, which

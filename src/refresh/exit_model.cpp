@@ -38,6 +38,9 @@ Decided decide(const at::Tensor& outputs, const ScoreFunction& scores) {
   return {places.select(1, 0), values.select(1, 0) - values.select(1, 1), (1 - probability).clamp_min(1e-6).log()};
 }
 
+constexpr std::int64_t kAxes = 64;        // principal axes that are searched on
+constexpr std::int64_t kCandidates = 32;  // entries that are then looked at in full
+
 at::Tensor same(const at::Tensor& a, const at::Tensor& b) { return a.eq(b).to(at::kFloat); }
 
 std::size_t bytes_of(std::initializer_list<at::Tensor> tensors) {
@@ -49,7 +52,29 @@ std::size_t bytes_of(std::initializer_list<at::Tensor> tensors) {
 }  // namespace
 
 std::size_t ExitLayer::bytes() const {
-  return bytes_of({centre, directions, lengths, translator, regressor}) + gate.means.size() * 3 * sizeof(double);
+  return bytes_of({centre, directions, lengths, projection, projected, translator, regressor}) +
+         gate.means.size() * 3 * sizeof(double);
+}
+
+std::pair<at::Tensor, at::Tensor> ExitLayer::nearest(const at::Tensor& wanted, std::int64_t count) const {
+  if (!projected.defined()) {
+    auto [similarity, numbers] = at::mm(wanted, directions.t()).topk(count, 1);
+    return {similarity, numbers};
+  }
+  const auto tried = std::min(kCandidates, directions.size(0));
+  const auto candidates = std::get<1>(at::mm(at::mm(wanted, projection), projected.t()).topk(tried, 1, true, false));
+  const auto rows = directions.index_select(0, candidates.reshape({-1})).view({wanted.size(0), tried, -1});
+  const auto [similarity, places] = at::bmm(rows, wanted.unsqueeze(2)).squeeze(2).topk(count, 1);
+  return {similarity, candidates.gather(1, places)};
+}
+
+void ExitLayer::index() {
+  constexpr std::int64_t kSearchedWhole = 512;
+  if (directions.size(0) <= kSearchedWhole || directions.size(1) <= 2 * kAxes) return;
+  // Ascending eigenvalues: the principal axes are the last ones.
+  const auto axes = std::get<1>(at::linalg_eigh(at::mm(directions.t(), directions)));
+  projection = axes.narrow(1, axes.size(1) - kAxes, kAxes).contiguous();
+  projected = at::mm(directions, projection);
 }
 
 ExitModel ExitModel::to(at::Device device) const {
@@ -64,6 +89,8 @@ ExitModel ExitModel::to(at::Device device) const {
     move(layer.centre);
     move(layer.directions);
     move(layer.lengths);
+    move(layer.projection);
+    move(layer.projected);
     move(layer.translator);
     move(layer.regressor);
   }
@@ -105,7 +132,7 @@ ExitModel::Described ExitModel::describe(std::size_t layer, const at::Tensor& st
     return described(regressed, {by_regression.margin, by_regression.doubt, distance(regressed, mean_output)});
   }
   const auto length = centred.norm(2, 1, true).clamp_min(1e-12);
-  const auto [similarity, neighbours] = at::mm(centred / length, own.directions.t()).topk(kNeighbours, 1);
+  const auto [similarity, neighbours] = own.nearest(centred / length, kNeighbours);
   const auto nearest = neighbours.select(1, 0);
   const auto best = similarity.select(1, 0);
   const auto cached = outputs.index_select(0, nearest);

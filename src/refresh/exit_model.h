@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "llmcache/refresh/budget.h"
@@ -16,16 +17,26 @@
 
 namespace llmcache {
 
-/// Bank, translators and gate of one layer. float32 on the model's device.
+/// Bank, translators and gate of one layer; all undefined where nothing leaves in front of it. float32 on the model's
+/// device.
 struct ExitLayer {
   at::Tensor centre;      ///< [hidden], mean of the kept states
   at::Tensor directions;  ///< [entries, hidden], kept states less the centre, at unit length
   at::Tensor lengths;     ///< [entries], theirs before
+  at::Tensor
+      projection;        ///< [hidden, k], principal axes of the directions; undefined: few enough to search as they are
+  at::Tensor projected;  ///< [entries, k], directions on these
   at::Tensor translator;  ///< [hidden, values]: W
   at::Tensor regressor;   ///< [hidden, values]: from f - centre to y - mean output
   LogisticModel gate;
 
+  [[nodiscard]] bool used() const { return centre.defined(); }
   [[nodiscard]] std::size_t bytes() const;
+  /// The `count` most similar entries of each of `directions` `[n, hidden]`, by cosine, the best first: similarities
+  /// and numbers, `[n, count]`. Of many entries the best on the principal axes are looked at in full.
+  [[nodiscard]] std::pair<at::Tensor, at::Tensor> nearest(const at::Tensor& wanted, std::int64_t count) const;
+  /// Makes `projection` and `projected` if that saves time.
+  void index();
 };
 
 /// Answers proposed for some sequences in front of one layer.
@@ -48,7 +59,7 @@ struct ExitModel {
   std::vector<ExitLayer> layers;
 
   /// Largest expected error at which a sequence leaves in front of each layer, [level][layer]: level 0 is the certified
-  /// one, each further one is safer.
+  /// one, each further one is safer. Below 0: none leaves there.
   std::vector<std::vector<double>> thresholds;
 
   [[nodiscard]] std::size_t bytes() const;

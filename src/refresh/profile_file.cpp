@@ -41,6 +41,8 @@ void for_each_tensor(Model& model, const Visit& visit) {
     visit(name("centre"), layer.centre);
     visit(name("directions"), layer.directions);
     visit(name("lengths"), layer.lengths);
+    visit(name("projection"), layer.projection);
+    visit(name("projected"), layer.projected);
     visit(name("translator"), layer.translator);
     visit(name("regressor"), layer.regressor);
   }
@@ -145,12 +147,24 @@ void check(const fs::path& path, const ExitModel& model) {
   const auto entries = model.outputs.size(0);
   const auto values = model.outputs.size(1);
   if (!is(model.decisions, {entries}) || !is(model.mean_output, {values})) fail();
-  for (const ExitLayer& layer : model.layers) {
-    if (!layer.centre.defined() || layer.centre.dim() != 1) fail();
+  for (std::size_t l = 0; l < model.layers.size(); ++l) {
+    const ExitLayer& layer = model.layers[l];
+    if (!layer.used()) {
+      for (const auto& thresholds : model.thresholds) {
+        if (thresholds.size() != model.layers.size() || thresholds[l] >= 0) fail();
+      }
+      continue;
+    }
+    if (layer.centre.dim() != 1) fail();
     const auto hidden = layer.centre.size(0);
     if (!is(layer.regressor, {hidden, values})) fail();
     if (!model.cache_free && (!is(layer.directions, {entries, hidden}) || !is(layer.lengths, {entries}) ||
                               !is(layer.translator, {hidden, values}) || entries < ExitModel::kLeastEntries)) {
+      fail();
+    }
+    if (layer.projected.defined() && (!layer.projection.defined() || layer.projection.dim() != 2 ||
+                                      !is(layer.projection, {hidden, layer.projection.size(1)}) ||
+                                      !is(layer.projected, {entries, layer.projection.size(1)}))) {
       fail();
     }
     const auto width = layer.gate.weights.size();

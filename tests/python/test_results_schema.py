@@ -231,7 +231,8 @@ class BenchTest(unittest.TestCase):
         for option in ("--model", "--workload", "--mode", "--fidelity", "--threads", "--limit", "--seconds", "--shuffle",
                        "--zipf", "--capacity-mib", "--data", "--models", "--json", "--list", "--tokenizer", "--threshold",
                        "--fingerprint", "--fingerprint-layer", "--centre", "--pca", "--cache-layers", "--eviction",
-                       "--ttl", "--shadow-rate", "--weights", "--output", "--shots"):
+                       "--ttl", "--shadow-rate", "--weights", "--output", "--shots", "--metric", "--epsilon", "--delta",
+                       "--calibration", "--early-exit"):
             self.assertIn(option, helped.stdout)
 
     def test_bad_arguments(self) -> None:
@@ -241,7 +242,11 @@ class BenchTest(unittest.TestCase):
             (("--seconds", "nan"), "--seconds"),
             (("--shuffle", "-1"), "--shuffle"),
             (("--mode", "turbo"), "turbo"),
-            (("--fidelity", "budget"), "budget"),
+            (("--fidelity", "sloppy"), "sloppy"),
+            (("--metric", "speed"), "speed"),
+            (("--epsilon", "0"), "0"),
+            (("--early-exit", "late"), "late"),
+            (("--calibration", "profile.json", "--epsilon", "0.01,0.02"), "one --epsilon"),
             (("--weights", "int8"), "int8"),
             (("--output", "some"), "some"),
             (("--shots", "-1"), "--shots"),

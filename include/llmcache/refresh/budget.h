@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "llmcache/bank/format.h"
 
@@ -71,6 +72,10 @@ struct BudgetOptions {
   /// For models with one pooled output a sequence. Default: with the cached neighbour.
   EarlyExit early_exit = EarlyExit::kCachedNeighbour;
 
+  /// Layers in front of which sequences may leave, ascending, from 0 (before any layer has run). Empty (default): the
+  /// calibration takes those where looking for an answer saves more time than it costs, as it measures both.
+  std::vector<std::int64_t> exit_layers = {};
+
   /// Reuse of token states between near-identical sequences of an encoder: an edited document, a passage under another
   /// question, a fixed instruction before changing text. Default: if the calibration finds it cheaper than early exits.
   bool token_reuse = true;
@@ -89,8 +94,8 @@ struct BudgetOptions {
 
   /// Share of reused answers that are computed in full too, 0 to 1, while nothing speaks against the calibration; more
   /// are as soon as something does. 0 switches the supervision off: the promise then rests on the calibration alone.
-  /// After a sudden drift some 1 / audit_rate wrong answers are served before one is noticed. Default 0.1.
-  double audit_rate = 0.1;
+  /// After a sudden drift some 1 / audit_rate wrong answers are served before one is noticed. Default 0.05.
+  double audit_rate = 0.05;
 
   /// False (default): an audited answer is the full computation's, made within the call. True: the reused answer is
   /// returned, and a thread of the cache's own computes it in full afterwards (early exits only).
@@ -99,8 +104,8 @@ struct BudgetOptions {
   /// Chooses what is audited, and how calibration splits its sample. Any value; default 0.
   std::uint64_t seed = 0;
 
-  /// Throws Error(kInvalidOptions) that names the field at fault.
-  void validate() const;
+  /// Throws Error(kInvalidOptions) that names the field at fault. `layers`: of the model, 0 if not known.
+  void validate(std::int64_t layers = 0) const;
 };
 
 }  // namespace llmcache

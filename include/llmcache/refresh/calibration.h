@@ -27,8 +27,9 @@ class CalibrationSample {
 
 /// Reuse of token states (encoders) or of segments (decoders), as a calibration chose it.
 ///
-/// The sample is served in its order with each setting and in full: its first fifth fills the bank, every other
-/// sequence of the rest puts the settings in order of their error, the others certify them as below.
+/// The sample, its first 1,000 requests at most, is served in its order with each setting and in full: its first fifth
+/// fills the bank, every other sequence of the rest puts the settings in order of their error, the others certify them
+/// as below.
 struct ReuseChoice {
   std::string mechanism;                        ///< "token reuse" or "segment reuse"
   BankFormat format = BankFormat::kAsComputed;  ///< in which states were held
