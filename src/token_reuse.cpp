@@ -175,6 +175,7 @@ TokenReuse::TokenReuse(const Model& model, const InputSpec& inputs, const Output
     positions_ = llmcache::output_positions(model, inputs.vocabulary, output, profile);
     moves_ = layers_ignore_places(model, inputs.vocabulary);
     bank_ = make_bank(0);
+    // Checked as computed, whatever the format is: that loses something on purpose.
     bank_ = make_bank(8 * bank_->layout().bytes(64) + (std::size_t{1} << 20));
     verify();
   } catch (const Error&) {
@@ -182,7 +183,7 @@ TokenReuse::TokenReuse(const Model& model, const InputSpec& inputs, const Output
   } catch (const std::exception& error) {
     unavailable(fmt::format("tiny sequences raised: {}", reason_of(error)));
   }
-  bank_ = make_bank(capacity_bytes);
+  bank_ = make_bank(capacity_bytes, options_.format);
 }
 
 StateLayout TokenReuse::layout() const {
@@ -193,7 +194,6 @@ StateLayout TokenReuse::layout() const {
   Plan plan{1, 3, layers_, {compute_all(0, 0, 3, layers_)}};
   execute_packed(model_, probe, plan, {}, &captured, report);
   StateLayout layout;
-  layout.format = options_.format;
   const auto add = [&](const at::Tensor& tensor, std::int64_t dim) {
     auto sizes = tensor.movedim(dim, 0).sizes().vec();
     sizes.erase(sizes.begin());
@@ -216,11 +216,12 @@ StateLayout TokenReuse::layout() const {
   return layout;
 }
 
-std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes) const {
+std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, BankFormat format) const {
   TokenBank::Settings settings;
   settings.capacity_bytes = capacity_bytes;
   settings.eviction = options_.eviction;
   settings.layout = bank_ ? bank_->layout() : layout();
+  settings.layout.format = format;
   settings.alignment = {options_.least_shifted, moves_};
   settings.least_averaged = options_.least_averaged;
   settings.most_averaged = options_.most_averaged;

@@ -120,7 +120,8 @@ class TokenReuse {
   struct Row;
 
   [[nodiscard]] StateLayout layout() const;
-  [[nodiscard]] std::unique_ptr<TokenBank> make_bank(std::size_t capacity_bytes) const;
+  [[nodiscard]] std::unique_ptr<TokenBank> make_bank(std::size_t capacity_bytes,
+                                                     BankFormat format = BankFormat::kAsComputed) const;
   void verify();
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<Row> rows_of(const Batch& batch, const std::string& tenant) const;
