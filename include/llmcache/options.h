@@ -83,7 +83,8 @@ Weights weights_from_string(const std::string& text);
 /// of all sequences in a prefix tree, so that a request computes only what follows the longest prefix
 /// known from any earlier request of its tenant. Used where ModelProfile::prefix_reuse is true.
 struct PrefixOptions {
-  /// Part of Options::capacity_bytes that keys and values get, 0 to 1; the rest keeps whole outputs.
+  /// Part of Options::capacity_bytes that keys and values get, 0 to 1; the rest keeps whole outputs. For kBudget: part
+  /// of what BudgetOptions::capacity_share leaves.
   /// 0 switches prefix reuse off. Default 0.9: outputs of a language model are large and cheap to make again.
   double capacity_share = 0.9;
 
