@@ -30,7 +30,10 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Argu
                                          : BudgetMetric::kDecision),
       cut_(cut),
       progress_(progress) {
-  if (probe) scores_ = scores_of(*probe);
+  if (!probe) return;
+  scores_ = scores_of(*probe);
+  // On texts that the probe was fitted on its decisions are clearer than on others.
+  if (probe->fit_requests > 0 && probe->fit_requests < tokens.fill_requests) first_ = probe->fit_requests;
 }
 
 BudgetOptions Calibration::options(const Setting& setting) const {
@@ -55,7 +58,7 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
       auto& sample = samples_[setting.weights];
       if (sample.exit == nullptr) {
         const auto start = std::chrono::steady_clock::now();
-        std::int64_t next = 0;
+        std::int64_t next = first_;
         sample = cache.run_sample([&]() -> std::optional<Inputs> {
           if (next == tokens_.fill_requests) return std::nullopt;
           const std::int64_t number = next++;
@@ -63,9 +66,9 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
         });
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         progress_.note(
-            fmt::format("note: {}: calibrated on the {} requests of its training part ({} different "
+            fmt::format("note: {}: calibrated on {} requests of its training part ({} different "
                         "sequences), which ran in {:.0f} s before the clock started",
-                        tokens_.workload, tokens_.fill_requests, sample.sequences, seconds.count()));
+                        tokens_.workload, requests(), sample.sequences, seconds.count()));
       }
       cache.calibrate(sample);
       if (file) cache.calibration()->save(arguments_.calibration);

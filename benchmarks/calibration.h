@@ -37,8 +37,8 @@ class Calibration {
   [[nodiscard]] std::vector<double> errors(const Returned& answer, const Returned& plain) const;
   [[nodiscard]] BudgetMetric metric() const { return metric_; }
 
-  /// Requests that were calibrated on.
-  [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests; }
+  /// Requests that were calibrated on: those of the fill part that the probe was not fitted on, all if there are none.
+  [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests - first_; }
 
  private:
   [[nodiscard]] at::Tensor pooled(const c10::IValue& output) const;
@@ -50,6 +50,7 @@ class Calibration {
   const std::int64_t cut_;
   Progress& progress_;
   ScoreFunction scores_;
+  std::int64_t first_ = 0;                            // request that is calibrated on
   std::map<std::string, CalibrationSample> samples_;  // by how weights are held
   double typical_distance_ = 0;
 };

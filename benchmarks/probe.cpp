@@ -47,6 +47,7 @@ Probe parse_probe(std::string_view bytes, const std::string& name) {
   if (accuracy.empty() || *end != '\0' || !(probe.train_accuracy >= 0 && probe.train_accuracy <= 1)) {
     in.damaged(fmt::format("its train_accuracy is '{}', expected a number from 0 to 1", accuracy));
   }
+  if (in.optional_text("fit_requests")) probe.fit_requests = in.whole_number("fit_requests");
   std::vector<std::int64_t> shape;
   probe.weight = in.values<float>("weight", 2, &shape);
   probe.bias = in.values<float>("bias");

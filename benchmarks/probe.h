@@ -5,7 +5,7 @@
 //   bias    float32 [classes]
 //
 // Metadata (strings): workload, model, model_sha256 (of the model's .pt), classes (JSON list of names),
-// train_accuracy, version "1".
+// train_accuracy, version "1", and perhaps fit_requests.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct Probe {
   std::string model;
   std::string model_sha256;
   std::vector<std::string> classes;
-  double train_accuracy = 0;  ///< 0 to 1
+  double train_accuracy = 0;       ///< 0 to 1
+  std::int64_t fit_requests = -1;  ///< of the fill part, those that it was fitted on; -1: all
   std::int64_t dims = 0;
   std::vector<float> weight;  ///< [classes, dims], row by row
   std::vector<float> bias;    ///< [classes]
