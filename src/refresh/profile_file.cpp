@@ -56,7 +56,7 @@ std::string packed(const ExitModel& model) {
     if (!tensor.defined()) return;
     const auto own = tensor.to(at::kCPU).contiguous();
     const std::size_t begin = values.size();
-    values.append(static_cast<const char*>(own.const_data_ptr()), own.nbytes());
+    if (own.nbytes() > 0) values.append(static_cast<const char*>(own.const_data_ptr()), own.nbytes());
     header[name] = {{"dtype", own.scalar_type() == at::kLong ? "I64" : "F32"},
                     {"shape", own.sizes().vec()},
                     {"data_offsets", {begin, values.size()}}};
@@ -92,7 +92,7 @@ void unpack(const fs::path& path, const std::string& bytes, ExitModel& model) {
     }
     if (begin > end || end > size || end - begin != expected) damaged(path, "'" + name + "' is cut off");
     tensor = at::empty(shape, at::TensorOptions().dtype(type));
-    std::memcpy(tensor.data_ptr(), values + begin, expected);
+    if (expected > 0) std::memcpy(tensor.data_ptr(), values + begin, expected);
   });
 }
 
