@@ -6,6 +6,7 @@
 #include <random>
 #include <thread>
 
+#include "refresh/exit_calibration.h"
 #include "support.h"
 
 namespace llmcache::test {
@@ -370,6 +371,28 @@ TEST_F(BudgetTest, WhatCannotBeCalibratedIsRefusedAndTheOldProfileStays) {
   small.capacity_bytes = 4096;
   LayerCache<Module> cramped(load_model(kModel), small);
   EXPECT_THAT([&] { cramped.calibrate(Traffic(1).sample(300)); }, ThrowsError(ErrorCode::kInvalidOptions, "capacity"));
+}
+
+TEST(BudgetBanks, StayWithinTheirCapacityWithWhatTheyAreSearchedBy) {
+  // Wide enough for a search on principal axes.
+  at::manual_seed(3);
+  ExitSample sample;
+  const auto topics = at::randn({20, 160});
+  const auto inputs = topics.index_select(0, at::randint(20, {3000}, at::kLong)) + 0.2 * at::randn({3000, 160});
+  sample.states = {inputs, inputs * 2};
+  sample.outputs = at::mm(inputs, at::randn({160, 24}));
+  sample.layer_ms = {1, 1};
+  BudgetOptions options;
+  options.budget.epsilon = 0.1;
+  options.exit_layers = {0, 1};
+  for (const std::size_t capacity : {1'400'000, 3'000'000, 20'000'000}) {
+    CalibrationProfile profile;
+    calibrate_exit(sample, options, capacity, profile);
+    ASSERT_TRUE(profile.reuses()) << capacity;
+    EXPECT_TRUE(profile.exit->layers[0].projected.defined());
+    EXPECT_LE(profile.bytes, capacity);
+    EXPECT_EQ(profile.bytes, profile.exit->bytes());
+  }
 }
 
 TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {

@@ -71,7 +71,8 @@ class LayerCacheBase {
   /// For a cache made for Fidelity::kBudget: runs a sample of the traffic in full (no labels are needed), fits what is
   /// to be reused, finds out how readily it may be (CalibrationProfile tells how), and goes by the result from then on.
   /// `sample` gives one batch after another, and nothing at the end: requests drawn independently from what will be
-  /// served, in the thousands for an epsilon of 0.01. Identical ones count once. Nothing of it is kept but the banks.
+  /// served, in the thousands for an epsilon of 0.01. Identical ones count once. Nothing of it is kept but the banks;
+  /// token states that were kept before are dropped.
   /// Other calls may go on meanwhile; those that begin later go by the result.
   ///
   /// Throws Error as forward(), kInvalidOptions if the cache was made for another fidelity, kNotAvailable with the

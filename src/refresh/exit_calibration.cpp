@@ -247,12 +247,12 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   model->metric = options.budget.metric;
   model->cache_free = options.early_exit == EarlyExit::kCacheFree;
   const auto certifying = rows.narrow(0, fitted + gated, n - fitted - gated);
-  // What an entry takes in the banks: its states and lengths, its output and its decision.
+  // What an entry takes in the banks: its states and lengths, what they are searched by, its output and its decision.
   std::int64_t entry = sample.outputs.size(1) * 4 + 8;
   std::int64_t fixed = 0;
   for (const at::Tensor& states : sample.states) {
-    fixed += states.size(1) * 4 * (1 + 2 * sample.outputs.size(1)) + 4096;
-    if (!model->cache_free) entry += (states.size(1) + 1) * 4;
+    fixed += states.size(1) * 4 * (1 + ExitLayer::kAxes + 2 * sample.outputs.size(1)) + 4096;
+    if (!model->cache_free) entry += (states.size(1) + 1 + ExitLayer::kAxes) * 4;
   }
   const auto room = (static_cast<std::int64_t>(capacity_bytes) - fixed) / entry;
   if (room < fitted + gated) {

@@ -38,7 +38,6 @@ Decided decide(const at::Tensor& outputs, const ScoreFunction& scores) {
   return {places.select(1, 0), values.select(1, 0) - values.select(1, 1), (1 - probability).clamp_min(1e-6).log()};
 }
 
-constexpr std::int64_t kAxes = 64;        // principal axes that are searched on
 constexpr std::int64_t kCandidates = 32;  // entries that are then looked at in full
 
 at::Tensor same(const at::Tensor& a, const at::Tensor& b) { return a.eq(b).to(at::kFloat); }

@@ -20,6 +20,8 @@ namespace llmcache {
 /// Bank, translators and gate of one layer; all undefined where nothing leaves in front of it. float32 on the model's
 /// device.
 struct ExitLayer {
+  static constexpr std::int64_t kAxes = 64;  ///< k of `projection`
+
   at::Tensor centre;      ///< [hidden], mean of the kept states
   at::Tensor directions;  ///< [entries, hidden], kept states less the centre, at unit length
   at::Tensor lengths;     ///< [entries], theirs before

@@ -61,7 +61,8 @@ const char* to_string(EarlyExit early_exit) noexcept;
 EarlyExit early_exit_from_string(const std::string& text);
 
 /// Settings of Fidelity::kBudget. What is reused, and how readily, LayerCache::calibrate() finds out; without a
-/// calibration nothing is reused beyond kLossless.
+/// calibration nothing is reused beyond kLossless. Banks of early exits are made of the calibration sample, and serve
+/// all tenants: calibrate on what all of them may be answered from. Token states are kept for each tenant apart.
 struct BudgetOptions {
   Budget budget = {};
 
