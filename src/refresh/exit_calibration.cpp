@@ -251,8 +251,9 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   std::int64_t entry = sample.outputs.size(1) * 4 + 8;
   std::int64_t fixed = 0;
   for (const at::Tensor& states : sample.states) {
-    fixed += states.size(1) * 4 * (1 + ExitLayer::kAxes + 2 * sample.outputs.size(1)) + 4096;
-    if (!model->cache_free) entry += (states.size(1) + 1 + ExitLayer::kAxes) * 4;
+    const auto axes = model->cache_free ? 0 : ExitLayer::axes_for(states.size(1));
+    fixed += states.size(1) * 4 * (1 + axes + 2 * sample.outputs.size(1)) + 4096;
+    if (!model->cache_free) entry += (states.size(1) + 1 + axes) * 4;
   }
   const auto room = (static_cast<std::int64_t>(capacity_bytes) - fixed) / entry;
   if (room < fitted + gated) {

@@ -69,7 +69,7 @@ std::pair<at::Tensor, at::Tensor> ExitLayer::nearest(const at::Tensor& wanted, s
 
 void ExitLayer::index() {
   constexpr std::int64_t kSearchedWhole = 512;
-  if (directions.size(0) <= kSearchedWhole || directions.size(1) <= 2 * kAxes) return;
+  if (directions.size(0) <= kSearchedWhole || axes_for(directions.size(1)) == 0) return;
   // Ascending eigenvalues: the principal axes are the last ones.
   const auto axes = std::get<1>(at::linalg_eigh(at::mm(directions.t(), directions)));
   projection = axes.narrow(1, axes.size(1) - kAxes, kAxes).contiguous();

@@ -21,6 +21,8 @@ namespace llmcache {
 /// device.
 struct ExitLayer {
   static constexpr std::int64_t kAxes = 64;  ///< k of `projection`
+  /// Axes that states of this width are searched on, if there are many entries; 0: they are searched as they are.
+  static constexpr std::int64_t axes_for(std::int64_t hidden) { return hidden > 2 * kAxes ? kAxes : 0; }
 
   at::Tensor centre;      ///< [hidden], mean of the kept states
   at::Tensor directions;  ///< [entries, hidden], kept states less the centre, at unit length
