@@ -239,8 +239,18 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
   std::unordered_set<std::string> known;
   std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
   std::vector<at::Tensor> outputs;
-  std::vector<double> layer_ms(static_cast<std::size_t>(layers));
+  // Requests as they come, and some of their sequences alone.
+  constexpr std::int64_t kAlone = 24;
+  std::vector<double> together_ms(static_cast<std::size_t>(layers));
+  std::vector<double> alone_ms(static_cast<std::size_t>(layers));
   std::int64_t ran = 0;
+  std::int64_t alone = 0;
+  const auto pass = [&](const Batch& part, Recorder* recorder, std::vector<double>& layer_ms) {
+    ForwardReport report;
+    auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, recorder);
+    for (std::size_t l = 0; l < layer_ms.size(); ++l) layer_ms[l] += report.layer_ms[l];
+    return result;
+  };
   for (const Batch& batch : requests) {
     // Identical requests are answered without any error: they are no evidence.
     std::vector<std::int64_t> rows;
@@ -252,10 +262,12 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
     if (rows.empty()) continue;
     const Batch part = batch.select(rows);
     Recorder recorder(layers);
-    ForwardReport report;
-    const auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, &recorder);
+    const auto result = pass(part, &recorder, together_ms);
     ran += part.rows;
-    for (std::size_t l = 0; l < layer_ms.size(); ++l) layer_ms[l] += report.layer_ms[l];
+    if (alone < kAlone) {
+      pass(batch.select({rows[static_cast<std::size_t>(alone) % rows.size()]}), nullptr, alone_ms);
+      ++alone;
+    }
     const auto pooled = result.toTensor().to(at::kFloat);
     if (pooled.dim() != 2) {
       throw Error(ErrorCode::kNotAvailable,
@@ -269,8 +281,12 @@ std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector
   }
   auto all = std::make_shared<ExitSample>();
   all->outputs = at::cat(outputs);
-  for (const double ms : layer_ms) all->layer_ms.push_back(ms / static_cast<double>(ran));
-  all->batch_rows = static_cast<double>(ran) / static_cast<double>(outputs.size());
+  const auto passes = static_cast<double>(outputs.size());
+  all->batch_rows = static_cast<double>(ran) / passes;
+  for (std::size_t l = 0; l < states.size(); ++l) {
+    all->layer_times.push_back(
+        PartTime::from(alone_ms[l] / static_cast<double>(alone), together_ms[l] / passes, all->batch_rows));
+  }
   for (auto& layer : states) {
     all->states.push_back(at::cat(layer));
     layer.clear();

@@ -381,7 +381,7 @@ TEST(BudgetBanks, StayWithinTheirCapacityWithWhatTheyAreSearchedBy) {
   const auto inputs = topics.index_select(0, at::randint(20, {3000}, at::kLong)) + 0.2 * at::randn({3000, 160});
   sample.states = {inputs, inputs * 2};
   sample.outputs = at::mm(inputs, at::randn({160, 24}));
-  sample.layer_ms = {1, 1};
+  sample.layer_times = {{0, 1}, {0, 1}};
   BudgetOptions options;
   options.budget.epsilon = 0.1;
   options.exit_layers = {0, 1};

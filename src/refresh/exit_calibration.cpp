@@ -18,12 +18,10 @@
 namespace llmcache {
 namespace {
 
-constexpr double kFittedShare = 0.5;       // banks and translators
-constexpr double kGateShare = 0.2;         // gates; the rest certifies
-constexpr std::int64_t kPairs = 3;         // neighbours of each entry that the translator is fitted on
-constexpr std::int64_t kSearchRows = 512;  // of the bank compared with the whole of it at once
-constexpr double kPenalty = 1e-2;          // of ridge regressions, in units of an input's variance
-constexpr int kLevels = 160;               // thresholds tried, evenly on a logarithmic scale
+constexpr double kFittedShare = 0.5;  // banks and translator
+constexpr double kGateShare = 0.2;    // gates; the rest certifies
+constexpr double kPenalty = 1e-2;     // of ridge regressions, in units of an input's variance
+constexpr int kLevels = 160;          // thresholds tried, evenly on a logarithmic scale
 constexpr double kSafest = 1e-4;
 constexpr int kSaferLevels = 3;  // kept below the certified one, each for half the error
 
@@ -38,38 +36,13 @@ at::Tensor weights_of(const at::Tensor& x, const at::Tensor& y, double penalty) 
   return at::tensor(fitted.weights).view({inputs.size(1), outputs.size(1)}).to(x.device());
 }
 
-/// Of each entry the `kPairs` most similar others: int64 [n, kPairs].
-at::Tensor neighbours_of(const ExitLayer& layer) {
-  std::vector<at::Tensor> found;
-  const auto entries = layer.directions.size(0);
-  for (std::int64_t begin = 0; begin < entries; begin += kSearchRows) {
-    const auto rows = std::min(kSearchRows, entries - begin);
-    auto [similarity, numbers] = layer.nearest(layer.directions.narrow(0, begin, rows), kPairs + 1);
-    // Itself, wherever it came out, goes last.
-    const auto own = numbers.eq(at::arange(begin, begin + rows, numbers.options()).unsqueeze(1));
-    const auto order = similarity.masked_fill(own, -2.0).argsort(1, true);
-    found.push_back(numbers.gather(1, order).narrow(1, 0, kPairs));
-  }
-  return at::cat(found);
-}
-
 ExitLayer fit_layer(const at::Tensor& states, const at::Tensor& outputs, bool cache_free) {
   ExitLayer layer;
   layer.centre = states.mean(0);
   const auto centred = states - layer.centre;
-  layer.regressor = weights_of(centred, outputs - outputs.mean(0), kPenalty);
+  layer.translator = weights_of(centred, outputs - outputs.mean(0), kPenalty);
   if (cache_free) return layer;
-  layer.lengths = centred.norm(2, 1).clamp_min(1e-12);
-  layer.directions = centred / layer.lengths.unsqueeze(1);
-  layer.index();
-  const auto near = neighbours_of(layer);
-  std::vector<at::Tensor> from;
-  std::vector<at::Tensor> to;
-  for (std::int64_t k = 0; k < kPairs; ++k) {
-    from.push_back(centred - centred.index_select(0, near.select(1, k)));
-    to.push_back(outputs - outputs.index_select(0, near.select(1, k)));
-  }
-  layer.translator = weights_of(at::cat(from), at::cat(to), kPairs * kPenalty);
+  layer.keep(centred);
   return layer;
 }
 
@@ -86,20 +59,20 @@ struct Met {
 
 struct Served {
   std::vector<double> error;  ///< one a sequence
-  std::vector<double> left;   ///< sequences that leave in front of each layer
-  double ms = 0;              ///< of layers, mean
+  std::vector<double> left;   ///< share of the sequences that leave in front of each layer
 };
 
-Served serve(const Met& met, const std::vector<double>& thresholds, const std::vector<double>& layer_ms) {
+Served serve(const Met& met, const std::vector<double>& thresholds) {
   const std::size_t layers = met.expected.size();
   const std::size_t n = met.expected[0].size();
-  Served served{std::vector<double>(n, 0), std::vector<double>(layers, 0), 0};
+  Served served{std::vector<double>(n, 0), std::vector<double>(layers, 0)};
   for (std::size_t i = 0; i < n; ++i) {
-    std::size_t l = 0;
-    for (; l < layers && !(met.expected[l][i] <= thresholds[l]); ++l) served.ms += layer_ms[l] / static_cast<double>(n);
-    if (l == layers) continue;
-    served.left[l] += 1;
-    served.error[i] = met.error[l][i];
+    for (std::size_t l = 0; l < layers; ++l) {
+      if (!(met.expected[l][i] <= thresholds[l])) continue;
+      served.left[l] += 1 / static_cast<double>(n);
+      served.error[i] = met.error[l][i];
+      break;
+    }
   }
   return served;
 }
@@ -143,21 +116,59 @@ struct Shape {
   double slope = 0;
 };
 
-/// Milliseconds, a sequence, that looking for an answer in front of a layer takes where `rows` come together.
-double proposal_ms(const ExitModel& model, std::size_t layer, const ExitSample& sample, double rows,
-                   const ScoreFunction& scores) {
-  constexpr int kTimes = 5;
-  const auto n = std::clamp<std::int64_t>(std::llround(rows), 1, sample.outputs.size(0));
+/// Milliseconds that looking for answers for `rows` sequences in front of a layer takes.
+double look_ms(const ExitModel& model, std::size_t layer, const ExitSample& sample, std::int64_t rows,
+               const ScoreFunction& scores) {
+  constexpr int kTimes = 7;
   std::vector<double> times;
   for (int i = 0; i < kTimes; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    static_cast<void>(model.propose(layer, sample.states[layer].narrow(0, 0, n), scores));
+    static_cast<void>(model.propose(layer, sample.states[layer].narrow(0, i * rows, rows), scores));
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
     times.push_back(ms.count());
   }
   std::nth_element(times.begin(), times.begin() + kTimes / 2, times.end());
-  return times[kTimes / 2] / static_cast<double>(n);
+  return times[kTimes / 2];
 }
+
+/// What passes take by which sequences leave where.
+class PassTime {
+ public:
+  PassTime(const ExitModel& model, const ExitSample& sample, const BudgetOptions& options)
+      : layers_(sample.layer_times),
+        rows_(std::max(1.0, sample.batch_rows)),
+        audited_(options.background_audit ? 0 : options.audit_rate) {
+    const auto many = std::clamp<std::int64_t>(std::llround(rows_), 1, sample.outputs.size(0) / 8);
+    for (std::size_t l = 0; l < model.layers.size(); ++l) {
+      looks_.push_back(PartTime::from(look_ms(model, l, sample, 1, options.scores),
+                                      look_ms(model, l, sample, many, options.scores), static_cast<double>(many)));
+    }
+  }
+
+  /// Milliseconds a sequence; `left`: share of the sequences that leave in front of each layer.
+  [[nodiscard]] double ms(const std::vector<double>& left, const std::vector<char>& looked_at) const {
+    double running = 1;
+    double total = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      if (looked_at[l]) total += part(looks_[l], running);
+      running -= left[l];
+      total += part(layers_[l], running + audited_ * (1 - running));
+    }
+    return total;
+  }
+
+ private:
+  /// Of a batch in which each sequence runs with the probability `share`.
+  [[nodiscard]] double part(const PartTime& time, double share) const {
+    const double any = 1 - std::pow(std::clamp(1 - share, 0.0, 1.0), rows_);
+    return time.pass_ms * any / rows_ + time.sequence_ms * share;
+  }
+
+  std::vector<PartTime> layers_;
+  std::vector<PartTime> looks_;
+  double rows_;
+  double audited_;
+};
 
 /// Adds layer after layer as long as that saves time at errors somewhat below the budget: each look costs time too.
 Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& sample, const BudgetOptions& options) {
@@ -165,12 +176,9 @@ Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& 
   constexpr double kMargin = 0.8;  // of the budget: a choice looks better on the data that it was made on
   constexpr double kWorthIt = 0.99;
   const std::size_t layers = model.layers.size();
+  const PassTime time(model, sample, options);
   Shape best{std::vector<char>(layers), 0};
-  double best_ms = std::accumulate(sample.layer_ms.begin(), sample.layer_ms.end(), 0.0);
-  std::vector<double> look_ms;
-  for (std::size_t l = 0; l < layers; ++l) {
-    look_ms.push_back(proposal_ms(model, l, sample, sample.batch_rows, options.scores));
-  }
+  double best_ms = time.ms(std::vector<double>(layers), best.chosen);
   const bool given = !options.exit_layers.empty();
   for (const std::int64_t layer : options.exit_layers) best.chosen[static_cast<std::size_t>(layer)] = 1;
   while (true) {
@@ -180,15 +188,14 @@ Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& 
       if (best.chosen[l] && !given) continue;
       Shape tried = best;
       if (!given) tried.chosen[l] = 1;
-      double looks = 0;
-      for (std::size_t k = 0; k < layers; ++k) looks += tried.chosen[k] ? look_ms[k] : 0;
       for (const double slope : {0.0, 0.4, 0.8}) {
         tried.slope = slope;
         for (int level = 0; level < kLevels; level += kStep) {
-          const auto served = serve(tuning, thresholds_at(level, slope, tried.chosen), sample.layer_ms);
+          const auto served = serve(tuning, thresholds_at(level, slope, tried.chosen));
           if (mean(served.error) > kMargin * options.budget.epsilon) break;
-          if (served.ms + looks >= next_ms) continue;
-          next_ms = served.ms + looks;
+          const double ms = time.ms(served.left, tried.chosen);
+          if (ms >= next_ms) continue;
+          next_ms = ms;
           next = tried;
         }
       }
@@ -225,6 +232,12 @@ void fit_banks(ExitModel& model, const ExitSample& sample, const at::Tensor& whi
 
 }  // namespace
 
+PartTime PartTime::from(double alone_ms, double together_ms, double rows) {
+  if (rows < 2) return {alone_ms, 0};
+  const double more = std::clamp((together_ms - alone_ms) / (rows - 1), 0.0, together_ms / rows);
+  return {std::max(0.0, together_ms - rows * more), more};
+}
+
 void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
                     CalibrationProfile& profile) {
   const auto n = sample.outputs.size(0);
@@ -252,7 +265,7 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   std::int64_t fixed = 0;
   for (const at::Tensor& states : sample.states) {
     const auto axes = model->cache_free ? 0 : ExitLayer::axes_for(states.size(1));
-    fixed += states.size(1) * 4 * (1 + axes + 2 * sample.outputs.size(1)) + 4096;
+    fixed += states.size(1) * 4 * (1 + axes + sample.outputs.size(1)) + 4096;
     if (!model->cache_free) entry += (states.size(1) + 1 + axes) * 4;
   }
   const auto room = (static_cast<std::int64_t>(capacity_bytes) - fixed) / entry;
@@ -282,7 +295,7 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   const auto at_level = [&](int level) { return thresholds_at(level, shape.slope, shape.chosen); };
   std::vector<std::vector<double>> errors;
   for (int level = 0; level < kLevels; ++level) {
-    errors.push_back(serve(certified, at_level(level), sample.layer_ms).error);
+    errors.push_back(serve(certified, at_level(level)).error);
   }
   profile.typical_distance = model->typical_distance;
   profile.fitted = model->outputs.size(0);
@@ -294,15 +307,12 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
     const auto thresholds = at_level(static_cast<int>(level));
     model->thresholds.push_back(thresholds);
     if (safer > 0) continue;
-    const auto served = serve(certified, thresholds, sample.layer_ms);
-    const double left = std::accumulate(served.left.begin(), served.left.end(), 0.0);
-    if (left == 0) return;  // nothing to gain
+    const auto served = serve(certified, thresholds);
+    profile.expected_share = std::accumulate(served.left.begin(), served.left.end(), 0.0);
+    if (profile.expected_share == 0) return;  // nothing to gain
     profile.certified_error = mean(served.error);
     profile.error_bound = upper_bound(served.error, budget.delta, kind == LossKind::kBinary);
-    profile.expected_share = left / static_cast<double>(profile.certified);
-    for (const double share : served.left) {
-      profile.expected_exits.push_back(share / static_cast<double>(profile.certified));
-    }
+    profile.expected_exits = served.left;
   }
   if (model->thresholds.empty()) return;
   for (std::size_t l = 0; l < shape.chosen.size(); ++l) {

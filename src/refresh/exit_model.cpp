@@ -4,6 +4,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <cmath>
 #include <span>
 
 #include "llmcache/error.h"
@@ -32,15 +33,24 @@ struct Decided {
 
 Decided decide(const at::Tensor& outputs, const ScoreFunction& scores) {
   const auto own = scores_of(outputs, scores);
-  if (own.size(1) < 2) return {at::zeros({own.size(0)}, at::kLong), own.select(1, 0), at::zeros_like(own.select(1, 0))};
+  if (own.size(1) < 2) {
+    return {at::zeros({own.size(0)}, own.options().dtype(at::kLong)), own.select(1, 0),
+            at::zeros_like(own.select(1, 0))};
+  }
   const auto [values, places] = own.topk(2, 1);
   const auto probability = (values.select(1, 0) - own.logsumexp(1)).exp();
   return {places.select(1, 0), values.select(1, 0) - values.select(1, 1), (1 - probability).clamp_min(1e-6).log()};
 }
 
-constexpr std::int64_t kCandidates = 32;  // entries that are then looked at in full
+constexpr double kNoise = 0.1;  // variance of what states do not tell, in units of the process's own
 
-at::Tensor same(const at::Tensor& a, const at::Tensor& b) { return a.eq(b).to(at::kFloat); }
+/// Row after row on the host.
+template <class T>
+std::vector<T> values_of(const at::Tensor& tensor) {
+  const auto own = tensor.to(at::kCPU, c10::CppTypeToScalarType<T>::value).contiguous();
+  const T* values = own.template const_data_ptr<T>();
+  return {values, values + own.numel()};
+}
 
 std::size_t bytes_of(std::initializer_list<at::Tensor> tensors) {
   std::size_t total = 0;
@@ -51,29 +61,46 @@ std::size_t bytes_of(std::initializer_list<at::Tensor> tensors) {
 }  // namespace
 
 std::size_t ExitLayer::bytes() const {
-  return bytes_of({centre, directions, lengths, projection, projected, translator, regressor}) +
+  return bytes_of({centre, states, lengths, projection, projected, translator}) +
          gate.means.size() * 3 * sizeof(double);
 }
 
-std::pair<at::Tensor, at::Tensor> ExitLayer::nearest(const at::Tensor& wanted, std::int64_t count) const {
-  if (!projected.defined()) {
-    auto [similarity, numbers] = at::mm(wanted, directions.t()).topk(count, 1);
-    return {similarity, numbers};
-  }
-  const auto tried = std::min(kCandidates, directions.size(0));
-  const auto candidates = std::get<1>(at::mm(at::mm(wanted, projection), projected.t()).topk(tried, 1, true, false));
-  const auto rows = directions.index_select(0, candidates.reshape({-1})).view({wanted.size(0), tried, -1});
-  const auto [similarity, places] = at::bmm(rows, wanted.unsqueeze(2)).squeeze(2).topk(count, 1);
-  return {similarity, candidates.gather(1, places)};
-}
-
-void ExitLayer::index() {
+void ExitLayer::keep(const at::Tensor& centred) {
   constexpr std::int64_t kSearchedWhole = 512;
-  if (directions.size(0) <= kSearchedWhole || axes_for(directions.size(1)) == 0) return;
+  states = centred;
+  lengths = centred.norm(2, 1).clamp_min(1e-12);
+  if (states.size(0) <= kSearchedWhole || axes_for(states.size(1)) == 0) return;
+  const auto directions = states / lengths.unsqueeze(1);
   // Ascending eigenvalues: the principal axes are the last ones.
   const auto axes = std::get<1>(at::linalg_eigh(at::mm(directions.t(), directions)));
   projection = axes.narrow(1, axes.size(1) - kAxes, kAxes).contiguous();
   projected = at::mm(directions, projection);
+}
+
+at::Tensor ExitLayer::nearest(const at::Tensor& wanted, std::int64_t count) const {
+  const auto similarity = projected.defined() ? at::mm(at::mm(wanted, projection), projected.t())
+                                              : at::mm(wanted, states.t()).div_(lengths);
+  return std::get<1>(similarity.topk(count, 1, true, false));
+}
+
+ExitLayer::Kriged ExitLayer::krige(const at::Tensor& wanted, const at::Tensor& numbers) const {
+  const auto n = numbers.size(0);
+  const auto count = numbers.size(1);
+  const auto flat = numbers.reshape({-1});
+  const auto near = states.index_select(0, flat).view({n, count, -1});
+  const auto length = lengths.index_select(0, flat).view({n, count});
+  const auto own = wanted.norm(2, 1, true).clamp_min(1e-12);
+  const auto products = at::bmm(near, wanted.unsqueeze(2)).squeeze(2);
+  // Squared distances by products; the mean of those between entries is twice their mean square.
+  const auto scale = 2 * lengths.square().mean().clamp_min(1e-12);
+  const auto squares = length.square();
+  const auto like = [&](at::Tensor squared) { return squared.clamp_min_(0).div_(scale).neg_().exp_(); };
+  auto among = like(at::baddbmm(squares.unsqueeze(1) + squares.unsqueeze(2), near, near.transpose(1, 2), 1, -2));
+  among.diagonal(0, 1, 2).fill_(1 + kNoise);
+  const auto here = like(squares + own.square() - 2 * products);
+  const auto weights = std::get<0>(at::linalg_solve_ex(among, here.unsqueeze(2))).squeeze(2);
+  const auto met = at::bmm(weights.unsqueeze(1), near).squeeze(1);
+  return {products / (length * own), weights, met, 1 - (weights * here).sum(1)};
 }
 
 ExitModel ExitModel::to(at::Device device) const {
@@ -86,12 +113,11 @@ ExitModel ExitModel::to(at::Device device) const {
   move(moved.mean_output);
   for (ExitLayer& layer : moved.layers) {
     move(layer.centre);
-    move(layer.directions);
+    move(layer.states);
     move(layer.lengths);
     move(layer.projection);
     move(layer.projected);
     move(layer.translator);
-    move(layer.regressor);
   }
   return moved;
 }
@@ -116,39 +142,55 @@ at::Tensor decisions_of(const at::Tensor& outputs, const ScoreFunction& scores) 
 ExitModel::Described ExitModel::describe(std::size_t layer, const at::Tensor& states,
                                          const ScoreFunction& scores) const {
   const ExitLayer& own = layers[layer];
+  const auto n = states.size(0);
+  const auto rows = static_cast<std::size_t>(n);
   const auto centred = states - own.centre;
-  const auto regressed = mean_output + at::mm(centred, own.regressor);
-  const Decided by_regression = decide(regressed, scores);
-  const auto distance = [&](const at::Tensor& a, const at::Tensor& b) {
-    return (a - b).norm(2, 1) / std::max(typical_distance, 1e-12);
-  };
-  const auto described = [](const at::Tensor& answers, const std::vector<at::Tensor>& features) {
-    const auto table = at::stack(features, 1).to(at::kCPU, at::kDouble).contiguous();
-    const auto* values = table.const_data_ptr<double>();
-    return Described{answers, {values, values + table.numel()}};
-  };
+  const auto regressed = mean_output + at::mm(centred, own.translator);
+  const double distance = std::max(typical_distance, 1e-12);
   if (cache_free) {
-    return described(regressed, {by_regression.margin, by_regression.doubt, distance(regressed, mean_output)});
+    const Decided decided = decide(regressed, scores);
+    return {regressed, values_of<double>(at::stack(
+                           {decided.margin, decided.doubt, (regressed - mean_output).norm(2, 1) / distance}, 1))};
   }
-  const auto length = centred.norm(2, 1, true).clamp_min(1e-12);
-  const auto [similarity, neighbours] = own.nearest(centred / length, kNeighbours);
-  const auto nearest = neighbours.select(1, 0);
-  const auto best = similarity.select(1, 0);
-  const auto cached = outputs.index_select(0, nearest);
-  const auto difference =
-      centred - own.directions.index_select(0, nearest) * own.lengths.index_select(0, nearest).unsqueeze(1);
-  const auto corrected = cached + at::mm(difference, own.translator);
-  const auto near = decisions.index_select(0, neighbours.reshape({-1})).view_as(neighbours);
-  const auto by_cache = near.select(1, 0);
-  const Decided by_correction = decide(corrected, scores);
-  const Decided by_mean = decide((corrected + regressed) / 2, scores);
-  return described(corrected,
-                   {best, best - similarity.select(1, kNeighbours - 1), same(near, by_cache.unsqueeze(1)).mean(1),
-                    same(near, by_correction.decision.unsqueeze(1)).mean(1), by_correction.margin, by_regression.margin,
-                    by_mean.margin, by_correction.doubt, by_regression.doubt, by_mean.doubt,
-                    same(by_correction.decision, by_regression.decision), same(by_correction.decision, by_cache),
-                    by_correction.margin * by_regression.margin, best * by_correction.margin,
-                    distance(corrected, regressed), distance(corrected, cached), distance(regressed, cached)});
+  const auto weighted = std::min(kWeighted, outputs.size(0));
+  const auto numbers = own.nearest(centred, weighted);
+  const auto kriged = own.krige(centred, numbers);
+  const auto [similarity, places] = kriged.similarity.topk(kNeighbours, 1);
+  const auto neighbours = numbers.gather(1, places);
+  const auto answers = outputs.index_select(0, numbers.reshape({-1})).view({n, weighted, -1});
+  const auto correction =
+      at::bmm(kriged.weights.unsqueeze(1), answers - mean_output).squeeze(1) - at::mm(kriged.met, own.translator);
+  const auto corrected = regressed + correction;
+  const auto cached = outputs.index_select(0, neighbours.select(1, 0));
+  // The host gets all that the gate is to know at once, and one call of `scores` serves all three answers.
+  const Decided decided = decide(at::cat({corrected, regressed, regressed + correction / 2}), scores);
+  const auto clear = values_of<double>(at::stack({decided.margin, decided.doubt}));
+  const auto far = values_of<double>(at::stack({correction, corrected - cached, regressed - cached}).norm(2, 2));
+  const auto best = values_of<double>(similarity);
+  const auto unknown = values_of<double>(kriged.unknown);
+  const auto chosen = values_of<std::int64_t>(decided.decision);
+  const auto near = values_of<std::int64_t>(decisions.index_select(0, neighbours.reshape({-1})));
+  const auto count = static_cast<std::size_t>(kNeighbours);
+  Described described{corrected, {}};
+  for (std::size_t i = 0; i < rows; ++i) {
+    const auto margin = [&](std::size_t answer) { return clear[answer * rows + i]; };
+    const auto doubt = [&](std::size_t answer) { return clear[(3 + answer) * rows + i]; };
+    const auto own_near = std::span(near).subspan(i * count, count);
+    const auto share = [&](std::int64_t decision) {
+      return static_cast<double>(std::count(own_near.begin(), own_near.end(), decision)) / static_cast<double>(count);
+    };
+    const std::int64_t by_correction = chosen[i];
+    const std::int64_t by_regression = chosen[rows + i];
+    const double nearest = best[i * count];
+    for (const double feature :
+         {nearest, nearest - best[i * count + count - 1], share(own_near[0]), share(by_correction), margin(0),
+          margin(1), margin(2), doubt(0), doubt(1), doubt(2), by_correction == by_regression ? 1.0 : 0.0,
+          by_correction == own_near[0] ? 1.0 : 0.0, margin(0) * margin(1), nearest * margin(0), far[i] / distance,
+          far[rows + i] / distance, far[2 * rows + i] / distance, std::log(std::max(unknown[i], 1e-6))}) {
+      described.features.push_back(feature);
+    }
+  }
+  return described;
 }
 
 Proposal ExitModel::propose(std::size_t layer, const at::Tensor& states, const ScoreFunction& scores) const {

@@ -1,9 +1,12 @@
 // Early exit with the cached neighbour: what a sequence's answer is taken from before its last layer has run.
 //
 // At layer l let f be the mean over a sequence's tokens of the state that enters it. The bank of l holds (f', y') of
-// earlier sequences, y' being the final output. Proposed is y' + W (f - f') of the nearest f', W a ridge regression
-// from differences of states to differences of outputs, and a gate (a logistic regression) tells the error to expect. A
-// second answer, regressed from f alone, is one of the gate's features, or itself the answer (EarlyExit::kCacheFree).
+// earlier sequences, y' being the final output. Proposed is what the nearest of them answered, corrected:
+//   sum of w' y' + W (f - sum of w' f') + (1 - sum of w') mean y
+// with W a ridge regression from f to y, and w' the weights of kriging (a Gaussian process over the nearest entries:
+// Rasmussen and Williams, 2006, 2.2; Datta et al., arXiv 1406.7343), so that what W misses at the neighbours is put
+// right in their midst, and nothing is changed far from them. A gate (a logistic regression) tells the error to expect.
+// What W says by itself is one of the gate's features, or itself the answer (EarlyExit::kCacheFree).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,30 +20,37 @@
 
 namespace llmcache {
 
-/// Bank, translators and gate of one layer; all undefined where nothing leaves in front of it. float32 on the model's
+/// Bank, translator and gate of one layer; all undefined where nothing leaves in front of it. float32 on the model's
 /// device.
 struct ExitLayer {
   static constexpr std::int64_t kAxes = 64;  ///< k of `projection`
   /// Axes that states of this width are searched on, if there are many entries; 0: they are searched as they are.
   static constexpr std::int64_t axes_for(std::int64_t hidden) { return hidden > 2 * kAxes ? kAxes : 0; }
 
-  at::Tensor centre;      ///< [hidden], mean of the kept states
-  at::Tensor directions;  ///< [entries, hidden], kept states less the centre, at unit length
-  at::Tensor lengths;     ///< [entries], theirs before
+  at::Tensor centre;   ///< [hidden], mean of the kept states
+  at::Tensor states;   ///< [entries, hidden], kept states less the centre
+  at::Tensor lengths;  ///< [entries], theirs
   at::Tensor
-      projection;        ///< [hidden, k], principal axes of the directions; undefined: few enough to search as they are
-  at::Tensor projected;  ///< [entries, k], directions on these
-  at::Tensor translator;  ///< [hidden, values]: W
-  at::Tensor regressor;   ///< [hidden, values]: from f - centre to y - mean output
+      projection;  ///< [hidden, k], principal axes of their directions; undefined: few enough to search as they are
+  at::Tensor projected;   ///< [entries, k], directions on these
+  at::Tensor translator;  ///< [hidden, values]: W, from f - centre to y - mean output
   LogisticModel gate;
 
   [[nodiscard]] bool used() const { return centre.defined(); }
   [[nodiscard]] std::size_t bytes() const;
-  /// The `count` most similar entries of each of `directions` `[n, hidden]`, by cosine, the best first: similarities
-  /// and numbers, `[n, count]`. Of many entries the best on the principal axes are looked at in full.
-  [[nodiscard]] std::pair<at::Tensor, at::Tensor> nearest(const at::Tensor& wanted, std::int64_t count) const;
-  /// Makes `projection` and `projected` if that saves time.
-  void index();
+  /// Takes the states of the bank, less the centre, and makes what they are searched by.
+  void keep(const at::Tensor& centred);
+  /// Numbers of the `count` most similar entries, by cosine (of many entries on the principal axes), of each state less
+  /// the centre, `[n, hidden]`: `[n, count]`, in no order.
+  [[nodiscard]] at::Tensor nearest(const at::Tensor& wanted, std::int64_t count) const;
+  struct Kriged {
+    at::Tensor similarity;  ///< [n, count], cosines
+    at::Tensor weights;     ///< [n, count]
+    at::Tensor met;         ///< [n, hidden], sum of the weighted states less the centre
+    at::Tensor unknown;     ///< [n], share of the variance that the entries leave unknown, 0 to 1
+  };
+  /// For states less the centre `[n, hidden]`, and entries near them `[n, count]`.
+  [[nodiscard]] Kriged krige(const at::Tensor& wanted, const at::Tensor& numbers) const;
 };
 
 /// Answers proposed for some sequences in front of one layer.
@@ -51,7 +61,8 @@ struct Proposal {
 
 /// Immutable once made: safe from many threads.
 struct ExitModel {
-  static constexpr std::int64_t kNeighbours = 5;
+  static constexpr std::int64_t kNeighbours = 5;  ///< whose decisions are features of the gate
+  static constexpr std::int64_t kWeighted = 32;   ///< nearest entries that make the answer
   static constexpr std::int64_t kLeastEntries = 32;
 
   BudgetMetric metric = BudgetMetric::kDecision;
@@ -67,7 +78,7 @@ struct ExitModel {
   std::vector<std::vector<double>> thresholds;
 
   [[nodiscard]] std::size_t bytes() const;
-  [[nodiscard]] std::size_t features() const noexcept { return cache_free ? 3 : 17; }  ///< of its gates
+  [[nodiscard]] std::size_t features() const noexcept { return cache_free ? 3 : 18; }  ///< of its gates
   /// The same with all tensors on `device`.
   [[nodiscard]] ExitModel to(at::Device device) const;
   /// Proposals for `states` `[n, hidden]` in front of `layer`, whose gate has been fitted.

@@ -17,7 +17,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 namespace fs = std::filesystem;
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr const char* kFormat = "llmcache calibration";
 constexpr std::uint64_t kLargestHeader = 100 << 20;
 
@@ -39,12 +39,11 @@ void for_each_tensor(Model& model, const Visit& visit) {
     auto& layer = model.layers[l];
     const auto name = [&](const char* what) { return fmt::format("layers.{}.{}", l, what); };
     visit(name("centre"), layer.centre);
-    visit(name("directions"), layer.directions);
+    visit(name("states"), layer.states);
     visit(name("lengths"), layer.lengths);
     visit(name("projection"), layer.projection);
     visit(name("projected"), layer.projected);
     visit(name("translator"), layer.translator);
-    visit(name("regressor"), layer.regressor);
   }
 }
 
@@ -157,9 +156,9 @@ void check(const fs::path& path, const ExitModel& model) {
     }
     if (layer.centre.dim() != 1) fail();
     const auto hidden = layer.centre.size(0);
-    if (!is(layer.regressor, {hidden, values})) fail();
-    if (!model.cache_free && (!is(layer.directions, {entries, hidden}) || !is(layer.lengths, {entries}) ||
-                              !is(layer.translator, {hidden, values}) || entries < ExitModel::kLeastEntries)) {
+    if (!is(layer.translator, {hidden, values})) fail();
+    if (!model.cache_free &&
+        (!is(layer.states, {entries, hidden}) || !is(layer.lengths, {entries}) || entries < ExitModel::kLeastEntries)) {
       fail();
     }
     if (layer.projected.defined() && (!layer.projection.defined() || layer.projection.dim() != 2 ||
