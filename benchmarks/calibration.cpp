@@ -9,7 +9,6 @@
 #include "failure.h"
 
 namespace llmcache::bench {
-namespace {
 
 ScoreFunction scores_of(const Probe& probe) {
   const auto classes = static_cast<std::int64_t>(probe.classes.size());
@@ -17,8 +16,6 @@ ScoreFunction scores_of(const Probe& probe) {
   const auto bias = at::tensor(probe.bias);
   return [weight, bias](const at::Tensor& outputs) { return at::addmm(bias, outputs.to(at::kFloat), weight); };
 }
-
-}  // namespace
 
 Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Arguments& arguments,
                          const std::optional<Probe>& probe, bool decoder, std::int64_t cut, Progress& progress)

@@ -18,6 +18,9 @@
 
 namespace llmcache::bench {
 
+/// The probe's classes as BudgetOptions::scores.
+ScoreFunction scores_of(const Probe& probe);
+
 /// For one model on one workload.
 class Calibration {
  public:

@@ -20,7 +20,8 @@ constexpr const char* kSample = "sample";
 /// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
 const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
 /// Made for reuse within an error budget: they run only if asked for.
-const std::vector<std::string> kForBudgets = {"agnews", "chat-edit", "edits", "instruct", "passages", "sst2"};
+const std::vector<std::string> kForBudgets = {"agnews",   "chat-edit", "clinc150-in-scope", "edits",
+                                              "instruct", "passages",  "small-edits",       "sst2"};
 /// Long, and no more telling with random weights than generate-128: such models run them only if asked to.
 const std::set<std::string> kForRealWeights = {"chat", "generate-512"};
 constexpr const char* kSuffix = ".safetensors";

@@ -18,12 +18,14 @@ from raw_files import DataError, json_lines, text_of
 from traffic import AS_IT_IS, EDIT_KINDS, Request, Sequence, Traffic, shuffled
 
 PERCENTS = (1, 2, 5, 10, 20)
+SMALL_PERCENTS = (1, 1, 2, 2)  # as many edits again: a document that is corrected here and there
 PASSAGES = 40  # at most, in each of the two parts
 WORDPIECES = 1.07  # for each word or sign of SQuAD's text
 SPECIAL_TOKENS = 2
 MARGIN = 40  # a text of the model's full length could not take any addition
 
 Words = list[str]
+Sizes = tuple[int, ...]
 
 
 def changed_words(words: int, percent: float) -> int:
@@ -87,7 +89,7 @@ def passages_of(path: Path, tokens: int) -> list[Words]:
     return passages
 
 
-def read_edits(path: Path, tokens: int, most_tokens: int) -> Traffic:
+def read_edits(path: Path, tokens: int, most_tokens: int, percents: Sizes = PERCENTS) -> Traffic:
     """Passages of about `tokens` tokens, each followed by its edits of all kinds and sizes in random order.
 
     The first passages fill, with their edits, and others ask. What edits put in comes from the same part's passages."""
@@ -100,7 +102,7 @@ def read_edits(path: Path, tokens: int, most_tokens: int) -> Traffic:
         for number, words in enumerate(part):
             draw = random.Random(f"{tokens} {' '.join(words)}")
             others = [word for other in part[:number] + part[number + 1 :] for word in other]
-            edits = [(kind, percent) for kind in EDIT_KINDS if kind != AS_IT_IS for percent in PERCENTS]
+            edits = [(kind, percent) for kind in EDIT_KINDS if kind != AS_IT_IS for percent in percents]
             draw.shuffle(edits)
             requests.append(_request(words, AS_IT_IS, 0))
             requests += [_request(edited(words, *edit, others, draw), *edit) for edit in edits]

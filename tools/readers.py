@@ -167,12 +167,18 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def read_intents(
-    train: Path, test: Path, instruction: str = "", most: int | None = None, apart: bool = False
+    train: Path,
+    test: Path,
+    instruction: str = "",
+    most: int | None = None,
+    apart: bool = False,
+    without: str | None = None,
 ) -> Traffic:
     """Labelled texts in batches of eight: the training file fills the cache, the test file asks.
 
     In front of each text stands the instruction, if there is one, which is no part of what is pooled. At most
-    `most` training texts fill; where the parts are to be `apart`, none that the test file has too."""
+    `most` training texts fill; where the parts are to be `apart`, none that the test file has too. Texts of the class
+    `without` are left out."""
     rows: dict[Path, list[tuple[str, str]]] = {}
     known: set[str] = set()
     for path in (train, test):
@@ -182,13 +188,14 @@ def read_intents(
                 known.add(label)
             elif label not in known:
                 raise bad_line(path, number, f"label {label!r}", f"one of the {len(known)} labels of {train.name}")
-            rows[path].append((label, text))
+            if label != without:
+                rows[path].append((label, text))
         if not rows[path]:
             raise DataError(f"{path}: no record in it; fetch the file again")
     if apart:
         asked = {_words(text) for _, text in rows[test]}
         rows[train] = [(label, text) for label, text in rows[train] if _words(text) not in asked]
-    names = sorted(known)
+    names = sorted(known - {without})
     numbers = {name: number for number, name in enumerate(names)}
 
     def sequence(label: str, text: str) -> Sequence:

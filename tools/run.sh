@@ -12,7 +12,8 @@ usage: tools/run.sh test  [ctest arguments]            build everything, run all
 All install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
 the models, prepare the data, configure and build. A second call does only what is missing.
 `bench --model NAME...` and `bench --workload NAME...` export and prepare only those. `bench --workload openbookqa
---shots 5` puts five solved examples in front of each question, the same for all.
+--shots 5` puts five solved examples in front of each question, the same for all. `bench --fidelity budget` fits probes
+on a part of the training text, the rest of which calibrates.
 
 Environment:
   LLMCACHE_BUILD_DIR   where everything goes (default: build, in the repository)
@@ -41,6 +42,7 @@ readonly VENV="$BUILD/venv"
 readonly VENV_PYTHON="$VENV/bin/python"
 readonly PEERS_VENV="$BUILD/peers-venv"
 
+PROBE_SHARE_FOR_BUDGETS=0.4
 STEP="" HINT="" STARTED=0
 
 step() {  # step NAME HINT: what is about to run, and what to do should it fail
@@ -135,9 +137,9 @@ prepare_data() {  # arguments for prepare_data.py
   "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --out "$DATA" "$@"
 }
 
-fit_probes() {
+fit_probes() {  # arguments for fit_probe.py
   step "probes" "see the message above; they are fitted on the token files in $DATA"
-  "$VENV_PYTHON" "$ROOT/tools/fit_probe.py" --models "$MODELS" --data "$DATA"
+  "$VENV_PYTHON" "$ROOT/tools/fit_probe.py" --models "$MODELS" --data "$DATA" "$@"
 }
 
 compile_jobs() {
@@ -267,7 +269,7 @@ main_test() {
 }
 
 main_bench() {
-  local models workloads shots
+  local models workloads shots budgets
   # A .pt file of the user's own needs no export.
   mapfile -t models < <(values_of --model "$@" | grep -v '\.pt$')
   mapfile -t workloads < <(values_of --workload "$@")
@@ -284,7 +286,11 @@ main_bench() {
   ((${#models[@]} == 0)) || export_models "${models[@]}"
   prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots[0]:+--shots "${shots[0]}"}
   # The probes judge what a cache does to the answers on labelled workloads; they need one of these models.
-  [[ ! " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]] || fit_probes
+  # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
+  if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then
+    mapfile -t budgets < <(values_of --fidelity "$@" | grep -x budget)
+    fit_probes ${budgets[0]:+--fit-share "$PROBE_SHARE_FOR_BUDGETS"}
+  fi
   run_benchmark "$@"
   replay_trace
   write_report

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from edits import MARGIN, PERCENTS, read_edits
+from edits import MARGIN, PERCENTS, SMALL_PERCENTS, read_edits
 from instructions import INSTRUCTIONS
 from readers import (
     read_beginnings,
@@ -22,7 +22,7 @@ from readers import (
     read_wikitext,
 )
 from shared_texts import CORRECTIONS, DIALOGUES, POOL, TOGETHER, read_corrections, read_passages
-from traffic import MAX_TOKENS, Traffic
+from traffic import EDIT_KINDS, MAX_TOKENS, Traffic
 
 NEW_TOKENS = 32  # that are generated for each prompt
 PROMPT_TOKENS = (128, 512)
@@ -100,6 +100,16 @@ WORKLOADS: dict[str, Workload] = {
             FILL_SHUFFLED,
             read_intents,
             task="classification",
+        ),
+        Workload(
+            "clinc150-in-scope",
+            ("clinc150/train_small.tsv", "clinc150/test.tsv"),
+            "CLINC150 queries of the 150 intents in batches of eight, none out of scope: test part and training part "
+            "are draws of one kind",
+            FILL_SHUFFLED,
+            partial(read_intents, without="oos"),
+            task="classification",
+            on_request=True,
         ),
         Workload(
             "qqp",
@@ -184,18 +194,19 @@ WORKLOADS: dict[str, Workload] = {
         ),
         *(
             Workload(
-                f"edits-{tokens}",
+                f"{name}edits-{tokens}",
                 ("squad_v2/squad_v2_dev.jsonl",),
                 f"SQuAD passages of about {min(tokens, MAX_TOKENS - MARGIN)} tokens, one a request, each followed by "
-                f"edits of {', '.join(map(str, PERCENTS))} % of its words: substituted, inserted, deleted, appended, "
-                f"moved. Some passages fill, with their edits, others ask; what would be longer than {MAX_TOKENS} "
-                "tokens is left out",
+                f"{len(percents) * (len(EDIT_KINDS) - 1)} edits, of {', '.join(map(str, sorted(set(percents))))} % of "
+                "its words: substituted, inserted, deleted, appended, moved. Some passages fill, with their edits, "
+                f"others ask; what would be longer than {MAX_TOKENS} tokens is left out",
                 "passages shuffled, seed 0; edits of a passage behind it, shuffled",
-                partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS),
+                partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS, percents=percents),
                 encoders_only=True,
                 on_request=True,
                 whole=True,
             )
+            for name, percents in (("", PERCENTS), ("small-", SMALL_PERCENTS))
             for tokens in EDIT_TOKENS
         ),
         Workload(

@@ -17,7 +17,7 @@ import itertools
 
 import prepare_data
 import shared_texts
-from edits import PERCENTS, changed_words, edited, passages_of
+from edits import PERCENTS, SMALL_PERCENTS, changed_words, edited, passages_of
 from instructions import INSTRUCTIONS
 from prepare_data import Encoded, written
 from traffic import ANSWER, AS_IT_IS, EDIT_KINDS, Request, Sequence, Traffic
@@ -108,16 +108,19 @@ class ReaderTest(ToolTest):
         self.assertEqual(passages_of(path, 1000), [])
 
     def test_edits_follow_their_passage(self) -> None:
-        path = self.articles(5, 200)
-        traffic = WORKLOADS["edits-128"].read(path)
-        edits = len(KINDS) * len(PERCENTS)
+        for workload, percents in (("edits-128", PERCENTS), ("small-edits-128", SMALL_PERCENTS)):
+            with self.subTest(workload):
+                self.check_edits(WORKLOADS[workload].read(self.articles(5, 200)), percents)
+
+    def check_edits(self, traffic: Traffic, percents: tuple[int, ...]) -> None:
+        edits = len(KINDS) * len(percents)
         self.assertEqual((traffic.fill, len(traffic.requests)), (2 * (1 + edits), 4 * (1 + edits)))
         for start in range(0, len(traffic.requests), 1 + edits):
             original, *changed = (request.sequences[0] for request in traffic.requests[start : start + 1 + edits])
             self.assertEqual((original.edit_kind, original.edit_percent), (AS_IT_IS, 0))
             kinds = [(sequence.edit_kind, sequence.edit_percent) for sequence in changed]
-            self.assertEqual(sorted(kinds), sorted((kind, percent) for kind in KINDS for percent in PERCENTS))
-            self.assertNotEqual(kinds, [(kind, percent) for kind in KINDS for percent in PERCENTS], "not shuffled")
+            self.assertEqual(sorted(kinds), sorted((kind, percent) for kind in KINDS for percent in percents))
+            self.assertNotEqual(kinds, [(kind, percent) for kind in KINDS for percent in percents], "not shuffled")
             words = original.pair[0].split()
             passage = words[0].split("w")[0]
             for sequence in changed:
