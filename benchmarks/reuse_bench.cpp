@@ -11,6 +11,8 @@
 //   full, reuse   milliseconds of processor time of the one thread, the least of three calls, mean over the pairs;
 //          reuse: with look-up and alignment
 //   times  full / reuse
+// First, a line for each format that states may be held in: time of a hit and bytes of the bank as multiples of those
+// of float32, and the error.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
@@ -166,12 +168,54 @@ class Bench {
     model_->describe(profile_);
     output_ = probe(*model_, inputs_.vocabulary, {}, profile_);
     self_check(*model_, inputs_.vocabulary, output_, profile_);
-    const auto last = static_cast<std::int32_t>(model_->layers()) - 1;
-    reuse_ = std::make_unique<TokenReuse>(*model_, inputs_, output_, profile_, TokenReuseOptions{.kept_layers = {last}},
-                                          std::size_t{1} << 30);
+    reuse_ = reuse_in(BankFormat::kAsComputed);
   }
 
   const TokenReuse& reuse() const { return *reuse_; }
+
+  /// What each format of the bank costs: hits of all formats take turns, and their times are compared pair by pair.
+  void formats(const std::vector<Pair>& pairs, const TokenReuseSettings& settings, const std::string& name) {
+    constexpr int kTurns = 9;
+    const std::vector<BankFormat> all = {BankFormat::kAsComputed, BankFormat::kBFloat16, BankFormat::kFloat16,
+                                         BankFormat::kInt8};
+    std::vector<std::unique_ptr<TokenReuse>> banks;
+    for (const BankFormat format : all) banks.push_back(reuse_in(format));
+    std::vector<std::vector<double>> ratios(all.size());
+    std::vector<double> errors(all.size()), bytes(all.size());
+    std::vector<at::Tensor> outputs;
+    for (const Pair& pair : pairs) {
+      const Batch now = batch(pair.asked);
+      ForwardReport report;
+      std::vector<std::vector<double>> ms(all.size());
+      const auto full = vector_of(banks[0]->run(now, {}, {}, "", false, report).value, pair);
+      outputs.push_back(full);
+      for (std::size_t i = 0; i < banks.size(); ++i) {
+        banks[i]->clear();
+        for (const Ids& ids : pair.cached) banks[i]->keep(banks[i]->run(batch(ids), {}, {}, "", true, report).computed);
+        bytes[i] += static_cast<double>(banks[i]->counters().bytes);
+      }
+      for (int turn = 0; turn < kTurns; ++turn) {
+        for (std::size_t k = 0; k < banks.size(); ++k) {
+          const std::size_t i = (k + static_cast<std::size_t>(turn)) % banks.size();
+          at::Tensor got;
+          ms[i].push_back(timed([&] {
+            const auto matches = banks[i]->find(now, "");
+            got = vector_of(banks[i]->run(now, matches, settings, "", false, report).value, pair);
+          }));
+          if (turn == 0) errors[i] += (full - got).norm().item<double>();
+        }
+      }
+      for (std::size_t i = 0; i < banks.size(); ++i) ratios[i].push_back(median(ms[i]) / median(ms[0]));
+    }
+    const auto table = at::stack(outputs);
+    const auto n = static_cast<double>(pairs.size());
+    const double spread = at::cdist(table, table).sum().item<double>() / (n * (n - 1));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      fmt::print("{:<56} {:<12} time {:.3f}  bytes {:.3f}  error {:.4f}\n", name, to_string(all[i]), median(ratios[i]),
+                 bytes[i] / bytes[0], errors[i] / n / spread);
+    }
+    std::fflush(stdout);
+  }
 
   void run(const std::vector<Pair>& pairs, const TokenReuseSettings& settings, const std::string& name) {
     double cosine = 0, worst = 1, stale = 0, error = 0, fraction = 0, full_ms = 0, reuse_ms = 0;
@@ -213,6 +257,18 @@ class Bench {
   }
 
  private:
+  std::unique_ptr<TokenReuse> reuse_in(BankFormat format) const {
+    const auto last = static_cast<std::int32_t>(model_->layers()) - 1;
+    return std::make_unique<TokenReuse>(*model_, inputs_, output_, profile_,
+                                        TokenReuseOptions{.kept_layers = {last}, .format = format},
+                                        std::size_t{1} << 30);
+  }
+
+  static double median(std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+    return values[values.size() / 2];
+  }
+
   /// Processor time of this thread, the only one that works: what other programs do does not count.
   static double processor_ms() {
     timespec now{};
@@ -266,8 +322,6 @@ void run(const std::string& model, const std::string& tokens, std::size_t count,
   const Machine machine = this_machine();
   fmt::print("{}, {} cores, 1 thread; {}; weights {}\n{}; {} pairs a line\n", machine.cpu, machine.cores, compiler(),
              weights, bench.reuse().output_positions().note, count);
-  fmt::print("{:<56} {:>6} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6}\n", "case", "cos", "worst", "stale", "error",
-             "frac", "full", "reuse", "times");
   const auto pairs_of = [&](std::size_t length, Edit edit, std::size_t cached = 1) {
     std::vector<Pair> pairs;
     for (std::size_t i = 0; i < count; ++i)
@@ -275,7 +329,15 @@ void run(const std::string& model, const std::string& tokens, std::size_t count,
     return pairs;
   };
   TokenReuseSettings settings{.max_edit_fraction = 1, .max_computed_fraction = 1};
-  if (bench.reuse().output_positions().read == OutputRead::kPerToken) {
+  const bool per_token = bench.reuse().output_positions().read == OutputRead::kPerToken;
+  for (const std::size_t length : {128, 256, 512}) {
+    const Edit edit = per_token ? Edit::kQuestionBehind : Edit::kSubstitute1;
+    bench.formats(pairs_of(length, edit), settings,
+                  fmt::format("{} tokens, {}", length, kEdits[static_cast<std::size_t>(edit)].second));
+  }
+  fmt::print("{:<56} {:>6} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6}\n", "case", "cos", "worst", "stale", "error",
+             "frac", "full", "reuse", "times");
+  if (per_token) {
     for (const std::size_t length : {128, 256, 512}) {
       for (const std::int64_t samples : {0, 16}) {
         for (const std::size_t cached : {1, 8}) {

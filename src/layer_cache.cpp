@@ -11,7 +11,6 @@
 #include <mutex>
 #include <numeric>
 
-#include "bank/output_bank.h"
 #include "budget_reuse.h"
 #include "execute/batch.h"
 #include "execute/clock.h"
@@ -19,8 +18,8 @@
 #include "execute/plan_check.h"
 #include "execute/pooled_states.h"
 #include "execute/self_check.h"
+#include "known_outputs.h"
 #include "model/probe.h"
-#include "model/tensors_of.h"
 #include "prefix_reuse.h"
 #include "threshold_reuse.h"
 
@@ -61,14 +60,6 @@ ThreadReports& thread_reports() {
   return reports;
 }
 
-void append(std::string& key, const void* data, std::size_t bytes) {
-  key.append(static_cast<const char*>(data), bytes);
-}
-void append(std::string& key, std::int64_t number) { append(key, &number, sizeof(number)); }
-
-/// Answers that are not to be taken for the model's own.
-bool is_approximate(Source source) { return source == Source::kEarlyExit || source == Source::kPartial; }
-
 void number_rows(ForwardReport& report, std::uint64_t first) {
   for (std::size_t i = 0; i < report.sequences.size(); ++i) report.sequences[i].number = first + i;
 }
@@ -95,16 +86,6 @@ struct LayerCacheBase::Impl {
     model->describe(profile);
     output = probe(*model, inputs.vocabulary, options.mask_argument, profile);
     self_check(*model, inputs.vocabulary, output, profile);
-    all_per_token =
-        std::all_of(output.leaves.begin(), output.leaves.end(), [](const TokenDims& dims) { return dims.tokens >= 0; });
-    // The structure of a result, without data, to be filled when nothing has to be run.
-    if (keeps_rows()) {
-      const auto given = probe_inputs(inputs.vocabulary, model->device(), 1, 5);
-      auto result = model->plain(given);
-      if (result.isNone()) result = run_dense(*model, given);
-      skeleton =
-          map_tensors(result, [](const at::Tensor& t) { return at::empty(t.sizes(), t.options().device(at::kMeta)); });
-    }
     std::size_t capacity = options.capacity_bytes;
     const auto share = [&](double part) {
       const auto bytes = static_cast<std::size_t>(static_cast<double>(capacity) * part);
@@ -123,14 +104,14 @@ struct LayerCacheBase::Impl {
       }
       make_prefix_reuse(share);
     }
-    bank = std::make_unique<OutputBank>(capacity);
+    outputs = std::make_unique<KnownOutputs>(*model, inputs, output, profile, capacity);
     profile.wrap_ms += clock.lap();
   }
 
   /// Where the model lets a sequence take its beginning from another one.
   template <class Share>
   void make_prefix_reuse(Share share) {
-    if (!profile.causal || profile.granularity != Granularity::kTokens || !keeps_rows()) return;
+    if (!profile.causal || profile.granularity != Granularity::kTokens || !KnownOutputs::keeps_rows(profile)) return;
     // Verified in a cache of its own, whatever the capacity is.
     constexpr std::size_t kVerifying = std::size_t{1} << 30;
     PrefixOptions all = options.prefix;
@@ -152,93 +133,11 @@ struct LayerCacheBase::Impl {
                                            share(options.prefix.capacity_share));
   }
 
-  [[nodiscard]] bool keeps_rows() const { return profile.rows_independent && profile.per_row_output; }
-
-  /// Packing answers each row for itself, whatever the padding around it. Otherwise the padding is
-  /// part of the key.
-  [[nodiscard]] bool ignores_padding() const { return profile.granularity != Granularity::kWholeLayers; }
-
   [[nodiscard]] bool can_pack(const Batch& batch) const {
     return batch.contiguous && batch.tokens > 0 && profile.granularity != Granularity::kWholeLayers &&
            (batch.right_padded || profile.left_padding);
   }
 
-  /// Everything that decides a row's output, byte by byte.
-  std::string row_key(const Batch& batch, const std::vector<at::Tensor>& on_cpu, std::int64_t row,
-                      const std::string& tenant) const {
-    const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
-    const bool cut = ignores_padding() && batch.contiguous;
-    const std::int64_t first = cut ? span.first : 0;
-    const std::int64_t count = cut ? span.tokens : batch.width;
-    std::string key;
-    append(key, static_cast<std::int64_t>(tenant.size()));
-    key += tenant;
-    append(key, first);
-    append(key, count);
-    // Padding in front is part of it: ids there may decide positions. Padding behind is not.
-    for (std::size_t i = 0; i < on_cpu.size(); ++i) {
-      if (!on_cpu[i].defined()) {
-        key.push_back(static_cast<char>(-1));
-        continue;
-      }
-      key.push_back(static_cast<char>(on_cpu[i].scalar_type()));
-      const auto size = static_cast<std::int64_t>(on_cpu[i].element_size());
-      append(key, static_cast<const char*>(on_cpu[i].const_data_ptr()) + row * batch.width * size,
-             static_cast<std::size_t>((first + count) * size));
-    }
-    return key;
-  }
-
-  /// A result for all rows: known ones from their own tensors, the others from `computed`, whose row
-  /// number i is that of missing[i]. Padding is zero.
-  c10::IValue assemble(const Batch& batch, const std::vector<std::vector<at::Tensor>>& known,
-                       const std::vector<std::int64_t>& missing, const c10::IValue& computed) const {
-    const auto fresh = missing.empty() ? std::vector<at::Tensor>{} : tensors_of(computed);
-    std::size_t leaf = 0;
-    return map_tensors(skeleton, [&](const at::Tensor&) {
-      const TokenDims& dims = output.leaves[leaf];
-      at::Tensor all;
-      const auto sample = [&]() -> at::Tensor {
-        for (const auto& tensors : known) {
-          if (!tensors.empty()) return tensors[leaf];
-        }
-        return fresh[leaf];
-      }();
-      auto shape = sample.sizes().vec();
-      shape[static_cast<std::size_t>(dims.batch)] = batch.rows;
-      // Whole rows are kept as the model made them, which may be shorter than its input.
-      if (dims.tokens >= 0 && ignores_padding()) shape[static_cast<std::size_t>(dims.tokens)] = batch.width;
-      all = at::empty(shape, sample.options());
-      if (batch.padded) all.zero_();
-      for (std::size_t i = 0; i < missing.size(); ++i) {
-        all.narrow(dims.batch, missing[i], 1).copy_(fresh[leaf].narrow(dims.batch, static_cast<std::int64_t>(i), 1));
-      }
-      for (std::int64_t row = 0; row < batch.rows; ++row) {
-        const auto& tensors = known[static_cast<std::size_t>(row)];
-        if (tensors.empty()) continue;
-        auto target = all.narrow(dims.batch, row, 1);
-        const auto& kept = tensors[leaf];
-        if (dims.tokens >= 0) {
-          const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
-          const bool whole = kept.size(dims.tokens) == all.size(dims.tokens);
-          target = target.narrow(dims.tokens, whole ? 0 : span.first, kept.size(dims.tokens));
-        }
-        target.copy_(kept);
-      }
-      ++leaf;
-      return all;
-    });
-  }
-
-  /// Rows of a batch whose outputs are kept, and those that are not.
-  struct Known {
-    explicit Known(std::size_t rows) : keys(rows), entries(rows), missing(rows) {
-      std::iota(missing.begin(), missing.end(), std::int64_t{0});
-    }
-    std::vector<std::string> keys;  ///< empty for a row that cannot be kept
-    std::vector<std::shared_ptr<const OutputEntry>> entries;
-    std::vector<std::int64_t> missing;
-  };
   /// What was run for the missing rows.
   struct Computed {
     c10::IValue result;
@@ -255,14 +154,10 @@ struct LayerCacheBase::Impl {
   }
 
   c10::IValue forward(const Inputs& given, const RequestOptions& request, ForwardReport& report);
-  Known look_up(const Batch& batch, const std::string& tenant, bool exact, ForwardReport& report);
   Computed compute(const Batch& part, const RequestOptions& request, bool exact, bool prefixes, ForwardReport& report);
   Computed compute_within_budget(const Batch& part, const RequestOptions& request, ForwardReport& report);
   void check_made_for_budget() const;
   void warn_uncalibrated();
-  void keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
-            const ForwardReport& report);
-  [[nodiscard]] c10::IValue no_tokens(std::int64_t rows) const;
   void count(const Batch& batch, const ForwardReport& report, const Computed& computed);
   c10::IValue forward_threshold(const Batch& batch, const RequestOptions& request, std::uint64_t first_number,
                                 ForwardReport& report);
@@ -272,9 +167,7 @@ struct LayerCacheBase::Impl {
   InputSpec inputs;
   ModelProfile profile;
   OutputSpec output;
-  bool all_per_token = false;
-  c10::IValue skeleton;
-  std::unique_ptr<OutputBank> bank;
+  std::unique_ptr<KnownOutputs> outputs;
   std::unique_ptr<PrefixReuse> prefix;  ///< null unless the cache was made for kLossless and the model allows it
   std::unique_ptr<BudgetReuse> budget;  ///< null unless the cache was made for kBudget
   std::once_flag told_uncalibrated;
@@ -318,9 +211,10 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   const bool exact = fidelity == Fidelity::kIdentical;
   // Where only a part is wanted of what prefixes leave to compute, a whole output is not made.
   const bool cuts = prefixes || (within_budget && profile.causal);
-  const bool keeps = keeps_rows() && options.capacity_bytes > 0 && batch.rows > 0 && batch.width > 0 &&
-                     !(cuts && request.output != Output::kAll);
-  Known known = keeps ? look_up(batch, request.tenant, exact, report) : Known(static_cast<std::size_t>(batch.rows));
+  const bool keeps = KnownOutputs::keeps_rows(profile) && options.capacity_bytes > 0 && batch.rows > 0 &&
+                     batch.width > 0 && !(cuts && request.output != Output::kAll);
+  const KnownRows known =
+      keeps ? outputs->look_up(batch, request.tenant, exact, report) : KnownRows(static_cast<std::size_t>(batch.rows));
   report.lookup_ms = clock.lap();
 
   Computed computed;
@@ -340,49 +234,13 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   }
   number_rows(report, first_number);
   clock.lap();
-  if (keeps && computed.keep) keep(batch, known, computed, prefixes, report);
+  if (keeps && computed.keep) outputs->keep(batch, known, computed.result, !computed.packed, prefixes, report);
   c10::IValue result = std::move(computed.result);
-  if (!all_missing) {
-    std::vector<std::vector<at::Tensor>> tensors(known.entries.size());
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      if (known.entries[i]) tensors[i].assign(known.entries[i]->tensors().begin(), known.entries[i]->tensors().end());
-    }
-    result = assemble(batch, tensors, known.missing, result);
-  }
+  if (!all_missing) result = outputs->assemble(batch, known, result);
   if (!computed.cut) result = cut_output(result, output, batch, known_tokens(report), request.output);
   report.store_ms += clock.lap();
   count(batch, report, computed);
   return result;
-}
-
-LayerCacheBase::Impl::Known LayerCacheBase::Impl::look_up(const Batch& batch, const std::string& tenant, bool exact,
-                                                          ForwardReport& report) {
-  Known known(static_cast<std::size_t>(batch.rows));
-  known.missing.clear();
-  std::vector<at::Tensor> on_cpu;
-  for (const c10::IValue& input : batch.inputs) {
-    on_cpu.push_back(input.isTensor() ? input.toTensor().cpu().contiguous() : at::Tensor());
-  }
-  bool any_known = false;
-  for (std::int64_t row = 0; row < batch.rows; ++row) {
-    const auto i = static_cast<std::size_t>(row);
-    if (batch.spans[i].tokens == 0) continue;
-    known.keys[i] = row_key(batch, on_cpu, row, tenant);
-    known.entries[i] = bank->find(known.keys[i], exact);
-    any_known = any_known || known.entries[i];
-  }
-  for (std::int64_t row = 0; row < batch.rows; ++row) {
-    const auto i = static_cast<std::size_t>(row);
-    const bool only_padding = batch.spans[i].tokens == 0 && all_per_token && any_known;
-    if (!known.entries[i] && !only_padding) known.missing.push_back(row);
-    if (!known.entries[i]) continue;
-    SequenceReport& sequence = report.sequences[i];
-    sequence.source = Source::kIdentical;
-    sequence.similarity = 1;
-    sequence.reused_tokens = sequence.tokens;
-    for (LayerTokens& layer : sequence.layers) std::swap(layer.computed, layer.reused);
-  }
-  return known;
 }
 
 LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, const RequestOptions& request,
@@ -395,7 +253,7 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, 
       computed.result = prefix->run(part, request.tenant, request.output, report);
       computed.cut = profile.head_tokenwise;
       computed.packed = true;
-      if (computed.result.isNone()) computed.result = no_tokens(part.rows);
+      if (computed.result.isNone()) computed.result = outputs->no_tokens(part.rows);
     } else if (!exact && part.padded && can_pack(part)) {
       computed.result = execute_packed(*model, part.inputs, plan, {}, nullptr, report);
       computed.packed = true;
@@ -448,7 +306,8 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(const
       const bool any =
           std::any_of(answer->rows.begin(), answer->rows.end(), [](const auto& row) { return !row.empty(); });
       if (answer->computed.isNone()) rows.clear();
-      computed.result = any ? assemble(part, answer->rows, rows, answer->computed) : std::move(answer->computed);
+      computed.result =
+          any ? outputs->assemble(part, answer->rows, rows, answer->computed) : std::move(answer->computed);
       return computed;
     }
   } catch (const std::exception&) {
@@ -457,36 +316,6 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(const
     report.lookup_ms = looked_up;
   }
   return compute(part, request, false, false, report);
-}
-
-void LayerCacheBase::Impl::keep(const Batch& batch, const Known& known, const Computed& computed, bool prefixes,
-                                const ForwardReport& report) {
-  for (std::size_t m = 0; m < known.missing.size(); ++m) {
-    const auto i = static_cast<std::size_t>(known.missing[m]);
-    if (known.keys[i].empty() || is_approximate(report.sequences[i].source)) continue;
-    const RowSpan& span = batch.spans[i];
-    const bool cut = ignores_padding() && batch.contiguous;
-    const auto tensors = row_of(computed.result, output, static_cast<std::int64_t>(m), cut ? span.first : 0,
-                                cut ? span.tokens : batch.width, batch.width);
-    if (prefixes) {
-      // Its states are kept, which give the output again: worth room only for whole requests and small outputs.
-      std::size_t bytes = 0;
-      for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes();
-      if (report.sequences[i].reused_tokens > 0 || bytes > bank->capacity() / 8) continue;
-    }
-    bank->insert(known.keys[i], tensors, !computed.packed);
-  }
-}
-
-c10::IValue LayerCacheBase::Impl::no_tokens(std::int64_t rows) const {
-  std::size_t leaf = 0;
-  return map_tensors(skeleton, [&](const at::Tensor& like) {
-    const TokenDims& dims = output.leaves[leaf++];
-    auto shape = like.sizes().vec();
-    shape[static_cast<std::size_t>(dims.batch)] = rows;
-    if (dims.tokens >= 0) shape[static_cast<std::size_t>(dims.tokens)] = 0;
-    return at::zeros(shape, like.options().device(model->device()));
-  });
 }
 
 void LayerCacheBase::Impl::count(const Batch& batch, const ForwardReport& report, const Computed& computed) {
@@ -526,7 +355,7 @@ c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const Re
   }
   if (any_known) {
     if (result.isNone()) rows.clear();
-    result = assemble(batch, answer.rows, rows, result);
+    result = outputs->assemble(batch, answer.rows, rows, result);
   }
   report.lookup_ms = std::max(clock.lap() - model_ms, 0.0);
   requests += 1;
@@ -643,7 +472,7 @@ Stats LayerCacheBase::stats() const {
   stats.padding_skipped = impl_->padding_skipped;
   stats.prefix_hits = impl_->prefix_hits;
   stats.tokens_reused = impl_->tokens_reused;
-  const auto counters = impl_->bank->counters();
+  const auto counters = impl_->outputs->counters();
   stats.insertions = counters.insertions;
   stats.evictions = counters.evictions;
   stats.rejected = counters.rejected;
@@ -667,7 +496,7 @@ Stats LayerCacheBase::stats() const {
 const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->profile; }
 const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
 void LayerCacheBase::clear() {
-  impl_->bank->clear();
+  impl_->outputs->clear();
   if (impl_->prefix) impl_->prefix->clear();
   if (impl_->budget) impl_->budget->clear();
   if (impl_->threshold) impl_->threshold->clear();

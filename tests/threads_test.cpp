@@ -1,5 +1,9 @@
 // Many threads on one LayerCache; what each gets is compared with what the plain model gave before.
+#include <array>
 #include <atomic>
+#include <chrono>
+#include <functional>
+#include <numeric>
 #include <random>
 #include <thread>
 
@@ -239,6 +243,151 @@ TEST(ThresholdThreads, EightThreadsFillAndAsk) {
   EXPECT_EQ(stats.sequences, 8U * 40U * 2U);
   EXPECT_GT(stats.similar_hits, 0U);
   EXPECT_LE(stats.peak_bytes, options.capacity_bytes);
+}
+
+/// Four threads that serve `pool` within a budget; `beside` runs as long as they do. The mean of `error`, which gets
+/// the first output of each answer and of the plain model, must stay below `most`.
+void serve_within_budget(
+    LayerCacheBase& cache, const std::vector<Inputs>& pool, const std::vector<at::Tensor>& wanted,
+    const std::function<double(const at::Tensor& got, const at::Tensor& want)>& error, double most,
+    const RequestOptions& how = {}, const std::function<void()>& beside = [] { std::this_thread::yield(); }) {
+  constexpr unsigned kThreads = 4;
+  constexpr int kTurns = 60;
+  std::atomic<int> failed{0};
+  std::atomic<unsigned> running{kThreads};
+  std::array<double, kThreads> sums{};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 random(t);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const std::size_t i = random() % pool.size();
+        try {
+          const auto got = leaves(cache.forward(pool[i], how))[0];
+          if (!got.isfinite().all().item<bool>()) ++failed;
+          sums[t] += error(got, wanted[i]);
+          if (cache.last_report().sequences.empty()) ++failed;
+          if (cache.stats().bytes > cache.options().capacity_bytes) ++failed;
+          if (random() % 30 == 0) cache.clear();
+        } catch (const std::exception&) {
+          ++failed;
+        }
+      }
+      --running;
+    });
+  }
+  while (running > 0) beside();
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(failed, 0);
+  EXPECT_LE(std::accumulate(sums.begin(), sums.end(), 0.0) / (kThreads * kTurns), most);
+}
+
+std::vector<at::Tensor> plain_answers(const std::string& name, const std::vector<Inputs>& pool) {
+  Module plain = load_model(name);
+  std::vector<at::Tensor> answers;
+  for (const Inputs& inputs : pool) answers.push_back(leaves(run_plain(plain, inputs))[0]);
+  return answers;
+}
+
+TEST(BudgetThreads, LeaveEarlyAreAuditedAndCalibratedAtOnce) {
+  const auto info = model_info("tiny-bert-pooled");
+  const auto decide = [](const at::Tensor& outputs) {
+    return at::mm(outputs, at::sin(at::arange(outputs.size(1) * 4, at::kFloat)).view({outputs.size(1), 4}));
+  };
+  Options options{.fidelity = Fidelity::kBudget, .capacity_bytes = 4 << 20};
+  options.budget.budget = {BudgetMetric::kDecision, 0.3, 0.1};
+  options.budget.scores = decide;
+  options.budget.exit_layers = {0, 1};
+  options.budget.audit_rate = 0.3;
+  options.budget.background_audit = true;
+  options.budget.token_reuse = false;
+  LayerCache<Module> cache(load_model(info.name), options);
+  // Ten topics of five tokens each.
+  std::mt19937 random(3);
+  const auto next = [&] {
+    Request request = right_padded(info, {7, 9}, 1);
+    for (std::int64_t row = 0; row < 2; ++row) {
+      const auto topic = static_cast<std::int64_t>(random() % 10);
+      auto ids = request.ids()[row];
+      for (std::int64_t t = 0; t < (row == 0 ? 7 : 9); ++t)
+        ids[t] = 8 + topic * 5 + static_cast<std::int64_t>(random() % 5);
+    }
+    return request.inputs;
+  };
+  std::vector<Inputs> sample;
+  for (int i = 0; i < 250; ++i) sample.push_back(next());
+  const auto profile = cache.calibrate(sample);
+  ASSERT_TRUE(profile.exit) << profile.to_string();
+  std::vector<Inputs> pool;
+  for (int i = 0; i < 100; ++i) pool.push_back(next());
+  const auto error = [&](const at::Tensor& got, const at::Tensor& want) {
+    return decide(got).argmax(1).ne(decide(want).argmax(1)).to(at::kDouble).mean().item<double>();
+  };
+  serve_within_budget(cache, pool, plain_answers(info.name, pool), error, 0.45, {}, [&] {
+    cache.use_calibration(profile);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  });
+  EXPECT_GT(cache.stats().budget->early_exits, 0U);
+}
+
+TEST(BudgetThreads, ReuseTokenStatesOfEachOther) {
+  const auto info = model_info("tiny-bert-sdpa");
+  Options options{.fidelity = Fidelity::kBudget, .capacity_bytes = 4 << 20};
+  options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
+  options.budget.early_exit = EarlyExit::kOff;
+  options.budget.audit_rate = 0.2;
+  LayerCache<Module> cache(load_model(info.name), options);
+  const auto documents = [&](int count, std::uint64_t seed) {
+    std::vector<Inputs> all;
+    Request current = right_padded(info, {32}, seed);
+    for (int i = 0; i < count; ++i) {
+      if (i % 12 == 0) current = right_padded(info, {32}, seed + static_cast<std::uint64_t>(i));
+      Request changed = current;
+      changed.inputs = copy_of(current.inputs);
+      changed.ids()[0][5 + i % 20] = 10 + (i * 7) % 200;
+      all.push_back(changed.inputs);
+    }
+    return all;
+  };
+  const auto profile = cache.calibrate(documents(250, 100));
+  ASSERT_TRUE(profile.reuse) << profile.to_string();
+  const auto pool = documents(60, 9000);
+  const auto error = [&](const at::Tensor& got, const at::Tensor& want) {
+    return std::min(1.0, (got - want).norm(2, -1).mean().item<double>() / profile.typical_distance);
+  };
+  serve_within_budget(cache, pool, plain_answers(info.name, pool), error, 0.3);
+  EXPECT_GT(cache.stats().budget->token_reuses, 0U);
+  EXPECT_GT(cache.stats().budget->audits, 0U);
+}
+
+TEST(BudgetThreads, ReuseSegmentsOfEachOther) {
+  const auto info = model_info("tiny-llama-sdpa");
+  Options options{.fidelity = Fidelity::kBudget, .capacity_bytes = 4 << 20};
+  options.budget.budget = {BudgetMetric::kTokenAgreement, 0.5, 0.2};
+  options.budget.audit_rate = 0.2;
+  LayerCache<Module> cache(load_model(info.name), options);
+  const auto passages = right_padded(info, {40, 40, 40, 40}, 77).ids();
+  std::mt19937 random(5);
+  const auto prompts = [&](int count) {
+    std::vector<Inputs> all;
+    for (int i = 0; i < count; ++i) {
+      std::vector<at::Tensor> parts = {passages[0].narrow(0, 0, 8)};
+      for (const auto p : {random() % 4, random() % 4, random() % 4})
+        parts.push_back(passages[static_cast<std::int64_t>(p)]);
+      parts.push_back(right_padded(info, {6}, random()).ids()[0]);
+      const auto ids = at::cat(parts).unsqueeze(0);
+      all.push_back({ids, at::ones_like(ids)});
+    }
+    return all;
+  };
+  const auto profile = cache.calibrate(prompts(300));
+  ASSERT_TRUE(profile.reuse) << profile.to_string();
+  const auto pool = prompts(60);
+  const auto error = [](const at::Tensor& got, const at::Tensor& want) {
+    return got[0][0].argmax().equal(want[0][want.size(1) - 1].argmax()) ? 0.0 : 1.0;
+  };
+  serve_within_budget(cache, pool, plain_answers(info.name, pool), error, 0.6, {.output = Output::kLastToken});
+  EXPECT_GT(cache.stats().budget->segment_reuses, 0U);
 }
 
 }  // namespace

@@ -186,7 +186,7 @@ run_tests() {  # arguments for ctest
     (cd "$ROOT/tests/python" && "$VENV_PYTHON" -m unittest)
   fi
   step "tests" "run one alone: tools/run.sh test -R NAME"
-  ctest --test-dir "$CMAKE_DIR" --output-on-failure "$@"
+  ctest --test-dir "$CMAKE_DIR" --parallel "$(compile_jobs)" --output-on-failure "$@"
 }
 
 # Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
@@ -200,7 +200,7 @@ run_sanitizer() {  # preset, target
     plain_addresses=(setarch --addr-no-randomize)
   fi
   step "tests with $preset" "the report above says where; LLMCACHE_SKIP_SANITIZERS=1 leaves the sanitizers out"
-  (cd "$ROOT" && "${plain_addresses[@]}" ctest --preset "$preset" --test-dir "$folder")
+  (cd "$ROOT" && "${plain_addresses[@]}" ctest --preset "$preset" --parallel "$(compile_jobs)" --test-dir "$folder")
 }
 
 run_benchmark() {  # arguments for llmcache-bench
