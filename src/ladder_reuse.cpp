@@ -4,21 +4,41 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "execute/engine.h"
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
 #include "refresh/ladder_calibration.h"
+#include "refresh/risk_bound.h"
 
 namespace llmcache {
 namespace {
 
 constexpr std::size_t kTypicalDraws = 64;    // outputs that the typical distance is taken from
-constexpr std::size_t kLeastDraws = 40;      // fewer certify nothing
+constexpr std::size_t kLeastDraws = 20;      // fewer certify nothing
 constexpr double kWarmUp = 0.2;              // of the sample, which fills the bank before anything counts
+constexpr double kExplored = 0.5;            // of the sample, on which settings are put in order; the rest certifies
 constexpr std::size_t kMostRequests = 1000;  // of the sample: each runs several times
 constexpr std::size_t kGiveUpAfter = 200;    // sequences without a match
+constexpr double kKeptFrom = 0.1;            // distance from which on a sequence is kept while settings are compared
 constexpr double kWorthIt = 0.9;             // part of the token-layers that a choice may compute at most
+constexpr std::size_t kRemembered = std::size_t{256} << 20;  // bytes of full outputs
+
+/// Token-layers of a row that were computed, of all.
+double computed_by(const ForwardReport& report, std::size_t row) {
+  ForwardReport one;
+  one.sequences = {report.sequences[row]};
+  return one.computed_fraction();
+}
+
+/// P-value of a mean error of epsilon or more.
+double test_of(const std::vector<double>& errors, double epsilon, double delta, bool binary) {
+  if (!binary) return betting_p_value(errors, epsilon, delta);
+  return binomial_cdf(std::llround(std::accumulate(errors.begin(), errors.end(), 0.0)),
+                      static_cast<std::int64_t>(errors.size()), epsilon);
+}
 
 }  // namespace
 
@@ -62,89 +82,166 @@ double LadderReuse::typical_distance(const std::vector<Batch>& sample) const {
   return OutputError::typical_distance(outputs, per_token_);
 }
 
-std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& sample) {
-  const Budget& budget = options_.budget;
-  ReuseChoice choice;
-  choice.mechanism = ladder_->name();
-  choice.format = options_.format;
-  std::optional<OutputError> error;  // made when first needed: most traffic has nothing in common
-  // A decoder answers with its last token; an encoder has no use for one alone.
-  const Output output = profile_.head_tokenwise && profile_.causal ? Output::kLastToken : Output::kAll;
+/// Computes rows in full. Those in `kept` stay in the bank.
+std::vector<at::Tensor> LadderReuse::compute(const Batch& batch, const std::vector<char>& kept) {
+  std::vector<at::Tensor> outputs(static_cast<std::size_t>(batch.rows));
+  for (const char keep : {1, 0}) {
+    std::vector<std::int64_t> rows;
+    for (std::int64_t row = 0; row < batch.rows; ++row) {
+      const auto i = static_cast<std::size_t>(row);
+      if (kept[i] == keep && batch.spans[i].tokens > 0) rows.push_back(row);
+    }
+    if (rows.empty()) continue;
+    const Batch part = batch.select(rows);
+    ForwardReport report;
+    const auto nothing = ladder_->find(part, "", 0);
+    const auto result =
+        ladder_->run(part, *nothing, std::vector<char>(rows.size()), 0, "", asked_for(), keep != 0, report);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      outputs[static_cast<std::size_t>(rows[i])] = first_output(result, part, static_cast<std::int64_t>(i));
+    }
+  }
+  return outputs;
+}
+
+/// A decoder answers with its last token; an encoder has no use for one alone.
+Output LadderReuse::asked_for() const {
+  return profile_.head_tokenwise && profile_.causal ? Output::kLastToken : Output::kAll;
+}
+
+std::vector<LadderDraw> LadderReuse::explore(std::span<const Batch> sample, std::size_t warm_up,
+                                             const OutputError& error) {
   const auto& limits = ladder_->limits();
   std::vector<LadderDraw> draws;
   std::size_t seen = 0;
   bool any_match = false;
-  ladder_->clear();
-  const std::size_t requests = std::min(sample.size(), kMostRequests);
-  for (std::size_t i = 0; i < requests; ++i) {
+  for (std::size_t i = 0; i < sample.size(); ++i) {
     const Batch& batch = sample[i];
     if (batch.tokens == 0) continue;
     const auto rows = static_cast<std::size_t>(batch.rows);
-    const auto warm = static_cast<double>(i) >= kWarmUp * static_cast<double>(requests);
-    // By setting: distance and error of each row.
-    std::vector<std::vector<std::optional<double>>> distances;
-    std::vector<c10::IValue> results;
-    std::vector<std::vector<double>> computed;
-    if (warm && !error) {
-      choice.typical_distance = typical_distance(sample);
-      if (budget.metric == BudgetMetric::kRelativeError && !(choice.typical_distance > 0)) break;
-      error.emplace(budget.metric, options_.scores, per_token_, choice.typical_distance);
+    // Rows that a cache would reuse something for are not in its bank either.
+    std::vector<char> kept(rows, 1);
+    const auto known = ladder_->find(batch, "", 0);
+    for (std::size_t row = 0; row < rows; ++row) {
+      any_match = any_match || known->distance[row];
+      kept[row] = !known->distance[row] || *known->distance[row] > kKeptFrom;
     }
-    for (std::size_t s = 0; warm && s < ladder_->settings(); ++s) {
+    seen += rows;
+    if (!any_match && seen > kGiveUpAfter) return {};
+    const bool counts = i >= warm_up;
+    std::vector<std::vector<std::optional<double>>> distances;
+    std::vector<std::vector<at::Tensor>> outputs;
+    std::vector<std::vector<double>> computed;
+    for (std::size_t s = 0; counts && s < ladder_->settings(); ++s) {
       const auto matches = ladder_->find(batch, "", s);
       distances.push_back(matches->distance);
-      auto& result = results.emplace_back();
+      auto& own = outputs.emplace_back(rows);
       auto& part = computed.emplace_back(rows, 1.0);
       std::vector<char> reused(rows);
       bool any = false;
       for (std::size_t row = 0; row < rows; ++row) any = (reused[row] = matches->distance[row].has_value()) || any;
       if (!any) continue;
       ForwardReport report;
-      result = ladder_->run(batch, *matches, reused, s, "", output, false, report);
+      const auto result = ladder_->run(batch, *matches, reused, s, "", asked_for(), false, report);
       for (std::size_t row = 0; row < rows; ++row) {
-        ForwardReport one;
-        one.sequences = {report.sequences[row]};
-        part[row] = one.computed_fraction();
+        part[row] = computed_by(report, row);
+        if (reused[row]) own[row] = first_output(result, batch, static_cast<std::int64_t>(row));
       }
     }
-    ForwardReport report;
-    const auto nothing = ladder_->find(batch, "", 0);
-    any_match = any_match || std::any_of(nothing->distance.begin(), nothing->distance.end(),
-                                         [](const auto& distance) { return distance.has_value(); });
-    const auto full = ladder_->run(batch, *nothing, std::vector<char>(rows), 0, "", output, true, report);
-    seen += rows;
-    if (!any_match && seen > kGiveUpAfter) break;
-    if (!warm) continue;
+    const auto full = compute(batch, kept);
+    if (!counts) continue;
     for (std::size_t row = 0; row < rows; ++row) {
-      if (batch.spans[row].tokens == 0) continue;
-      const auto want = first_output(full, batch, static_cast<std::int64_t>(row));
+      if (!full[row].defined()) continue;
       LadderDraw& draw = draws.emplace_back();
       for (std::size_t s = 0; s < ladder_->settings(); ++s) {
-        const auto distance = distances[s][row];
-        const double loss =
-            distance ? (*error)(first_output(results[s], batch, static_cast<std::int64_t>(row)), want) : 0;
+        const double loss = distances[s][row] ? error(outputs[s][row], full[row]) : 0;
         for (const double limit : limits) {
-          const bool used = distance && *distance <= limit;
+          const bool used = distances[s][row] && *distances[s][row] <= limit;
           draw.errors.push_back(used ? loss : 0);
           draw.computed.push_back(used ? computed[s][row] : 1);
         }
       }
     }
   }
+  return any_match ? draws : std::vector<LadderDraw>{};
+}
+
+LadderReuse::Trial LadderReuse::try_out(std::span<const Batch> sample, std::size_t warm_up, std::size_t setting,
+                                        double limit, const OutputError& error, FullOutputs& known) {
+  Trial trial;
   ladder_->clear();
-  if (!any_match || draws.size() < kLeastDraws) return std::nullopt;
+  for (std::size_t i = 0; i < sample.size(); ++i) {
+    const Batch& batch = sample[i];
+    if (batch.tokens == 0) continue;
+    const auto rows = static_cast<std::size_t>(batch.rows);
+    const auto matches = ladder_->find(batch, "", setting);
+    std::vector<char> reused(rows);
+    bool any = false;
+    for (std::size_t row = 0; row < rows; ++row) {
+      reused[row] = matches->distance[row] && *matches->distance[row] <= limit;
+      any = any || reused[row];
+    }
+    ForwardReport report;
+    const auto result = ladder_->run(batch, *matches, reused, setting, "", asked_for(), true, report);
+    if (i < warm_up) continue;
+    std::vector<at::Tensor> full;
+    if (any) {
+      auto& remembered = known.outputs[i];
+      full = remembered.empty() ? compute(batch, std::vector<char>(rows, 0)) : remembered;
+      if (remembered.empty() && known.bytes < kRemembered) {
+        remembered = full;
+        for (const at::Tensor& one : full) known.bytes += one.defined() ? one.nbytes() : 0;
+      }
+    }
+    for (std::size_t row = 0; row < rows; ++row) {
+      if (batch.spans[row].tokens == 0) continue;
+      const auto got = static_cast<std::int64_t>(row);
+      trial.errors.push_back(reused[row] ? error(first_output(result, batch, got), full[row]) : 0);
+      trial.computed += reused[row] ? computed_by(report, row) : 1;
+    }
+  }
+  trial.computed /= static_cast<double>(std::max<std::size_t>(1, trial.errors.size()));
+  return trial;
+}
+
+std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& sample) {
+  const Budget& budget = options_.budget;
+  ReuseChoice choice;
+  choice.mechanism = ladder_->name();
+  choice.format = options_.format;
+  const std::span all(sample.data(), std::min(sample.size(), kMostRequests));
+  const auto part = [&](double share) { return static_cast<std::size_t>(share * static_cast<double>(all.size())); };
+  choice.typical_distance = typical_distance(sample);
+  if (budget.metric == BudgetMetric::kRelativeError && !(choice.typical_distance > 0)) return std::nullopt;
+  const OutputError error(budget.metric, options_.scores, per_token_, choice.typical_distance);
+  ladder_->clear();
+  const auto draws = explore(all.first(part(kExplored)), part(kWarmUp), error);
+  const auto& limits = ladder_->limits();
   const bool binary =
       budget.metric == BudgetMetric::kTokenAgreement || (budget.metric == BudgetMetric::kDecision && !per_token_);
-  const LadderChoice best = choose_setting(draws, budget, binary);
-  if (best.setting < 0 || best.computed > kWorthIt) return std::nullopt;
-  const auto setting = static_cast<std::size_t>(best.setting) / limits.size();
-  choice.setting = ladder_->describe(setting);
-  choice.limit = limits[static_cast<std::size_t>(best.setting) % limits.size()];
-  choice.fitted = static_cast<std::int64_t>(best.ordered);
-  choice.certified = static_cast<std::int64_t>(best.certified);
-  choice.error = best.error;
-  choice.bound = best.bound;
-  choice.computed = best.computed;
+  bool found = false;
+  FullOutputs known;
+  // Served as a cache would serve it, from the safest setting on, up to the first that cannot be certified.
+  for (const std::size_t rung :
+       draws.size() < kLeastDraws ? std::vector<std::size_t>{} : choose_rungs(draws, budget.epsilon)) {
+    const std::size_t warm_up = part(kWarmUp);
+    const auto tried = all.subspan(part(kExplored) - warm_up);
+    const Trial trial = try_out(tried, warm_up, rung / limits.size(), limits[rung % limits.size()], error, known);
+    const double p_value = test_of(trial.errors, budget.epsilon, budget.delta, binary);
+    if (trial.errors.size() < kLeastDraws || !(p_value <= budget.delta)) break;
+    if (trial.computed > kWorthIt) continue;
+    found = true;
+    choice.setting = ladder_->describe(rung / limits.size());
+    choice.limit = limits[rung % limits.size()];
+    choice.fitted = static_cast<std::int64_t>(draws.size());
+    choice.certified = static_cast<std::int64_t>(trial.errors.size());
+    choice.error =
+        std::accumulate(trial.errors.begin(), trial.errors.end(), 0.0) / static_cast<double>(trial.errors.size());
+    choice.bound = upper_bound(trial.errors, budget.delta, binary);
+    choice.computed = trial.computed;
+  }
+  ladder_->clear();
+  if (!found) return std::nullopt;
   return choice;
 }
 

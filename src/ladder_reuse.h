@@ -4,14 +4,17 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "llmcache/refresh/calibration.h"
 #include "model/probe.h"
+#include "refresh/ladder_calibration.h"
 #include "refresh/output_error.h"
 #include "refresh/sequential_test.h"
 #include "reuse_ladder.h"
@@ -26,9 +29,11 @@ class LadderReuse {
 
   [[nodiscard]] const ReuseLadder& ladder() const { return *ladder_; }
 
-  /// Serves the sample, request after request, with each setting and in full, and chooses one by the errors
-  /// (choose_setting). Empties the bank before and after. Unset if nothing of the sample is ever known from requests
-  /// before, or nothing can be certified.
+  /// Runs the first half of the sample with each setting and in full, and chooses a few settings by their errors
+  /// (choose_rungs). Serves the second half with each of these as run() would, what it reuses in full too, from the
+  /// safest on: fixed-sequence testing (Learn then Test, arXiv 2110.01052, section 2, the order learnt on other data).
+  /// Of those that pass, the last one computes least. Empties the bank before and after. Unset if nothing of the sample
+  /// is ever known from requests before, or nothing can be certified.
   std::optional<ReuseChoice> calibrate(const std::vector<Batch>& sample);
 
   /// Serves by `choice` from here on; unset: nothing is reused. Throws Error(kInvalidOptions) if this version of the
@@ -49,6 +54,21 @@ class LadderReuse {
     OutputError error;
     std::unique_ptr<RiskGate> gate;  ///< null: not supervised
   };
+  /// What serving by one setting led to.
+  struct Trial {
+    std::vector<double> errors;  ///< one a sequence
+    double computed = 0;         ///< part of the token-layers, mean
+  };
+  /// By request: what its rows give in full; empty: not known.
+  struct FullOutputs {
+    std::map<std::size_t, std::vector<at::Tensor>> outputs;
+    std::size_t bytes = 0;
+  };
+  std::vector<at::Tensor> compute(const Batch& batch, const std::vector<char>& kept);
+  std::vector<LadderDraw> explore(std::span<const Batch> sample, std::size_t warm_up, const OutputError& error);
+  Trial try_out(std::span<const Batch> sample, std::size_t warm_up, std::size_t setting, double limit,
+                const OutputError& error, FullOutputs& known);
+  [[nodiscard]] Output asked_for() const;
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
   [[nodiscard]] at::Tensor first_output(const c10::IValue& result, const Batch& batch, std::int64_t row) const;
   [[nodiscard]] double typical_distance(const std::vector<Batch>& sample) const;

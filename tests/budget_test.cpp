@@ -213,10 +213,11 @@ TEST_F(BudgetTest, AnEpsilonThatNoSampleOfThisSizeProvesReusesNothing) {
 }
 
 TEST_F(BudgetTest, SupervisionStopsReuseOfDriftedTraffic) {
-  // Between the topics' tokens lie others that the sample never showed.
+  // Other topics, on which the regression was not fitted; the cached neighbours of other exits would mostly notice.
   const double epsilon = 0.05;
   auto options = options_for(BudgetMetric::kDecision, epsilon);
   options.budget.audit_rate = 0.1;
+  options.budget.early_exit = EarlyExit::kCacheFree;
   LayerCache<Module> cache(load_model(kModel), options);
   auto unwatched_options = options;
   unwatched_options.budget.audit_rate = 0;

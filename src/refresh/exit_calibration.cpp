@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <random>
 
 #include "llmcache/error.h"
 #include "refresh/ladder_calibration.h"
@@ -249,12 +248,8 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
                             "thousands to certify an error of 0.01",
                             n, static_cast<std::int64_t>(std::ceil(ExitModel::kLeastEntries / kGateShare))));
   }
-  // Row numbers are shuffled by hand: std::shuffle may differ between standard libraries.
-  std::vector<std::int64_t> order(static_cast<std::size_t>(n));
-  std::iota(order.begin(), order.end(), std::int64_t{0});
-  std::mt19937_64 generator(options.seed);
-  for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[generator() % (i + 1)]);
-  const auto rows = at::tensor(order, at::kLong).to(sample.outputs.device());
+  // In the order of the traffic: what is certified came after all that was fitted, as what is served will.
+  const auto rows = at::arange(n, sample.outputs.options().dtype(at::kLong));
 
   auto model = std::make_shared<ExitModel>();
   model->metric = options.budget.metric;

@@ -1,8 +1,10 @@
 #include "refresh/ladder_calibration.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "refresh/risk_bound.h"
 
@@ -13,6 +15,8 @@ double mean(const std::vector<double>& values) {
   const double sum = std::accumulate(values.begin(), values.end(), 0.0);
   return sum / static_cast<double>(std::max<std::size_t>(1, values.size()));
 }
+
+constexpr std::array kParts = {0.3, 0.6, 0.9};  // of the budget
 
 }  // namespace
 
@@ -31,48 +35,39 @@ double upper_bound(const std::vector<double>& errors, double delta, bool binary)
   return high;
 }
 
-LadderChoice choose_setting(const std::vector<LadderDraw>& draws, const Budget& budget, bool binary) {
-  LadderChoice choice;
-  if (draws.empty()) return choice;
+std::vector<std::size_t> choose_rungs(const std::vector<LadderDraw>& draws, double epsilon) {
+  std::vector<std::size_t> rungs;
+  if (draws.empty()) return rungs;
   const std::size_t settings = draws[0].errors.size();
-  struct Candidate {
-    int setting = 0;
-    double error = 0;
-    double computed = 0;
+  const auto mean_of = [&](std::size_t setting, auto field) {
+    std::vector<double> values;
+    for (const LadderDraw& draw : draws) values.push_back((draw.*field)[setting]);
+    return mean(values);
   };
-  std::vector<Candidate> candidates;
-  const auto values = [&](std::size_t first, std::size_t setting, auto field) {
-    std::vector<double> chosen;
-    for (std::size_t i = first; i < draws.size(); i += 2) chosen.push_back((draws[i].*field)[setting]);
-    return chosen;
-  };
+  const auto error_of = [&](std::size_t setting) { return mean_of(setting, &LadderDraw::errors); };
+  const auto computed_of = [&](std::size_t setting) { return mean_of(setting, &LadderDraw::computed); };
+  // The safest one that computes less than all, and then whatever computes less still.
+  double least = 1;
+  std::optional<std::size_t> safest;
   for (std::size_t s = 0; s < settings; ++s) {
-    candidates.push_back(
-        {static_cast<int>(s), mean(values(0, s, &LadderDraw::errors)), mean(values(0, s, &LadderDraw::computed))});
+    if (computed_of(s) < 1 && (!safest || error_of(s) < error_of(*safest))) safest = s;
   }
-  std::stable_sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-    return a.error != b.error ? a.error < b.error : a.computed < b.computed;
-  });
-  std::vector<Candidate> ladder;
-  for (const Candidate& candidate : candidates) {
-    if (ladder.empty() || candidate.computed < ladder.back().computed) ladder.push_back(candidate);
+  if (!safest || error_of(*safest) > epsilon) return rungs;
+  if (error_of(*safest) > kParts.front() * epsilon) {
+    rungs.push_back(*safest);
+    least = computed_of(*safest);
   }
-  std::vector<std::vector<double>> errors;
-  for (const Candidate& candidate : ladder) {
-    errors.push_back(values(1, static_cast<std::size_t>(candidate.setting), &LadderDraw::errors));
+  for (const double part : kParts) {
+    std::optional<std::size_t> best;
+    for (std::size_t s = 0; s < settings; ++s) {
+      const double computed = computed_of(s);
+      if (computed >= least || error_of(s) > part * epsilon) continue;
+      best = s;
+      least = computed;
+    }
+    if (best) rungs.push_back(*best);
   }
-  choice.ordered = (draws.size() + 1) / 2;
-  choice.certified = draws.size() / 2;
-  if (choice.certified == 0) return choice;
-  // The ladder computes less with every rung, so that the last one that passes computes least.
-  const auto last = choose_level(errors, budget.epsilon, budget.delta, binary ? LossKind::kBinary : LossKind::kReal);
-  if (last < 0) return choice;
-  const auto rung = static_cast<std::size_t>(last);
-  choice.setting = ladder[rung].setting;
-  choice.error = mean(errors[rung]);
-  choice.bound = upper_bound(errors[rung], budget.delta, binary);
-  choice.computed = mean(values(1, static_cast<std::size_t>(choice.setting), &LadderDraw::computed));
-  return choice;
+  return rungs;
 }
 
 }  // namespace llmcache

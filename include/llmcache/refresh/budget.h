@@ -102,7 +102,7 @@ struct BudgetOptions {
   /// returned, and a thread of the cache's own computes it in full afterwards (early exits only).
   bool background_audit = false;
 
-  /// Chooses what is audited, and how calibration splits its sample. Any value; default 0.
+  /// Chooses what is audited. Any value; default 0.
   std::uint64_t seed = 0;
 
   /// Throws Error(kInvalidOptions) that names the field at fault. `layers`: of the model, 0 if not known.

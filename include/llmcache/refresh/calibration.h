@@ -27,9 +27,9 @@ class CalibrationSample {
 
 /// Reuse of token states (encoders) or of segments (decoders), as a calibration chose it.
 ///
-/// The sample, its first 1,000 requests at most, is served in its order with each setting and in full: its first fifth
-/// fills the bank, every other sequence of the rest puts the settings in order of their error, the others certify them
-/// as below.
+/// The first half of the sample, of which the first 1,000 requests count, runs with each setting and in full, and puts
+/// the settings in order of their error. The second half is then served with up to three of them, as a cache would
+/// serve it, and certifies them as below.
 struct ReuseChoice {
   std::string mechanism;                        ///< "token reuse" or "segment reuse"
   BankFormat format = BankFormat::kAsComputed;  ///< in which states were held
@@ -45,11 +45,12 @@ struct ReuseChoice {
 
 /// What calibrate() fitted, and the evidence for its promise. Immutable; cheap to copy.
 ///
-/// The sample is split at random: banks, translators and gates are fitted on the first part, the shape of the
-/// thresholds is chosen on the second, and the last part, which had no say in any of that, certifies them: from the
-/// safest setting on, each is tested for an error of epsilon or more, up to the first that cannot be rejected at level
-/// delta (fixed-sequence testing, Learn then Test, arXiv 2110.01052). Decisions are tested by the exact binomial tail
-/// (Clopper and Pearson, 1934), other errors by betting (Waudby-Smith and Ramdas, arXiv 2010.09686).
+/// The sample is taken in the order of the traffic, and so should it be given: banks, translators and gates are fitted
+/// on its first half, the shape of the thresholds is chosen on a fifth behind it, and the rest, which had no say in any
+/// of that and came later, certifies them: from the safest setting on, each is tested for an error of epsilon or more,
+/// up to the first that cannot be rejected at level delta (fixed-sequence testing, Learn then Test, arXiv 2110.01052).
+/// Decisions are tested by the exact binomial tail (Clopper and Pearson, 1934), other errors by betting (Waudby-Smith
+/// and Ramdas, arXiv 2010.09686).
 class CalibrationProfile {
  public:
   Budget budget;
