@@ -396,6 +396,28 @@ TEST(BudgetBanks, StayWithinTheirCapacityWithWhatTheyAreSearchedBy) {
   }
 }
 
+TEST(BudgetOrder, WhatCameLastCertifies) {
+  at::manual_seed(4);
+  const auto inputs =
+      at::randn({20, 16}).index_select(0, at::randint(20, {2000}, at::kLong)) + 0.1 * at::randn({2000, 16});
+  const auto outputs = at::mm(inputs, at::randn({16, 8}));
+  BudgetOptions options;
+  options.budget.epsilon = 0.1;
+  options.exit_layers = {0};
+  const auto reuses = [&](std::int64_t changed_from) {
+    ExitSample sample;
+    sample.states = {inputs};
+    sample.outputs = outputs.clone();
+    sample.outputs.narrow(0, changed_from, 500).neg_();  // other answers than before to the same states
+    sample.layer_times = {{0, 1}};
+    CalibrationProfile profile;
+    calibrate_exit(sample, options, 10'000'000, profile);
+    return profile.reuses() ? profile.expected_share : 0.0;
+  };
+  EXPECT_GT(reuses(0), 0.5);     // long ago, a quarter of what is fitted on
+  EXPECT_LT(reuses(1500), 0.2);  // now
+}
+
 TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {
   auto options = options_for(BudgetMetric::kDecision, 0.2);
   options.capacity_bytes = 300000;

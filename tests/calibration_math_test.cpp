@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <functional>
 #include <random>
+#include <utility>
 #include <vector>
 
+#include "refresh/ladder_calibration.h"
 #include "refresh/logistic.h"
 #include "refresh/ridge.h"
 #include "refresh/risk_bound.h"
@@ -321,6 +323,26 @@ TEST(Ridge, RefusesWhatDoesNotFit) {
   expect_error(ErrorCode::kInvalidInput, "not finite", [&] { RidgeModel::fit(bad, y, 2, 1, 1); });
   std::vector<float> room(3);
   expect_error(ErrorCode::kInvalidInput, "room for 3", [&] { RidgeModel::fit(x, y, 2, 1, 1).predict(x, room); });
+}
+
+TEST(Ladder, RungsComputeLessAndErrMore) {
+  const auto draws = [](const std::vector<std::pair<double, double>>& settings) {
+    LadderDraw draw;
+    for (const auto& [error, computed] : settings) {
+      draw.errors.push_back(error);
+      draw.computed.push_back(computed);
+    }
+    return std::vector<LadderDraw>{draw, draw};
+  };
+  using Rungs = std::vector<std::size_t>;
+  // The safest comes first where it is not safe at all; what computes more and errs more never does.
+  EXPECT_EQ(choose_rungs(draws({{0.08, 0.3}, {0.05, 0.5}, {0.06, 0.6}, {0.2, 0.1}}), 0.1), (Rungs{1, 0}));
+  EXPECT_EQ(choose_rungs(draws({{0.01, 0.7}, {0.02, 0.6}, {0.05, 0.4}, {0.09, 0.3}}), 0.1), (Rungs{1, 2, 3}));
+  // One that computes less than all safer ones, and errs no more.
+  EXPECT_EQ(choose_rungs(draws({{0.01, 0.2}, {0.05, 0.4}}), 0.1), (Rungs{0}));
+  EXPECT_EQ(choose_rungs(draws({{0.2, 0.2}, {0.3, 0.1}}), 0.1), Rungs{});
+  EXPECT_EQ(choose_rungs(draws({{0, 1}, {0, 1}}), 0.1), Rungs{});
+  EXPECT_EQ(choose_rungs({}, 0.1), Rungs{});
 }
 
 }  // namespace
