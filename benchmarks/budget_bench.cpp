@@ -16,6 +16,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <map>
@@ -46,6 +47,7 @@ struct Arguments {
   double delta = 0.1;
   double audit_rate = 0.05;
   int calibrations = 20;
+  std::uint64_t seed = 0;
 };
 
 /// What was served, in all.
@@ -90,7 +92,7 @@ class Bench {
     int over = 0;
     int reuse = 0;
     for (int i = 0; i < arguments_.calibrations; ++i) {
-      const auto cache = make_cache(epsilon);
+      const auto cache = make_cache(epsilon, arguments_.seed + static_cast<std::uint64_t>(i));
       const auto profile = calibrate(*cache, first_ + i * size, first_ + (i + 1) * size);
       const Sum sum = serve(*cache, texts_, texts_.fill_requests, texts_.requests(), test_);
       over += sum.error() > epsilon ? 1 : 0;
@@ -105,7 +107,7 @@ class Bench {
 
   void drift(double epsilon) {
     const TokenFile other = read(arguments_.drift);
-    const auto cache = make_cache(epsilon);
+    const auto cache = make_cache(epsilon, arguments_.seed);
     calibrate(*cache, first_, texts_.fill_requests);
     fmt::print("\ncalibrated on {}, then {}; epsilon {}, audit rate {}\n", texts_.workload, other.workload, epsilon,
                arguments_.audit_rate);
@@ -123,13 +125,14 @@ class Bench {
     return file;
   }
 
-  std::shared_ptr<Cache> make_cache(double epsilon) const {
+  std::shared_ptr<Cache> make_cache(double epsilon, std::uint64_t seed) const {
     Options options;
     options.fidelity = Fidelity::kBudget;
     options.budget.budget = {BudgetMetric::kDecision, epsilon, arguments_.delta};
     options.budget.scores = scores_;
     options.budget.audit_rate = arguments_.audit_rate;
     options.budget.token_reuse = false;
+    options.budget.seed = seed;
     return model_.make_cache(options);
   }
 
@@ -204,6 +207,8 @@ int run(int argc, char** argv) {
   app.add_option("--epsilon", arguments.epsilons, "error budgets")->delimiter(',')->capture_default_str();
   app.add_option("--delta", arguments.delta)->capture_default_str();
   app.add_option("--audit-rate", arguments.audit_rate)->capture_default_str();
+  app.add_option("--seed", arguments.seed, "of the choice of audits; one more for each calibration")
+      ->capture_default_str();
   app.add_option("--calibrations", arguments.calibrations, "0: none")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(1);
