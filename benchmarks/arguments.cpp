@@ -38,14 +38,15 @@ Modes
              are sent in one piece, such as the four choices of a question, are computed whole; their padding is not.
   llmcache   llmcache::LayerCache around the same module: weights are shared, not loaded twice. With --fidelity
              identical, lossless, budget or threshold. Budget: a sequence leaves the pass as soon as its answer can be
-             told well enough, so that the mean error stays at or below E; models with one pooled output a sequence,
-             and a workload with a training part, on which it is calibrated before the clock starts. Threshold is the
-             LLMCache paper (arXiv 2512.16843): whole hidden states of the most similar earlier request where its
-             similarity is T or more.
+             told well enough, or takes states of its tokens or segments from earlier ones, so that the mean error stays
+             at or below E; a workload with a training part, on which it is calibrated before the clock starts.
+             Workloads made for it run only if they are named: agnews, clinc150-in-scope, edits, instruct, small-edits
+             and sst2 (encoders), chat-edit and passages (decoders). Threshold is the LLMCache paper (arXiv
+             2512.16843): whole hidden states of the most similar earlier request where its similarity is T or more.
   doccache   the paper's rival, a semantic cache of final outputs: same fingerprint, same T; a hit returns the kept
              output of the most similar earlier request, and the model's layers do not run at all.
-  Every value of --threshold, --epsilon, --early-exit, --capacity-mib, --eviction and --weights is a setting with a cache of its own and a line
-  of its own.
+  Every value of --threshold, --epsilon, --early-exit, --capacity-mib, --eviction and --weights is a setting with a cache
+  of its own and a line of its own.
   threshold and doccache run, unless --fidelity, --threshold or --mode ask for them, only where quality can be measured
   and prefixes are not reused.
 
