@@ -27,6 +27,7 @@
 
 #include "calibration.h"
 #include "failure.h"
+#include "guarded_main.h"
 #include "loaded_model.h"
 #include "machine.h"
 #include "model_files.h"
@@ -80,6 +81,9 @@ class Bench {
     const auto probe = find_probe(arguments.data, texts_, file_);
     if (!probe)
       throw Failure(fmt::format("there is no probe for {} on {}; fit_probe.py makes it", file_.name, texts_.workload));
+    if (texts_.fill_requests == 0 || texts_.fill_requests == texts_.requests()) {
+      throw Failure(fmt::format("{} has no training part or no test part", texts_.workload));
+    }
     scores_ = scores_of(*probe);
     first_ = probe->fit_requests > 0 && probe->fit_requests < texts_.fill_requests ? probe->fit_requests : 0;
   }
@@ -228,10 +232,5 @@ int run(int argc, char** argv) {
 }  // namespace llmcache::bench
 
 int main(int argc, char** argv) {
-  try {
-    return llmcache::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "llmcache-budget-bench: {}\n", error.what());
-    return 1;
-  }
+  return llmcache::bench::guarded_main("llmcache-budget-bench", argc, argv, llmcache::bench::run);
 }

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bank/stored_states.h"
+#include "guarded_main.h"
 
 namespace llmcache::bench {
 namespace {
@@ -112,10 +113,5 @@ int run(int argc, char** argv) {
 }  // namespace llmcache::bench
 
 int main(int argc, char** argv) {
-  try {
-    return llmcache::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "llmcache-format-bench: %s\n", error.what());
-    return 1;
-  }
+  return llmcache::bench::guarded_main("llmcache-format-bench", argc, argv, llmcache::bench::run);
 }

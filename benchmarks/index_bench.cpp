@@ -30,6 +30,7 @@
 #include <utility>
 #include <vector>
 
+#include "guarded_main.h"
 #include "llmcache/match/fingerprint_index.h"
 
 namespace llmcache::bench {
@@ -265,10 +266,5 @@ int run(int argc, char** argv) {
 }  // namespace llmcache::bench
 
 int main(int argc, char** argv) {
-  try {
-    return llmcache::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "llmcache-index-bench: %s\n", error.what());
-    return 1;
-  }
+  return llmcache::bench::guarded_main("llmcache-index-bench", argc, argv, llmcache::bench::run);
 }

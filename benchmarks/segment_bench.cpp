@@ -26,6 +26,7 @@
 
 #include "execute/self_check.h"
 #include "failure.h"
+#include "guarded_main.h"
 #include "llmcache/llmcache.h"
 #include "llmcache/model/torchscript.h"
 #include "machine.h"
@@ -337,10 +338,5 @@ int run(int argc, char** argv) {
 }  // namespace llmcache::bench
 
 int main(int argc, char** argv) {
-  try {
-    return llmcache::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "llmcache-segment-bench: {}\n", error.what());
-    return 1;
-  }
+  return llmcache::bench::guarded_main("llmcache-segment-bench", argc, argv, llmcache::bench::run);
 }

@@ -229,7 +229,7 @@ std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& samp
     const Trial trial = try_out(tried, warm_up, rung / limits.size(), limits[rung % limits.size()], error, known);
     const double p_value = test_of(trial.errors, budget.epsilon, budget.delta, binary);
     if (trial.errors.size() < kLeastDraws || !(p_value <= budget.delta)) break;
-    if (trial.computed > kWorthIt) continue;
+    if (trial.computed > std::min(kWorthIt, choice.computed)) continue;  // served, it may compute more than explored
     found = true;
     choice.setting = ladder_->describe(rung / limits.size());
     choice.limit = limits[rung % limits.size()];

@@ -21,7 +21,7 @@ struct PartTime {
   static PartTime from(double alone_ms, double together_ms, double rows);
 };
 
-/// Sequences that were computed in full, independent draws from the traffic. float32, all on one device.
+/// Sequences that were computed in full, in the order of the traffic. float32, all on one device.
 struct ExitSample {
   std::vector<at::Tensor> states;  ///< one a layer: `[n, hidden]`, mean over its tokens of the state that enters it
   at::Tensor outputs;              ///< `[n, values]`, final pooled outputs
