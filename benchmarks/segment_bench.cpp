@@ -49,6 +49,7 @@ struct Arguments {
   std::size_t prompts = 40;
   std::size_t pool = 36;
   std::size_t passages = 6;
+  std::size_t known_together = 1;
   std::vector<double> shares = {0, 0.1, 0.2, 0.3};
   std::vector<std::int64_t> heads = {4};
   std::vector<std::int32_t> layers = {1};
@@ -229,9 +230,10 @@ class Bench {
   }
 
   void passages() {
-    for (const Item& item : items_) {
+    for (std::size_t i = 0; i < items_.size();) {
       Tokens tokens = arguments_.head;
-      tokens.insert(tokens.end(), item.passage.begin(), item.passage.end());
+      const std::size_t end = std::min(i + arguments_.known_together, items_.size());
+      for (; i < end; ++i) append(tokens, items_[i].passage);
       bed_.keep(tokens);
     }
     measure(fmt::format("{} passages in random order, then a question", arguments_.passages), [this] {
@@ -315,6 +317,8 @@ int run(int argc, char** argv) {
   app.add_option("--prompts", arguments.prompts, "of each kind");
   app.add_option("--pool", arguments.pool, "passages that are known");
   app.add_option("--passages", arguments.passages, "of a prompt");
+  app.add_option("--known-together", arguments.known_together, "of each prompt that the pool is known from")
+      ->check(CLI::PositiveNumber);
   app.add_option("--shares", arguments.shares, "SegmentSettings::recompute_share")->delimiter(',');
   app.add_option("--heads", arguments.heads, "SegmentSettings::head_tokens")->delimiter(',');
   app.add_option("--layers", arguments.layers, "SegmentSettings::choosing_layer")->delimiter(',');

@@ -133,10 +133,20 @@ TEST(RiskGate, EstimateIsUnbiased) {
   EXPECT_NEAR(mean, 0.1, 4 * std::sqrt((squares - mean * mean) / kSeeds));
 }
 
-TEST(RiskGate, FirstRequestsAreAuditedMost) {
-  Traffic traffic({.epsilon = kBudget, .audit_rate = 0.05});
+TEST(RiskGate, AuditsAreFrequentAfterAnErrorAndAfterOpeningAgain) {
+  constexpr RiskGate::Settings kSettings{.epsilon = kBudget, .audit_rate = 0.05};
+  Traffic traffic(kSettings);
+  // What was certified begins with few audits.
+  traffic.serve(2000, 0);
+  EXPECT_NEAR(static_cast<double>(traffic.gate.counters().audits), 100, 4 * std::sqrt(2000 * 0.05 * 0.95));
+  EXPECT_NEAR(traffic.gate.counters().audit_rate, 0.05, 1e-9);
+  while (traffic.gate.counters().losses == 0) traffic.serve(1, 1);
+  EXPECT_GE(traffic.gate.counters().audit_rate, 0.5);
+  while (traffic.gate.open()) traffic.serve(1, 1);
+  while (!traffic.gate.open()) traffic.serve(1, 0);
+  const std::uint64_t opened = traffic.gate.counters().audits;
   traffic.serve(50, 0);
-  EXPECT_GE(traffic.gate.counters().audits, 25U);
+  EXPECT_GE(traffic.gate.counters().audits - opened, 25U);
   traffic.serve(5000, 0);
   EXPECT_NEAR(traffic.gate.counters().audit_rate, 0.05, 1e-9);
 }

@@ -45,6 +45,7 @@ RiskGate::RiskGate(Settings settings) : settings_(settings), generator_(settings
   settings_.validate();
   for (std::size_t i = 0; i < kStakes; ++i) ratios_[i] = std::min(kTooHigh[i], kHighestError / settings_.epsilon);
   start(true);
+  cusums_.fill(1);  // the calibration is recent evidence
 }
 
 void RiskGate::start(bool open) {
