@@ -2,8 +2,8 @@
 // prompts with an edit, against the lossless reuse of their longest known prefix.
 //
 // Passages and questions come from a token file of task "answer" (passage, question, answer in each sequence): what
-// neighbouring sequences have in common is a passage. Each passage of the pool is computed and kept once, behind the
-// head of the prompts. Then for each prompt: head, six passages of the pool in random order, a question about one of
+// neighbouring sequences have in common is a passage. The pool is known from earlier prompts: each of its passages was
+// in a few of them, among others. Then for each prompt: head, six passages of the pool in random order, a question about one of
 // them. Every variant answers the same prompt in turn, in an order that rotates. Quality is that of the next token:
 // does the most likely one agree with the lossless run's, and KL(lossless || variant).
 //
@@ -49,7 +49,9 @@ struct Arguments {
   std::size_t prompts = 40;
   std::size_t pool = 36;
   std::size_t passages = 6;
-  std::size_t known_together = 1;
+  std::size_t known_together = 6;
+  std::size_t known_times = 4;
+  std::uint16_t most_averaged = SegmentOptions{}.most_averaged;
   std::vector<double> shares = {0, 0.1, 0.2, 0.3};
   std::vector<std::int64_t> heads = {4};
   std::vector<std::int32_t> layers = {1};
@@ -57,13 +59,18 @@ struct Arguments {
   Tokens head = {21350, 260, 1962, 429, 260, 14471, 2441, 30, 198};
   std::int64_t end_of_line = 198;
   std::uint64_t seed = 1;
-  bool every_token = false;
+  std::string scored = "last";
 };
 
-/// A passage up to its end of line, and questions about it up to where the answer begins.
+struct Question {
+  Tokens tokens;  ///< up to where the answer begins
+  Tokens answer;
+};
+
+/// A passage up to its end of line, and questions about it.
 struct Item {
   Tokens passage;
-  std::vector<Tokens> questions;
+  std::vector<Question> questions;
 };
 
 std::vector<Item> items_of(const TokenFile& file, std::int64_t end_of_line) {
@@ -76,7 +83,10 @@ std::vector<Item> items_of(const TokenFile& file, std::int64_t end_of_line) {
     if (common == a.begin()) continue;
     const Tokens passage(a.begin(), common);
     if (items.empty() || items.back().passage != passage) items.push_back({passage, {}});
-    items.back().questions.emplace_back(common, a.begin() + file.scored[static_cast<std::size_t>(i)].begin);
+    const TokenRange& answer = file.scored[static_cast<std::size_t>(i)];
+    if (answer.begin == answer.end) continue;  // cut off
+    items.back().questions.push_back(
+        {{common, a.begin() + answer.begin}, {a.begin() + answer.begin, a.begin() + answer.end}});
   }
   return items;
 }
@@ -94,7 +104,9 @@ class Bed {
     self_check(*model_, inputs_.vocabulary, output_, profile_);
     constexpr std::size_t kCapacity = std::size_t{6} << 30;
     const auto start = Clock::now();
-    segments_ = std::make_unique<SegmentReuse>(*model_, inputs_, output_, profile_, SegmentOptions{}, kCapacity);
+    SegmentOptions settings;
+    settings.most_averaged = arguments.most_averaged;
+    segments_ = std::make_unique<SegmentReuse>(*model_, inputs_, output_, profile_, settings, kCapacity);
     fmt::print("wrapping for segments: {:.0f} ms; keys {}\n",
                std::chrono::duration<double, std::milli>(Clock::now() - start).count(),
                segments_->positions().movable ? "can be moved" : segments_->positions().why);
@@ -220,7 +232,9 @@ class Bench {
  public:
   explicit Bench(const Arguments& arguments) : arguments_(arguments), random_(arguments.seed), bed_(arguments) {
     auto all = items_of(read_token_file(arguments.data), arguments.end_of_line);
-    std::erase_if(all, [](const Item& item) { return item.passage.size() < 60 || item.passage.size() > 120; });
+    std::erase_if(all, [](const Item& item) {
+      return item.questions.empty() || item.passage.size() < 60 || item.passage.size() > 120;
+    });
     std::shuffle(all.begin(), all.end(), random_);
     if (all.size() < arguments.pool || arguments.pool < arguments.passages) {
       throw Failure(fmt::format("{} passages of 60 to 120 tokens in {}, {} are wanted; use a smaller --pool",
@@ -230,11 +244,14 @@ class Bench {
   }
 
   void passages() {
-    for (std::size_t i = 0; i < items_.size();) {
-      Tokens tokens = arguments_.head;
-      const std::size_t end = std::min(i + arguments_.known_together, items_.size());
-      for (; i < end; ++i) append(tokens, items_[i].passage);
-      bed_.keep(tokens);
+    for (std::size_t time = 0; time < arguments_.known_times; ++time) {
+      std::shuffle(items_.begin(), items_.end(), random_);
+      for (std::size_t i = 0; i < items_.size();) {
+        Tokens tokens = arguments_.head;
+        const std::size_t end = std::min(i + arguments_.known_together, items_.size());
+        for (; i < end; ++i) append(tokens, items_[i].passage);
+        bed_.keep(tokens);
+      }
     }
     measure(fmt::format("{} passages in random order, then a question", arguments_.passages), [this] {
       std::vector<std::size_t> order(items_.size());
@@ -269,22 +286,26 @@ class Bench {
  private:
   static void append(Tokens& tokens, const Tokens& more) { tokens.insert(tokens.end(), more.begin(), more.end()); }
 
-  /// With a question behind it, and how many tokens that has.
+  /// With a question behind it, and how many of the last tokens are scored.
   std::pair<Tokens, std::size_t> asked(Tokens tokens, const Item& item) {
-    const Tokens& question = item.questions[random_() % item.questions.size()];
-    append(tokens, question);
-    return {std::move(tokens), question.size()};
+    const Question& question = item.questions[random_() % item.questions.size()];
+    append(tokens, question.tokens);
+    if (arguments_.scored != "answer") return {std::move(tokens), all_scored() ? question.tokens.size() : 1};
+    // The answer's first token is told by the question's last.
+    tokens.insert(tokens.end(), question.answer.begin(), question.answer.end() - 1);
+    return {std::move(tokens), question.answer.size()};
   }
+  [[nodiscard]] bool all_scored() const { return arguments_.scored != "last"; }
 
   template <class Make>
   void measure(const std::string& title, Make make) {
     auto variants = variants_of(arguments_);
     std::vector<double> full_ms, prefix_ms, tokens;
     for (std::size_t i = 0; i < arguments_.prompts + 1; ++i) {
-      const auto [prompt, question] = make();
-      const std::int64_t wanted = arguments_.every_token ? static_cast<std::int64_t>(question) : 1;
+      const auto [prompt, scored] = make();
+      const auto wanted = static_cast<std::int64_t>(scored);
       const auto prefix = bed_.lossless(prompt, true, wanted);
-      const auto full = arguments_.every_token ? prefix : bed_.lossless(prompt, false, wanted);
+      const auto full = all_scored() ? prefix : bed_.lossless(prompt, false, wanted);
       std::vector<Bed::Answer> answers(variants.size());
       for (std::size_t k = 0; k < variants.size(); ++k) {
         const std::size_t v = (k + i) % variants.size();
@@ -292,7 +313,7 @@ class Bench {
       }
       if (i == 0) continue;  // warm-up
       tokens.push_back(static_cast<double>(prompt.size()));
-      if (!arguments_.every_token) full_ms.push_back(full.ms);
+      if (!all_scored()) full_ms.push_back(full.ms);
       prefix_ms.push_back(prefix.ms);
       for (std::size_t v = 0; v < variants.size(); ++v) variants[v].add(answers[v], full);
     }
@@ -319,13 +340,19 @@ int run(int argc, char** argv) {
   app.add_option("--passages", arguments.passages, "of a prompt");
   app.add_option("--known-together", arguments.known_together, "of each prompt that the pool is known from")
       ->check(CLI::PositiveNumber);
+  app.add_option("--known-times", arguments.known_times, "each passage is in so many of these prompts")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--most-averaged", arguments.most_averaged, "SegmentOptions::most_averaged");
   app.add_option("--shares", arguments.shares, "SegmentSettings::recompute_share")->delimiter(',');
   app.add_option("--heads", arguments.heads, "SegmentSettings::head_tokens")->delimiter(',');
   app.add_option("--layers", arguments.layers, "SegmentSettings::choosing_layer")->delimiter(',');
   app.add_option("--head", arguments.head, "ids in front of every prompt (default: of SmolLM2's)")->delimiter(',');
   app.add_option("--end-of-line", arguments.end_of_line, "id between passage and question (default: of SmolLM2's)");
   app.add_option("--seed", arguments.seed);
-  app.add_flag("--every-token", arguments.every_token, "quality of all tokens of the question");
+  app.add_option("--scored", arguments.scored,
+                 "whose next token is compared: the last token's (first token of the answer), those of all tokens of "
+                 "the question, or those that tell the true answer")
+      ->check(CLI::IsMember({"last", "question", "answer"}));
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(arguments.threads);
   const c10::InferenceMode inference;

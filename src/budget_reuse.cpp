@@ -7,9 +7,10 @@
 #include <algorithm>
 #include <unordered_set>
 
-#include "budget_audits.h"
+#include "background_audits.h"
 #include "execute/engine.h"
 #include "execute/observer.h"
+#include "exit_rules.h"
 #include "llmcache/error.h"
 #include "refresh/exit_calibration.h"
 #include "segment_ladder.h"
@@ -23,15 +24,6 @@ at::Tensor means_of(const std::vector<at::Tensor>& states) {
   std::vector<at::Tensor> means;
   for (const at::Tensor& state : states) means.push_back(state.mean(1, false, at::kFloat));
   return at::cat(means);
-}
-
-/// A row's inputs as a batch of its own that shares nothing with the caller's.
-Batch copy_of(const Batch& batch, std::int64_t row) {
-  Batch one = batch.select({row});
-  for (c10::IValue& input : one.inputs) {
-    if (input.isTensor()) input = input.toTensor().clone();
-  }
-  return one;
 }
 
 /// All that decides a sequence's output.
@@ -78,7 +70,7 @@ class BudgetReuse::Pass final : public LayerObserver {
     std::vector<Trial> trials;
   };
 
-  Pass(BudgetRules& rules, std::size_t sequences, bool background)
+  Pass(ExitRules& rules, std::size_t sequences, bool background)
       : rules_(rules), background_(background), level_(rules.level()), sequences_(sequences) {}
 
   bool watches(std::int32_t l) const override {
@@ -140,7 +132,7 @@ class BudgetReuse::Pass final : public LayerObserver {
     return false;
   }
 
-  BudgetRules& rules_;
+  ExitRules& rules_;
   const bool background_;
   const std::size_t level_;
   std::vector<Sequence> sequences_;
@@ -164,8 +156,8 @@ BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const Outp
   } else if (metric == BudgetMetric::kTokenAgreement) {
     no_exits_ = "its output is a pooled one, and the metric of the budget is for tokens; choose decision or relative";
   }
-  if (options_.background_audit && no_exits_.empty()) audits_ = std::make_unique<BudgetAudits>(model, output);
   make_ladder(inputs, options_);
+  if (options_.background_audit && (no_exits_.empty() || ladder_)) audits_ = std::make_unique<BackgroundAudits>();
 }
 
 /// Token states are reused where a model allows it, and its kind of answer fits the metric.
@@ -194,7 +186,7 @@ void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& opti
 
 BudgetReuse::~BudgetReuse() = default;
 
-std::shared_ptr<BudgetRules> BudgetReuse::rules() const {
+std::shared_ptr<ExitRules> BudgetReuse::rules() const {
   const std::lock_guard lock(mutex_);
   return rules_;
 }
@@ -353,7 +345,7 @@ void BudgetReuse::use(CalibrationProfile profile) {
     refuse(fmt::format("its early exit is {}, BudgetOptions.early_exit is {}", to_string(profile.early_exit),
                        to_string(options_.early_exit)));
   }
-  std::shared_ptr<BudgetRules> rules;
+  std::shared_ptr<ExitRules> rules;
   if (profile.exit) {
     const ExitModel& exit = *profile.exit;
     const auto fits = [&](const ExitLayer& layer) { return !layer.used() || layer.centre.size(0) == profile_.hidden; };
@@ -367,7 +359,7 @@ void BudgetReuse::use(CalibrationProfile profile) {
                       "BudgetOptions.capacity_share)",
                       exit.bytes(), capacity_bytes_));
     }
-    rules = std::make_shared<BudgetRules>();
+    rules = std::make_shared<ExitRules>();
     rules->exit = exit.to(model_.device());
     rules->scores = options_.scores;
     const ExitModel& own = rules->exit;
@@ -396,7 +388,7 @@ void BudgetReuse::use(CalibrationProfile profile) {
 std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const std::string& tenant, Output output,
                                                     ForwardReport& report) {
   if (!ladder_ || !ladder_->ready()) return run_exits(batch, report);
-  auto result = ladder_->run(batch, tenant, output, report);
+  auto result = ladder_->run(batch, tenant, output, report, audits_.get());
   if (!result) return std::nullopt;
   return Answer{std::move(*result), profile_.causal && profile_.head_tokenwise,
                 std::vector<std::vector<at::Tensor>>(static_cast<std::size_t>(batch.rows))};
@@ -425,7 +417,11 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
       told.source = Source::kEarlyExit;
       told.resumed_layer = sequence.left;
       told.expected_error = sequence.expected;
-      if (!sequence.trials.empty()) audits_->add(rules, copy_of(batch, row), std::move(sequence.trials));
+      if (!sequence.trials.empty()) {
+        audits_->add([this, rules, one = batch.select({row}), trials = std::move(sequence.trials)] {
+          audit(*rules, one, trials);
+        });
+      }
     } else if (!sequence.trials.empty()) {
       const auto& span = batch.spans[static_cast<std::size_t>(row)];
       const auto full = row_of(answer.computed, output_, row, span.first, span.tokens, batch.width)[0];
@@ -434,6 +430,15 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
     }
   }
   return answer;
+}
+
+void BudgetReuse::audit(ExitRules& rules, const Batch& sequence, const std::vector<Trial>& trials) const {
+  model_.check_unchanged();
+  ForwardReport report;
+  const auto plan = sequence.full_plan(static_cast<std::int32_t>(model_.layers()));
+  const auto result = execute_packed(model_, sequence.inputs, plan, {}, nullptr, report);
+  const RowSpan& span = sequence.spans[0];
+  record(rules, trials, row_of(result, output_, 0, span.first, span.tokens, sequence.width)[0].reshape({-1}));
 }
 
 void BudgetReuse::fill(Stats& stats) const {

@@ -22,8 +22,9 @@
 
 namespace llmcache {
 
-class BudgetAudits;
-struct BudgetRules;
+class BackgroundAudits;
+struct ExitRules;
+struct Trial;
 
 /// Thread-safe.
 class BudgetReuse {
@@ -64,9 +65,11 @@ class BudgetReuse {
  private:
   class Pass;
   class Recorder;
-  [[nodiscard]] std::shared_ptr<BudgetRules> rules() const;
+  [[nodiscard]] std::shared_ptr<ExitRules> rules() const;
   void check_available() const;
   std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report);
+  /// Computes `sequence`, a batch of one row, in full, and tells the gates.
+  void audit(ExitRules& rules, const Batch& sequence, const std::vector<Trial>& trials) const;
   void make_ladder(const InputSpec& inputs, const BudgetOptions& options);
   [[nodiscard]] std::shared_ptr<const ExitSample> run_exit_sample(const std::vector<Batch>& requests) const;
 
@@ -80,9 +83,9 @@ class BudgetReuse {
   std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused
   mutable std::mutex mutex_;
   std::optional<CalibrationProfile> calibration_;  ///< guarded by mutex_
-  std::shared_ptr<BudgetRules> rules_;             ///< guarded by mutex_; null: nothing is reused
+  std::shared_ptr<ExitRules> rules_;             ///< guarded by mutex_; null: nothing is reused
   std::vector<std::atomic<std::uint64_t>> exits_;  ///< by layer
-  std::unique_ptr<BudgetAudits> audits_;           ///< null unless audits run in the background
+  std::unique_ptr<BackgroundAudits> audits_;       ///< null: audits are made within the call. Uses all above
 };
 
 }  // namespace llmcache

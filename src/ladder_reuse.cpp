@@ -279,14 +279,14 @@ void LadderReuse::use(const std::optional<ReuseChoice>& choice) {
 }
 
 std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::string& tenant, Output output,
-                                            ForwardReport& report) {
+                                            ForwardReport& report, BackgroundAudits* audits) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const auto matches = ladder_->find(batch, tenant, rules->setting);
   const auto rows = static_cast<std::size_t>(batch.rows);
   std::vector<char> reused(rows);
   std::vector<std::int64_t> audited;
-  std::vector<RiskGate::Decision> decisions(rows);
+  std::vector<RiskGate::Decision> decisions;  // of these
   for (std::size_t row = 0; row < rows; ++row) {
     if (batch.spans[row].tokens == 0) continue;
     const bool could = matches->distance[row] && *matches->distance[row] <= rules->limit;
@@ -294,35 +294,38 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
       reused[row] = could;
       continue;
     }
-    decisions[row] = rules->gate->next(could);
+    const auto decision = rules->gate->next(could);
     if (!could) continue;
-    if (decisions[row].audit) audited.push_back(static_cast<std::int64_t>(row));
-    reused[row] = decisions[row].reuse || decisions[row].audit;
+    if (decision.audit) {
+      audited.push_back(static_cast<std::int64_t>(row));
+      decisions.push_back(decision);
+    }
+    reused[row] = decision.reuse || decision.audit;
   }
   auto result = ladder_->run(batch, *matches, reused, rules->setting, tenant, output, true, report);
-  for (std::size_t row = 0; row < rows; ++row) {
-    const bool answers = report.sequences[row].source == Source::kPartial && !decisions[row].audit;
-    served_ += answers ? 1 : 0;
-  }
+  for (const SequenceReport& row : report.sequences) served_ += row.source == Source::kPartial ? 1 : 0;
   if (audited.empty()) return result;
-  // Audited rows are computed in full too, which is what they are answered with.
+  std::vector<at::Tensor> answers;
+  for (const std::int64_t row : audited) answers.push_back(first_output(result, batch, row));
   const Batch part = batch.select(audited);
-  ForwardReport own;
-  const auto nothing = ladder_->find(part, tenant, rules->setting);
-  const auto full =
-      ladder_->run(part, *nothing, std::vector<char>(audited.size()), rules->setting, tenant, output, true, own);
-  for (std::size_t i = 0; i < audited.size(); ++i) {
-    const auto row = static_cast<std::size_t>(audited[i]);
-    SequenceReport& told = report.sequences[row];
-    told.drift =
-        rules->error(first_output(result, batch, audited[i]), first_output(full, part, static_cast<std::int64_t>(i)));
-    rules->gate->record(decisions[row], told.drift);
-    const double drift = told.drift;
-    told = own.sequences[i];
-    told.shadowed = true;
-    told.drift = drift;
+  // What a closed gate watches is never served.
+  if (audits != nullptr && std::ranges::all_of(decisions, &RiskGate::Decision::reuse)) {
+    for (at::Tensor& answer : answers) answer = answer.clone();  // the result is the caller's
+    audits->add([this, rules, part, decisions, answers, tenant, output] {
+      model_.check_unchanged();
+      audit(*rules, part, decisions, answers, tenant, output);
+    });
+    return result;
   }
-  const auto exact = tensors_of(full);
+  const Audited told = audit(*rules, part, decisions, answers, tenant, output);
+  for (std::size_t i = 0; i < audited.size(); ++i) {
+    SequenceReport& row = report.sequences[static_cast<std::size_t>(audited[i])];
+    served_ -= row.source == Source::kPartial ? 1 : 0;
+    row = told.report.sequences[i];
+    row.shadowed = true;
+    row.drift = told.errors[i];
+  }
+  const auto exact = tensors_of(told.full);
   std::size_t leaf = 0;
   return map_tensors(result, [&](const at::Tensor& tensor) {
     const int dim = output_.leaves[leaf].batch;
@@ -333,6 +336,21 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
     ++leaf;
     return patched;
   });
+}
+
+LadderReuse::Audited LadderReuse::audit(const Rules& rules, const Batch& rows,
+                                        const std::vector<RiskGate::Decision>& decisions,
+                                        const std::vector<at::Tensor>& answers, const std::string& tenant,
+                                        Output output) {
+  Audited audited;
+  const auto nothing = ladder_->find(rows, tenant, rules.setting);
+  audited.full = ladder_->run(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output, true,
+                              audited.report);
+  for (std::size_t i = 0; i < answers.size(); ++i) {
+    audited.errors.push_back(rules.error(answers[i], first_output(audited.full, rows, static_cast<std::int64_t>(i))));
+    rules.gate->record(decisions[i], audited.errors.back());
+  }
+  return audited;
 }
 
 void LadderReuse::fill(Stats& stats) const {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "background_audits.h"
 #include "llmcache/refresh/calibration.h"
 #include "model/probe.h"
 #include "refresh/ladder_calibration.h"
@@ -40,8 +41,10 @@ class LadderReuse {
   /// library or this model has no such setting.
   void use(const std::optional<ReuseChoice>& choice);
 
-  /// Runs a batch that can be packed and has a real token. Fills `report`. Unset if nothing may be reused.
-  std::optional<c10::IValue> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report);
+  /// Runs a batch that can be packed and has a real token. Fills `report`. Unset if nothing may be reused. Audited rows
+  /// are computed in full within the call, and answered so; or with `audits`, which must not outlive this, afterwards.
+  std::optional<c10::IValue> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
+                                 BackgroundAudits* audits);
 
   [[nodiscard]] bool ready() const;
   void clear() { ladder_->clear(); }
@@ -68,6 +71,14 @@ class LadderReuse {
   std::vector<LadderDraw> explore(std::span<const Batch> sample, std::size_t warm_up, const OutputError& error);
   Trial try_out(std::span<const Batch> sample, std::size_t warm_up, std::size_t setting, double limit,
                 const OutputError& error, FullOutputs& known);
+  /// Rows of an answer with what they give in full, of which the gate is told.
+  struct Audited {
+    c10::IValue full;
+    std::vector<double> errors;
+    ForwardReport report;
+  };
+  Audited audit(const Rules& rules, const Batch& rows, const std::vector<RiskGate::Decision>& decisions,
+                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output);
   [[nodiscard]] Output asked_for() const;
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
   [[nodiscard]] at::Tensor first_output(const c10::IValue& result, const Batch& batch, std::int64_t row) const;

@@ -42,7 +42,7 @@ SegmentPass::SegmentPass(const TokenLevelModel& model, const SegmentLayout& layo
     moves.assign(static_cast<std::size_t>(rows[i].span.tokens), 0);
     for (const SegmentHit& segment : rows[i].segments) {
       const auto first = moves.begin() + segment.begin;
-      std::fill(first, first + segment.tokens, segment.begin - segment.donor_begin);
+      std::fill(first, first + segment.tokens, segment.move());
     }
     if (std::ranges::all_of(moves, [](std::int64_t move) { return move == 0; })) moves.clear();
     merges_[i].turns.resize(layout.positions.rotations.size());

@@ -19,6 +19,7 @@ SegmentReuse::SegmentReuse(const Model& model, const InputSpec& inputs, const Ou
       output_(output),
       profile_(profile),
       settings_(bank_settings(options, capacity_bytes)),
+      most_averaged_(options.most_averaged),
       bank_(settings_) {
   layout_.positions = find_key_positions(model, inputs.vocabulary);
   verify(options);
@@ -61,6 +62,43 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
   layout_.final_spec = settings.specs.size();
   add(captured[0]->hidden.back(), 1);
   return settings;
+}
+
+/// Makes passages that `entry`, which is not known yet, has in common with what the bank knows means over both.
+void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry, double saved_ms) const {
+  constexpr std::int64_t kLeast = 32;  // tokens; what is shorter is no passage
+  if (most_averaged_ < 2 || !layout_.positions.movable) return;
+  const auto width = settings_.token_width;
+  for (const SegmentHit& hit : bank.find(entry.space(), entry.tokens(), {kLeast, true}, now())) {
+    if (hit.exact) continue;
+    const auto known = std::min<std::int64_t>(hit.donor->origin().averaged, most_averaged_ - 1);
+    const SegmentOrigin origin{hit.begin - hit.move(), static_cast<std::uint16_t>(known + 1)};
+    const auto tokens = entry.tokens().subspan(static_cast<std::size_t>(hit.begin) * width,
+                                               static_cast<std::size_t>(hit.tokens) * width);
+    const auto mean = bank.reserve_mean(entry.space(), tokens, origin, now());
+    if (!mean) return;
+    const auto set = [&](std::size_t spec, const KeyRotation* rotation) {
+      auto states = entry.state(spec, hit.begin, hit.tokens).clone();
+      if (rotation != nullptr && hit.move() != 0) {
+        const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
+        rotate_(states, settings_.specs[spec].token_dim, *rotation, turn_of(*rotation, back, states.device()));
+      }
+      const double weight = static_cast<double>(known) / static_cast<double>(known + 1);
+      mean->set(spec, states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight));
+    };
+    for (std::size_t l = 0; l < layout_.key_specs.size(); ++l) {
+      for (std::size_t s = 0; s < layout_.key_specs[l].size(); ++s) {
+        const auto& rotations = layout_.positions.rotation_of[l][s];
+        for (std::size_t i = 0; i < rotations.size(); ++i) {
+          set(layout_.key_specs[l][s] + i,
+              rotations[i] < 0 ? nullptr : &layout_.positions.rotations[static_cast<std::size_t>(rotations[i])]);
+        }
+      }
+    }
+    set(layout_.final_spec, nullptr);
+    const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
+    bank.insert_mean(mean, *hit.donor, saved_ms * share, now());
+  }
 }
 
 double SegmentReuse::now() const {
@@ -205,6 +243,11 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
     if (row.entry) {
       const double part =
           static_cast<double>(row.span.tokens) / static_cast<double>(std::max<std::int64_t>(computed, 1));
+      try {
+        average_passages(bank, *row.entry, model_ms * part);
+      } catch (const std::exception&) {
+        // No memory for a mean: the sequence itself is kept all the same.
+      }
       bank.insert(std::move(row.entry), model_ms * part, now());
     }
     SequenceReport& sequence = report.sequences[static_cast<std::size_t>(row.row)];

@@ -23,6 +23,9 @@ namespace llmcache {
 struct SegmentOptions {
   /// Passages are found by blocks of this many tokens, 1 or more.
   std::size_t block_tokens = 16;
+  /// Passages that are met in several sequences are also kept as the mean of their states over up to this many of them,
+  /// which is nearer to what a new surrounding makes of them than the states of one. 0 or 1: none are.
+  std::uint16_t most_averaged = 16;
   EvictionOptions eviction = {};
   /// How states are held. But for kAsComputed an exact prefix is not lossless either.
   BankFormat format = BankFormat::kAsComputed;
@@ -87,6 +90,7 @@ class SegmentReuse {
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<SegmentRow>& rows,
                                  std::optional<Output> output) const;
   void verify(const SegmentOptions& options);
+  void average_passages(SegmentBank& bank, const SegmentEntry& entry, double saved_ms) const;
 
   const Model& model_;
   const InputSpec& inputs_;
@@ -94,6 +98,7 @@ class SegmentReuse {
   const ModelProfile& profile_;
   SegmentLayout layout_;
   const SegmentBank::Settings settings_;
+  const std::int64_t most_averaged_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   SegmentBank bank_;
 };

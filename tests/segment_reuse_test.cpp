@@ -350,6 +350,61 @@ TEST(SegmentReuseTest, TokensAreChosenAtTheLayerThatIsAskedFor) {
   }
 }
 
+TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
+  const c10::NoGradGuard no_grad;
+  Rig rig("tiny-llama-sdpa");
+  const auto head = rig.random(1, 20);
+  const auto passage = rig.random(2, 60);
+  const auto first = joined({head, rig.random(3, 30), passage});
+  const auto second = joined({head, rig.random(4, 17), passage});
+  rig.keep({first});
+  EXPECT_EQ(rig.reuse->counters().means, 0u);
+  rig.keep({second});
+  EXPECT_EQ(rig.reuse->counters().means, 1u);
+  const auto hits = [&](const Tokens& tokens) {
+    return rig.reuse->find(rig.batch(rig.request({tokens})), "", {})[0]->segments;
+  };
+  const auto found = hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}));
+  ASSERT_EQ(found.size(), 2u);
+  EXPECT_TRUE(found[0].exact);
+  const SegmentHit& mean = found[1];
+  ASSERT_TRUE(mean.donor->is_mean());
+  EXPECT_EQ(mean.donor->origin().averaged, 2);
+  EXPECT_EQ(mean.begin, 29);
+  EXPECT_EQ(mean.tokens, 60);
+  EXPECT_EQ(mean.move(), 29 - 50);  // keys stand as in the first of the two
+  const auto of_first = hits(first);
+  const auto of_second = hits(second);
+  ASSERT_TRUE(of_first.size() == 1 && of_first[0].exact && of_second.size() == 1 && of_second[0].exact);
+  const auto& positions = rig.reuse->positions();
+  std::size_t turned = 0;
+  for (std::size_t i = 0; i < positions.rotation_of[0][0].size(); ++i) {
+    auto own = of_second[0].donor->state(i, 37, 60).clone();
+    const auto& dims = rig.model->token_level()->key_dims(0, 0);
+    if (const int number = positions.rotation_of[0][0][i]; number >= 0) {
+      const auto& rotation = positions.rotations[static_cast<std::size_t>(number)];
+      rotate_(own, dims[i], rotation, turn_of(rotation, std::vector<std::int64_t>(60, 50 - 37), own.device()));
+      ++turned;
+    }
+    const auto wanted = (own + of_first[0].donor->state(i, 50, 60)) / 2;
+    EXPECT_TRUE(at::allclose(mean.donor->state(i, mean.donor_begin, 60), wanted, 1e-4, 1e-5)) << i;
+  }
+  EXPECT_EQ(turned, 1u);
+
+  // One more sequence, one more in the mean; the tokens' own states win where their surroundings are the same too.
+  rig.keep({joined({head, rig.random(7, 11), passage})});
+  EXPECT_EQ(rig.reuse->counters().means, 1u);
+  const auto again = hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}));
+  ASSERT_EQ(again.size(), 2u);
+  EXPECT_EQ(again[1].donor->origin().averaged, 3);
+  const auto around = hits(joined({rig.random(8, 25), rig.random(3, 30), passage}));
+  ASSERT_EQ(around.size(), 1u);
+  EXPECT_FALSE(around[0].donor->is_mean());
+  EXPECT_EQ(around[0].tokens, 90);
+  rig.reuse->clear();
+  EXPECT_EQ(rig.reuse->counters().means, 0u);
+}
+
 TEST(SegmentReuseTest, SettingsAreChecked) {
   Rig rig("tiny-llama-sdpa");
   const auto batch = rig.batch(rig.request({rig.random(1, 40)}));

@@ -14,14 +14,22 @@ namespace {
 /// What values and scales take beside their data.
 constexpr std::size_t kStatesOverhead = sizeof(StoredStates) + 2 * (sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl));
 
+/// Does `part` have most of the tokens of `run`? Then what stands around it there is no passage of its own.
+bool is_most_of(const BlockMatch& part, const BlockMatch& run) {
+  const std::size_t begin = std::max(part.begin, run.begin);
+  const std::size_t end = std::min(part.begin + part.tokens, run.begin + run.tokens);
+  return begin < end && 5 * (end - begin) >= 4 * run.tokens;
+}
+
 }  // namespace
 
-SegmentEntry::SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens,
+SegmentEntry::SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin,
                            const std::vector<KeySpec>& specs, BankFormat format, std::pmr::memory_resource* memory)
     : specs_(specs),
       format_(format),
       space_(space, memory),
       tokens_(tokens.begin(), tokens.end(), memory),
+      origin_(origin),
       stored_(specs.size()) {}
 
 SegmentEntry::~SegmentEntry() {
@@ -52,14 +60,43 @@ SegmentBank::SegmentBank(Settings settings)
     : settings_(std::move(settings)),
       account_(settings_.capacity_bytes),
       memory_(account_),
-      index_(
-          settings_.token_width, settings_.block_tokens,
-          [this](std::uint32_t slot) {
-            const SegmentEntry& entry = *(*entries_)[slot];
-            return BlockHashIndex::Sequence{entry.space(), entry.tokens()};
-          },
-          &memory_),
+      index_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_),
+      means_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_),
       policy_(settings_.eviction, &memory_) {}
+
+BlockHashIndex::Tokens SegmentBank::tokens_of_slot() {
+  return [this](std::uint32_t slot) {
+    const SegmentEntry& entry = *(*entries_)[slot];
+    return BlockHashIndex::Sequence{entry.space(), entry.tokens()};
+  };
+}
+
+/// Runs of a request, ascending, without overlap: of whole sequences, or of means where these have most of a run.
+std::vector<BlockMatch> SegmentBank::runs(const BlockHashIndex::Sequence& request,
+                                          const BlockHashIndex::Wanted& wanted) const {
+  // Where a mean's tokens stand in the sequence that its positions are of is not known to its index.
+  auto means = wanted.moved ? means_.segments(request, wanted) : std::vector<BlockMatch>{};
+  std::vector<BlockMatch> all = index_.segments(request, wanted);
+  std::erase_if(all, [&](const BlockMatch& run) {
+    return std::ranges::any_of(means, [&](const BlockMatch& mean) { return is_most_of(mean, run); });
+  });
+  // Of a longer run a mean's part is left as it is: there the surroundings are the request's too.
+  std::erase_if(means, [&](const BlockMatch& mean) {
+    return std::ranges::any_of(all, [&](const BlockMatch& run) { return is_most_of(run, mean); });
+  });
+  all.insert(all.end(), means.begin(), means.end());
+  std::ranges::sort(all, {}, &BlockMatch::begin);
+  std::size_t taken = wanted.from;
+  for (BlockMatch& run : all) {
+    const std::size_t less = std::min(run.tokens, taken - std::min(taken, run.begin));
+    run.begin += less;
+    run.donor_begin += less;
+    run.tokens -= less;
+    taken = std::max(taken, run.begin + run.tokens);
+  }
+  std::erase_if(all, [&](const BlockMatch& run) { return run.tokens < wanted.least; });
+  return all;
+}
 
 std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<const std::int64_t> tokens,
                                           const Wanted& wanted, double now_s) {
@@ -74,7 +111,7 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<cons
   const BlockMatch prefix = index_.prefix(request);
   if (prefix.tokens > 0) add(prefix, true);
   const auto least = static_cast<std::size_t>(std::max<std::int64_t>(wanted.least, 1));
-  for (const BlockMatch& match : index_.segments(request, {prefix.tokens, least, wanted.moved})) add(match, false);
+  for (const BlockMatch& match : runs(request, {prefix.tokens, least, wanted.moved})) add(match, false);
   return hits;
 }
 
@@ -92,15 +129,26 @@ std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const no
 
 std::shared_ptr<SegmentEntry> SegmentBank::reserve(std::string_view space, std::span<const std::int64_t> tokens,
                                                    double now_s) {
-  const std::size_t count = tokens.size() / settings_.token_width;
   const std::lock_guard lock(mutex_);
-  if (index_.prefix({space, tokens}).tokens == count) return nullptr;
-  const auto bytes = entry_bytes(count);
+  if (index_.prefix({space, tokens}).tokens == tokens.size() / settings_.token_width) return nullptr;
+  return reserve_locked(space, tokens, {}, now_s);
+}
+
+std::shared_ptr<SegmentEntry> SegmentBank::reserve_mean(std::string_view space, std::span<const std::int64_t> tokens,
+                                                        SegmentOrigin origin, double now_s) {
+  const std::lock_guard lock(mutex_);
+  return reserve_locked(space, tokens, origin, now_s);
+}
+
+std::shared_ptr<SegmentEntry> SegmentBank::reserve_locked(std::string_view space, std::span<const std::int64_t> tokens,
+                                                          SegmentOrigin origin, double now_s) {
+  const auto bytes = entry_bytes(tokens.size() / settings_.token_width);
   while (bytes && make_room(*bytes, now_s)) {
     try {
       const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
       auto entry =
-          std::allocate_shared<SegmentEntry>(allocator, space, tokens, settings_.specs, settings_.format, &memory_);
+          std::allocate_shared<SegmentEntry>(allocator, space, tokens, origin, settings_.specs, settings_.format,
+                                             &memory_);
       entry->account_ = &account_;
       entry->bytes_ = *bytes;
       return entry;
@@ -120,24 +168,54 @@ void SegmentBank::insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, d
   const BlockMatch known = index_.prefix({entry->space(), entry->tokens()});
   if (known.tokens == count) return;  // somebody was faster
   const bool replaces = known.tokens > 0 && known.tokens == tokens_of(*(*entries_)[known.slot]);
-  for (;;) {
-    try {
-      place(entry, saved_ms, now_s);
-      break;
-    } catch (const std::bad_alloc&) {
-      reset_if_empty();
-      if (evict_one(now_s)) continue;
-      ++counters_.rejected;
-      return;
-    }
-  }
-  ++counters_.insertions;
+  if (!place_with_room(entry, saved_ms, now_s)) return;
   // Unless it was evicted for room on the way: the slot may be the new entry's own.
   if (!replaces || !policy_.contains(known.slot)) return;
   const SegmentEntry& old = *(*entries_)[known.slot];
   if (&old == entry.get() || tokens_of(old) != known.tokens) return;
   remove(known.slot);
   ++counters_.replaced;
+}
+
+void SegmentBank::insert_mean(std::shared_ptr<SegmentEntry> mean, const SegmentEntry& replaced, double saved_ms,
+                              double now_s) {
+  if (!mean || !mean->complete()) return;
+  const std::lock_guard lock(mutex_);
+  const auto slot_of_replaced = [&]() -> std::optional<std::uint32_t> {
+    for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
+      if ((*entries_)[slot].get() == &replaced) return slot;
+    }
+    return std::nullopt;
+  };
+  if (replaced.is_mean()) {
+    if (!slot_of_replaced()) return;  // somebody was faster
+  } else {
+    const BlockMatch whole{0, 0, 0, tokens_of(*mean)};
+    for (const BlockMatch& known : means_.segments({mean->space(), mean->tokens()}, {})) {
+      if (is_most_of(known, whole)) return;
+    }
+  }
+  if (!place_with_room(mean, saved_ms, now_s) || !replaced.is_mean()) return;
+  if (const auto slot = slot_of_replaced()) {  // unless it was evicted for room
+    remove(*slot);
+    ++counters_.replaced;
+  }
+}
+
+/// Evicts for what the index needs; false, and counted as rejected, if that does not do.
+bool SegmentBank::place_with_room(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s) {
+  for (;;) {
+    try {
+      place(entry, saved_ms, now_s);
+      ++counters_.insertions;
+      return true;
+    } catch (const std::bad_alloc&) {
+      reset_if_empty();
+      if (evict_one(now_s)) continue;
+      ++counters_.rejected;
+      return false;
+    }
+  }
 }
 
 /// All or nothing; throws std::bad_alloc.
@@ -156,11 +234,11 @@ void SegmentBank::place(const std::shared_ptr<SegmentEntry>& entry, double saved
   cost.key = XXH3_64bits_withSeed(entry->tokens().data(), entry->tokens().size_bytes(),
                                   XXH3_64bits(entry->space().data(), entry->space().size()));
   try {
-    index_.insert(slot);
+    index_of(*entry).insert(slot);
     try {
       policy_.insert(slot, cost, now_s);
     } catch (...) {
-      index_.erase(slot);
+      index_of(*entry).erase(slot);
       throw;
     }
   } catch (...) {
@@ -168,14 +246,17 @@ void SegmentBank::place(const std::shared_ptr<SegmentEntry>& entry, double saved
     throw;
   }
   ++counters_.entries;
+  counters_.means += entry->is_mean() ? 1 : 0;
   counters_.tokens += tokens_of(*entry);
 }
 
 void SegmentBank::remove(std::uint32_t slot) noexcept {
-  index_.erase(slot);
+  const SegmentEntry& entry = *(*entries_)[slot];
+  index_of(entry).erase(slot);
   policy_.erase(slot);
   --counters_.entries;
-  counters_.tokens -= tokens_of(*(*entries_)[slot]);
+  counters_.means -= entry.is_mean() ? 1 : 0;
+  counters_.tokens -= tokens_of(entry);
   (*entries_)[slot] = nullptr;
   reset_if_empty();
 }
@@ -224,9 +305,11 @@ bool SegmentBank::evict_one(double now_s) noexcept {
 void SegmentBank::clear() {
   const std::lock_guard lock(mutex_);
   index_.clear();
+  means_.clear();
   policy_.clear();
   entries_.reset();
   counters_.entries = 0;
+  counters_.means = 0;
   counters_.tokens = 0;
 }
 

@@ -1,4 +1,4 @@
-// States of whole sequences, found by any run of their tokens.
+// States of whole sequences, found by any run of their tokens, and means of those of passages that several of them have.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,12 +22,18 @@
 
 namespace llmcache {
 
-/// States of one sequence that was computed in full, one tensor a KeySpec. Written by the pass that computes it, before
-/// the bank makes it known; then immutable. Must not outlive its bank.
+/// What a SegmentEntry has the states of.
+struct SegmentOrigin {
+  std::int64_t position = 0;   ///< of its first token, which its keys are turned to; above 0 only of a passage
+  std::uint16_t averaged = 1;  ///< sequences that they are the mean over; 1: those of one whole sequence
+};
+
+/// States of one sequence that was computed in full, or means of those of a passage, one tensor a KeySpec. Written
+/// before the bank makes it known; then immutable. Must not outlive its bank.
 class SegmentEntry {
  public:
-  SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, const std::vector<KeySpec>& specs,
-               BankFormat format, std::pmr::memory_resource* memory);
+  SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin,
+               const std::vector<KeySpec>& specs, BankFormat format, std::pmr::memory_resource* memory);
   ~SegmentEntry();
   SegmentEntry(const SegmentEntry&) = delete;
   SegmentEntry& operator=(const SegmentEntry&) = delete;
@@ -35,6 +41,8 @@ class SegmentEntry {
   [[nodiscard]] std::string_view space() const noexcept { return space_; }
   /// Token after token.
   [[nodiscard]] std::span<const std::int64_t> tokens() const noexcept { return tokens_; }
+  [[nodiscard]] const SegmentOrigin& origin() const noexcept { return origin_; }
+  [[nodiscard]] bool is_mean() const noexcept { return origin_.averaged > 1; }
   /// Tokens [begin, begin + count) of tensor number i. Not to be written to.
   [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const;
   /// Sets tensor number i, of all tokens.
@@ -48,6 +56,7 @@ class SegmentEntry {
   const BankFormat format_;
   std::pmr::string space_;
   std::pmr::vector<std::int64_t> tokens_;
+  const SegmentOrigin origin_;
   std::vector<StoredStates> stored_;
   MemoryAccount* account_ = nullptr;  ///< in which bytes_ are reserved
   std::size_t bytes_ = 0;
@@ -60,12 +69,18 @@ struct SegmentHit {
   std::int64_t donor_begin = 0;               ///< first token of the donor
   std::int64_t tokens = 0;
   bool exact = false;  ///< a prefix of both: the donor's states are the request's
+
+  /// How far the donor's keys have to be turned.
+  [[nodiscard]] std::int64_t move() const noexcept { return begin - donor_begin - donor->origin().position; }
 };
 
 /// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index are counted before memory is
 /// taken: the capacity holds at every moment. Sequences live in spaces that never see each other (tenant, types of the
 /// inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the policy
 /// names an entry; those in use (held by a SegmentHit) are passed over.
+///
+/// Beside sequences it holds means: a passage that was met in several sequences, with the mean of its states over them.
+/// They serve where no sequence has the passage with more of what stands around it.
 class SegmentBank {
  public:
   struct Settings {
@@ -78,6 +93,7 @@ class SegmentBank {
   };
   struct Counters {
     std::uint64_t entries = 0;  ///< held now
+    std::uint64_t means = 0;    ///< of them, means of passages
     std::uint64_t tokens = 0;   ///< that they hold
     std::uint64_t insertions = 0;
     std::uint64_t evictions = 0;  ///< for room
@@ -106,6 +122,13 @@ class SegmentBank {
   /// room in the index is counted as rejected.
   void insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, double now_s);
 
+  /// An entry for the mean of a passage, to be filled; null (counted as rejected) if there is no room.
+  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve_mean(std::string_view space, std::span<const std::int64_t> tokens,
+                                                           SegmentOrigin origin, double now_s);
+  /// Makes a filled mean known, in place of `replaced` where that is a mean. Does nothing if that is no longer there,
+  /// or if without one the bank got a mean of this passage meanwhile. Never fails, as insert().
+  void insert_mean(std::shared_ptr<SegmentEntry> mean, const SegmentEntry& replaced, double saved_ms, double now_s);
+
   /// Drops every entry. Hits stay valid.
   void clear();
   [[nodiscard]] Counters counters() const;
@@ -114,11 +137,21 @@ class SegmentBank {
   [[nodiscard]] std::size_t tokens_of(const SegmentEntry& entry) const noexcept {
     return entry.tokens().size() / settings_.token_width;
   }
+  [[nodiscard]] BlockHashIndex::Tokens tokens_of_slot();
+  [[nodiscard]] std::vector<BlockMatch> runs(const BlockHashIndex::Sequence& request,
+                                             const BlockHashIndex::Wanted& wanted) const;
   [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const noexcept;
   bool make_room(std::size_t bytes, double now_s) noexcept;
   bool evict_one(double now_s) noexcept;
   [[nodiscard]] bool idle(std::uint32_t slot) const noexcept { return (*entries_)[slot].use_count() == 1; }
+  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve_locked(std::string_view space,
+                                                             std::span<const std::int64_t> tokens, SegmentOrigin origin,
+                                                             double now_s);
+  bool place_with_room(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
   void place(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
+  [[nodiscard]] BlockHashIndex& index_of(const SegmentEntry& entry) noexcept {
+    return entry.is_mean() ? means_ : index_;
+  }
   void remove(std::uint32_t slot) noexcept;
   void reset_if_empty() noexcept;
 
@@ -127,7 +160,8 @@ class SegmentBank {
   AccountedResource memory_;
   mutable std::mutex mutex_;
   std::optional<std::pmr::deque<std::shared_ptr<SegmentEntry>>> entries_;  ///< by slot; none while there are none
-  BlockHashIndex index_;
+  BlockHashIndex index_;  ///< sequences
+  BlockHashIndex means_;
   EvictionPolicy policy_;
   Counters counters_;
 };

@@ -69,6 +69,7 @@ void ExitLayer::keep(const at::Tensor& centred) {
   constexpr std::int64_t kSearchedWhole = 512;
   states = centred;
   lengths = centred.norm(2, 1).clamp_min(1e-12);
+  measure();
   if (states.size(0) <= kSearchedWhole || axes_for(states.size(1)) == 0) return;
   const auto directions = states / lengths.unsqueeze(1);
   // Ascending eigenvalues: the principal axes are the last ones.
@@ -76,6 +77,9 @@ void ExitLayer::keep(const at::Tensor& centred) {
   projection = axes.narrow(1, axes.size(1) - kAxes, kAxes).contiguous();
   projected = at::mm(directions, projection);
 }
+
+/// The mean squared distance between entries is twice their mean square.
+void ExitLayer::measure() { mean_distance = std::max(2 * lengths.square().mean().item<double>(), 1e-12); }
 
 at::Tensor ExitLayer::nearest(const at::Tensor& wanted, std::int64_t count) const {
   const auto similarity = projected.defined() ? at::mm(at::mm(wanted, projection), projected.t())
@@ -91,10 +95,9 @@ ExitLayer::Kriged ExitLayer::krige(const at::Tensor& wanted, const at::Tensor& n
   const auto length = lengths.index_select(0, flat).view({n, count});
   const auto own = wanted.norm(2, 1, true).clamp_min(1e-12);
   const auto products = at::bmm(near, wanted.unsqueeze(2)).squeeze(2);
-  // Squared distances by products; the mean of those between entries is twice their mean square.
-  const auto scale = 2 * lengths.square().mean().clamp_min(1e-12);
+  // Squared distances by products.
   const auto squares = length.square();
-  const auto like = [&](at::Tensor squared) { return squared.clamp_min_(0).div_(scale).neg_().exp_(); };
+  const auto like = [&](at::Tensor squared) { return squared.clamp_min_(0).mul_(-1 / mean_distance).exp_(); };
   auto among = like(at::baddbmm(squares.unsqueeze(1) + squares.unsqueeze(2), near, near.transpose(1, 2), 1, -2));
   among.diagonal(0, 1, 2).fill_(1 + kNoise);
   const auto here = like(squares + own.square() - 2 * products);
@@ -118,6 +121,7 @@ ExitModel ExitModel::to(at::Device device) const {
     move(layer.projection);
     move(layer.projected);
     move(layer.translator);
+    if (layer.lengths.defined()) layer.measure();
   }
   return moved;
 }
@@ -157,9 +161,12 @@ ExitModel::Described ExitModel::describe(std::size_t layer, const at::Tensor& st
   const auto kriged = own.krige(centred, numbers);
   const auto [similarity, places] = kriged.similarity.topk(kNeighbours, 1);
   const auto neighbours = numbers.gather(1, places);
-  const auto answers = outputs.index_select(0, numbers.reshape({-1})).view({n, weighted, -1});
-  const auto correction =
-      at::bmm(kriged.weights.unsqueeze(1), answers - mean_output).squeeze(1) - at::mm(kriged.met, own.translator);
+  // Weighted sums of what the answers differ in from the mean one, less what the regression tells of that.
+  const auto answers = at::_embedding_bag_forward_only(
+      outputs, numbers.reshape({-1}), at::arange(0, n * weighted, weighted, numbers.options()),
+      /*scale_grad_by_freq=*/false, /*mode=*/0, /*sparse=*/false, kriged.weights.reshape({-1}));
+  const auto correction = std::get<0>(answers) - kriged.weights.sum(1, true) * mean_output -
+                          at::mm(kriged.met, own.translator);
   const auto corrected = regressed + correction;
   const auto cached = outputs.index_select(0, neighbours.select(1, 0));
   // The host gets all that the gate is to know at once, and one call of `scores` serves all three answers.

@@ -35,11 +35,14 @@ struct ExitLayer {
   at::Tensor projected;   ///< [entries, k], directions on these
   at::Tensor translator;  ///< [hidden, values]: W, from f - centre to y - mean output
   LogisticModel gate;
+  double mean_distance = 1;  ///< squared, between kept states; follows from `lengths`
 
   [[nodiscard]] bool used() const { return centre.defined(); }
   [[nodiscard]] std::size_t bytes() const;
   /// Takes the states of the bank, less the centre, and makes what they are searched by.
   void keep(const at::Tensor& centred);
+  /// Sets mean_distance.
+  void measure();
   /// Numbers of the `count` most similar entries, by cosine (of many entries on the principal axes), of each state less
   /// the centre, `[n, hidden]`: `[n, count]`, in no order.
   [[nodiscard]] at::Tensor nearest(const at::Tensor& wanted, std::int64_t count) const;

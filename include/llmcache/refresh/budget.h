@@ -99,7 +99,7 @@ struct BudgetOptions {
   double audit_rate = 0.05;
 
   /// False (default): an audited answer is the full computation's, made within the call. True: the reused answer is
-  /// returned, and a thread of the cache's own computes it in full afterwards (early exits only).
+  /// returned, and a thread of the cache's own computes it in full afterwards.
   bool background_audit = false;
 
   /// Chooses what is audited. Any value; default 0.
