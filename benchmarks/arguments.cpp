@@ -285,6 +285,9 @@ Arguments parse_arguments(int argc, const char* const* argv) {
           ->delimiter(',')
           ->check(number_between(-1, 1))
           ->type_name("T");
+  app.add_flag("--equal-error", arguments.equal_error,
+               "beside budgets of encoders: fidelity threshold too, for each --epsilon from the similarity on at which "
+               "its error on the training part is as large");
   app.add_option("--fingerprint", arguments.fingerprint,
                  "what similarity is measured on: raw (mean state), pca, simhash64, simhash128, simhash256, jaccard "
                  "(token shingles) [simhash128]")
@@ -470,6 +473,21 @@ std::vector<Setting> settings(const Arguments& arguments, const Possible& possib
         }
       }
     }
+  }
+  // Behind the budgets, whose calibration tells what an error is.
+  const std::vector<Setting> before = all;
+  std::vector<std::pair<double, std::string>> errors;
+  for (const Setting& setting : before) {
+    const std::pair error(setting.epsilon.value_or(0), setting.weights);
+    if (!arguments.equal_error || !setting.epsilon || possible.prefix_reuse) continue;
+    if (std::find(errors.begin(), errors.end(), error) != errors.end()) continue;
+    errors.push_back(error);
+    all.push_back({.mode = "llmcache",
+                   .fidelity = "threshold",
+                   .eviction = arguments.evictions.front(),
+                   .capacity_mib = setting.capacity_mib,
+                   .weights = setting.weights,
+                   .equal_error = setting.epsilon});
   }
   if (!arguments.has_mode("doccache") || possible.generation) return all;
   if (!similar && !arguments.doccache_asked) return all;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "calibration.h"
+#include "equal_error.h"
 #include "failure.h"
 #include "generation.h"
 #include "greedy.h"
@@ -188,7 +189,7 @@ class Cell {
   }
 
   void make_lanes() {
-    const auto all = settings(arguments_, {.quality = quality(), .prefix_reuse = decoder_, .budget = budget()});
+    auto all = settings(arguments_, {.quality = quality(), .prefix_reuse = decoder_, .budget = budget()});
     if (all.empty()) {
       throw Failure("nothing to run: --mode leaves no setting where quality cannot be measured; name --fidelity too");
     }
@@ -196,12 +197,29 @@ class Cell {
     output_ = choose_output();
     fingerprint_.kind = fingerprint_kind_from_string(arguments_.fingerprint);
     fingerprint_.centring = arguments_.centre ? Centring::kRunning : Centring::kOff;
-    const bool similar = std::any_of(all.begin(), all.end(), [](const Setting& s) { return s.threshold.has_value(); });
+    const bool similar = std::any_of(all.begin(), all.end(),
+                                     [](const Setting& s) { return s.threshold.has_value() || s.equal_error; });
     if (similar && fingerprint_.kind == FingerprintKind::kPca) fingerprint_.pca = pca();
-    for (const Setting& setting : all) {
+    for (Setting& setting : all) {
+      if (setting.equal_error) setting.threshold = threshold_for(*setting.equal_error, setting);
       auto variant = make_variant(setting, {model_, arguments_, tokens_, fingerprint_, &calibration_});
       lanes_.push_back({.setting = setting, .variant = std::move(variant), .served = ServedCounts(tokens_)});
     }
+  }
+
+  /// The similarity from which on the paper's mode makes this error.
+  [[nodiscard]] double threshold_for(double epsilon, Setting setting) {
+    if (nearest_.empty()) {
+      setting.threshold = -1;
+      nearest_ = nearest_answers(
+          model_, tokens_, cut_at(), calibration_,
+          cache_options(setting, arguments_, fingerprint_, model_.cache().profile().layers));
+    }
+    const double threshold = threshold_within(nearest_, epsilon);
+    progress_.note(fmt::format("note: {}: fidelity threshold has an error of {} on the training part from a similarity "
+                               "of {:.4f} on",
+                               tokens_.workload, epsilon, threshold));
+    return threshold;
   }
 
   /// Read from --pca, or fitted on the states of the fill part, or of the first requests without one.
@@ -483,6 +501,7 @@ class Cell {
   const std::optional<Probe> probe_;
   const Scorer scorer_;
   Calibration calibration_;
+  std::vector<Nearest> nearest_;  ///< empty: not measured yet
   bool observes_errors_ = false;
   std::string output_;
   FingerprintOptions fingerprint_;

@@ -16,6 +16,7 @@
 #include "arguments.h"
 #include "bench_support.h"
 #include "budget.h"
+#include "equal_error.h"
 #include "model_files.h"
 #include "quality_metric.h"
 #include "quality_served.h"
@@ -675,6 +676,34 @@ TEST(SettingsTest, EveryCombinationOnce) {
   EXPECT_THAT(names(settings(arguments, {.quality = true})),
               ElementsAre("llmcache/threshold 0.8 gdsf 1", "llmcache/threshold 0.8 lru 1",
                           "llmcache/threshold 0.8 gdsf 2", "llmcache/threshold 0.8 lru 2"));
+}
+
+TEST(SettingsTest, ThePapersModeStandsBesideEachBudget) {
+  Arguments arguments;
+  arguments.modes = {"llmcache"};
+  arguments.fidelities = {"budget"};
+  arguments.epsilons = {0.01, 0.02};
+  arguments.early_exits = {"neighbour", "cache-free"};
+  const Possible encoder{.quality = true, .budget = true};
+  EXPECT_EQ(settings(arguments, encoder).size(), 4U);
+  arguments.equal_error = true;
+  const auto all = settings(arguments, encoder);
+  ASSERT_EQ(all.size(), 6U);
+  EXPECT_EQ(all[4].fidelity, "threshold");
+  EXPECT_EQ(all[4].equal_error, 0.01);
+  EXPECT_EQ(all[5].equal_error, 0.02);
+  EXPECT_EQ(all[5].capacity_mib, all[0].capacity_mib);
+  EXPECT_EQ(settings(arguments, {.quality = true}).size(), 0U);
+}
+
+TEST(EqualErrorTest, AsManyAsTheErrorAllows) {
+  const std::vector<Nearest> nearest = {{0.5, 1}, {0.9, 0}, {0.8, 1}, {0.7, 0}, {0.7, 1}, {0.95, 0}, {0.6, 0}, {0.3, 0}};
+  EXPECT_EQ(threshold_within(nearest, 0), 0.9);
+  EXPECT_EQ(threshold_within(nearest, 1.0 / 8), 0.8);  // one of the two at 0.7 is wrong
+  EXPECT_EQ(threshold_within(nearest, 2.0 / 8), 0.6);
+  EXPECT_EQ(threshold_within(nearest, 3.0 / 8), 0.3);
+  EXPECT_EQ(threshold_within({{0.9, 1}}, 0.5), 1);
+  EXPECT_EQ(threshold_within({}, 0.5), 1);
 }
 
 }  // namespace
