@@ -262,6 +262,10 @@ Arguments parse_arguments(int argc, const char* const* argv) {
        "of fidelity budget: neighbour (answers of similar sequences, corrected), cache-free (regressed from the state "
        "alone) [neighbour,cache-free]")
       ->check(CLI::IsMember({"neighbour", "cache-free"}));
+  app.add_option("--bank-format", arguments.bank_format,
+                 "how fidelity budget holds states of tokens: as-computed, bfloat16, float16, int8 [as-computed]")
+      ->check(CLI::IsMember({"as-computed", "bfloat16", "float16", "int8"}))
+      ->type_name("FORMAT");
   list("--weights", arguments.weights, "HOW",
        "how kvcache and llmcache hold the weights of linear layers: as-loaded, packed-fp32, packed-fp16 (half the "
        "memory; the quality columns say what it costs) [as-loaded]")

@@ -27,6 +27,7 @@ struct Arguments {
   double delta = 0.1;
   std::string calibration = "auto";  ///< or the path of a profile: read if it is there, else written
   std::vector<std::string> early_exits = {"neighbour", "cache-free"};
+  std::string bank_format = "as-computed";  ///< of token states that fidelity budget keeps
   std::vector<double> thresholds = {0.85, 0.90, 0.95};
   std::string fingerprint = "simhash128";
   std::int64_t fingerprint_layer = 0;

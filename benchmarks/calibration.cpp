@@ -38,6 +38,7 @@ BudgetOptions Calibration::options(const Setting& setting) const {
   options.budget = {metric_, setting.epsilon.value(), arguments_.delta};
   options.scores = scores_;
   options.early_exit = early_exit_from_string(setting.early_exit);
+  options.format = bank_format_from_string(arguments_.bank_format);
   options.token_reuse = options.early_exit != EarlyExit::kCacheFree;  // a baseline that keeps nothing
   return options;
 }

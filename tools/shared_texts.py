@@ -147,18 +147,18 @@ def read_corrections(bench: Path, two_turns: Path, contextual: Path) -> Traffic:
         vocabulary = sorted(set(re.findall(r"[A-Za-z]{4,}", questions)))
         for start in range(0, len(part) - DIALOGUES + 1, DIALOGUES):
             texts = [text for dialogue in part[start : start + DIALOGUES] for text in dialogue]
-            requests += _with_corrections(texts, vocabulary)
+            requests += _with_corrections(texts, vocabulary, group=len(requests))
     return Traffic(some(requests, two_turns), fill=fill)
 
 
-def _with_corrections(texts: list[str], vocabulary: list[str]) -> list[Request]:
+def _with_corrections(texts: list[str], vocabulary: list[str], group: int) -> list[Request]:
     draw = random.Random(" ".join(texts))
     share = 100 / sum(len(text.split()) for text in texts)
 
     def request(kind: str, percent: float, changed: list[str]) -> Request:
         pieces = _conversation(changed)
         sequence = Sequence((changed[0], None), pieces, scored=len(pieces) - 1, edit_kind=kind, edit_percent=percent)
-        return Request([sequence])
+        return Request([sequence], group=group)
 
     found: dict[tuple[str, ...], None] = {}
     for _ in range(CORRECTIONS):

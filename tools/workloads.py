@@ -233,7 +233,7 @@ WORKLOADS: dict[str, Workload] = {
             f"ask; those that would be longer than {MAX_TOKENS} tokens are left out",
             "conversations shuffled, seed 0; corrections of a conversation behind it",
             read_corrections,
-            task="perplexity",
+            task="answer",
             decoders_only=True,
             on_request=True,
             whole=True,

@@ -243,6 +243,7 @@ class ReaderTest(ToolTest):
         traffic = WORKLOADS["chat-edit"].read(*paths)
         self.assertEqual(traffic, WORKLOADS["chat-edit"].read(*paths))
         original: tuple[str, ...] = ()
+        group: int | None = None
         questions: list[set[str]] = [set(), set()]
         changes = 0
         for number, request in enumerate(traffic.requests):
@@ -250,10 +251,12 @@ class ReaderTest(ToolTest):
             pieces = sequence.pieces
             self.assertEqual((len(pieces), sequence.scored), (1 + 4 * 4, len(pieces) - 1))
             if sequence.edit_kind == AS_IT_IS:
-                original = pieces
+                original, group = pieces, request.group
+                self.assertEqual(group, number)  # one answer, whatever is corrected
                 questions[number >= traffic.fill].add(pieces[2])
                 continue
             changes += 1
+            self.assertEqual(request.group, group)
             self.assertEqual(sequence.edit_kind, "substituted")
             (place,) = (place for place, piece in enumerate(pieces) if piece != original[place])
             self.assertIn(place, (2, 6))  # the first two questions

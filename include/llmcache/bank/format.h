@@ -16,9 +16,8 @@ enum class BankFormat {
   /// 2 bytes a value, 11 bits of precision: relative rounding of 2^-12; beyond 65,504 values become infinite.
   kFloat16,
   /// 1 byte a value and a float32 scale for each token and group of 32 neighbours in the last dimension, symmetric
-  /// about
-  /// 0 (-127 to 127): rounding of at most 1/254 of the largest magnitude in the group. A group with a value that is not
-  /// finite becomes NaN.
+  /// about 0 (-127 to 127): rounding of at most 1/254 of the largest magnitude in the group. A group with a value that
+  /// is not finite becomes NaN.
   kInt8,
 };
 
