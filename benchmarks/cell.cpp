@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -209,13 +210,13 @@ class Cell {
 
   /// The similarity from which on the paper's mode makes this error.
   [[nodiscard]] double threshold_for(double epsilon, Setting setting) {
-    if (nearest_.empty()) {
+    auto& nearest = nearest_[setting.weights];
+    if (nearest.empty()) {
       setting.threshold = -1;
-      nearest_ = nearest_answers(
-          model_, tokens_, cut_at(), calibration_,
-          cache_options(setting, arguments_, fingerprint_, model_.cache().profile().layers));
+      nearest = nearest_answers(model_, tokens_, cut_at(), calibration_,
+                                cache_options(setting, arguments_, fingerprint_, model_.cache().profile().layers));
     }
-    const double threshold = threshold_within(nearest_, epsilon);
+    const double threshold = threshold_within(nearest, epsilon);
     progress_.note(fmt::format("note: {}: fidelity threshold has an error of {} on the training part from a similarity "
                                "of {:.4f} on",
                                tokens_.workload, epsilon, threshold));
@@ -501,7 +502,7 @@ class Cell {
   const std::optional<Probe> probe_;
   const Scorer scorer_;
   Calibration calibration_;
-  std::vector<Nearest> nearest_;  ///< empty: not measured yet
+  std::map<std::string, std::vector<Nearest>> nearest_;  // by how weights are held
   bool observes_errors_ = false;
   std::string output_;
   FingerprintOptions fingerprint_;

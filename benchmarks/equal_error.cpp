@@ -11,6 +11,7 @@ std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens
   constexpr double kFilled = 0.7;
   options.threshold.tau = -1;
   options.threshold.layer_taus.clear();
+  options.refresh.shadow_rate = 0;
   const auto cache = model.make_cache(options);
   const std::int64_t first = tokens.fill_requests - calibration.requests();
   const std::int64_t filled = first + static_cast<std::int64_t>(kFilled * static_cast<double>(calibration.requests()));

@@ -20,14 +20,15 @@ BackgroundAudits::~BackgroundAudits() {
   thread_.join();
 }
 
-void BackgroundAudits::add(Audit audit) {
+void BackgroundAudits::add(Audit audit, std::size_t bytes) {
   {
     const std::lock_guard lock(mutex_);
-    if (audits_.size() >= kMostWaiting) {
+    if (jobs_.size() >= kMostWaiting || (!jobs_.empty() && bytes_ + bytes > kMostBytes)) {
       ++dropped_;
       return;
     }
-    audits_.push_back(std::move(audit));
+    jobs_.push_back({std::move(audit), bytes});
+    bytes_ += bytes;
   }
   changed_.notify_all();
 }
@@ -39,24 +40,25 @@ std::uint64_t BackgroundAudits::dropped() const {
 
 std::uint64_t BackgroundAudits::waiting() const {
   const std::lock_guard lock(mutex_);
-  return audits_.size();
+  return jobs_.size();
 }
 
 void BackgroundAudits::work() {
   const c10::NoGradGuard no_grad;
   std::unique_lock lock(mutex_);
   while (true) {
-    changed_.wait(lock, [&] { return stopping_ || !audits_.empty(); });
+    changed_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
     if (stopping_) return;
-    const Audit& audit = audits_.front();  // a deque's elements stay where they are while others are added
+    const Job& job = jobs_.front();  // a deque's elements stay where they are while others are added
     lock.unlock();
     try {
-      audit();
+      job.audit();
     } catch (const std::exception&) {
       // Not known then, as if it had not been chosen. The request itself has been answered.
     }
     lock.lock();
-    audits_.pop_front();
+    bytes_ -= job.bytes;
+    jobs_.pop_front();
   }
 }
 

@@ -22,18 +22,24 @@ class BackgroundAudits {
   BackgroundAudits(const BackgroundAudits&) = delete;
   BackgroundAudits& operator=(const BackgroundAudits&) = delete;
 
-  /// Dropped, and counted so, where too many are waiting.
-  void add(Audit audit);
+  /// `bytes`: of what it holds. Dropped, and counted so, where too many, or too much, is waiting.
+  void add(Audit audit, std::size_t bytes);
   [[nodiscard]] std::uint64_t dropped() const;
   [[nodiscard]] std::uint64_t waiting() const;
 
  private:
   static constexpr std::size_t kMostWaiting = 256;
+  static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
+  struct Job {
+    Audit audit;
+    std::size_t bytes = 0;
+  };
   void work();
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Audit> audits_;  ///< the first is being made
+  std::deque<Job> jobs_;   ///< the first is being worked on
+  std::size_t bytes_ = 0;  ///< that they hold
   bool stopping_ = false;
   std::uint64_t dropped_ = 0;
   std::thread thread_;

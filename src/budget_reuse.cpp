@@ -418,9 +418,9 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
       told.resumed_layer = sequence.left;
       told.expected_error = sequence.expected;
       if (!sequence.trials.empty()) {
-        audits_->add([this, rules, one = batch.select({row}), trials = std::move(sequence.trials)] {
-          audit(*rules, one, trials);
-        });
+        audits_->add([this, rules, one = batch.select({row}),
+                      trials = std::move(sequence.trials)] { audit(*rules, one, trials); },
+                     0);
       }
     } else if (!sequence.trials.empty()) {
       const auto& span = batch.spans[static_cast<std::size_t>(row)];

@@ -22,7 +22,6 @@ constexpr double kWarmUp = 0.2;              // of the sample, which fills the b
 constexpr double kExplored = 0.5;            // of the sample, on which settings are put in order; the rest certifies
 constexpr std::size_t kMostRequests = 1000;  // of the sample: each runs several times
 constexpr std::size_t kGiveUpAfter = 200;    // sequences without a match
-constexpr double kKeptFrom = 0.1;            // distance from which on a sequence is kept while settings are compared
 constexpr double kWorthIt = 0.9;             // part of the token-layers that a choice may compute at most
 constexpr std::size_t kRemembered = std::size_t{256} << 20;  // bytes of full outputs
 
@@ -124,7 +123,7 @@ std::vector<LadderDraw> LadderReuse::explore(std::span<const Batch> sample, std:
     const auto known = ladder_->find(batch, "", 0);
     for (std::size_t row = 0; row < rows; ++row) {
       any_match = any_match || known->distance[row];
-      kept[row] = !known->distance[row] || *known->distance[row] > kKeptFrom;
+      kept[row] = !known->distance[row] || *known->distance[row] >= ladder_->kept_from();
     }
     seen += rows;
     if (!any_match && seen > kGiveUpAfter) return {};
@@ -303,28 +302,43 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
     reused[row] = decision.reuse || decision.audit;
   }
   auto result = ladder_->run(batch, *matches, reused, rules->setting, tenant, output, true, report);
-  for (const SequenceReport& row : report.sequences) served_ += row.source == Source::kPartial ? 1 : 0;
-  if (audited.empty()) return result;
+  const auto count = [&] {
+    for (const SequenceReport& row : report.sequences) served_ += row.source == Source::kPartial ? 1 : 0;
+  };
+  if (audited.empty()) {
+    count();
+    return result;
+  }
   std::vector<at::Tensor> answers;
   for (const std::int64_t row : audited) answers.push_back(first_output(result, batch, row));
   const Batch part = batch.select(audited);
   // What a closed gate watches is never served.
   if (audits != nullptr && std::ranges::all_of(decisions, &RiskGate::Decision::reuse)) {
-    for (at::Tensor& answer : answers) answer = answer.clone();  // the result is the caller's
-    audits->add([this, rules, part, decisions, answers, tenant, output] {
-      model_.check_unchanged();
-      audit(*rules, part, decisions, answers, tenant, output);
-    });
+    count();
+    std::size_t bytes = 0;
+    for (at::Tensor& answer : answers) {
+      // Of a decoder's only the last token is compared. A copy: the result is the caller's.
+      const bool last = per_token_ && options_.budget.metric == BudgetMetric::kTokenAgreement;
+      answer = (last ? answer.narrow(1, answer.size(1) - 1, 1) : answer).clone();
+      bytes += answer.nbytes();
+    }
+    audits->add(
+        [this, rules, part, decisions, answers, tenant, output] {
+          model_.check_unchanged();
+          // Nothing is kept: the cache may have been emptied since.
+          audit(*rules, part, decisions, answers, tenant, output, false);
+        },
+        bytes);
     return result;
   }
-  const Audited told = audit(*rules, part, decisions, answers, tenant, output);
+  const Audited told = audit(*rules, part, decisions, answers, tenant, output, true);
   for (std::size_t i = 0; i < audited.size(); ++i) {
     SequenceReport& row = report.sequences[static_cast<std::size_t>(audited[i])];
-    served_ -= row.source == Source::kPartial ? 1 : 0;
     row = told.report.sequences[i];
     row.shadowed = true;
     row.drift = told.errors[i];
   }
+  count();
   const auto exact = tensors_of(told.full);
   std::size_t leaf = 0;
   return map_tensors(result, [&](const at::Tensor& tensor) {
@@ -341,10 +355,10 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
 LadderReuse::Audited LadderReuse::audit(const Rules& rules, const Batch& rows,
                                         const std::vector<RiskGate::Decision>& decisions,
                                         const std::vector<at::Tensor>& answers, const std::string& tenant,
-                                        Output output) {
+                                        Output output, bool keep) {
   Audited audited;
   const auto nothing = ladder_->find(rows, tenant, rules.setting);
-  audited.full = ladder_->run(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output, true,
+  audited.full = ladder_->run(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output, keep,
                               audited.report);
   for (std::size_t i = 0; i < answers.size(); ++i) {
     audited.errors.push_back(rules.error(answers[i], first_output(audited.full, rows, static_cast<std::int64_t>(i))));

@@ -78,7 +78,7 @@ class LadderReuse {
     ForwardReport report;
   };
   Audited audit(const Rules& rules, const Batch& rows, const std::vector<RiskGate::Decision>& decisions,
-                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output);
+                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output, bool keep);
   [[nodiscard]] Output asked_for() const;
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
   [[nodiscard]] at::Tensor first_output(const c10::IValue& result, const Batch& batch, std::int64_t row) const;

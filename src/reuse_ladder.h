@@ -38,6 +38,8 @@ class ReuseLadder {
   [[nodiscard]] virtual std::string describe(std::size_t setting) const = 0;
   /// Limits of Matches::distance that are worth trying, ascending.
   [[nodiscard]] virtual const std::vector<double>& limits() const = 0;
+  /// While settings are compared: sequences that are this far from what is known, or farther, are kept.
+  [[nodiscard]] virtual double kept_from() const = 0;
 
   [[nodiscard]] virtual std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant,
                                                       std::size_t setting) = 0;

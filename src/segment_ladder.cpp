@@ -25,7 +25,8 @@ SegmentLadder::SegmentLadder(const Model& model, const InputSpec& inputs, const 
 
 std::string SegmentLadder::describe(std::size_t setting) const {
   const SegmentSettings& s = settings_[setting];
-  return fmt::format("recompute {:g}, {} head tokens", s.recompute_share, s.head_tokens);
+  return fmt::format("recompute {:g}, {} head tokens, means of {}", s.recompute_share, s.head_tokens,
+                     SegmentOptions{}.most_averaged);
 }
 
 const std::vector<double>& SegmentLadder::limits() const {

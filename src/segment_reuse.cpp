@@ -66,11 +66,16 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
 
 /// Makes passages that `entry`, which is not known yet, has in common with what the bank knows means over both.
 void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry, double saved_ms) const {
-  constexpr std::int64_t kLeast = 32;  // tokens; what is shorter is no passage
+  constexpr std::size_t kLeast = 32;  // tokens; what is shorter is no passage
   if (most_averaged_ < 2 || !layout_.positions.movable) return;
   const auto width = settings_.token_width;
-  for (const SegmentHit& hit : bank.find(entry.space(), entry.tokens(), {kLeast, true}, now())) {
+  const SegmentBank::Wanted wanted{
+      .least = static_cast<std::int64_t>(std::max(kLeast, settings_.block_tokens)), .moved = true, .use = false};
+  for (const SegmentHit& hit : bank.find(entry.space(), entry.tokens(), wanted, now())) {
     if (hit.exact) continue;
+    // A mean is followed only by one of nearly all of it: an edited passage must not cut it down.
+    const auto donor_tokens = static_cast<std::int64_t>(hit.donor->tokens().size() / width);
+    if (hit.donor->is_mean() && 10 * hit.tokens < 9 * donor_tokens) continue;
     const auto known = std::min<std::int64_t>(hit.donor->origin().averaged, most_averaged_ - 1);
     const SegmentOrigin origin{hit.begin - hit.move(), static_cast<std::uint16_t>(known + 1)};
     const auto tokens = entry.tokens().subspan(static_cast<std::size_t>(hit.begin) * width,

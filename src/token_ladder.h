@@ -17,6 +17,7 @@ class TokenLadder final : public ReuseLadder {
   std::size_t settings() const override { return settings_.size(); }
   std::string describe(std::size_t setting) const override;
   const std::vector<double>& limits() const override;
+  double kept_from() const override { return 0.1; }
   std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant, std::size_t setting) override;
   c10::IValue run(const Batch& batch, const Matches& matches, const std::vector<char>& reused, std::size_t setting,
                   const std::string& tenant, Output output, bool keep, ForwardReport& report) override;

@@ -397,6 +397,11 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
   const auto again = hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}));
   ASSERT_EQ(again.size(), 2u);
   EXPECT_EQ(again[1].donor->origin().averaged, 3);
+  // One token of the passage is another: what is left of it there leaves the mean as it is.
+  auto edited = passage;
+  edited[10] = edited[10] == 10 ? 11 : 10;
+  rig.keep({joined({head, rig.random(9, 13), edited})});
+  EXPECT_EQ(hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}))[1].donor->origin().averaged, 3);
   const auto around = hits(joined({rig.random(8, 25), rig.random(3, 30), passage}));
   ASSERT_EQ(around.size(), 1u);
   EXPECT_FALSE(around[0].donor->is_mean());

@@ -77,12 +77,13 @@ std::vector<BlockMatch> SegmentBank::runs(const BlockHashIndex::Sequence& reques
   // Where a mean's tokens stand in the sequence that its positions are of is not known to its index.
   auto means = wanted.moved ? means_.segments(request, wanted) : std::vector<BlockMatch>{};
   std::vector<BlockMatch> all = index_.segments(request, wanted);
-  std::erase_if(all, [&](const BlockMatch& run) {
-    return std::ranges::any_of(means, [&](const BlockMatch& mean) { return is_most_of(mean, run); });
-  });
   // Of a longer run a mean's part is left as it is: there the surroundings are the request's too.
   std::erase_if(means, [&](const BlockMatch& mean) {
-    return std::ranges::any_of(all, [&](const BlockMatch& run) { return is_most_of(run, mean); });
+    return std::ranges::any_of(
+        all, [&](const BlockMatch& run) { return is_most_of(run, mean) && !is_most_of(mean, run); });
+  });
+  std::erase_if(all, [&](const BlockMatch& run) {
+    return std::ranges::any_of(means, [&](const BlockMatch& mean) { return is_most_of(mean, run); });
   });
   all.insert(all.end(), means.begin(), means.end());
   std::ranges::sort(all, {}, &BlockMatch::begin);
@@ -106,7 +107,7 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<cons
   const auto add = [&](const BlockMatch& match, bool exact) {
     hits.push_back({static_cast<std::int64_t>(match.begin), (*entries_)[match.slot],
                     static_cast<std::int64_t>(match.donor_begin), static_cast<std::int64_t>(match.tokens), exact});
-    policy_.hit(match.slot, now_s);
+    if (wanted.use) policy_.hit(match.slot, now_s);
   };
   const BlockMatch prefix = index_.prefix(request);
   if (prefix.tokens > 0) add(prefix, true);
@@ -169,6 +170,7 @@ void SegmentBank::insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, d
   if (known.tokens == count) return;  // somebody was faster
   const bool replaces = known.tokens > 0 && known.tokens == tokens_of(*(*entries_)[known.slot]);
   if (!place_with_room(entry, saved_ms, now_s)) return;
+  ++counters_.insertions;
   // Unless it was evicted for room on the way: the slot may be the new entry's own.
   if (!replaces || !policy_.contains(known.slot)) return;
   const SegmentEntry& old = *(*entries_)[known.slot];
@@ -207,7 +209,6 @@ bool SegmentBank::place_with_room(const std::shared_ptr<SegmentEntry>& entry, do
   for (;;) {
     try {
       place(entry, saved_ms, now_s);
-      ++counters_.insertions;
       return true;
     } catch (const std::bad_alloc&) {
       reset_if_empty();
@@ -268,12 +269,14 @@ void SegmentBank::reset_if_empty() noexcept {
 /// Reserves bytes in the account. Evicts nothing if entries in use leave too little.
 bool SegmentBank::make_room(std::size_t bytes, double now_s) noexcept {
   if (account_.try_reserve(bytes)) return true;
-  std::size_t in_use = 0;
+  std::size_t idle_bytes = 0;
   for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
-    if ((*entries_)[slot] && !idle(slot)) in_use += (*entries_)[slot]->bytes_;
+    if ((*entries_)[slot] && idle(slot)) idle_bytes += (*entries_)[slot]->bytes_;
   }
+  // What is reserved and not inserted yet stays too.
   const std::size_t limit = account_.limit();
-  if (bytes > limit || in_use > limit - bytes) return false;
+  const std::size_t staying = account_.used() - std::min(account_.used(), idle_bytes);
+  if (bytes > limit || staying > limit - bytes) return false;
   while (!account_.try_reserve(bytes)) {
     if (!evict_one(now_s)) return false;
   }

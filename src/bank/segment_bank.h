@@ -95,7 +95,7 @@ class SegmentBank {
     std::uint64_t entries = 0;  ///< held now
     std::uint64_t means = 0;    ///< of them, means of passages
     std::uint64_t tokens = 0;   ///< that they hold
-    std::uint64_t insertions = 0;
+    std::uint64_t insertions = 0;  ///< means left out
     std::uint64_t evictions = 0;  ///< for room
     std::uint64_t replaced = 0;   ///< entries that a longer one made superfluous
     std::uint64_t rejected = 0;   ///< for which there was no room
@@ -109,6 +109,7 @@ class SegmentBank {
   struct Wanted {
     std::int64_t least = 1;  ///< shortest run behind the prefix, tokens
     bool moved = true;       ///< runs that stand at another place in the donor
+    bool use = true;         ///< what is found counts as used for the policy
   };
   /// The longest known prefix of a request, and behind it runs in ascending order without overlap.
   [[nodiscard]] std::vector<SegmentHit> find(std::string_view space, std::span<const std::int64_t> tokens,

@@ -45,7 +45,7 @@ RiskGate::RiskGate(Settings settings) : settings_(settings), generator_(settings
   settings_.validate();
   for (std::size_t i = 0; i < kStakes; ++i) ratios_[i] = std::min(kTooHigh[i], kHighestError / settings_.epsilon);
   start(true);
-  cusums_.fill(1);  // the calibration is recent evidence
+  cusums_.fill(1);  // what was certified is under no suspicion
 }
 
 void RiskGate::start(bool open) {
