@@ -19,7 +19,7 @@ struct Arguments {
   int shots = 0;                      ///< solved examples in front of the questions of openbookqa
   bool kvcache_asked = false;         ///< by --mode: a model that has none is an error
   bool doccache_asked = false;        ///< by --mode: runs also where quality cannot be measured
-  bool equal_error = false;  ///< fidelity threshold at the error of each budget
+  bool equal_error = false;           ///< fidelity threshold at the error of each budget
   bool threshold_asked = false;       ///< by --fidelity or --threshold: the same
   bool budget_asked = false;          ///< by --fidelity: a model or workload that has none is an error
   std::string metric = "auto";        ///< of fidelity budget, what follows too

@@ -198,8 +198,8 @@ class Cell {
     output_ = choose_output();
     fingerprint_.kind = fingerprint_kind_from_string(arguments_.fingerprint);
     fingerprint_.centring = arguments_.centre ? Centring::kRunning : Centring::kOff;
-    const bool similar = std::any_of(all.begin(), all.end(),
-                                     [](const Setting& s) { return s.threshold.has_value() || s.equal_error; });
+    const bool similar =
+        std::any_of(all.begin(), all.end(), [](const Setting& s) { return s.threshold.has_value() || s.equal_error; });
     if (similar && fingerprint_.kind == FingerprintKind::kPca) fingerprint_.pca = pca();
     for (Setting& setting : all) {
       if (setting.equal_error) setting.threshold = threshold_for(*setting.equal_error, setting);
@@ -217,9 +217,10 @@ class Cell {
                                 cache_options(setting, arguments_, fingerprint_, model_.cache().profile().layers));
     }
     const double threshold = threshold_within(nearest, epsilon);
-    progress_.note(fmt::format("note: {}: fidelity threshold has an error of {} on the training part from a similarity "
-                               "of {:.4f} on",
-                               tokens_.workload, epsilon, threshold));
+    progress_.note(
+        fmt::format("note: {}: fidelity threshold has an error of {} on the training part from a similarity "
+                    "of {:.4f} on",
+                    tokens_.workload, epsilon, threshold));
     return threshold;
   }
 

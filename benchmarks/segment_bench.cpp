@@ -3,9 +3,9 @@
 //
 // Passages and questions come from a token file of task "answer" (passage, question, answer in each sequence): what
 // neighbouring sequences have in common is a passage. The pool is known from earlier prompts: each of its passages was
-// in a few of them, among others. Then for each prompt: head, six passages of the pool in random order, a question about
-// one of them. Every variant answers the same prompt in turn, in an order that rotates. Quality is that of the next
-// token: does the most likely one agree with the lossless run's, and KL(lossless || variant).
+// in a few of them, among others. Then for each prompt: head, six passages of the pool in random order, a question
+// about one of them. Every variant answers the same prompt in turn, in an order that rotates. Quality is that of the
+// next token: does the most likely one agree with the lossless run's, and KL(lossless || variant).
 //
 // The edit: a text of 400 tokens is known, ten of its tokens (from number 40 on) are replaced, and a question follows.
 #include <ATen/ATen.h>

@@ -83,7 +83,7 @@ class BudgetReuse {
   std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused
   mutable std::mutex mutex_;
   std::optional<CalibrationProfile> calibration_;  ///< guarded by mutex_
-  std::shared_ptr<ExitRules> rules_;             ///< guarded by mutex_; null: nothing is reused
+  std::shared_ptr<ExitRules> rules_;               ///< guarded by mutex_; null: nothing is reused
   std::vector<std::atomic<std::uint64_t>> exits_;  ///< by layer
   std::unique_ptr<BackgroundAudits> audits_;       ///< null: audits are made within the call. Uses all above
 };

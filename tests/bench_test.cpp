@@ -697,7 +697,8 @@ TEST(SettingsTest, ThePapersModeStandsBesideEachBudget) {
 }
 
 TEST(EqualErrorTest, AsManyAsTheErrorAllows) {
-  const std::vector<Nearest> nearest = {{0.5, 1}, {0.9, 0}, {0.8, 1}, {0.7, 0}, {0.7, 1}, {0.95, 0}, {0.6, 0}, {0.3, 0}};
+  const std::vector<Nearest> nearest = {{0.5, 1}, {0.9, 0},  {0.8, 1}, {0.7, 0},
+                                        {0.7, 1}, {0.95, 0}, {0.6, 0}, {0.3, 0}};
   EXPECT_EQ(threshold_within(nearest, 0), 0.9);
   EXPECT_EQ(threshold_within(nearest, 1.0 / 8), 0.8);  // one of the two at 0.7 is wrong
   EXPECT_EQ(threshold_within(nearest, 2.0 / 8), 0.6);

@@ -79,8 +79,8 @@ std::vector<BlockMatch> SegmentBank::runs(const BlockHashIndex::Sequence& reques
   std::vector<BlockMatch> all = index_.segments(request, wanted);
   // Of a longer run a mean's part is left as it is: there the surroundings are the request's too.
   std::erase_if(means, [&](const BlockMatch& mean) {
-    return std::ranges::any_of(
-        all, [&](const BlockMatch& run) { return is_most_of(run, mean) && !is_most_of(mean, run); });
+    return std::ranges::any_of(all,
+                               [&](const BlockMatch& run) { return is_most_of(run, mean) && !is_most_of(mean, run); });
   });
   std::erase_if(all, [&](const BlockMatch& run) {
     return std::ranges::any_of(means, [&](const BlockMatch& mean) { return is_most_of(mean, run); });
@@ -147,9 +147,8 @@ std::shared_ptr<SegmentEntry> SegmentBank::reserve_locked(std::string_view space
   while (bytes && make_room(*bytes, now_s)) {
     try {
       const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
-      auto entry =
-          std::allocate_shared<SegmentEntry>(allocator, space, tokens, origin, settings_.specs, settings_.format,
-                                             &memory_);
+      auto entry = std::allocate_shared<SegmentEntry>(allocator, space, tokens, origin, settings_.specs,
+                                                      settings_.format, &memory_);
       entry->account_ = &account_;
       entry->bytes_ = *bytes;
       return entry;

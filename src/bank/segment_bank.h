@@ -1,4 +1,5 @@
-// States of whole sequences, found by any run of their tokens, and means of those of passages that several of them have.
+// States of whole sequences, found by any run of their tokens, and means of those of passages that several of them
+// have.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -92,13 +93,13 @@ class SegmentBank {
     BankFormat format = BankFormat::kAsComputed;
   };
   struct Counters {
-    std::uint64_t entries = 0;  ///< held now
-    std::uint64_t means = 0;    ///< of them, means of passages
-    std::uint64_t tokens = 0;   ///< that they hold
+    std::uint64_t entries = 0;     ///< held now
+    std::uint64_t means = 0;       ///< of them, means of passages
+    std::uint64_t tokens = 0;      ///< that they hold
     std::uint64_t insertions = 0;  ///< means left out
-    std::uint64_t evictions = 0;  ///< for room
-    std::uint64_t replaced = 0;   ///< entries that a longer one made superfluous
-    std::uint64_t rejected = 0;   ///< for which there was no room
+    std::uint64_t evictions = 0;   ///< for room
+    std::uint64_t replaced = 0;    ///< entries that a longer one made superfluous
+    std::uint64_t rejected = 0;    ///< for which there was no room
     std::size_t bytes = 0, peak_bytes = 0;
   };
 
@@ -161,7 +162,7 @@ class SegmentBank {
   AccountedResource memory_;
   mutable std::mutex mutex_;
   std::optional<std::pmr::deque<std::shared_ptr<SegmentEntry>>> entries_;  ///< by slot; none while there are none
-  BlockHashIndex index_;  ///< sequences
+  BlockHashIndex index_;                                                   ///< sequences
   BlockHashIndex means_;
   EvictionPolicy policy_;
   Counters counters_;

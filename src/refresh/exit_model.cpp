@@ -165,8 +165,8 @@ ExitModel::Described ExitModel::describe(std::size_t layer, const at::Tensor& st
   const auto answers = at::_embedding_bag_forward_only(
       outputs, numbers.reshape({-1}), at::arange(0, n * weighted, weighted, numbers.options()),
       /*scale_grad_by_freq=*/false, /*mode=*/0, /*sparse=*/false, kriged.weights.reshape({-1}));
-  const auto correction = std::get<0>(answers) - kriged.weights.sum(1, true) * mean_output -
-                          at::mm(kriged.met, own.translator);
+  const auto correction =
+      std::get<0>(answers) - kriged.weights.sum(1, true) * mean_output - at::mm(kriged.met, own.translator);
   const auto corrected = regressed + correction;
   const auto cached = outputs.index_select(0, neighbours.select(1, 0));
   // The host gets all that the gate is to know at once, and one call of `scores` serves all three answers.

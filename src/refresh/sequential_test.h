@@ -27,8 +27,8 @@ namespace llmcache {
 /// 1954), at most max_audit_rate: after one audited error nearly everything is audited, and after about 1 / epsilon
 /// audits without another q_t is back at audit_rate, where it begins: what was certified is under no suspicion. Opening
 /// again counts as an error just seen. Where an audited request is answered in full, a raised q_t lowers the error that
-/// is served long before anything is proven. What it cannot lower is what comes before the first audited error: on average
-/// 1 / audit_rate wrong answers after a sudden drift.
+/// is served long before anything is proven. What it cannot lower is what comes before the first audited error: on
+/// average 1 / audit_rate wrong answers after a sudden drift.
 ///
 /// Closed: nothing is reused; a share closed_audit_rate of requests is audited. The gate opens when the like test
 /// rejects "the error is at least epsilon" on what was seen since it closed.

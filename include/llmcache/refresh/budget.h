@@ -99,8 +99,8 @@ struct BudgetOptions {
   double audit_rate = 0.05;
 
   /// False (default): an audited answer is the full computation's, made within the call. True: the reused answer is
-  /// returned, and a thread of the cache's own computes it in full afterwards: after a drift more wrong answers are served
-  /// until a level is closed.
+  /// returned, and a thread of the cache's own computes it in full afterwards: after a drift more wrong answers are
+  /// served until a level is closed.
   bool background_audit = false;
 
   /// Chooses what is audited. Any value; default 0.
