@@ -82,25 +82,30 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
                                                static_cast<std::size_t>(hit.tokens) * width);
     const auto mean = bank.reserve_mean(entry.space(), tokens, origin, now());
     if (!mean) return;
-    const auto set = [&](std::size_t spec, const KeyRotation* rotation) {
+    const auto& rotations = layout_.positions.rotations;
+    std::vector<Turn> turns;  // back to where the donor's keys stand, by rotation
+    const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
+    for (const KeyRotation& rotation : rotations) turns.push_back(turn_of(rotation, back, model_.device()));
+    bool finite = true;
+    const auto set = [&](std::size_t spec, int rotation) {
       auto states = entry.state(spec, hit.begin, hit.tokens).clone();
-      if (rotation != nullptr && hit.move() != 0) {
-        const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
-        rotate_(states, settings_.specs[spec].token_dim, *rotation, turn_of(*rotation, back, states.device()));
+      if (rotation >= 0 && hit.move() != 0) {
+        const auto number = static_cast<std::size_t>(rotation);
+        rotate_(states, settings_.specs[spec].token_dim, rotations[number], turns[number]);
       }
       const double weight = static_cast<double>(known) / static_cast<double>(known + 1);
-      mean->set(spec, states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight));
+      states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight);
+      finite = finite && states.isfinite().all().item<bool>();
+      mean->set(spec, states);
     };
     for (std::size_t l = 0; l < layout_.key_specs.size(); ++l) {
       for (std::size_t s = 0; s < layout_.key_specs[l].size(); ++s) {
-        const auto& rotations = layout_.positions.rotation_of[l][s];
-        for (std::size_t i = 0; i < rotations.size(); ++i) {
-          set(layout_.key_specs[l][s] + i,
-              rotations[i] < 0 ? nullptr : &layout_.positions.rotations[static_cast<std::size_t>(rotations[i])]);
-        }
+        const auto& numbers = layout_.positions.rotation_of[l][s];
+        for (std::size_t i = 0; i < numbers.size(); ++i) set(layout_.key_specs[l][s] + i, numbers[i]);
       }
     }
-    set(layout_.final_spec, nullptr);
+    set(layout_.final_spec, -1);
+    if (!finite) continue;  // one sequence's NaN would stay in the mean for good
     const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
     bank.insert_mean(mean, *hit.donor, saved_ms * share, now());
   }

@@ -125,7 +125,7 @@ TEST(TraceReading, NamesTheBadLine) {
   refused("{\"timestamp\":0,\"hash_ids\":7}", "'hash_ids' is no list with a block in it");
   refused("{\"timestamp\":0,\"hash_ids\":[1,2.5]}", "'hash_ids' has 2.5");
   refused("{\"timestamp\":0,\"hash_ids\":[1,null]}", "'hash_ids' has null");
-  refused("{\"timestamp\":0,\"hash_ids\":[\"" + std::string(200, 'x') + "\"]}", "xxx...");
+  refused("{\"timestamp\":0,\"hash_ids\":[\"" + std::string(200, 'k') + "\"]}", "kkk...");
   refused("{\"timestamp\":0,\"hash_ids\":[2]}", "hash id 2 is first here, but behind 1 in line 1");
   refused("{\"timestamp\":0,\"hash_ids\":[3,2]}", "hash id 2 is behind 3 here, but behind 1 in line 1");
   refused("{\"timestamp\":0,\"hash_ids\":[1,1]}", "hash id 1 is behind 1 here, but first in line 1");

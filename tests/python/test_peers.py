@@ -139,7 +139,7 @@ class LanesTest(ToolTest):
         program = self.folder / "llmcache-peer"
         program.write_text("#!/bin/sh\n" + script)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        spec = LaneSpec("stub", "Stub", "encoder", "peer", {"lane": "plain"})
+        spec = LaneSpec("scripted", "Scripted", "encoder", "peer", {"lane": "plain"})
         return Lane(spec, program, 1, timeout)
 
     READY = 'echo \'{"ready": true, "versions": {}}\'\n'
@@ -158,7 +158,7 @@ class LanesTest(ToolTest):
 
     def test_errors_are_named(self) -> None:
         for script, message in {
-            "exit 3": r"stub: .*ended \(status 3\)",
+            "exit 3": r"scripted: .*ended \(status 3\)",
             "echo hello; cat": "no JSON",
             "sleep 60": "no answer",
         }.items():
@@ -166,14 +166,14 @@ class LanesTest(ToolTest):
                 self.lane(script, timeout=0.5)
         lane = self.lane(self.READY + 'read -r line; echo \'{"error": "out of luck"}\'; read -r line; kill -9 $$')
         self.addCleanup(lane.close)
-        with self.assertRaisesRegex(LaneError, "stub: out of luck"):
+        with self.assertRaisesRegex(LaneError, "scripted: out of luck"):
             lane.ask(op="pass")
         for _ in range(2):
-            with self.assertRaisesRegex(LaneError, "stub: "):
+            with self.assertRaisesRegex(LaneError, "scripted: "):
                 lane.ask(op="pass")
 
     def test_a_missing_program_is_named(self) -> None:
-        spec = LaneSpec("stub", "Stub", "encoder", "peer", {"lane": "plain"})
+        spec = LaneSpec("scripted", "Scripted", "encoder", "peer", {"lane": "plain"})
         with self.assertRaisesRegex(LaneError, "cannot be started"):
             Lane(spec, self.folder / "none", 1, 1)
 
