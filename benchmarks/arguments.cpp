@@ -392,6 +392,9 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   if (arguments.calibration != "auto" && (arguments.epsilons.size() > 1 || arguments.early_exits.size() > 1)) {
     throw Failure("--calibration FILE holds one profile: name one --epsilon and one --early-exit beside it");
   }
+  if (!arguments.budget_asked && (arguments.equal_error || arguments.bank_format != "as-computed")) {
+    throw Failure("--equal-error and --bank-format are for budgets: name budget in --fidelity");
+  }
   make_unique(arguments.evictions);
   make_unique(arguments.capacities_mib);
   if (arguments.pca && arguments.fingerprint != "pca") {

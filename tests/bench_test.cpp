@@ -535,6 +535,9 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   EXPECT_THAT(arguments.modes, ElementsAre("llmcache"));
   EXPECT_EQ(arguments.zipf, 1.5);
   EXPECT_EQ(arguments.command, "llmcache-bench --model a,b --model c --mode llmcache --zipf 1.5");
+  expect_failure([&] { parse({"--equal-error"}); }, "name budget in --fidelity");
+  expect_failure([&] { parse({"--bank-format", "int8", "--fidelity", "lossless"}); }, "name budget in --fidelity");
+  EXPECT_TRUE(parse({"--equal-error", "--fidelity", "lossless,budget"}).equal_error);
   EXPECT_FALSE(parse({}).threshold_asked);
   EXPECT_FALSE(parse({}).doccache_asked);
   EXPECT_TRUE(parse({"--threshold", "0.5"}).threshold_asked);
