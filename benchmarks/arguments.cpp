@@ -328,6 +328,10 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   app.add_option("--threads", arguments.threads, "threads within an operator [1]; between operators always 1")
       ->check(number_between(1, 1024))
       ->type_name("N");
+  app.add_option("--batch", arguments.batch,
+                 "sequences a request, for workloads of independent sequences [as in the file: its description says]")
+      ->check(number_between(1, 4096))
+      ->type_name("N");
   app.add_option("--limit", arguments.limit,
                  "requests of each workload, the first of the file [all that the time budget allows]")
       ->check(number_between(1, 1e12))

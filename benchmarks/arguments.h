@@ -40,6 +40,7 @@ struct Arguments {
   std::vector<std::int64_t> capacities_mib = {1024};  ///< of each cache
   std::string tokenizer;                              ///< for models without sidecar
   int threads = 1;
+  std::optional<std::int64_t> batch;  ///< sequences a request; unset: as in the file
   std::optional<std::int64_t> limit;
   std::optional<double> seconds;
   std::optional<std::uint64_t> shuffle;

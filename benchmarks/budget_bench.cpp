@@ -85,7 +85,7 @@ class Bench {
       throw Failure(fmt::format("{} has no training part or no test part", texts_.workload));
     }
     scores_ = scores_of(*probe);
-    first_ = probe->fit_requests > 0 && probe->fit_requests < texts_.fill_requests ? probe->fit_requests : 0;
+    first_ = first_unfitted(*probe, texts_);
   }
 
   void calibrations(double epsilon) {

@@ -29,8 +29,7 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Argu
       progress_(progress) {
   if (!probe) return;
   scores_ = scores_of(*probe);
-  // On texts that the probe was fitted on its decisions are clearer than on others.
-  if (probe->fit_requests > 0 && probe->fit_requests < tokens.fill_requests) first_ = probe->fit_requests;
+  first_ = first_unfitted(*probe, tokens);
 }
 
 BudgetOptions Calibration::options(const Setting& setting) const {
@@ -45,6 +44,7 @@ BudgetOptions Calibration::options(const Setting& setting) const {
 
 void Calibration::calibrate(Cache& cache, const Setting& setting) {
   const bool file = arguments_.calibration != "auto";
+  const auto start = std::chrono::steady_clock::now();
   try {
     if (file && std::filesystem::exists(arguments_.calibration)) {
       cache.use_calibration(CalibrationProfile::load(arguments_.calibration));
@@ -55,20 +55,21 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
       }
       auto& sample = samples_[setting.weights];
       if (sample.exit == nullptr) {
-        const auto start = std::chrono::steady_clock::now();
         std::int64_t next = first_;
         sample = cache.run_sample([&]() -> std::optional<Inputs> {
           if (next == tokens_.fill_requests) return std::nullopt;
           const std::int64_t number = next++;
           return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
         });
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        progress_.note(
-            fmt::format("note: {}: calibrated on {} requests of its training part ({} different "
-                        "sequences), which ran in {:.0f} s before the clock started",
-                        tokens_.workload, requests(), sample.sequences, seconds.count()));
       }
       cache.calibrate(sample);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      progress_.note(
+          fmt::format("note: {}: epsilon {}, early exit {}, weights {}: calibrated on {} requests of its training part "
+                      "({} different sequences) in {:.0f} s, before "
+                      "the clock started",
+                      tokens_.workload, *setting.epsilon, setting.early_exit, setting.weights, requests(),
+                      sample.sequences, seconds.count()));
       if (file) cache.calibration()->save(arguments_.calibration);
     }
   } catch (const Error& error) {

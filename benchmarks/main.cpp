@@ -42,8 +42,9 @@ int bench(int argc, char** argv) {
   const Results results = run(arguments, selected);
   const Machine machine = this_machine();
   if (!results.records.empty()) {
-    print(fmt::format("{}, {} cores, {:.1f} GiB; {} {}; LibTorch {}, {}, LLMCache {}\n\n", machine.cpu, machine.cores,
-                      machine.memory_gib, arguments.threads, arguments.threads == 1 ? "thread" : "threads",
+    const std::string batch = arguments.batch ? fmt::format(" batches of {};", *arguments.batch) : "";
+    print(fmt::format("{}, {} cores, {:.1f} GiB; {} {};{} LibTorch {}, {}, LLMCache {}\n\n", machine.cpu, machine.cores,
+                      machine.memory_gib, arguments.threads, arguments.threads == 1 ? "thread" : "threads", batch,
                       versions().torch, versions().compiler, versions().llmcache));
     print(results_table(results.records));
     if (const std::string list = greedy_list(results.records); !list.empty()) {

@@ -35,7 +35,9 @@ std::int64_t Probe::classify(std::span<const float> row) const {
 
 Probe parse_probe(std::string_view bytes, const std::string& name) {
   const Safetensors in(bytes, name, kKind);
-  if (in.text("version") != "1") in.damaged(fmt::format("it has version '{}', expected '1'", in.text("version")));
+  if (in.text("version") != "2") {
+    in.damaged(fmt::format("it has version '{}', expected '2'; fit the probe again", in.text("version")));
+  }
   Probe probe;
   probe.workload = in.text("workload");
   probe.model = in.text("model");
@@ -47,7 +49,7 @@ Probe parse_probe(std::string_view bytes, const std::string& name) {
   if (accuracy.empty() || *end != '\0' || !(probe.train_accuracy >= 0 && probe.train_accuracy <= 1)) {
     in.damaged(fmt::format("its train_accuracy is '{}', expected a number from 0 to 1", accuracy));
   }
-  if (in.optional_text("fit_requests")) probe.fit_requests = in.whole_number("fit_requests");
+  if (in.optional_text("fit_sequences")) probe.fit_sequences = in.whole_number("fit_sequences");
   std::vector<std::int64_t> shape;
   probe.weight = in.values<float>("weight", 2, &shape);
   probe.bias = in.values<float>("bias");
@@ -71,6 +73,11 @@ Probe read_probe(const std::filesystem::path& path) { return parse_probe(read_fi
 std::filesystem::path probe_path(const std::filesystem::path& folder, const std::string& workload,
                                  const std::string& model) {
   return folder / fmt::format("{}.{}.probe.safetensors", workload, model);
+}
+
+std::int64_t first_unfitted(const Probe& probe, const TokenFile& file) {
+  const std::int64_t first = probe.fit_sequences > 0 ? file.first_request_from(probe.fit_sequences) : 0;
+  return first < file.fill_requests ? first : 0;
 }
 
 std::optional<Probe> find_probe(const std::filesystem::path& folder, const TokenFile& file, const ModelFile& model) {

@@ -5,7 +5,7 @@
 //   bias    float32 [classes]
 //
 // Metadata (strings): workload, model, model_sha256 (of the model's .pt), classes (JSON list of names),
-// train_accuracy, version "1", and perhaps fit_requests.
+// train_accuracy, version "2", and perhaps fit_sequences.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct Probe {
   std::string model;
   std::string model_sha256;
   std::vector<std::string> classes;
-  double train_accuracy = 0;       ///< 0 to 1
-  std::int64_t fit_requests = -1;  ///< of the fill part, those that it was fitted on; -1: all
+  double train_accuracy = 0;        ///< 0 to 1
+  std::int64_t fit_sequences = -1;  ///< the first of the fill part, which it was fitted on; -1: all
   std::int64_t dims = 0;
   std::vector<float> weight;  ///< [classes, dims], row by row
   std::vector<float> bias;    ///< [classes]
@@ -44,6 +44,10 @@ Probe read_probe(const std::filesystem::path& path);
 /// FOLDER/WORKLOAD.MODEL.probe.safetensors
 std::filesystem::path probe_path(const std::filesystem::path& folder, const std::string& workload,
                                  const std::string& model);
+
+/// The first request of the fill part that the probe was not fitted on: on texts that it was fitted on its decisions
+/// are clearer than on others. 0 if it was fitted on all.
+std::int64_t first_unfitted(const Probe& probe, const TokenFile& file);
 
 /// The probe of `model` on `file` in `folder`; unset if there is none. Throws Failure if it is
 /// damaged, or was fitted for another model, other weights or other classes.

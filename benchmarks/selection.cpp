@@ -172,7 +172,11 @@ std::vector<Selected> select(const Arguments& arguments) {
     Selected one{.model = std::move(model), .workloads = {}};
     for (const WorkloadFile& file : matching(arguments, all, one.model)) {
       auto& tokens = read[file.path];
-      if (!tokens) tokens = std::make_shared<const TokenFile>(read_token_file(file.path));
+      if (!tokens) {
+        TokenFile own = read_token_file(file.path);
+        tokens = std::make_shared<const TokenFile>(arguments.batch ? in_batches_of(std::move(own), *arguments.batch)
+                                                                   : std::move(own));
+      }
       if (tokens->tokenizer != one.model.tokenizer || tokens->workload != file.workload) {
         throw Failure(
             fmt::format("{}: its metadata says workload '{}' and tokenizer '{}', unlike its name; prepare "

@@ -255,6 +255,11 @@ std::vector<std::span<const std::int64_t>> TokenFile::pools(std::int64_t i, std:
   return rows;
 }
 
+std::int64_t TokenFile::first_request_from(std::int64_t sequence) const {
+  const auto found = std::lower_bound(request_offsets.begin(), request_offsets.end(), sequence);
+  return std::min<std::int64_t>(found - request_offsets.begin(), requests());
+}
+
 bool TokenFile::grouped_by_label() const { return order.find("grouped by label") != std::string::npos; }
 
 TokenFile parse_token_file(std::string_view bytes, const std::string& name) {
@@ -284,6 +289,26 @@ TokenFile parse_token_file(std::string_view bytes, const std::string& name) {
 TokenFile read_token_file(const std::filesystem::path& path) {
   const std::string bytes = read_file(path, kKind);
   return parse_token_file(bytes, path.string());
+}
+
+TokenFile in_batches_of(TokenFile file, std::int64_t rows) {
+  const bool independent = (file.task == Task::kNone || file.task == Task::kClassification) && file.scored.empty() &&
+                           file.group.empty() && file.partner.empty() && file.pair_score.empty();
+  if (!independent) {
+    throw Failure(
+        fmt::format("--batch {}: the requests of {} are more than independent sequences, and stay as they are", rows,
+                    file.workload));
+  }
+  const std::int64_t parts[] = {0, file.first_sequence(file.fill_requests), file.sequences()};
+  std::vector<std::int64_t> offsets = {0};
+  const auto add = [&](std::int64_t begin, std::int64_t end) {
+    while (begin < end) offsets.push_back(begin = std::min(begin + rows, end));
+  };
+  add(parts[0], parts[1]);
+  file.fill_requests = static_cast<std::int64_t>(offsets.size()) - 1;
+  add(parts[1], parts[2]);
+  file.request_offsets = std::move(offsets);
+  return file;
 }
 
 void check_vocabulary(const TokenFile& file, std::int64_t vocabulary, const std::string& name) {

@@ -81,6 +81,8 @@ struct TokenFile {
   [[nodiscard]] std::int64_t first_sequence(std::int64_t i) const {
     return request_offsets[static_cast<std::size_t>(i)];
   }
+  /// Number of the first request whose sequences all come from `sequence` on; requests() if there is none.
+  [[nodiscard]] std::int64_t first_request_from(std::int64_t sequence) const;
   /// True if the order of the file groups requests by label, which would flatter any cache.
   [[nodiscard]] bool grouped_by_label() const;
 };
@@ -90,6 +92,10 @@ TokenFile read_token_file(const std::filesystem::path& path);
 
 /// The same for a file that is already in memory; `name` is for messages.
 TokenFile parse_token_file(std::string_view bytes, const std::string& name);
+
+/// The same sequences in the same order, `rows` a request; the last request of each part may have fewer. Throws Failure
+/// where requests are more than independent sequences: pairs, choices, conversations and the like.
+TokenFile in_batches_of(TokenFile file, std::int64_t rows);
 
 /// Throws Failure if the file has an id that a model of `vocabulary` ids does not know.
 void check_vocabulary(const TokenFile& file, std::int64_t vocabulary, const std::string& name);

@@ -223,6 +223,35 @@ class TaskFileTest : public ::testing::Test {
   FileBuilder builder;
 };
 
+TEST_F(TaskFileTest, BatchesOfAnotherSizeKeepTheSequencesAndTheFillPart) {
+  task("classification");
+  builder.metadata["label_names"] = R"(["a","b"])";
+  numbers("labels", {0, 1, 0, 1, 0, 1, 0, 1});
+  const TokenFile file = parsed();
+  const auto offsets = [&](std::int64_t rows) { return in_batches_of(file, rows).request_offsets; };
+  EXPECT_THAT(offsets(2), ElementsAre(0, 2, 4, 6, 8));
+  EXPECT_THAT(offsets(3), ElementsAre(0, 3, 4, 7, 8));
+  EXPECT_THAT(offsets(100), ElementsAre(0, 4, 8));
+  const TokenFile alone = in_batches_of(file, 1);
+  EXPECT_EQ(alone.requests(), 8);
+  EXPECT_EQ(alone.fill_requests, 4);
+  EXPECT_EQ(in_batches_of(file, 3).fill_requests, 2);
+  EXPECT_EQ(alone.tokens, file.tokens);
+  EXPECT_EQ(alone.labels, file.labels);
+  builder.metadata["fill_requests"] = "0";
+  EXPECT_EQ(in_batches_of(parsed(), 5).fill_requests, 0);
+  EXPECT_THAT(in_batches_of(parsed(), 5).request_offsets, ElementsAre(0, 5, 8));
+}
+
+TEST_F(TaskFileTest, BatchesOfPairsAndChoicesStayAsTheyAre) {
+  ranges(all_of_eight);
+  task("choice");
+  numbers("labels", {0, 1, 0, 1, 0, 1, 0, 1});
+  expect_failure([&] { in_batches_of(parsed(), 4); }, "--batch 4: the requests of w are more than");
+  task("perplexity");
+  expect_failure([&] { in_batches_of(parsed(), 4); }, "more than independent sequences");
+}
+
 TEST_F(TaskFileTest, ReadsTheFillPart) {
   EXPECT_EQ(parsed().fill_requests, 2);
   EXPECT_EQ(parsed().task, Task::kNone);
@@ -407,7 +436,7 @@ class ProbeTest : public ::testing::Test {
   ProbeTest() {
     builder.metadata = {{"workload", "w"},           {"model", "m"},
                         {"model_sha256", "abc"},     {"classes", R"(["a","b"])"},
-                        {"train_accuracy", "0.875"}, {"version", "1"}};
+                        {"train_accuracy", "0.875"}, {"version", "2"}};
     builder.add<float>("weight", "F32", {2, 3}, {1, 0, 0, 0, 1, -1});
     builder.add<float>("bias", "F32", {2}, {0, 0.5F});
   }
@@ -445,11 +474,27 @@ TEST_F(ProbeTest, RefusesDamage) {
   builder.metadata["train_accuracy"] = "";
   expect_refused("train_accuracy");
   builder.metadata["train_accuracy"] = "0.9";
-  builder.metadata["version"] = "2";
-  expect_refused("version '2'");
   builder.metadata["version"] = "1";
+  expect_refused("version '1', expected '2'; fit the probe again");
+  builder.metadata["version"] = "2";
   builder.remove("weight");
   expect_refused("no tensor 'weight'");
+}
+
+TEST_F(ProbeTest, TellsWhatItWasNotFittedOn) {
+  EXPECT_EQ(parse_probe(builder.bytes(), "p").fit_sequences, -1);
+  builder.metadata["fit_sequences"] = "4";
+  const Probe probe = parse_probe(builder.bytes(), "p");
+  TokenFile file;
+  file.fill_requests = 4;
+  file.request_offsets = {0, 2, 4, 6, 8, 10};
+  EXPECT_EQ(first_unfitted(probe, file), 2);
+  file.request_offsets = {0, 3, 6, 7, 8, 10};
+  EXPECT_EQ(first_unfitted(probe, file), 2) << "the second request has a text that it was fitted on";
+  file.request_offsets = {0, 1, 2, 3, 4, 10};
+  EXPECT_EQ(first_unfitted(probe, file), 0) << "it was fitted on the whole fill part";
+  builder.metadata["fit_sequences"] = "x";
+  expect_refused("fit_sequences");
 }
 
 TEST_F(ProbeTest, IsFoundByNameAndFitsModelAndClasses) {

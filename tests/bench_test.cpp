@@ -238,6 +238,11 @@ class ChoiceTest : public ::testing::Test {
     builder.add<std::int32_t>("tokens", "I32", {1}, {0});
     builder.add<std::int64_t>("sequence_offsets", "I64", {2}, {0, 1});
     builder.add<std::int64_t>("request_offsets", "I64", {2}, {0, 1});
+    if (!task_.empty()) {
+      builder.metadata["task"] = task_;
+      builder.metadata["version"] = "2";
+      builder.add<std::int64_t>("scored", "I64", {1, 2}, {1, 1});
+    }
     std::ofstream(folder_ / "data" / (workload + ".t.safetensors"), std::ios::binary) << builder.bytes();
   }
 
@@ -259,6 +264,7 @@ class ChoiceTest : public ::testing::Test {
 
   const Folder folder_;
   Arguments arguments_;
+  std::string task_;
 };
 
 TEST_F(ChoiceTest, ByDefault) {
@@ -277,6 +283,16 @@ TEST_F(ChoiceTest, ByName) {
     arguments_.workloads = {name};
     expect_failure([&] { chosen("hub:x"); }, std::string("no workload '") + name + "'");
   }
+}
+
+TEST_F(ChoiceTest, InBatchesOfTheAskedSize) {
+  arguments_.batch = 3;
+  arguments_.workloads = {"squad"};
+  EXPECT_THAT(chosen("hub:x"), ElementsAre("squad"));
+  EXPECT_THAT(select(arguments_).front().workloads.front()->request_offsets, ElementsAre(0, 1));
+  task_ = "perplexity";
+  file("squad");
+  expect_failure([&] { chosen("hub:x"); }, "--batch 3: the requests of squad");
 }
 
 TEST(BudgetTest, TimeGoesWhereQualityIsMeasured) {
@@ -554,6 +570,8 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   EXPECT_FALSE(parse({}).output.has_value());
   EXPECT_EQ(parse({"--output", "new"}).output, "new");
   EXPECT_EQ(parse({"--shots", "5"}).shots, 5);
+  EXPECT_FALSE(parse({}).batch.has_value());
+  EXPECT_EQ(parse({"--batch", "32"}).batch, 32);
   EXPECT_THAT(parse({"--shots", "5", "--workload", "squad,openbookqa"}).workloads,
               ElementsAre("squad", "openbookqa-5shot"));
   EXPECT_THAT(parse({"--shots", "0", "--workload", "openbookqa"}).workloads, ElementsAre("openbookqa"));
@@ -574,6 +592,8 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
                                                                                    {"--weights", "as-loaded,x"},
                                                                                    {"--output", "first"},
                                                                                    {"--output", "all,new"},
+                                                                                   {"--batch", "0"},
+                                                                                   {"--batch", "1,8"},
                                                                                    {"--shots", "-1"},
                                                                                    {"--shots", "100"},
                                                                                    {"--shots", "1.5"},

@@ -10,8 +10,8 @@ pooling mask gets the file's `pool`; without --only it gets probes for the workl
 DATA/WORKLOAD.MODEL.probe.safetensors:
   weight  float32 [classes, dims]    logits = weight * embedding + bias
   bias    float32 [classes]
-Its metadata tells version ("1"), workload, model, model_sha256 (of the .pt file), classes (a JSON list),
-fit_requests (the first requests of the token file, on which it was fitted), train_accuracy (on these) and
+Its metadata tells version ("2"), workload, model, model_sha256 (of the .pt file), classes (a JSON list),
+fit_sequences (the first sequences of the token file, on which it was fitted), train_accuracy (on these) and
 test_accuracy (fractions), l2, recipe and content_sha256.
 
 A probe that is whole and was made from the same model, tokens and code is left as it is. A workload without
@@ -40,7 +40,7 @@ from workloads import WORKLOADS
 if TYPE_CHECKING:
     import torch
 
-PROBE_VERSION = "1"
+PROBE_VERSION = "2"
 MODELS = ("minilm-pooled", "minilm-pooled-mask")
 NAMES = tuple(name for name, workload in WORKLOADS.items() if workload.task == "classification")
 OUT_OF_SCOPE = "oos"  # CLINC150's class of queries without an intent: 1 % of its training split, 18 % of its test split
@@ -183,8 +183,7 @@ def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, que
 
     target = tokens.with_name(f"{workload}.{model_file.stem}.probe.safetensors")
     train, classes = queries.train, queries.classes
-    fit_requests = max(1, round(share * queries.fill))
-    fitted = int(queries.requests[fit_requests])
+    fitted = int(queries.requests[max(1, round(share * queries.fill))])
     model_digest = sha256_of(model_file)
     code = sha256_of(Path(__file__))
     recipe = hashlib.sha256(f"{model_digest} {queries.content} {share} {code} {torch.__version__}".encode()).hexdigest()
@@ -224,7 +223,7 @@ def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, que
             "model": model_file.stem,
             "model_sha256": model_digest,
             "classes": json.dumps(classes),
-            "fit_requests": str(fit_requests),
+            "fit_sequences": str(fitted),
             "train_accuracy": f"{on_train:.6f}",
             "test_accuracy": f"{on_test:.6f}",
             "l2": repr(l2),

@@ -110,7 +110,7 @@ class ProbeTest(ToolTest):
         self.assertEqual({str(array.dtype) for array in arrays.values()}, {"float32"})
         self.assertTrue(all(np.isfinite(array).all() for array in arrays.values()))
         self.assertEqual(
-            (metadata["version"], metadata["workload"], metadata["model"]), ("1", "banking77", "minilm-pooled")
+            (metadata["version"], metadata["workload"], metadata["model"]), ("2", "banking77", "minilm-pooled")
         )
         self.assertEqual(json.loads(metadata["classes"]), CLASSES)
         self.assertEqual(metadata["model_sha256"], sha256_of(self.models / "minilm-pooled.pt"))
@@ -221,13 +221,13 @@ class ProbeTest(ToolTest):
         self.write_model()
         self.write_tokens()
         self.assertEqual(self.fit()[0], 0)
-        self.assertEqual(self.load()[1]["fit_requests"], "60")
+        self.assertEqual(self.load()[1]["fit_sequences"], "60")
         loaded = token_file.load(self.tokens)
         assert loaded is not None
         labels = loaded[0]["labels"]
         self.assertEqual(self.fit("--fit-share", "0.5")[0], 0)
         half, metadata = self.load()
-        self.assertEqual((metadata["fit_requests"], float(metadata["l2"]) in fit_probe.L2_FOR_FEW), ("30", True))
+        self.assertEqual((metadata["fit_sequences"], float(metadata["l2"]) in fit_probe.L2_FOR_FEW), ("30", True))
         other = np.concatenate([labels[:30], 2 - labels[30:]])
         self.write_tokens(labels=other)
         status, out, err = self.fit("--fit-share", "0.5")
