@@ -93,7 +93,14 @@ std::vector<KeySegment> SegmentPass::keys(std::size_t sequence, std::int32_t lay
 
 void SegmentPass::finished(std::size_t sequence, const at::Tensor& fresh) {
   final_[sequence] = fresh;
-  if (SegmentRow& row = rows_[sequence]; row.entry) row.entry->set(layout_.final_spec, all_final(sequence));
+  SegmentRow& row = rows_[sequence];
+  if (!row.entry) return;
+  const auto all = all_final(sequence);
+  if (all.isfinite().all().item<bool>()) {
+    row.entry->set(layout_.final_spec, all);
+  } else {
+    row.entry.reset();  // it would spread to other sequences with one of its passages
+  }
 }
 
 at::Tensor SegmentPass::final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) {

@@ -70,7 +70,8 @@ struct SegmentRow {
 /// Tokens that go through the same layers, as ranges of a plan.
 std::vector<TokenRange> ranges_of(const SegmentRow& row);
 
-/// States of one pass: from donors where they are not computed. Fills the rows' entries.
+/// States of one pass: from donors where they are not computed. Fills the rows' entries, and drops those whose final
+/// states are not finite.
 class SegmentPass final : public StateSource {
  public:
   SegmentPass(const TokenLevelModel& model, const SegmentLayout& layout, std::vector<SegmentRow>& rows,

@@ -86,7 +86,6 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
     std::vector<Turn> turns;  // back to where the donor's keys stand, by rotation
     const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
     for (const KeyRotation& rotation : rotations) turns.push_back(turn_of(rotation, back, model_.device()));
-    bool finite = true;
     const auto set = [&](std::size_t spec, int rotation) {
       auto states = entry.state(spec, hit.begin, hit.tokens).clone();
       if (rotation >= 0 && hit.move() != 0) {
@@ -95,7 +94,6 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
       }
       const double weight = static_cast<double>(known) / static_cast<double>(known + 1);
       states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight);
-      finite = finite && states.isfinite().all().item<bool>();
       mean->set(spec, states);
     };
     for (std::size_t l = 0; l < layout_.key_specs.size(); ++l) {
@@ -105,7 +103,6 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
       }
     }
     set(layout_.final_spec, -1);
-    if (!finite) continue;  // one sequence's NaN would stay in the mean for good
     const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
     bank.insert_mean(mean, *hit.donor, saved_ms * share, now());
   }

@@ -410,6 +410,35 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
   EXPECT_EQ(rig.reuse->counters().means, 0u);
 }
 
+TEST(SegmentReuseTest, WhatIsNotFiniteReachesNoOtherSequence) {
+  const c10::NoGradGuard no_grad;
+  constexpr std::int64_t kBad = 5;
+  Rig rig("tiny-llama-sdpa");
+  for (const auto& parameter : rig.plain.parameters()) {
+    if (parameter.size(0) == rig.info.vocab) parameter.select(0, kBad).fill_(std::nanf(""));
+  }
+  const Tokens passage = rig.random(1, 60);
+  const auto behind = [&](const Tokens& head) { return joined({head, passage, rig.random(2, 5)}); };
+  const auto others = [&](const c10::IValue& result) {  // logits of all but the bad token, which may share its weights
+    const auto logits = leaves(result)[0];
+    return at::cat({logits.narrow(2, 0, kBad), logits.narrow(2, kBad + 1, rig.info.vocab - kBad - 1)}, 2);
+  };
+  SegmentSettings settings;
+  settings.recompute_share = 0;
+  const auto bad = rig.run(rig.request({behind({kBad})}), settings);
+  EXPECT_FALSE(others(bad).isfinite().any().item<bool>());
+  EXPECT_EQ(rig.reuse->counters().entries, 0u);
+  EXPECT_EQ(rig.reuse->counters().bytes, 0u);
+  // Beside one that is kept, and again beside what is known of the passage by then.
+  rig.keep({behind({kBad, kBad}), behind(rig.random(3, 20))});
+  rig.keep({behind({kBad, kBad, kBad})});
+  EXPECT_EQ(rig.reuse->counters().entries, 1u);
+  EXPECT_EQ(rig.reuse->counters().means, 0u);
+  const auto good = rig.run(rig.request({behind(rig.random(4, 30))}), settings);
+  EXPECT_EQ(rig.report.sequences[0].source, Source::kPartial);
+  EXPECT_TRUE(others(good).isfinite().all().item<bool>());
+}
+
 TEST(SegmentReuseTest, SettingsAreChecked) {
   Rig rig("tiny-llama-sdpa");
   const auto batch = rig.batch(rig.request({rig.random(1, 40)}));
