@@ -175,23 +175,51 @@ void check(const fs::path& path, const ExitModel& model) {
   if (model.thresholds.empty()) fail();
 }
 
+/// What a profile has as plain numbers and texts, by its name in the file.
+template <class Profile, class Visit>
+void for_each_field(Profile& profile, const Visit& visit) {
+  visit("model", profile.model_digest);
+  visit("fitted", profile.fitted);
+  visit("certified", profile.certified);
+  visit("certified_error", profile.certified_error);
+  visit("error_bound", profile.error_bound);
+  visit("expected_share", profile.expected_share);
+  visit("expected_exits", profile.expected_exits);
+  visit("typical_distance", profile.typical_distance);
+  visit("bytes", profile.bytes);
+}
+
+/// The same of a ReuseChoice.
+template <class Choice, class Visit>
+void for_each_field_of_choice(Choice& choice, const Visit& visit) {
+  visit("mechanism", choice.mechanism);
+  visit("setting", choice.setting);
+  visit("limit", choice.limit);
+  visit("fitted", choice.fitted);
+  visit("certified", choice.certified);
+  visit("error", choice.error);
+  visit("bound", choice.bound);
+  visit("computed", choice.computed);
+  visit("typical_distance", choice.typical_distance);
+}
+
+auto into(Json& json) {
+  return [&json](const char* name, const auto& value) { json[name] = value; };
+}
+
+auto from(const Json& json) {
+  return [&json](const char* name, auto& value) { json.at(name).get_to(value); };
+}
+
 }  // namespace
 
 void CalibrationProfile::save(const fs::path& path) const {
   Json json = {{"format", kFormat},
                {"version", kVersion},
-               {"model", model_digest},
                {"budget",
                 {{"metric", llmcache::to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
-               {"early_exit", llmcache::to_string(early_exit)},
-               {"fitted", fitted},
-               {"certified", certified},
-               {"certified_error", certified_error},
-               {"error_bound", error_bound},
-               {"expected_share", expected_share},
-               {"expected_exits", expected_exits},
-               {"typical_distance", typical_distance},
-               {"bytes", bytes}};
+               {"early_exit", llmcache::to_string(early_exit)}};
+  for_each_field(*this, into(json));
   if (exit) {
     const std::string tensors = packed(*exit);
     Json gates = Json::array();
@@ -200,11 +228,9 @@ void CalibrationProfile::save(const fs::path& path) const {
     write(tensors_of(path), tensors);
   }
   if (reuse) {
-    json["reuse"] = {{"mechanism", reuse->mechanism}, {"format", llmcache::to_string(reuse->format)},
-                     {"setting", reuse->setting},     {"limit", reuse->limit},
-                     {"fitted", reuse->fitted},       {"certified", reuse->certified},
-                     {"error", reuse->error},         {"bound", reuse->bound},
-                     {"computed", reuse->computed},   {"typical_distance", reuse->typical_distance}};
+    Json& part = json["reuse"];
+    part["format"] = llmcache::to_string(reuse->format);
+    for_each_field_of_choice(*reuse, into(part));
   }
   json["content_xxh3"] = hash_of(json.dump());
   write(path, json.dump(2) + "\n");
@@ -229,28 +255,12 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
     profile.budget = {budget_metric_from_string(promise.at("metric")), promise.at("epsilon"), promise.at("delta")};
     profile.budget.validate();
     profile.early_exit = early_exit_from_string(json.at("early_exit"));
-    json.at("model").get_to(profile.model_digest);
-    json.at("fitted").get_to(profile.fitted);
-    json.at("certified").get_to(profile.certified);
-    json.at("certified_error").get_to(profile.certified_error);
-    json.at("error_bound").get_to(profile.error_bound);
-    json.at("expected_share").get_to(profile.expected_share);
-    json.at("expected_exits").get_to(profile.expected_exits);
-    json.at("typical_distance").get_to(profile.typical_distance);
-    json.at("bytes").get_to(profile.bytes);
+    for_each_field(profile, from(json));
     if (json.contains("reuse")) {
       const Json& part = json.at("reuse");
       ReuseChoice& choice = profile.reuse.emplace();
-      part.at("mechanism").get_to(choice.mechanism);
       choice.format = bank_format_from_string(part.at("format"));
-      part.at("setting").get_to(choice.setting);
-      part.at("limit").get_to(choice.limit);
-      part.at("fitted").get_to(choice.fitted);
-      part.at("certified").get_to(choice.certified);
-      part.at("error").get_to(choice.error);
-      part.at("bound").get_to(choice.bound);
-      part.at("computed").get_to(choice.computed);
-      part.at("typical_distance").get_to(choice.typical_distance);
+      for_each_field_of_choice(choice, from(part));
     }
     if (json.contains("exit")) {
       const Json& part = json.at("exit");
