@@ -66,8 +66,7 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
       progress_.note(
           fmt::format("note: {}: epsilon {}, early exit {}, weights {}: calibrated on {} requests of its training part "
-                      "({} different sequences) in {:.0f} s, before "
-                      "the clock started",
+                      "({} different sequences) in {:.0f} s, before the clock started",
                       tokens_.workload, *setting.epsilon, setting.early_exit, setting.weights, requests(),
                       sample.sequences, seconds.count()));
       if (file) cache.calibration()->save(arguments_.calibration);

@@ -112,14 +112,6 @@ Tokens random_tokens(std::mt19937_64& random, const ModelInfo& info, std::size_t
 
 // --- exported models ---------------------------------------------------------------------------------
 
-std::vector<std::string> decoders() {
-  std::vector<std::string> names;
-  for (const std::string& name : wrappable_names({"tiny-", "zoo-"})) {
-    if (model_info(name).family == "decoder") names.push_back(name);
-  }
-  return names;
-}
-
 class Prefix : public ::testing::TestWithParam<std::string> {};
 
 TEST(PrefixModels, ReuseIsAvailableWhereItMustBe) {
@@ -128,7 +120,7 @@ TEST(PrefixModels, ReuseIsAvailableWhereItMustBe) {
     SCOPED_TRACE(name);
     EXPECT_TRUE(subject(name).cache.profile().prefix_reuse) << subject(name).cache.profile().to_string();
   }
-  for (const char* name : {"tiny-bert-sdpa", "tiny-bert-eager", "tiny-distilbert-sdpa"}) {
+  for (const char* name : {"tiny-bert-sdpa", "tiny-bert-eager", "tiny-distilbert-sdpa", "zoo-qwen3moe"}) {
     SCOPED_TRACE(name);
     EXPECT_FALSE(subject(name).cache.profile().prefix_reuse);
   }
@@ -137,7 +129,7 @@ TEST(PrefixModels, ReuseIsAvailableWhereItMustBe) {
 // Random interleavings: growth, truncation, edits, repeats, shared prefixes within and across requests, paddings,
 // tenants, outputs, evictions forced by a small capacity.
 TEST_P(Prefix, AnswersAsThePlainModelDoes) {
-  if (!subject(GetParam()).cache.profile().prefix_reuse) GTEST_SKIP() << "no prefix reuse";
+  ASSERT_TRUE(subject(GetParam()).cache.profile().prefix_reuse);
   for (const std::size_t capacity : {std::size_t{64} << 20, std::size_t{220} << 10}) {
     SCOPED_TRACE(capacity);
     Pair pair(GetParam(), {.capacity_bytes = capacity});
@@ -191,7 +183,7 @@ TEST_P(Prefix, AnswersAsThePlainModelDoes) {
 }
 
 TEST_P(Prefix, AGrowingSequenceComputesItsNewTokensOnly) {
-  if (!subject(GetParam()).cache.profile().prefix_reuse) GTEST_SKIP() << "no prefix reuse";
+  ASSERT_TRUE(subject(GetParam()).cache.profile().prefix_reuse);
   Pair pair(GetParam());
   std::mt19937_64 random(3);
   Tokens tokens = random_tokens(random, pair.info, 5);
@@ -208,7 +200,7 @@ TEST_P(Prefix, AGrowingSequenceComputesItsNewTokensOnly) {
   EXPECT_LE(pair.cache.stats().entries, 3u) << "growth in place makes no entry for each token";
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Prefix, ::testing::ValuesIn(decoders()), test_name);
+INSTANTIATE_TEST_SUITE_P(All, Prefix, ::testing::ValuesIn(token_level_decoders()), test_name);
 
 // --- one model ----------------------------------------------------------------------------------------
 

@@ -81,6 +81,13 @@ std::vector<std::string> wrappable_names(const std::vector<std::string>& prefixe
   return names;
 }
 
+std::vector<std::string> token_level_decoders() {
+  auto names = wrappable_names({"tiny-", "zoo-"});
+  std::erase_if(names,
+                [](const std::string& name) { return model_info(name).family != "decoder" || name == "zoo-qwen3moe"; });
+  return names;
+}
+
 std::string test_name(const ::testing::TestParamInfo<std::string>& param) {
   std::string name = param.param;
   std::replace(name.begin(), name.end(), '-', '_');

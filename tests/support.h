@@ -54,6 +54,8 @@ Subject& subject(const std::string& name);
 
 /// Those of model_names() that must not be refused for what they are; wrapping_test.cpp has the others.
 std::vector<std::string> wrappable_names(const std::vector<std::string>& prefixes);
+/// The decoders among them, but for zoo-qwen3moe, which runs whole layers only: tests say so by that name.
+std::vector<std::string> token_level_decoders();
 /// For INSTANTIATE_TEST_SUITE_P.
 std::string test_name(const ::testing::TestParamInfo<std::string>& param);
 

@@ -564,7 +564,7 @@ TEST_P(TokenReuseZoo, WorksOrSaysWhyNot) {
     ASSERT_GT(std::string(error.what()).size(), 30u);
     // Whole layers only, or refused altogether (xlnet): README says so.
     ASSERT_THAT(GetParam(), ::testing::AnyOf("zoo-convbert", "zoo-deberta-v2", "zoo-fnet", "zoo-xlnet"));
-    GTEST_SKIP() << error.what();
+    return;
   }
   Encoder& subject = encoder(GetParam());
   std::mt19937_64 random(15);
