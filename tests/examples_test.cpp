@@ -1,253 +1,30 @@
-// The example programs as a user runs them, on tiny models; and the tokenizer that they share.
+// The example programs as a user runs them, on tiny models.
 #include <ATen/ATen.h>
-#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <llmcache/llmcache.h>
-#include <spawn.h>
-#include <stdlib.h>
-#include <sys/wait.h>
 #include <torch/script.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <csignal>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "examples_support.h"
 #include "sampling.h"
 #include "sidecar.h"
 #include "tokenizer.h"
 
-extern char** environ;
-
 namespace llmcache::examples {
 namespace {
 
-namespace fs = std::filesystem;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using ::testing::Not;
 using Ids = std::vector<std::int64_t>;
-
-fs::path folder_of(const char* variable) {
-  const char* value = std::getenv(variable);
-  if (value == nullptr) throw std::runtime_error(std::string(variable) + " is not set: tools/run.sh test sets it");
-  return value;
-}
-
-fs::path models() { return folder_of("LLMCACHE_MODELS_DIR"); }
-std::string model(const std::string& name) { return (models() / (name + ".pt")).string(); }
-fs::path tiny_tokenizer() { return models() / "tokenizers" / "tiny"; }
-
-std::string text_of(const fs::path& path) {
-  std::ostringstream text;
-  text << std::ifstream(path, std::ios::binary).rdbuf();
-  return text.str();
-}
-
-class ExampleTest : public ::testing::Test {
- protected:
-  ExampleTest() {
-    std::string name = (fs::temp_directory_path() / "llmcache-examples-XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
-    folder_ = name;
-  }
-  ~ExampleTest() override {
-    std::error_code ignored;
-    fs::remove_all(folder_, ignored);
-  }
-
-  fs::path write(const std::string& name, const std::string& text) const {
-    std::ofstream(folder_ / name, std::ios::binary) << text;
-    return folder_ / name;
-  }
-
-  struct Result {
-    int status = -1;
-    std::string out;
-    std::string err;
-  };
-
-  /// Runs build/bin/PROGRAM, whose input is empty.
-  Result run(const std::string& program, std::vector<std::string> arguments) const {
-    arguments.insert(arguments.begin(), (folder_of("LLMCACHE_BIN_DIR") / program).string());
-    std::vector<char*> argv;
-    for (std::string& argument : arguments) argv.push_back(argument.data());
-    argv.push_back(nullptr);
-    const std::string out = folder_ / "out";
-    const std::string err = folder_ / "err";
-    posix_spawn_file_actions_t actions;
-    ::posix_spawn_file_actions_init(&actions);
-    ::posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-    ::posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    ::posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    pid_t process = -1;
-    const int error = ::posix_spawn(&process, argv[0], &actions, nullptr, argv.data(), environ);
-    ::posix_spawn_file_actions_destroy(&actions);
-    if (error != 0) throw std::runtime_error(arguments[0] + " cannot be started");
-    int status = 0;
-    ::waitpid(process, &status, 0);
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), text_of(out), text_of(err)};
-  }
-
-  fs::path folder_;
-};
-
-// --- the tokenizer ------------------------------------------------------------------------------------
-
-class TokenizerTest : public ExampleTest {
- protected:
-  static void expect_error(const std::function<void()>& function, const std::string& part) {
-    EXPECT_THAT(function,
-                ::testing::Throws<TokenizerError>(::testing::Property(&TokenizerError::what, HasSubstr(part))));
-  }
-  /// A helper that is not ours, run by a shell.
-  void expect_bad_helper(const std::string& script, const std::string& part) const {
-    const auto helper = write("helper.sh", script);
-    expect_error([&] { Tokenizer("/bin/sh", helper, tiny_tokenizer()); }, part);
-  }
-  static Tokenizer tiny() { return {default_python(), default_helper(), tiny_tokenizer()}; }
-};
-
-TEST_F(TokenizerTest, TextComesBack) {
-  auto tokenizer = tiny();
-  EXPECT_EQ(tokenizer.vocabulary(), 259);
-  EXPECT_THAT(tokenizer.end_tokens(), ElementsAre(2));
-  EXPECT_TRUE(tokenizer.has_chat_template());
-  const std::string text = "two lines\n\"quoted\" \\ h\u00e9llo \u20ac \U0001F642";
-  const auto ids = tokenizer.encode(text);
-  EXPECT_EQ(ids.size(), text.size()) << "one token a byte";
-  EXPECT_EQ(tokenizer.decode(ids), text);
-  EXPECT_THAT(tokenizer.encode(""), IsEmpty());
-  EXPECT_EQ(tokenizer.encode(text, 3), Ids(ids.begin(), ids.begin() + 3));
-  EXPECT_EQ(tokenizer.encode(text), ids) << "the limit was for one call";
-}
-
-TEST_F(TokenizerTest, SpecialTokensAreFoundAndLeftOut) {
-  auto tokenizer = tiny();
-  EXPECT_EQ(tokenizer.id_of("<end>"), 2);
-  EXPECT_EQ(tokenizer.id_of("no such token"), -1);
-  auto ids = tokenizer.encode("ab");
-  ids.insert(ids.begin() + 1, 2);
-  EXPECT_EQ(tokenizer.decode(ids), "ab");
-}
-
-TEST_F(TokenizerTest, ChatTemplateIsApplied) {
-  auto tokenizer = tiny();
-  EXPECT_EQ(tokenizer.decode(tokenizer.chat({{"system", "be {{ brief }}"}, {"user", "hi"}})),
-            "system: be {{ brief }}\nuser: hi\nassistant: ");
-}
-
-TEST_F(TokenizerTest, StreamHoldsBackWhatIsNoWholeCharacter) {
-  auto tokenizer = tiny();
-  const std::string text = "a\u00e9\u20ac\U0001F642b";  // 1, 2, 3, 4 and 1 bytes
-  std::vector<std::string> pieces;
-  for (const auto id : tokenizer.encode(text)) pieces.push_back(tokenizer.stream(id));
-  EXPECT_THAT(pieces, ElementsAre("a", "", "\u00e9", "", "", "\u20ac", "", "", "", "\U0001F642", "b"));
-  EXPECT_EQ(tokenizer.finish(), "");
-}
-
-TEST_F(TokenizerTest, StreamShowsBytesThatNeverBecomeACharacter) {
-  auto tokenizer = tiny();
-  const auto euro = tokenizer.encode("\u20ac");  // three bytes
-  const auto letter = tokenizer.encode("x");
-  std::string text;
-  Ids all;
-  for (int i = 0; i < 5; ++i) {
-    for (const auto id : {euro[0], euro[1], letter[0], euro[1], std::int64_t{280}}) {  // 280: no token
-      text += tokenizer.stream(id);
-      all.push_back(id);
-    }
-  }
-  text += tokenizer.stream(euro[0]);
-  all.push_back(euro[0]);
-  EXPECT_EQ(text + tokenizer.finish(), tokenizer.decode(all));
-  EXPECT_EQ(std::count(text.begin(), text.end(), 'x'), 5) << "held back for good: " << text;
-}
-
-TEST_F(TokenizerTest, FinishBeginsANewText) {
-  auto tokenizer = tiny();
-  const auto euro = tokenizer.encode("\u20ac");
-  EXPECT_EQ(tokenizer.stream(euro[0]), "");
-  EXPECT_EQ(tokenizer.finish(), "\ufffd");
-  EXPECT_EQ(tokenizer.finish(), "");
-  std::string text;
-  for (const auto id : euro) text += tokenizer.stream(id);
-  EXPECT_EQ(text, "\u20ac");
-}
-
-TEST_F(TokenizerTest, ARefusedRequestLeavesTheNextOneAlone) {
-  fs::copy_file(tiny_tokenizer() / "tokenizer.json", folder_ / "tokenizer.json");  // alone: no end token, no template
-  Tokenizer tokenizer(default_python(), default_helper(), folder_ / "tokenizer.json");
-  EXPECT_FALSE(tokenizer.has_chat_template());
-  EXPECT_THAT(tokenizer.end_tokens(), IsEmpty());
-  expect_error([&] { (void)tokenizer.chat({{"user", "hi"}}); }, "no chat template");
-  expect_error([&] { (void)tokenizer.encode("\xff\xfe"); }, "not UTF-8");
-  expect_error([&] { (void)tokenizer.decode({-1}); }, "");
-  EXPECT_EQ(tokenizer.decode(tokenizer.encode("still here")), "still here");
-}
-
-TEST_F(TokenizerTest, ATemplateReachesNothingButTheMessages) {
-  fs::copy_file(tiny_tokenizer() / "tokenizer.json", folder_ / "tokenizer.json");
-  write("chat_template.jinja", "{{ messages.__class__.__mro__ }}");
-  Tokenizer tokenizer(default_python(), default_helper(), folder_);
-  expect_error([&] { (void)tokenizer.chat({{"user", "hi"}}); }, "SecurityError");
-}
-
-TEST_F(TokenizerTest, MissingAndDamagedFilesAreNamed) {
-  expect_error([&] { Tokenizer(default_python(), folder_ / "helper.py", tiny_tokenizer()); }, "--helper");
-  expect_error([&] { Tokenizer(default_python(), default_helper(), folder_ / "none"); }, "--tokenizer");
-  expect_error([&] { Tokenizer(default_python(), default_helper(), folder_); }, "tokenizer.json is not there");
-  expect_error([&] { Tokenizer("no-such-python", default_helper(), tiny_tokenizer()); }, "--python");
-  const auto damaged = write("damaged.json", text_of(tiny_tokenizer() / "tokenizer.json").substr(0, 1000));
-  expect_error([&] { Tokenizer(default_python(), default_helper(), damaged); }, "tokenizer: ");
-}
-
-TEST_F(TokenizerTest, ArgumentsMeetNoShell) {
-  const fs::path odd = folder_ / "$(touch injected); 'x";
-  fs::create_directory(odd);
-  fs::copy_file(tiny_tokenizer() / "tokenizer.json", odd / "tokenizer.json");
-  Tokenizer tokenizer(default_python(), default_helper(), odd);
-  EXPECT_EQ(tokenizer.decode(tokenizer.encode("; $(ls)")), "; $(ls)");
-}
-
-TEST_F(TokenizerTest, AHelperThatMisbehavesIsAnError) {
-  expect_bad_helper("exit 3", "exit status 3");
-  expect_bad_helper("kill -9 $$", "signal 9");
-  expect_bad_helper("echo hello", "'hello'");
-  expect_bad_helper("echo '[1]'", "expected");
-  expect_bad_helper("echo '{\"ready\": true}'", "--helper");
-  expect_bad_helper("echo '{\"ready\": true, \"vocabulary\": \"x\", \"end\": [], \"chat\": true}'", "--helper");
-  expect_bad_helper("echo '{\"error\": \"out of luck\"}'", "out of luck");
-}
-
-TEST_F(TokenizerTest, AKilledHelperIsAnError) {
-  auto tokenizer = tiny();
-  ASSERT_GT(tokenizer.process(), 0);
-  ASSERT_EQ(::kill(tokenizer.process(), SIGKILL), 0);
-  expect_error([&] { (void)tokenizer.encode("hello"); }, "signal 9");
-  expect_error([&] { (void)tokenizer.encode("hello"); }, "no longer answers");
-}
-
-TEST_F(TokenizerTest, TheHelperEndsWithItsTokenizer) {
-  pid_t process = -1;
-  {
-    auto tokenizer = tiny();
-    process = tokenizer.process();
-  }
-  EXPECT_NE(::kill(process, 0), 0) << "still running";
-}
 
 // --- generate -----------------------------------------------------------------------------------------
 
