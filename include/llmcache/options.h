@@ -181,6 +181,21 @@ struct Options {
   /// For Fidelity::kLossless and causal models.
   PrefixOptions prefix = {};
 
+  /// Share of the answers made with reuse that are computed plainly too and compared, 0 to 1, for as long as the cache
+  /// lives. The first answer of a new size (VerifiedEnvelope) is compared whatever this is. An answer that differs
+  /// closes the reuse it came from for good, drops what was kept, and is replaced by the plain one (Stats::verification
+  /// tells). What Fidelity::kThreshold answers, and what kBudget approximates, is not compared: RefreshOptions and
+  /// BudgetOptions have checks of their own. 0 switches both off. Default: one in 1,000.
+  double verify_rate = 0.001;
+
+  /// True: comparing is done behind the answer, by a thread of the cache, on copies of inputs and answer: calls do not
+  /// wait for it, and an answer that turns out wrong has been returned. Default: within the call.
+  bool verify_in_background = false;
+
+  /// All weights are hashed again, and compared, once in this many requests; 0: never. Each request looks at a few
+  /// bytes of every tensor only (LayerCacheBase::weights_changed()). Hashing takes about 0.1 ms a MB. Default 10,000.
+  std::uint64_t weight_check_requests = 10'000;
+
   /// For Fidelity::kBudget.
   BudgetOptions budget = {};
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "llmcache/model/profile.h"
+
 namespace llmcache {
 
 /// Where the result of a sequence came from.
@@ -55,6 +57,25 @@ struct SequenceReport {
   std::vector<LayerTokens> layers;    ///< one a layer
 };
 
+/// Requests that a mechanism could not serve, so that a plainer one did.
+struct FallbackStats {
+  std::string mechanism;    ///< "exact match", "prefix", "packed", "dense", "budget", "threshold", "request"; see docs
+  std::uint64_t count = 0;  ///< requests
+  std::string last_reason;  ///< of the latest one
+};
+
+/// What comparing answers with the plain module found (Options::verify_rate).
+struct VerificationStats {
+  std::uint64_t checks = 0;      ///< answers that were compared
+  std::uint64_t first_uses = 0;  ///< of these, the first of their size (VerifiedEnvelope)
+  std::uint64_t mismatches = 0;  ///< of these, those that differed
+  std::uint64_t failed = 0;      ///< comparisons that could not be made: the plain module raised
+  std::uint64_t waiting = 0;     ///< not made yet (Options::verify_in_background)
+  std::uint64_t dropped = 0;     ///< for which there was no room in the queue
+  std::vector<std::string> closed;  ///< mechanisms that were closed for good, each with the reason
+  VerifiedEnvelope envelope;        ///< what was compared so far
+};
+
 /// What one call of LayerCache::forward did. Times are wall-clock milliseconds.
 struct ForwardReport {
   Execution execution = Execution::kNone;
@@ -65,6 +86,9 @@ struct ForwardReport {
   double head_ms = 0;                     ///< the model's work behind its last layer
   double store_ms = 0;                    ///< keeping what was computed
   double total_ms = 0;                    ///< the whole call
+  double verify_ms = 0;                   ///< of it, comparing the answer with the plain module's
+  bool verified = false;                  ///< this answer was compared with the plain module's, within the call
+  std::string fallback;                   ///< why a mechanism did not serve this call; empty: all did what they should
 
   /// Token-layers computed divided by (real tokens x layers); 0 if nothing was computed.
   [[nodiscard]] double computed_fraction() const noexcept;
@@ -109,6 +133,8 @@ struct BudgetStats {
   double audit_errors = 0;                    ///< sum of their errors
   std::uint64_t audits_waiting = 0;           ///< background audits not made yet
   std::uint64_t audits_dropped = 0;           ///< background audits for which there was no time
+  std::uint64_t audits_failed = 0;            ///< audits that raised an error: after some in a row reuse is closed
+  std::string audit_failure;                  ///< reason of the latest one
   std::uint64_t closings = 0;                 ///< times that supervision stopped a level
   std::uint64_t reopenings = 0;               ///< times that it allowed one again
   std::size_t bytes = 0;                      ///< of the calibrated banks
@@ -135,6 +161,8 @@ struct Stats {
   std::uint64_t unusable_states = 0;  ///< sequences whose states were not finite, or had no fingerprint: not kept
   std::vector<LayerStats> layers;     ///< one a cached layer, shallow to deep; empty without kThreshold
   std::optional<BudgetStats> budget;  ///< of a cache made for kBudget
+  std::vector<FallbackStats> fallbacks;  ///< one a mechanism that did not serve every request it should have
+  VerificationStats verification;
 
   [[nodiscard]] double hit_rate() const noexcept;  ///< all hits, early exits among them, / sequences
   [[nodiscard]] std::string to_string() const;

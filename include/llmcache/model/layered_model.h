@@ -58,6 +58,9 @@ struct InputSpec {
   std::vector<std::string> names;        ///< one an input
   std::vector<bool> optional;            ///< input may be None or left out
   std::vector<std::int64_t> vocabulary;  ///< rows of the embedding the input selects from directly; 0: none
+  /// By input, numbers that the model compares its values with: separators, padding, types. Probes hold them. May be
+  /// shorter than `names`.
+  std::vector<std::vector<std::int64_t>> compared = {};
 };
 
 /// Type-erased model. Thread safety: const members may be called from many threads at once.
@@ -81,6 +84,11 @@ class Model {
   /// Throws Error(kModelChanged) if weights, dtype, device or mode are not those it was wrapped
   /// with. Called once a request: cheap.
   virtual void check_unchanged() const {}
+  /// The same for every byte of the weights: slow, called once in Options::weight_check_requests.
+  virtual void check_every_weight() const {}
+  /// Takes the weights as they are now: digest() and the checks go by them. No call is running. Throws Error as
+  /// LayerCacheBase::weights_changed().
+  virtual void weights_changed() {}
   /// Token-level operation, or null where the model only runs whole layers.
   [[nodiscard]] virtual const TokenLevelModel* token_level() const { return nullptr; }
   /// Fills what the adapter knows: layers_path, layers, hidden_argument, attention, inputs, notes,

@@ -26,6 +26,16 @@ struct AttentionSite {
   std::size_t key_inputs = 0;    ///< tensors that cover all tokens (keys, values)
 };
 
+/// Sizes for which answers made with reuse were compared with the plain module's and agreed. A request of another size
+/// is compared at its first use. Sizes count by powers of two: 65 to 128 tokens are one size. Plain data.
+struct VerifiedEnvelope {
+  std::int64_t tokens = 0;   ///< of the longest sequence that was compared
+  std::int64_t rows = 0;     ///< of the batch with the most rows
+  std::int64_t padding = 0;  ///< most padding tokens of a row
+  /// What was compared in detail, one code each: which mechanism, at which sizes. Ascending.
+  std::vector<std::uint32_t> codes;
+};
+
 /// The result of wrapping; printable. Plain data, safe to copy.
 struct ModelProfile {
   std::string layers_path;                    ///< dotted path of the chain of layers
@@ -44,7 +54,11 @@ struct ModelProfile {
   Granularity granularity = Granularity::kWholeLayers;
   bool prefix_reuse = false;       ///< causal, and reuse of a prefix in a longer sequence was verified
   bool left_padding = false;       ///< packing was verified for left padding too
+  std::string prefix_obstacle;     ///< what makes the states of a sequence's first tokens depend on its length, or on
+                                   ///< tokens behind them, by the model's graph; empty: nothing does
+  std::string row_obstacle;        ///< what makes a row's result depend on its batch or padding; empty: nothing does
   std::vector<std::string> notes;  ///< why something is not available, one reason a line
+  VerifiedEnvelope verified;       ///< what wrapping compared; Stats::verification has what was compared since
   at::ScalarType dtype = at::kFloat;
   std::string device;
   std::size_t weight_bytes = 0;           ///< parameters and buffers of the model, each storage once

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "llmcache/model/profile.h"
 #include "llmcache/refresh/budget.h"
 
 namespace llmcache {
@@ -66,6 +67,7 @@ class CalibrationProfile {
   double typical_distance = 0;         ///< mean distance between outputs of different sequences (kRelativeError)
   std::shared_ptr<const ExitModel> exit;  ///< null: early exit is not used
   std::optional<ReuseChoice> reuse;       ///< unset: states of tokens are not reused. Beside `exit` it is not used
+  VerifiedEnvelope verified;  ///< sizes whose answers were compared when it was made: use_calibration() takes them over
 
   /// False: no setting could be certified, and nothing is reused beyond kLossless.
   [[nodiscard]] bool reuses() const noexcept { return exit != nullptr || reuse; }
