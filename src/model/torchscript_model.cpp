@@ -279,6 +279,7 @@ Analysis analyse(const Module& module, const Options& options) {
     analysis.dependent = dependants(flat, analysis.hidden[0]);
     analysis.obstacle = find_obstacle(analysis);
     analysis.rows_meet = rows_may_meet(analysis);
+    analysis.dependence = find_dependence(analysis);
     if (analysis.obstacle.empty()) {
       analysis.dependent =
           detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
@@ -420,6 +421,8 @@ InputSpec spec_of(const Analysis& analysis) {
     spec.optional.push_back(arguments[i].type()->kind() == c10::TypeKind::OptionalType);
   }
   spec.vocabulary = analysis.vocabulary;
+  spec.compared = analysis.dependence.compared;
+  spec.opens_attention = analysis.dependence.pairs;
   return spec;
 }
 
@@ -500,8 +503,9 @@ class TorchScriptModel final : public Model {
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
-    profile.rows_independent = !analysis_->rows_meet;
+    profile.rows_independent = !analysis_->rows_meet && analysis_->dependence.rows.empty();
     profile.notes = notes_;
+    describe_dependence(profile);
     if (analysis_->rows_meet) {
       profile.notes.emplace_back(
           "no row is kept for another batch: the model chooses its way by the number of rows, or by what all of them "
@@ -518,6 +522,18 @@ class TorchScriptModel final : public Model {
   }
 
  private:
+  /// What is refused because of what the graph depends on, and why.
+  void describe_dependence(ModelProfile& profile) const {
+    const Dependence& dependence = analysis_->dependence;
+    profile.row_obstacle = !dependence.rows.empty() ? dependence.rows : dependence.length;
+    profile.prefix_obstacle = dependence.length;
+    if (!dependence.rows.empty()) {
+      profile.notes.push_back("no row is kept for another batch, and none is packed: " + dependence.rows);
+    } else if (!dependence.length.empty()) {
+      profile.notes.push_back("rows are kept for batches of the same width and padding only: " + dependence.length);
+    }
+  }
+
   Weights weights_;
   WeightGuard guard_;                     ///< of the caller's module
   std::optional<WeightGuard> own_guard_;  ///< of what is used of it, if weights were packed

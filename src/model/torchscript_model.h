@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "llmcache/options.h"
+#include "model/torchscript_dependence.h"
 #include "model/torchscript_segment.h"
 
 namespace llmcache::ts {
@@ -25,6 +26,7 @@ struct Analysis {
   std::vector<std::int64_t> vocabulary;  ///< per input
   int ids_argument = 0;
   std::string obstacle;    ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
+  Dependence dependence;   ///< of numbers on lengths, rows and ids
   bool rows_meet = false;  ///< the graph chooses its way by what all rows of a batch hold, or by how many they are
 
   /// Top-level nodes of a part, in order. Part 0 holds all that does not depend on hidden states.

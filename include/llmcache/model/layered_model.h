@@ -61,6 +61,8 @@ struct InputSpec {
   /// By input, numbers that the model compares its values with: separators, padding, types. Probes hold them. May be
   /// shorter than `names`.
   std::vector<std::vector<std::int64_t>> compared = {};
+  /// By input, where which tokens attend to which follows from what it holds; empty text: nowhere. May be shorter.
+  std::vector<std::string> opens_attention = {};
 };
 
 /// Type-erased model. Thread safety: const members may be called from many threads at once.
