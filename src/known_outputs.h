@@ -55,7 +55,9 @@ class KnownOutputs {
 
  private:
   /// Packing answers each row for itself, whatever the padding around it. Otherwise the padding is part of the key.
-  [[nodiscard]] bool ignores_padding() const { return profile_.granularity != Granularity::kWholeLayers; }
+  [[nodiscard]] bool ignores_padding() const {
+    return profile_.granularity != Granularity::kWholeLayers && profile_.row_obstacle.empty();
+  }
   /// Everything that decides a row's output, byte by byte.
   [[nodiscard]] std::string key_of(const Batch& batch, const std::vector<at::Tensor>& on_cpu, std::int64_t row,
                                    const std::string& tenant) const;

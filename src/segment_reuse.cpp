@@ -32,6 +32,7 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
                 "segments are reused in causal models that run any subset of tokens; the profile says why this one "
                 "is none");
   }
+  if (!profile_.prefix_obstacle.empty()) throw Error(ErrorCode::kNotAvailable, profile_.prefix_obstacle);
   if (options.block_tokens < 1) {
     throw Error(ErrorCode::kInvalidOptions, "SegmentOptions.block_tokens is 0, 1 or more is expected");
   }
