@@ -100,8 +100,8 @@ class Bed {
     model_ = ModelTraits<torch::jit::Module>::wrap(torch::jit::load(arguments.model), options);
     inputs_ = model_->input_spec();
     model_->describe(profile_);
-    output_ = probe(*model_, inputs_.vocabulary, {}, profile_);
-    self_check(*model_, inputs_.vocabulary, output_, profile_);
+    output_ = probe(*model_, inputs_, {}, profile_);
+    self_check(*model_, inputs_, output_, profile_);
     constexpr std::size_t kCapacity = std::size_t{6} << 30;
     const auto start = Clock::now();
     SegmentOptions settings;

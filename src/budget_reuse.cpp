@@ -421,6 +421,18 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const st
                 std::vector<std::vector<at::Tensor>>(static_cast<std::size_t>(batch.rows))};
 }
 
+void BudgetReuse::forget() {
+  {
+    const std::lock_guard lock(mutex_);
+    calibration_.reset();
+    rules_.reset();
+  }
+  if (ladder_) {
+    ladder_->use(std::nullopt);
+    ladder_->clear();
+  }
+}
+
 void BudgetReuse::clear() {
   if (ladder_) ladder_->clear();
 }

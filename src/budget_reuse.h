@@ -62,6 +62,8 @@ class BudgetReuse {
   /// True if requests for these outputs go through run().
   [[nodiscard]] bool serves(Output output) const noexcept { return !profile_.causal || output != Output::kNewTokens; }
 
+  /// Goes by no profile any more, and forgets token states: those of other weights.
+  void forget();
   /// Forgets token states. Calibrated banks stay.
   void clear();
   void fill(Stats& stats) const;

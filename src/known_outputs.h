@@ -51,6 +51,8 @@ class KnownOutputs {
   /// of.
   void keep(const Batch& batch, const KnownRows& known, const c10::IValue& result, bool exact, bool small_only,
             const ForwardReport& report, KeptLater& kept);
+  /// True if all of a row's output belongs to single tokens.
+  [[nodiscard]] bool all_per_token() const noexcept { return all_per_token_; }
   /// A result of `rows` rows without any token.
   [[nodiscard]] c10::IValue no_tokens(std::int64_t rows) const;
 

@@ -380,6 +380,16 @@ bool PrefixReuse::verify(std::string& why) {
   // All sequences are beginnings of `main`, or leave it for `other` at some token.
   const auto main = probe_inputs(inputs_.vocabulary, device, 1, 40, 5);
   const auto other = probe_inputs(inputs_.vocabulary, device, 1, 40, 17);
+  // Ids and types that the model looks for stand in both, so that what they do to tokens before them shows.
+  for (std::size_t i = 0; i < main.size(); ++i) {
+    if (static_cast<int>(i) == mask) continue;
+    const auto special = special_values(inputs_, i);
+    for (std::size_t k = 0; k < 5; ++k) {
+      const auto value = special[(special.size() - 1 + k) % special.size()];
+      other[i].toTensor()[0][static_cast<std::int64_t>(6 + 3 * k)].fill_(value);
+      main[i].toTensor()[0][static_cast<std::int64_t>(2 + 7 * k)].fill_(value);
+    }
+  }
   struct Line {
     std::int64_t from_main, tokens;
   };

@@ -41,6 +41,8 @@ class PrefixReuse {
   c10::IValue run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report, KeptLater& kept,
                   std::vector<PrefixUse>& uses);
 
+  /// size_class() of the longest sequences that verify() compares.
+  static constexpr std::uint8_t kVerifiedClass = 5;
   /// Does a sequence come out right that takes its beginning from another one, whose tokens differ behind it? Compares
   /// tiny sequences with the plain model; says why not in `why`. What it kept is dropped.
   bool verify(std::string& why);

@@ -18,6 +18,7 @@
 
 #include "llmcache/error.h"
 #include "model/torchscript_graph.h"
+#include "model/torchscript_writes.h"
 
 namespace llmcache::ts {
 namespace {
@@ -273,6 +274,7 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   Graph& graph = *flat.graph;
   torch::jit::Inline(graph);
   fix_scalar_attributes(graph.block(), graph.inputs()[0], module);
+  flat.writes = remove_writes(graph, module);
   auto owner = flat.graph;
   torch::jit::ConstantPropagation(owner);
   torch::jit::PeepholeOptimize(owner, /*disable_shape_peepholes=*/true);
