@@ -5,7 +5,10 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <unordered_set>
+#include <utility>
 
 #include "background_audits.h"
 #include "execute/engine.h"
@@ -139,12 +142,14 @@ class BudgetReuse::Pass final : public LayerObserver {
 };
 
 BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
+                         const ModelProfile& profile, const Options& options, std::size_t capacity_bytes,
+                         MemoryAccount* total)
     : model_(model),
       output_(output),
       profile_(profile),
       options_(options.budget),
       capacity_bytes_(capacity_bytes),
+      account_(capacity_bytes, total),
       exits_(static_cast<std::size_t>(model.layers())) {
   const auto metric = options_.budget.metric;
   if (profile.granularity == Granularity::kWholeLayers) {
@@ -174,9 +179,11 @@ void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& opti
   try {
     std::unique_ptr<ReuseLadder> ladder;
     if (profile_.causal) {
-      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_);
+      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_,
+                                               &account_);
     } else {
-      ladder = std::make_unique<TokenLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_);
+      ladder =
+          std::make_unique<TokenLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_, &account_);
     }
     ladder_ = std::make_unique<LadderReuse>(std::move(ladder), model_, output_, profile_, options);
   } catch (const std::exception& error) {
@@ -378,17 +385,37 @@ void BudgetReuse::use(CalibrationProfile profile) {
       }
     }
   }
+  const std::lock_guard one_at_a_time(use_mutex_);
+  const std::size_t bytes = rules ? rules->exit.bytes() : 0;
+  if (bytes > exit_bytes_) reserve_exits(bytes);
   if (ladder_) ladder_->use(profile.reuse);
   if (ladder_ && !profile.reuse) ladder_->clear();
   const std::lock_guard lock(mutex_);
   calibration_ = std::move(profile);
   rules_ = std::move(rules);
+  account_.release(std::exchange(exit_bytes_, bytes) - bytes);
+}
+
+/// What the ladder holds makes room, as soon as no running request reads it any more.
+void BudgetReuse::reserve_exits(std::size_t bytes) {
+  constexpr int kMostTurns = 2000;  // of a millisecond
+  for (int turn = 0; !account_.try_reserve(bytes - exit_bytes_); ++turn) {
+    if (turn == kMostTurns) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("running requests hold token states that leave no room for the {} bytes of the "
+                              "calibration's banks; use the calibration again when they have returned",
+                              bytes));
+    }
+    if (turn > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (ladder_) ladder_->clear();
+  }
+  exit_bytes_ = bytes;
 }
 
 std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const std::string& tenant, Output output,
-                                                    ForwardReport& report) {
-  if (!ladder_ || !ladder_->ready()) return run_exits(batch, report);
-  auto result = ladder_->run(batch, tenant, output, report, audits_.get());
+                                                    ForwardReport& report, KeptLater& kept) {
+  if (!ladder_ || !ladder_->ready()) return run_exits(batch, report, kept);
+  auto result = ladder_->run(batch, tenant, output, report, audits_.get(), kept);
   if (!result) return std::nullopt;
   return Answer{std::move(*result), profile_.causal && profile_.head_tokenwise,
                 std::vector<std::vector<at::Tensor>>(static_cast<std::size_t>(batch.rows))};
@@ -398,7 +425,7 @@ void BudgetReuse::clear() {
   if (ladder_) ladder_->clear();
 }
 
-std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, ForwardReport& report) {
+std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, ForwardReport& report, KeptLater& kept) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
@@ -412,7 +439,7 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
     const std::int64_t row = plan.sequences[i].row;
     SequenceReport& told = report.sequences[static_cast<std::size_t>(row)];
     if (sequence.left >= 0) {
-      ++exits_[static_cast<std::size_t>(sequence.left)];
+      kept.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
       answer.rows[static_cast<std::size_t>(row)] = {sequence.answer.to(profile_.dtype).unsqueeze(0)};
       told.source = Source::kEarlyExit;
       told.resumed_layer = sequence.left;
@@ -466,8 +493,6 @@ void BudgetReuse::fill(Stats& stats) const {
   }
   budget.level = rules->gates.empty() ? 0 : rules->level();
   stats.entries += static_cast<std::uint64_t>(rules->exit.outputs.size(0));
-  stats.bytes += budget.bytes;
-  stats.peak_bytes += budget.bytes;
 }
 
 }  // namespace llmcache

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bank/memory.h"
 #include "execute/batch.h"
 #include "ladder_reuse.h"
 #include "llmcache/options.h"
@@ -29,8 +30,9 @@ struct Trial;
 /// Thread-safe.
 class BudgetReuse {
  public:
+  /// `total`: the account that what this holds is part of; null: of none.
   BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-              const Options& options, std::size_t capacity_bytes);
+              const Options& options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
   ~BudgetReuse();
 
   /// Runs a sample in full; batches are given one by one until there is none. Throws Error(kNotAvailable) with the
@@ -53,8 +55,10 @@ class BudgetReuse {
     /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
     std::vector<std::vector<at::Tensor>> rows;
   };
-  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by.
-  std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report);
+  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is computed
+  /// is the call's own, until `kept` is committed.
+  std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
+                            KeptLater& kept);
   /// True if requests for these outputs go through run().
   [[nodiscard]] bool serves(Output output) const noexcept { return !profile_.causal || output != Output::kNewTokens; }
 
@@ -67,7 +71,8 @@ class BudgetReuse {
   class Recorder;
   [[nodiscard]] std::shared_ptr<ExitRules> rules() const;
   void check_available() const;
-  std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report);
+  std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report, KeptLater& kept);
+  void reserve_exits(std::size_t bytes);
   /// Computes `sequence`, a batch of one row, in full, and tells the gates.
   void audit(ExitRules& rules, const Batch& sequence, const std::vector<Trial>& trials) const;
   void make_ladder(const InputSpec& inputs, const BudgetOptions& options);
@@ -78,6 +83,9 @@ class BudgetReuse {
   const ModelProfile& profile_;
   const BudgetOptions options_;
   const std::size_t capacity_bytes_;
+  MemoryAccount account_;       ///< what is in use: banks of early exits, or what the ladder holds
+  std::mutex use_mutex_;        ///< one use() at a time
+  std::size_t exit_bytes_ = 0;  ///< reserved for the banks of early exits; guarded by use_mutex_
   std::string no_exits_;                 ///< why there are no early exits; empty: there can be
   std::string no_ladder_;                ///< why token states are not reused; empty: they can be
   std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused

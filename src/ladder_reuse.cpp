@@ -278,7 +278,7 @@ void LadderReuse::use(const std::optional<ReuseChoice>& choice) {
 }
 
 std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::string& tenant, Output output,
-                                            ForwardReport& report, BackgroundAudits* audits) {
+                                            ForwardReport& report, BackgroundAudits* audits, KeptLater& kept) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const auto matches = ladder_->find(batch, tenant, rules->setting);
@@ -301,9 +301,10 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
     }
     reused[row] = decision.reuse || decision.audit;
   }
-  auto result = ladder_->run(batch, *matches, reused, rules->setting, tenant, output, true, report);
+  auto result = ladder_->run_for(batch, *matches, reused, rules->setting, tenant, output, &kept, report);
   const auto count = [&] {
-    for (const SequenceReport& row : report.sequences) served_ += row.source == Source::kPartial ? 1 : 0;
+    const auto served = std::ranges::count(report.sequences, Source::kPartial, &SequenceReport::source);
+    kept.add([this, served] { served_ += static_cast<std::uint64_t>(served); });
   };
   if (audited.empty()) {
     count();
@@ -326,12 +327,12 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
         [this, rules, part, decisions, answers, tenant, output] {
           model_.check_unchanged();
           // Nothing is kept: the cache may have been emptied since.
-          audit(*rules, part, decisions, answers, tenant, output, false);
+          audit(*rules, part, decisions, answers, tenant, output, nullptr);
         },
         bytes);
     return result;
   }
-  const Audited told = audit(*rules, part, decisions, answers, tenant, output, true);
+  const Audited told = audit(*rules, part, decisions, answers, tenant, output, &kept);
   for (std::size_t i = 0; i < audited.size(); ++i) {
     SequenceReport& row = report.sequences[static_cast<std::size_t>(audited[i])];
     row = told.report.sequences[i];
@@ -355,11 +356,11 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
 LadderReuse::Audited LadderReuse::audit(const Rules& rules, const Batch& rows,
                                         const std::vector<RiskGate::Decision>& decisions,
                                         const std::vector<at::Tensor>& answers, const std::string& tenant,
-                                        Output output, bool keep) {
+                                        Output output, KeptLater* kept) {
   Audited audited;
   const auto nothing = ladder_->find(rows, tenant, rules.setting);
-  audited.full = ladder_->run(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output, keep,
-                              audited.report);
+  audited.full = ladder_->run_for(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output,
+                                  kept, audited.report);
   for (std::size_t i = 0; i < answers.size(); ++i) {
     audited.errors.push_back(rules.error(answers[i], first_output(audited.full, rows, static_cast<std::int64_t>(i))));
     rules.gate->record(decisions[i], audited.errors.back());
@@ -373,8 +374,6 @@ void LadderReuse::fill(Stats& stats) const {
   stats.insertions += c.insertions;
   stats.evictions += c.evictions;
   stats.rejected += c.rejected;
-  stats.bytes += c.bytes;
-  stats.peak_bytes += c.peak_bytes;
   const auto rules = this->rules();
   if (rules == nullptr) return;
   BudgetStats& budget = *stats.budget;

@@ -43,8 +43,9 @@ class LadderReuse {
 
   /// Runs a batch that can be packed and has a real token. Fills `report`. Unset if nothing may be reused. Audited rows
   /// are computed in full within the call, and answered so; or with `audits`, which must not outlive this, afterwards.
+  /// What is computed is the call's own, until `kept` is committed.
   std::optional<c10::IValue> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
-                                 BackgroundAudits* audits);
+                                 BackgroundAudits* audits, KeptLater& kept);
 
   [[nodiscard]] bool ready() const;
   void clear() { ladder_->clear(); }
@@ -78,7 +79,7 @@ class LadderReuse {
     ForwardReport report;
   };
   Audited audit(const Rules& rules, const Batch& rows, const std::vector<RiskGate::Decision>& decisions,
-                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output, bool keep);
+                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output, KeptLater* kept);
   [[nodiscard]] Output asked_for() const;
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
   [[nodiscard]] at::Tensor first_output(const c10::IValue& result, const Batch& batch, std::int64_t row) const;

@@ -18,6 +18,7 @@
 #include "execute/plan_check.h"
 #include "execute/pooled_states.h"
 #include "execute/self_check.h"
+#include "kept_later.h"
 #include "known_outputs.h"
 #include "model/probe.h"
 #include "prefix_reuse.h"
@@ -30,15 +31,14 @@ namespace {
 /// dropped at the next call.
 class ThreadReports {
  public:
-  void set(const std::shared_ptr<const int>& cache, ForwardReport report) {
+  /// Makes a place for the cache's report, so that set() cannot fail.
+  void prepare(const std::shared_ptr<const int>& cache) {
     std::erase_if(reports_, [](const Slot& slot) { return slot.cache.expired(); });
-    for (Slot& slot : reports_) {
-      if (slot.cache.lock() == cache) {
-        slot.report = std::move(report);
-        return;
-      }
-    }
-    reports_.push_back({cache, std::move(report)});
+    if (find(cache) == nullptr) reports_.push_back({cache, {}});
+  }
+  /// Nothing happens without a place.
+  void set(const std::shared_ptr<const int>& cache, ForwardReport report) noexcept {
+    if (Slot* slot = find(cache)) slot->report = std::move(report);
   }
   [[nodiscard]] ForwardReport get(const std::shared_ptr<const int>& cache) const {
     for (const Slot& slot : reports_) {
@@ -52,6 +52,11 @@ class ThreadReports {
     std::weak_ptr<const int> cache;
     ForwardReport report;
   };
+  [[nodiscard]] Slot* find(const std::shared_ptr<const int>& cache) noexcept {
+    const auto same = [&](const Slot& slot) { return slot.cache.lock() == cache; };
+    const auto slot = std::find_if(reports_.begin(), reports_.end(), same);
+    return slot == reports_.end() ? nullptr : &*slot;
+  }
   std::vector<Slot> reports_;
 };
 
@@ -80,7 +85,10 @@ auto run_model(Run run) {
 
 struct LayerCacheBase::Impl {
   Impl(std::unique_ptr<Model> wrapped, Options chosen)
-      : model(std::move(wrapped)), options(std::move(chosen)), inputs(model->input_spec()) {
+      : model(std::move(wrapped)),
+        options(std::move(chosen)),
+        inputs(model->input_spec()),
+        memory(options.capacity_bytes) {
     const c10::NoGradGuard no_grad;
     Stopwatch clock;
     model->describe(profile);
@@ -94,17 +102,17 @@ struct LayerCacheBase::Impl {
     };
     if (options.fidelity == Fidelity::kThreshold) {
       threshold = std::make_unique<ThresholdReuse>(*model, inputs, output, profile, options,
-                                                   share(options.threshold.capacity_share));
+                                                   share(options.threshold.capacity_share), &memory);
     } else {
       options.prefix.validate(model->layers());
       if (options.fidelity == Fidelity::kBudget) {
         options.budget.validate(model->layers());
         budget = std::make_unique<BudgetReuse>(*model, inputs, output, profile, options,
-                                               share(options.budget.capacity_share));
+                                               share(options.budget.capacity_share), &memory);
       }
       make_prefix_reuse(share);
     }
-    outputs = std::make_unique<KnownOutputs>(*model, inputs, output, profile, capacity);
+    outputs = std::make_unique<KnownOutputs>(*model, inputs, output, profile, capacity, &memory);
     profile.wrap_ms += clock.lap();
   }
 
@@ -130,7 +138,7 @@ struct LayerCacheBase::Impl {
     if (!lossless || options.capacity_bytes == 0) return;
     if (options.prefix.capacity_share == 0) return;
     prefix = std::make_unique<PrefixReuse>(*model, inputs, output, profile, options.prefix,
-                                           share(options.prefix.capacity_share));
+                                           share(options.prefix.capacity_share), &memory);
   }
 
   [[nodiscard]] bool can_pack(const Batch& batch) const {
@@ -145,6 +153,8 @@ struct LayerCacheBase::Impl {
     bool keep = true;
     bool cut = false;  ///< the result is already that of the tokens asked for
     std::int64_t padding_skipped = 0;
+    KeptLater kept;                       ///< what it leaves behind, once the call has succeeded
+    std::vector<PrefixUse> prefix_uses;  ///< by the rows that were run
   };
 
   static std::vector<std::int64_t> known_tokens(const ForwardReport& report) {
@@ -160,11 +170,12 @@ struct LayerCacheBase::Impl {
   void warn_uncalibrated();
   void count(const Batch& batch, const ForwardReport& report, const Computed& computed);
   c10::IValue forward_threshold(const Batch& batch, const RequestOptions& request, std::uint64_t first_number,
-                                ForwardReport& report);
+                                ForwardReport& report, KeptLater& kept);
 
   std::unique_ptr<Model> model;
   Options options;
   InputSpec inputs;
+  MemoryAccount memory;  ///< all that is kept; the accounts of the banks are parts of it
   ModelProfile profile;
   OutputSpec output;
   std::unique_ptr<KnownOutputs> outputs;
@@ -195,8 +206,11 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   const std::uint64_t first_number = next_number.fetch_add(static_cast<std::uint64_t>(batch.rows));
   if (fidelity == Fidelity::kThreshold && can_pack(batch)) {
     try {
-      const auto all = forward_threshold(batch, request, first_number, report);
-      return cut_output(all, output, batch, known_tokens(report), request.output);
+      KeptLater kept;
+      const auto all = forward_threshold(batch, request, first_number, report, kept);
+      auto result = cut_output(all, output, batch, known_tokens(report), request.output);
+      kept.commit();
+      return result;
     } catch (const std::exception&) {
       report = {};  // the model may still take it whole, below
     }
@@ -234,10 +248,14 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& given, const RequestOpti
   }
   number_rows(report, first_number);
   clock.lap();
-  if (keeps && computed.keep) outputs->keep(batch, known, computed.result, !computed.packed, prefixes, report);
+  if (keeps && computed.keep) {
+    outputs->keep(batch, known, computed.result, !computed.packed, prefixes, report, computed.kept);
+  }
   c10::IValue result = std::move(computed.result);
   if (!all_missing) result = outputs->assemble(batch, known, result);
   if (!computed.cut) result = cut_output(result, output, batch, known_tokens(report), request.output);
+  // Nothing fails from here on: only now the call leaves anything behind.
+  computed.kept.commit();
   report.store_ms += clock.lap();
   count(batch, report, computed);
   return result;
@@ -250,7 +268,8 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, 
   const double looked_up = report.lookup_ms;
   try {
     if (prefixes && can_pack(part)) {
-      computed.result = prefix->run(part, request.tenant, request.output, report);
+      computed.result =
+          prefix->run(part, request.tenant, request.output, report, computed.kept, computed.prefix_uses);
       computed.cut = profile.head_tokenwise;
       computed.packed = true;
       if (computed.result.isNone()) computed.result = outputs->no_tokens(part.rows);
@@ -296,8 +315,8 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(const
                                                                            ForwardReport& report) {
   const double looked_up = report.lookup_ms;
   try {
-    if (auto answer = budget->run(part, request.tenant, request.output, report)) {
-      Computed computed;
+    Computed computed;
+    if (auto answer = budget->run(part, request.tenant, request.output, report, computed.kept)) {
       computed.cut = answer->cut;
       computed.packed = true;
       computed.padding_skipped = part.rows * part.width - part.tokens;
@@ -340,9 +359,10 @@ void LayerCacheBase::Impl::count(const Batch& batch, const ForwardReport& report
 }
 
 c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const RequestOptions& request,
-                                                    std::uint64_t first_number, ForwardReport& report) {
+                                                    std::uint64_t first_number, ForwardReport& report,
+                                                    KeptLater& kept) {
   Stopwatch clock;
-  auto answer = run_model([&] { return threshold->run(batch, request, first_number, report); });
+  auto answer = run_model([&] { return threshold->run(batch, request, first_number, report, kept); });
   number_rows(report, first_number);
   const double model_ms =
       report.embed_ms + report.head_ms + std::accumulate(report.layer_ms.begin(), report.layer_ms.end(), 0.0);
@@ -358,11 +378,13 @@ c10::IValue LayerCacheBase::Impl::forward_threshold(const Batch& batch, const Re
     result = outputs->assemble(batch, answer.rows, rows, result);
   }
   report.lookup_ms = std::max(clock.lap() - model_ms, 0.0);
-  requests += 1;
-  sequences += static_cast<std::uint64_t>(batch.rows);
-  tokens += static_cast<std::uint64_t>(batch.tokens);
-  tokens_computed += static_cast<std::uint64_t>(answer.tokens_computed);
-  padding_skipped += static_cast<std::uint64_t>(batch.rows * batch.width - batch.tokens);
+  kept.add([this, count = answer.tokens_computed, rows = batch.rows, width = batch.width, real = batch.tokens] {
+    requests += 1;
+    sequences += static_cast<std::uint64_t>(rows);
+    tokens += static_cast<std::uint64_t>(real);
+    tokens_computed += static_cast<std::uint64_t>(count);
+    padding_skipped += static_cast<std::uint64_t>(rows * width - real);
+  });
   return result;
 }
 
@@ -375,6 +397,7 @@ c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& 
   const c10::NoGradGuard no_grad;
   Stopwatch clock;
   ForwardReport report;
+  thread_reports().prepare(impl_->identity);
   auto result = impl_->forward(inputs, options, report);
   report.total_ms = clock.lap();
   thread_reports().set(impl_->identity, std::move(report));
@@ -391,6 +414,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
   const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
   check_plan(plan, batch, model, profile, donors);
   ForwardReport report;
+  thread_reports().prepare(impl_->identity);
   auto result = run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
   report.total_ms = clock.lap();
   thread_reports().set(impl_->identity, std::move(report));
@@ -477,19 +501,17 @@ Stats LayerCacheBase::stats() const {
   stats.evictions = counters.evictions;
   stats.rejected = counters.rejected;
   stats.entries = counters.entries;
-  stats.bytes = counters.bytes;
-  stats.peak_bytes = counters.peak_bytes;
   if (impl_->prefix) {
     const auto kept = impl_->prefix->counters();
     stats.insertions += kept.insertions;
     stats.evictions += kept.evictions;
     stats.rejected += kept.rejected;
     stats.entries += kept.entries;
-    stats.bytes += kept.bytes;
-    stats.peak_bytes += kept.peak_bytes;
   }
   if (impl_->threshold) impl_->threshold->fill(stats);
   if (impl_->budget) impl_->budget->fill(stats);
+  stats.bytes = impl_->memory.used();
+  stats.peak_bytes = impl_->memory.peak();  // read last: never less than the bytes
   return stats;
 }
 
