@@ -153,7 +153,7 @@ struct LayerCacheBase::Impl {
     bool keep = true;
     bool cut = false;  ///< the result is already that of the tokens asked for
     std::int64_t padding_skipped = 0;
-    KeptLater kept;                       ///< what it leaves behind, once the call has succeeded
+    KeptLater kept;                      ///< what it leaves behind, once the call has succeeded
     std::vector<PrefixUse> prefix_uses;  ///< by the rows that were run
   };
 
@@ -268,8 +268,7 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute(const Batch& part, 
   const double looked_up = report.lookup_ms;
   try {
     if (prefixes && can_pack(part)) {
-      computed.result =
-          prefix->run(part, request.tenant, request.output, report, computed.kept, computed.prefix_uses);
+      computed.result = prefix->run(part, request.tenant, request.output, report, computed.kept, computed.prefix_uses);
       computed.cut = profile.head_tokenwise;
       computed.packed = true;
       if (computed.result.isNone()) computed.result = outputs->no_tokens(part.rows);
