@@ -55,8 +55,8 @@ class BudgetReuse {
     /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
     std::vector<std::vector<at::Tensor>> rows;
   };
-  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is computed
-  /// is the call's own, until `kept` is committed.
+  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is
+  /// computed is the call's own, until `kept` is committed.
   std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
                             KeptLater& kept);
   /// True if requests for these outputs go through run().
@@ -85,9 +85,9 @@ class BudgetReuse {
   const ModelProfile& profile_;
   const BudgetOptions options_;
   const std::size_t capacity_bytes_;
-  MemoryAccount account_;       ///< what is in use: banks of early exits, or what the ladder holds
-  std::mutex use_mutex_;        ///< one use() at a time
-  std::size_t exit_bytes_ = 0;  ///< reserved for the banks of early exits; guarded by use_mutex_
+  MemoryAccount account_;                ///< what is in use: banks of early exits, or what the ladder holds
+  std::mutex use_mutex_;                 ///< one use() at a time
+  std::size_t exit_bytes_ = 0;           ///< reserved for the banks of early exits; guarded by use_mutex_
   std::string no_exits_;                 ///< why there are no early exits; empty: there can be
   std::string no_ladder_;                ///< why token states are not reused; empty: they can be
   std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused

@@ -8,9 +8,9 @@
 
 namespace llmcache {
 
-/// Steps that put what a call computed into banks and counters, collected while it runs and taken when nothing of it can
-/// fail any more. Until then the banks are as they were: nothing is evicted, nothing becomes known, nothing is counted.
-/// What a step holds (tensors, leases, pinned entries) lives until the list goes.
+/// Steps that put what a call computed into banks and counters, collected while it runs and taken when nothing of it
+/// can fail any more. Until then the banks are as they were: nothing is evicted, nothing becomes known, nothing is
+/// counted. What a step holds (tensors, leases, pinned entries) lives until the list goes.
 ///
 /// Belongs to one call and its thread. Must not outlive the banks that its steps name.
 class KeptLater {

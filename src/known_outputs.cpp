@@ -153,7 +153,7 @@ void KnownOutputs::keep(const Batch& batch, const KnownRows& known, const c10::I
     const RowSpan& span = batch.spans[i];
     const bool cut = ignores_padding() && batch.contiguous;
     auto tensors = row_of(result, output_, static_cast<std::int64_t>(m), cut ? span.first : 0,
-                                cut ? span.tokens : batch.width, batch.width);
+                          cut ? span.tokens : batch.width, batch.width);
     if (small_only) {
       // Its states are kept, which give the output again: worth room only for whole requests and small outputs.
       std::size_t bytes = 0;

@@ -47,8 +47,8 @@ class KnownOutputs {
   [[nodiscard]] c10::IValue assemble(const Batch& batch, const KnownRows& known, const c10::IValue& computed) const;
   /// Adds to `kept` the missing rows of `result`, whose row number i is that of missing[i], unless they are
   /// approximations; nobody writes to them before that is committed. They were computed in one batch, of the width of
-  /// `batch`. `exact`: the model made them as it is. `small_only`: only rows that take little and that nothing was known
-  /// of.
+  /// `batch`. `exact`: the model made them as it is. `small_only`: only rows that take little and that nothing was
+  /// known of.
   void keep(const Batch& batch, const KnownRows& known, const c10::IValue& result, bool exact, bool small_only,
             const ForwardReport& report, KeptLater& kept);
   /// True if all of a row's output belongs to single tokens.

@@ -36,8 +36,8 @@ class PrefixReuse {
 
   /// Runs a batch that can be packed (check_packable) and has a real token. Fills `report`, its sequences included. The
   /// result covers the tokens that `output` names; all of them where the head is not token-wise. None if these are no
-  /// tokens at all. What it computed is the call's own, until `kept` is committed. Adds to `uses` what rows took from the
-  /// bank.
+  /// tokens at all. What it computed is the call's own, until `kept` is committed. Adds to `uses` what rows took from
+  /// the bank.
   c10::IValue run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report, KeptLater& kept,
                   std::vector<PrefixUse>& uses);
 

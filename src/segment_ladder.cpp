@@ -11,7 +11,8 @@ struct SegmentLadder::Found final : Matches {
 };
 
 SegmentLadder::SegmentLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                             const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes, MemoryAccount* total)
+                             const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes,
+                             MemoryAccount* total)
     : exact_prefixes_(format == BankFormat::kAsComputed),
       reuse_(model, inputs, output, profile, {.format = format}, capacity_bytes, total) {
   const bool selective = model.token_level()->self_contained();

@@ -64,8 +64,8 @@ class SegmentReuse {
   /// always computed, unless it belongs to an exact prefix. Fills `report`, its sequences included (Source::kPartial:
   /// something is not exact; reused_tokens: the exact prefix). The result covers the tokens that `output` names, where
   /// kNewTokens are those behind the exact prefix; all of them where the head is not token-wise. None if these are no
-  /// tokens. Rows that were computed exactly are kept once `kept` is committed, unless what comes out is not finite; until
-  /// then they are the call's own.
+  /// tokens. Rows that were computed exactly are kept once `kept` is committed, unless what comes out is not finite;
+  /// until then they are the call's own.
   c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
                   const SegmentSettings& settings, Output output, ForwardReport& report, KeptLater& kept);
   /// The same, and commits. If it throws nothing of the call is kept.

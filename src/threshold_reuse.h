@@ -40,8 +40,8 @@ class ThresholdReuse {
     std::int64_t tokens_computed = 0;
   };
 
-  /// `batch` can be packed and has a real token. `first_number`: of its first row. Fills `report`. What it computed, and
-  /// what checks of hits found, is the call's own, until `kept` is committed.
+  /// `batch` can be packed and has a real token. `first_number`: of its first row. Fills `report`. What it computed,
+  /// and what checks of hits found, is the call's own, until `kept` is committed.
   Answer run(const Batch& batch, const RequestOptions& request, std::uint64_t first_number, ForwardReport& report,
              KeptLater& kept);
 

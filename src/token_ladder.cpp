@@ -38,7 +38,8 @@ struct TokenLadder::Found final : Matches {
 };
 
 TokenLadder::TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes, MemoryAccount* total)
+                         const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes,
+                         MemoryAccount* total)
     : settings_(settings_for(static_cast<std::int32_t>(model.layers()))),
       reuse_(model, inputs, output, profile, options_for(static_cast<std::int32_t>(model.layers()), format),
              capacity_bytes, total) {}

@@ -78,7 +78,7 @@ class TokenReuse {
     std::vector<std::int64_t> values;
     std::size_t width = 1;
     std::unique_ptr<TokenDraft> states;  ///< null: there is no room to keep them
-    double ms = 0;  ///< its share of the pass
+    double ms = 0;                       ///< its share of the pass
   };
   struct Result {
     c10::IValue value;               ///< the model's, for the whole batch
@@ -106,8 +106,8 @@ class TokenReuse {
   [[nodiscard]] Result run(const Batch& batch, const Matches& matches, const TokenReuseSettings& settings,
                            const std::string& tenant, bool capture, ForwardReport& report);
 
-  /// Keeps what run() computed in full, as an entry or in the means of one; evicts for it. Sequences whose states are not
-  /// finite are dropped, those without states counted as rejected.
+  /// Keeps what run() computed in full, as an entry or in the means of one; evicts for it. Sequences whose states are
+  /// not finite are dropped, those without states counted as rejected.
   void keep(std::vector<Computed> computed);
 
   void clear() { bank_->clear(); }

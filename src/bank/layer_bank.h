@@ -109,8 +109,8 @@ class LayerBank {
   std::optional<Hit> find(std::string_view space, std::size_t which, const Fingerprint& fingerprint, double tau,
                           double now_s);
 
-  /// Keeps a sequence's state, and evicts for it. Never fails: what finds no room is counted as rejected. An entry with the same inputs
-  /// is used instead, not kept twice; the key finds it, the inputs are compared.
+  /// Keeps a sequence's state, and evicts for it. Never fails: what finds no room is counted as rejected. An entry with
+  /// the same inputs is used instead, not kept twice; the key finds it, the inputs are compared.
   void insert(std::string_view space, const Candidate& candidate, double now_s);
 
   /// Keeps, with what find() returned, that a check found this relative drift; or drops it, if it is

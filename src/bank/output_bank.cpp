@@ -65,7 +65,8 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
     try {
       if (!entry) {
         const std::pmr::polymorphic_allocator<OutputEntry> allocator(&memory_);
-        entry = std::allocate_shared<OutputEntry>(allocator, key, copies, exact, computed_in, bytes, account_, &memory_);
+        entry =
+            std::allocate_shared<OutputEntry>(allocator, key, copies, exact, computed_in, bytes, account_, &memory_);
         copies.clear();
       }
       recency_.push_front(entry);

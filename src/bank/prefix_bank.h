@@ -113,10 +113,11 @@ class PrefixLease {
 /// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index of what it
 /// holds are counted, before it is taken over: the capacity holds at every moment.
 ///
-/// A pass reserves room, writes, and commits when the call it belongs to has succeeded. Until then the bank is as it was:
-/// what is reserved is spare room of blocks that it holds, or working memory of the pass. That is limited by the same
-/// capacity, of all running passes together, so that no more is computed than could be kept; only committing evicts, makes
-/// known and counts. A call that fails drops its leases, and nothing has happened, but that what it found counts as used.
+/// A pass reserves room, writes, and commits when the call it belongs to has succeeded. Until then the bank is as it
+/// was: what is reserved is spare room of blocks that it holds, or working memory of the pass. That is limited by the
+/// same capacity, of all running passes together, so that no more is computed than could be kept; only committing
+/// evicts, makes known and counts. A call that fails drops its leases, and nothing has happened, but that what it found
+/// counts as used.
 ///
 /// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in spaces that
 /// never see each other (tenant, position of the first token). Tokens are compared, hashes only find.
@@ -159,10 +160,11 @@ class PrefixBank {
                std::uint8_t length_class);
 
   /// Makes `tokens` known, or as many of them as `ranges`, in order, hold entries for. What is known already stays as
-  /// it is, so that only the ranges behind it become nodes; a node is split where the sequences part. Their blocks become
-  /// the bank's, which evicts for them; they stay readable while the lease lives. The ranges are the lease's, known or
-  /// reserved, and those of other leases that live. `saved_ms`: for the eviction policy, time that one token's entry
-  /// saves. Never fails: what finds no room is counted as rejected, and so is a lease for which reserve() found none.
+  /// it is, so that only the ranges behind it become nodes; a node is split where the sequences part. Their blocks
+  /// become the bank's, which evicts for them; they stay readable while the lease lives. The ranges are the lease's,
+  /// known or reserved, and those of other leases that live. `saved_ms`: for the eviction policy, time that one token's
+  /// entry saves. Never fails: what finds no room is counted as rejected, and so is a lease for which reserve() found
+  /// none.
   void commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
               std::span<const KeyRange> ranges, double saved_ms, double now_s);
 

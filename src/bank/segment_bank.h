@@ -76,12 +76,12 @@ struct SegmentHit {
   [[nodiscard]] std::int64_t move() const noexcept { return begin - donor_begin - donor->origin().position; }
 };
 
-/// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index of what it holds are counted before
-/// it is taken over: the capacity holds at every moment. What a pass computes is its own until insert(), called when its
-/// call has succeeded: only that evicts, makes known and counts. Drafts are limited by the same capacity, of all running
-/// passes together, and not part of it. Sequences live in spaces that never see each other (tenant, types of the
-/// inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the policy
-/// names an entry; those in use (held by a SegmentHit) are passed over.
+/// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index of what it holds are counted
+/// before it is taken over: the capacity holds at every moment. What a pass computes is its own until insert(), called
+/// when its call has succeeded: only that evicts, makes known and counts. Drafts are limited by the same capacity, of
+/// all running passes together, and not part of it. Sequences live in spaces that never see each other (tenant, types
+/// of the inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the
+/// policy names an entry; those in use (held by a SegmentHit) are passed over.
 ///
 /// Beside sequences it holds means: a passage that was met in several sequences, with the mean of its states over them.
 /// They serve where no sequence has the passage with more of what stands around it.
@@ -121,8 +121,8 @@ class SegmentBank {
                                              const Wanted& wanted, double now_s);
 
   /// A draft to be filled. `refused`: none, because there is no memory for it or it could not be kept beside the other
-  /// drafts; otherwise, without a draft, the bank knows these tokens as a prefix already. Changes nothing that is held or
-  /// counted.
+  /// drafts; otherwise, without a draft, the bank knows these tokens as a prefix already. Changes nothing that is held
+  /// or counted.
   struct Room {
     std::unique_ptr<SegmentEntry> draft;
     bool refused = false;

@@ -25,10 +25,10 @@ namespace llmcache {
 /// on so (superseded_from). Running passes are not disturbed: entries never change, and live as long as somebody reads
 /// them (and count until then). Tokens in other places are not averaged: their states hold the place.
 ///
-/// Memory: tensors are counted before they become an entry, index and containers as they grow; the sum never exceeds the
-/// capacity. What a pass computes is its own until keep(), called when its call has succeeded: only that evicts, makes
-/// known and counts. Drafts are limited by the same capacity, of all running passes together, and not part of it. Entries
-/// and drafts must not outlive the bank.
+/// Memory: tensors are counted before they become an entry, index and containers as they grow; the sum never exceeds
+/// the capacity. What a pass computes is its own until keep(), called when its call has succeeded: only that evicts,
+/// makes known and counts. Drafts are limited by the same capacity, of all running passes together, and not part of it.
+/// Entries and drafts must not outlive the bank.
 class TokenBank {
  public:
   struct Settings {
@@ -95,8 +95,7 @@ class TokenBank {
                                                                        std::size_t limit);
   [[nodiscard]] std::vector<std::uint16_t> average(TokenDraft& draft, const TokenEntry& entry,
                                                    const TokenAlignment& alignment, std::int64_t& averaged) const;
-  void keep_computed(std::string_view space, const TokenView& tokens, TokenDraft& draft, double saved_ms,
-                     double now_s);
+  void keep_computed(std::string_view space, const TokenView& tokens, TokenDraft& draft, double saved_ms, double now_s);
   [[nodiscard]] std::shared_ptr<const TokenEntry> make_entry(const TokenView& tokens, TokenDraft& draft,
                                                              const std::vector<std::uint16_t>& counts, double now_s);
   void place(std::string_view space, const std::shared_ptr<const TokenEntry>& entry,

@@ -72,8 +72,8 @@ class TokenDraft {
 /// Tokens and states of one sequence. Immutable.
 class TokenEntry final : public CachedStates {
  public:
-  /// Takes the tensors of `draft`, whose bytes() have been reserved in `account`; what it does not need of them is given
-  /// back. If it throws neither is touched. `counts`: by token, over how many sequences its states are the mean.
+  /// Takes the tensors of `draft`, whose bytes() have been reserved in `account`; what it does not need of them is
+  /// given back. If it throws neither is touched. `counts`: by token, over how many sequences its states are the mean.
   TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
              const std::vector<std::uint16_t>& counts, MemoryAccount& account, std::pmr::memory_resource* memory);
   ~TokenEntry() override;
