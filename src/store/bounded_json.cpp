@@ -96,6 +96,9 @@ Json parse_bounded_json(std::string_view text, const JsonLimits& limits, std::st
   if (text.size() > limits.bytes) {
     throw DamagedData(fmt::format("{} has {} bytes, at most {} are expected", subject, text.size(), limits.bytes));
   }
+  // To the parser it is the end of the text, whatever follows.
+  if (text.find('\0') != std::string_view::npos)
+    throw DamagedData(fmt::format("{} is not JSON (a byte of 0)", subject));
   Builder builder(limits, subject);
   Json::sax_parse(text, &builder);
   return builder.take();
