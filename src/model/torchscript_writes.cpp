@@ -45,7 +45,7 @@ class Finder {
   using Paths = std::set<std::string>;
 
   /// Which attributes a value may be, or a view of them.
-  void follow(const torch::jit::Block* block) {
+  void follow(torch::jit::Block* block) {
     for (Node* node : block->nodes()) {
       if (node->kind() == prim::GetAttr && is_tensor(node->output())) {
         if (const auto path = attribute_path(node->output(), graph_.inputs()[0])) {
@@ -56,7 +56,7 @@ class Finder {
       }
       if (node->kind() == prim::SetAttr) refuse_set(node);
       for (std::size_t b = 0; b < node->blocks().size(); ++b) {
-        const auto* inner = node->blocks()[b];
+        auto* inner = node->blocks()[b];
         const std::size_t skip = node->kind() == prim::Loop ? 1 : 0;
         for (std::size_t i = skip; i < inner->inputs().size(); ++i) alias(inner->inputs()[i], node->input(i + 2 - skip));
         follow(inner);
