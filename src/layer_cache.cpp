@@ -17,6 +17,7 @@
 #include "execute/engine.h"
 #include "execute/plan_check.h"
 #include "execute/pooled_states.h"
+#include "execute/run_model.h"
 #include "execute/self_check.h"
 #include "known_outputs.h"
 #include "model/probe.h"
@@ -62,18 +63,6 @@ ThreadReports& thread_reports() {
 
 void number_rows(ForwardReport& report, std::uint64_t first) {
   for (std::size_t i = 0; i < report.sequences.size(); ++i) report.sequences[i].number = first + i;
-}
-
-/// Runs the model; what it raises becomes Error(kModelFailed) with the original nested.
-template <class Run>
-auto run_model(Run run) {
-  try {
-    return run();
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    std::throw_with_nested(Error(ErrorCode::kModelFailed, error.what()));
-  }
 }
 
 }  // namespace
@@ -421,15 +410,7 @@ CalibrationSample LayerCacheBase::run_sample(const std::function<std::optional<I
   const c10::NoGradGuard no_grad;
   impl_->check_made_for_budget();
   impl_->model->check_unchanged();
-  return run_model([&] {
-    return impl_->budget->run_sample([&]() -> std::optional<Batch> {
-      const auto given = sample();
-      if (!given) return std::nullopt;
-      Batch batch = check_batch(*given, impl_->inputs, impl_->profile, impl_->model->device());
-      check_packable(batch, *impl_->model, impl_->profile);
-      return batch;
-    });
-  });
+  return impl_->budget->run_sample(sample);
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {

@@ -11,6 +11,7 @@
 #include "llmcache/error.h"
 #include "llmcache/refresh/calibration.h"
 #include "refresh/exit_model.h"
+#include "refresh/profile_check.h"
 
 namespace llmcache {
 namespace {
@@ -20,6 +21,7 @@ namespace fs = std::filesystem;
 constexpr int kVersion = 2;
 constexpr const char* kFormat = "llmcache calibration";
 constexpr std::uint64_t kLargestHeader = 100 << 20;
+constexpr std::size_t kMostCodes = 4096;  // of VerifiedEnvelope
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidOptions, message); }
 
@@ -232,6 +234,10 @@ void CalibrationProfile::save(const fs::path& path) const {
     part["format"] = llmcache::to_string(reuse->format);
     for_each_field_of_choice(*reuse, into(part));
   }
+  if (!verified.codes.empty()) {
+    json["verified"] = {
+        {"tokens", verified.tokens}, {"rows", verified.rows}, {"padding", verified.padding}, {"codes", verified.codes}};
+  }
   json["content_xxh3"] = hash_of(json.dump());
   write(path, json.dump(2) + "\n");
 }
@@ -262,6 +268,11 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
       choice.format = bank_format_from_string(part.at("format"));
       for_each_field_of_choice(choice, from(part));
     }
+    if (json.contains("verified")) {
+      const Json& part = json.at("verified");
+      if (part.at("codes").size() > kMostCodes) damaged(path, "it has too many codes of what was verified");
+      profile.verified = {part.at("tokens"), part.at("rows"), part.at("padding"), part.at("codes")};
+    }
     if (json.contains("exit")) {
       const Json& part = json.at("exit");
       auto model = std::make_shared<ExitModel>();
@@ -279,6 +290,7 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
   } catch (const nlohmann::json::exception& error) {
     damaged(path, error.what());
   }
+  check_numbers(profile);
   return profile;
 }
 
