@@ -162,7 +162,7 @@ void BudgetReuse::make_ladder() {
     return std::make_unique<TokenLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_);
   };
   try {
-    ladder_ = std::make_unique<LadderReuse>(make, model_, output_, profile_, options_, failures_);
+    ladder_ = std::make_unique<LadderReuse>(make(), make, model_, output_, profile_, options_, failures_);
   } catch (const std::exception& error) {
     no_ladder_ = reason_of(error);
   }

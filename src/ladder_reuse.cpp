@@ -11,10 +11,11 @@
 
 namespace llmcache {
 
-LadderReuse::LadderReuse(MakeLadder make, const Model& model, const OutputSpec& output, const ModelProfile& profile,
-                         const BudgetOptions& options, AuditFailures& failures)
-    : make_(std::move(make)),
-      ladder_(make_()),
+LadderReuse::LadderReuse(std::unique_ptr<ReuseLadder> ladder, MakeLadder fresh, const Model& model,
+                         const OutputSpec& output, const ModelProfile& profile, const BudgetOptions& options,
+                         AuditFailures& failures)
+    : ladder_(std::move(ladder)),
+      fresh_(std::move(fresh)),
       model_(model),
       output_(output),
       profile_(profile),
@@ -31,7 +32,7 @@ bool LadderReuse::ready() const { return rules() != nullptr; }
 
 std::optional<ReuseChoice> LadderReuse::calibrate(const std::vector<Batch>& sample, std::size_t most_remembered,
                                                   ByteGauge& gauge) const {
-  return LadderCalibrator(make_(), model_, output_, profile_, options_, most_remembered, gauge).calibrate(sample);
+  return LadderCalibrator(fresh_(), model_, output_, profile_, options_, most_remembered, gauge).calibrate(sample);
 }
 
 void LadderReuse::use(const std::optional<ReuseChoice>& choice) {

@@ -25,12 +25,12 @@ namespace llmcache {
 /// Thread-safe.
 class LadderReuse {
  public:
-  /// Makes a ladder with an empty bank of its own; called from any thread.
+  /// Makes another ladder of the same kind, with an empty bank of its own; called from any thread.
   using MakeLadder = std::function<std::unique_ptr<ReuseLadder>()>;
 
-  /// References must outlive it. Throws what `make` throws.
-  LadderReuse(MakeLadder make, const Model& model, const OutputSpec& output, const ModelProfile& profile,
-              const BudgetOptions& options, AuditFailures& failures);
+  /// `ladder` serves; `fresh` makes those that calibrations work on. References must outlive it.
+  LadderReuse(std::unique_ptr<ReuseLadder> ladder, MakeLadder fresh, const Model& model, const OutputSpec& output,
+              const ModelProfile& profile, const BudgetOptions& options, AuditFailures& failures);
 
   /// Chooses on a ladder of its own (LadderCalibrator): nothing that serves is read or changed, and nothing that serves
   /// changes the result.
@@ -79,8 +79,8 @@ class LadderReuse {
   static void fail(Rules& rules, const std::vector<AskedAudit>& audits, AuditPlace place);
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
 
-  const MakeLadder make_;
   const std::unique_ptr<ReuseLadder> ladder_;
+  const MakeLadder fresh_;
   const Model& model_;
   const OutputSpec& output_;
   const ModelProfile& profile_;
