@@ -2,7 +2,6 @@
 
 #include <c10/core/GradMode.h>
 
-#include <exception>
 #include <utility>
 
 namespace llmcache {
@@ -20,17 +19,18 @@ BackgroundAudits::~BackgroundAudits() {
   thread_.join();
 }
 
-void BackgroundAudits::add(Audit audit, std::size_t bytes) {
+bool BackgroundAudits::add(Audit audit, std::size_t bytes) {
   {
     const std::lock_guard lock(mutex_);
     if (jobs_.size() >= kMostWaiting || (!jobs_.empty() && bytes_ + bytes > kMostBytes)) {
       ++dropped_;
-      return;
+      return false;
     }
     jobs_.push_back({std::move(audit), bytes});
     bytes_ += bytes;
   }
   changed_.notify_all();
+  return true;
 }
 
 std::uint64_t BackgroundAudits::dropped() const {
@@ -53,8 +53,8 @@ void BackgroundAudits::work() {
     lock.unlock();
     try {
       job.audit();
-    } catch (const std::exception&) {
-      // Not known then, as if it had not been chosen. The request itself has been answered.
+    } catch (...) {
+      // The request itself has been answered, and the audit has told who supervises.
     }
     lock.lock();
     bytes_ -= job.bytes;

@@ -12,18 +12,18 @@
 namespace llmcache {
 
 /// Makes audits one after another on a thread of its own, without gradients. Thread-safe. What is waiting when it goes
-/// is dropped; an audit that throws counts as not chosen.
+/// is dropped.
 class BackgroundAudits {
  public:
-  using Audit = std::function<void()>;
+  using Audit = std::function<void()>;  ///< deals with its own failures: what it throws is lost
 
   BackgroundAudits();
   ~BackgroundAudits();
   BackgroundAudits(const BackgroundAudits&) = delete;
   BackgroundAudits& operator=(const BackgroundAudits&) = delete;
 
-  /// `bytes`: of what it holds. Dropped, and counted so, where too many, or too much, is waiting.
-  void add(Audit audit, std::size_t bytes);
+  /// `bytes`: of what it holds. False if it is dropped, and counted so, because too many, or too much, is waiting.
+  [[nodiscard]] bool add(Audit audit, std::size_t bytes);
   [[nodiscard]] std::uint64_t dropped() const;
   [[nodiscard]] std::uint64_t waiting() const;
 

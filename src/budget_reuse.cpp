@@ -6,60 +6,43 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <thread>
-#include <unordered_set>
 #include <utility>
 
 #include "background_audits.h"
 #include "execute/engine.h"
 #include "execute/observer.h"
+#include "execute/plan_check.h"
 #include "exit_rules.h"
+#include "exit_sampler.h"
+#include "ladder_calibrator.h"
 #include "llmcache/error.h"
 #include "refresh/exit_calibration.h"
+#include "refresh/profile_check.h"
 #include "segment_ladder.h"
 #include "token_ladder.h"
 
 namespace llmcache {
 namespace {
 
-/// Mean over the tokens of each `[1, tokens, hidden]`, float32 `[n, hidden]`.
-at::Tensor means_of(const std::vector<at::Tensor>& states) {
-  std::vector<at::Tensor> means;
-  for (const at::Tensor& state : states) means.push_back(state.mean(1, false, at::kFloat));
-  return at::cat(means);
-}
-
-/// All that decides a sequence's output.
-std::string key_of(const Batch& batch, std::int64_t row) {
-  const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
-  std::string key;
-  for (const c10::IValue& input : batch.inputs) {
-    key.push_back(input.isTensor() ? '+' : '-');
-    if (!input.isTensor()) continue;
-    const auto own =
-        input.toTensor().select(0, row).narrow(0, span.first, span.tokens).to(at::kCPU, at::kLong).contiguous();
-    key.append(static_cast<const char*>(own.const_data_ptr()), own.nbytes());
+/// Runs a step of a calibration; what is no Error yet becomes one.
+template <class Run>
+auto only_errors(const Run& run) {
+  try {
+    return run();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    std::throw_with_nested(
+        Error(ErrorCode::kNotAvailable, "the calibration cannot be made or used: " + reason_of(error)));
+  } catch (...) {
+    std::throw_with_nested(Error(ErrorCode::kNotAvailable,
+                                 "the calibration cannot be made or used: what was thrown is no std::exception"));
   }
-  return key;
 }
 
 }  // namespace
-
-/// Collects the mean states of sequences that run in full.
-class BudgetReuse::Recorder final : public LayerObserver {
- public:
-  explicit Recorder(std::int64_t layers) : means_(static_cast<std::size_t>(layers)) {}
-
-  bool watches(std::int32_t l) const override { return static_cast<std::size_t>(l) < means_.size(); }
-  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
-    means_[static_cast<std::size_t>(l)] = means_of(states);
-    return {};
-  }
-  const at::Tensor& means(std::size_t layer) const { return means_[layer]; }
-
- private:
-  std::vector<at::Tensor> means_;
-};
 
 /// Lets sequences leave.
 class BudgetReuse::Pass final : public LayerObserver {
@@ -74,7 +57,7 @@ class BudgetReuse::Pass final : public LayerObserver {
   };
 
   Pass(ExitRules& rules, std::size_t sequences, bool background)
-      : rules_(rules), background_(background), level_(rules.level()), sequences_(sequences) {}
+      : rules_(rules), background_(background), level_(rules.supervision.level()), sequences_(sequences) {}
 
   bool watches(std::int32_t l) const override {
     const auto layer = static_cast<std::size_t>(l);
@@ -107,7 +90,7 @@ class BudgetReuse::Pass final : public LayerObserver {
   /// Tells the gates of the sequences that they had no proposal for. Once, behind the pass.
   void close() {
     for (const Sequence& sequence : sequences_) {
-      for (std::size_t k = sequence.tried; k < watched(); ++k) rules_.gates[k]->next(false);
+      for (std::size_t k = sequence.tried; k < watched(); ++k) rules_.supervision.next(k, false);
     }
   }
 
@@ -115,16 +98,16 @@ class BudgetReuse::Pass final : public LayerObserver {
 
  private:
   /// Levels whose gates are told: the one that serves, and the closed ones before it.
-  std::size_t watched() const { return std::min(level_ + 1, rules_.gates.size()); }
+  std::size_t watched() const { return std::min(level_ + 1, rules_.supervision.levels()); }
 
   bool leaves(Sequence& sequence, std::size_t l, double expected, const at::Tensor& answer) {
     const auto& thresholds = rules_.exit.thresholds;
-    if (rules_.gates.empty()) return expected <= thresholds[0][l];
+    if (rules_.supervision.levels() == 0) return expected <= thresholds[0][l];
     // A safer level proposes nothing before a more liberal one has.
     while (sequence.tried < watched() && expected <= thresholds[sequence.tried][l]) {
       const std::size_t level = sequence.tried++;
-      const auto decision = rules_.gates[level]->next(true);
-      if (decision.audit) sequence.trials.push_back({level, decision, answer});
+      const auto decision = rules_.supervision.next(level, true);
+      if (decision.audit) sequence.trials.push_back({{level, decision}, answer});
       if (level < level_) {
         sequence.stays = sequence.stays || (decision.audit && !background_);
         continue;
@@ -145,6 +128,7 @@ BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const Outp
                          const ModelProfile& profile, const Options& options, std::size_t capacity_bytes,
                          MemoryAccount* total)
     : model_(model),
+      inputs_(inputs),
       output_(output),
       profile_(profile),
       options_(options.budget),
@@ -161,13 +145,13 @@ BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const Outp
   } else if (metric == BudgetMetric::kTokenAgreement) {
     no_exits_ = "its output is a pooled one, and the metric of the budget is for tokens; choose decision or relative";
   }
-  make_ladder(inputs, options_);
+  make_ladder();
   if (options_.background_audit && (no_exits_.empty() || ladder_)) audits_ = std::make_unique<BackgroundAudits>();
 }
 
 /// Token states are reused where a model allows it, and its kind of answer fits the metric.
-void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& options) {
-  const bool wanted = profile_.causal ? options.segment_reuse : options.token_reuse;
+void BudgetReuse::make_ladder() {
+  const bool wanted = profile_.causal ? options_.segment_reuse : options_.token_reuse;
   if (!wanted) {
     no_ladder_ = profile_.causal ? "BudgetOptions.segment_reuse is off" : "BudgetOptions.token_reuse is off";
     return;
@@ -176,16 +160,14 @@ void BudgetReuse::make_ladder(const InputSpec& inputs, const BudgetOptions& opti
     no_ladder_ = "its first output is neither [batch, values] nor [batch, tokens, values]";
     return;
   }
-  try {
-    std::unique_ptr<ReuseLadder> ladder;
+  const auto make = [this](MemoryAccount* total) -> std::unique_ptr<ReuseLadder> {
     if (profile_.causal) {
-      ladder = std::make_unique<SegmentLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_,
-                                               &account_);
-    } else {
-      ladder =
-          std::make_unique<TokenLadder>(model_, inputs, output_, profile_, options.format, capacity_bytes_, &account_);
+      return std::make_unique<SegmentLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
     }
-    ladder_ = std::make_unique<LadderReuse>(std::move(ladder), model_, output_, profile_, options);
+    return std::make_unique<TokenLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
+  };
+  try {
+    ladder_ = std::make_unique<LadderReuse>(make(&account_), [make] { return make(nullptr); }, model_, output_, profile_, options_, failures_);
   } catch (const std::exception& error) {
     no_ladder_ = reason_of(error);
   }
@@ -211,86 +193,54 @@ void BudgetReuse::check_available() const {
                           no_exits_, no_ladder_));
 }
 
-CalibrationSample BudgetReuse::run_sample(const std::function<std::optional<Batch>()>& sample) const {
+CalibrationSample BudgetReuse::run_sample(const std::function<std::optional<Inputs>()>& sample) const {
   check_available();
   auto requests = std::make_shared<std::vector<Batch>>();
-  std::int64_t tokens = 0;
-  CalibrationSample done{profile_.digest, 0, {}, {}};
-  while (auto batch = sample()) {
-    tokens += batch->tokens;
-    for (c10::IValue& input : batch->inputs) {
-      if (input.isTensor()) input = input.toTensor().clone();  // the caller may use his again
+  std::optional<ExitSampler> exits;
+  if (no_exits_.empty()) exits.emplace(model_);
+  ByteGauge::Share held(calibrating_);
+  CalibrationSample done;
+  done.model_digest = profile_.digest;
+  const auto add = [&](const Inputs& given) {
+    Batch batch = check_sample(given);
+    for (const RowSpan& span : batch.spans) done.sequences += span.tokens > 0 ? 1 : 0;
+    if (exits && batch.tokens > 0) exits->add(batch);
+    if (requests->size() < LadderCalibrator::kMostRequests) {
+      for (c10::IValue& input : batch.inputs) {
+        if (input.isTensor()) input = input.toTensor().clone();  // the caller may use his again
+      }
+      done.bytes += batch.input_bytes();
+      requests->push_back(std::move(batch));
     }
-    for (const RowSpan& span : batch->spans) done.sequences += span.tokens > 0 ? 1 : 0;
-    requests->push_back(std::move(*batch));
+    held.set(done.bytes + (exits ? exits->bytes() : 0));
+  };
+  while (const auto given = sample()) {  // what it throws is the caller's own
+    only_errors([&] { add(*given); });
   }
-  if (tokens == 0) throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
-  if (no_exits_.empty()) {
-    done.exit = run_exit_sample(*requests);
+  if (done.sequences == 0) {
+    throw Error(ErrorCode::kInvalidInput, "calibration got no sequence with a real token");
+  }
+  if (exits) {
+    done.exit = only_errors([&] { return exits->finish(); });
     done.sequences = done.exit->outputs.size(0);
+    done.bytes += exits->bytes();
   }
   done.requests = std::move(requests);
   return done;
 }
 
-std::shared_ptr<const ExitSample> BudgetReuse::run_exit_sample(const std::vector<Batch>& requests) const {
-  const auto layers = static_cast<std::int32_t>(model_.layers());
-  std::unordered_set<std::string> known;
-  std::vector<std::vector<at::Tensor>> states(static_cast<std::size_t>(layers));
-  std::vector<at::Tensor> outputs;
-  // Requests as they come, and some of their sequences alone.
-  constexpr std::int64_t kAlone = 24;
-  std::vector<double> together_ms(static_cast<std::size_t>(layers));
-  std::vector<double> alone_ms(static_cast<std::size_t>(layers));
-  std::int64_t ran = 0;
-  std::int64_t alone = 0;
-  const auto pass = [&](const Batch& part, Recorder* recorder, std::vector<double>& layer_ms) {
-    ForwardReport report;
-    auto result = execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, recorder);
-    for (std::size_t l = 0; l < layer_ms.size(); ++l) layer_ms[l] += report.layer_ms[l];
-    return result;
-  };
-  for (const Batch& batch : requests) {
-    // Identical requests are answered without any error: they are no evidence.
-    std::vector<std::int64_t> rows;
-    for (std::int64_t row = 0; row < batch.rows; ++row) {
-      if (batch.spans[static_cast<std::size_t>(row)].tokens > 0 && known.insert(key_of(batch, row)).second) {
-        rows.push_back(row);
-      }
-    }
-    if (rows.empty()) continue;
-    const Batch part = batch.select(rows);
-    Recorder recorder(layers);
-    const auto result = pass(part, &recorder, together_ms);
-    ran += part.rows;
-    if (alone < kAlone) {
-      pass(batch.select({rows[static_cast<std::size_t>(alone) % rows.size()]}), nullptr, alone_ms);
-      ++alone;
-    }
-    const auto pooled = result.toTensor().to(at::kFloat);
-    if (pooled.dim() != 2) {
-      throw Error(ErrorCode::kNotAvailable,
-                  fmt::format("the model's output has {} dimensions; [batch, values] is expected", pooled.dim()));
-    }
-    auto finite = pooled.isfinite().all(1);
-    for (std::size_t l = 0; l < states.size(); ++l) finite = finite.logical_and(recorder.means(l).isfinite().all(1));
-    const auto usable = finite.nonzero().squeeze(1);
-    outputs.push_back(pooled.index_select(0, usable));
-    for (std::size_t l = 0; l < states.size(); ++l) states[l].push_back(recorder.means(l).index_select(0, usable));
+/// Throws Error(kInvalidInput), or Error(kNotAvailable) where the model cannot run such a batch packed.
+Batch BudgetReuse::check_sample(const Inputs& given) const {
+  try {
+    Batch batch = check_batch(given, inputs_, profile_, model_.device());
+    check_packable(batch, model_, profile_);
+    return batch;
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    std::throw_with_nested(
+        Error(ErrorCode::kInvalidInput, "a batch of the sample cannot be read: " + reason_of(error)));
   }
-  auto all = std::make_shared<ExitSample>();
-  all->outputs = at::cat(outputs);
-  const auto passes = static_cast<double>(outputs.size());
-  all->batch_rows = static_cast<double>(ran) / passes;
-  for (std::size_t l = 0; l < states.size(); ++l) {
-    all->layer_times.push_back(
-        PartTime::from(alone_ms[l] / static_cast<double>(alone), together_ms[l] / passes, all->batch_rows));
-  }
-  for (auto& layer : states) {
-    all->states.push_back(at::cat(layer));
-    layer.clear();
-  }
-  return all;
 }
 
 CalibrationProfile BudgetReuse::calibrate(const CalibrationSample& sample) {
@@ -300,41 +250,56 @@ CalibrationProfile BudgetReuse::calibrate(const CalibrationSample& sample) {
                 fmt::format("the sample was run by a model of digest '{}', this one has '{}'", sample.model_digest,
                             profile_.digest));
   }
+  const std::lock_guard one_at_a_time(calibrate_mutex_);
+  return only_errors([&] {
+    model_.check_unchanged();
+    auto profile = fit(sample);
+    model_.check_unchanged();  // while it ran
+    use(profile);
+    return profile;
+  });
+}
+
+/// Fits and certifies on what is its own: reads nothing that calls change, and changes nothing that they read.
+CalibrationProfile BudgetReuse::fit(const CalibrationSample& sample) const {
+  ByteGauge::Share held(calibrating_);
+  held.set(sample.bytes);
   CalibrationProfile profile;
   profile.budget = options_.budget;
   profile.early_exit = no_exits_.empty() ? options_.early_exit : EarlyExit::kOff;
   profile.model_digest = profile_.digest;
   if (no_exits_.empty() && sample.exit) calibrate_exit(*sample.exit, options_, capacity_bytes_, profile);
-  if (ladder_) {
-    // One of the two is used, so that one budget is spent: the one that computes less.
-    double layers_run = 1;
-    for (std::size_t l = 0; l < profile.expected_exits.size(); ++l) {
-      const auto layers = static_cast<double>(profile.expected_exits.size());
-      layers_run -= profile.expected_exits[l] * (1 - static_cast<double>(l) / layers);
-    }
-    const auto choice = ladder_->calibrate(*sample.requests);
-    if (choice && choice->computed < layers_run) {
-      profile.reuse = choice;
-      profile.exit = nullptr;
-      profile.early_exit = EarlyExit::kOff;
-      profile.expected_exits.clear();
-      profile.bytes = 0;
-      profile.fitted = choice->fitted;
-      profile.certified = choice->certified;
-      profile.certified_error = choice->error;
-      profile.error_bound = choice->bound;
-      profile.typical_distance = choice->typical_distance;
-      profile.expected_share = 1 - choice->computed;
-    }
+  if (!ladder_) return profile;
+  held.set(sample.bytes + profile.bytes);
+  // One of the two is used, so that one budget is spent: the one that computes less.
+  double layers_run = 1;
+  for (std::size_t l = 0; l < profile.expected_exits.size(); ++l) {
+    const auto layers = static_cast<double>(profile.expected_exits.size());
+    layers_run -= profile.expected_exits[l] * (1 - static_cast<double>(l) / layers);
   }
-  use(profile);
+  const auto choice = ladder_->calibrate(*sample.requests, capacity_bytes_, calibrating_);
+  if (choice && choice->computed < layers_run) {
+    profile.reuse = choice;
+    profile.exit = nullptr;
+    profile.early_exit = EarlyExit::kOff;
+    profile.expected_exits.clear();
+    profile.bytes = 0;
+    profile.fitted = choice->fitted;
+    profile.certified = choice->certified;
+    profile.certified_error = choice->error;
+    profile.error_bound = choice->bound;
+    profile.typical_distance = choice->typical_distance;
+    profile.expected_share = 1 - choice->computed;
+  }
   return profile;
 }
 
-void BudgetReuse::use(CalibrationProfile profile) {
+/// Throws Error(kInvalidOptions) that says why a profile is not for this cache.
+void BudgetReuse::check_fits(const CalibrationProfile& profile) const {
   const auto refuse = [](const std::string& why) {
     throw Error(ErrorCode::kInvalidOptions, "the calibration profile does not fit this cache: " + why);
   };
+  check_numbers(profile);
   if (profile.exit && !no_exits_.empty()) refuse("it has early exits, and there are none, because " + no_exits_);
   if (profile.reuse && !ladder_) refuse("it reuses token states, and that cannot be done, because " + no_ladder_);
   if (profile.model_digest != profile_.digest) {
@@ -348,52 +313,54 @@ void BudgetReuse::use(CalibrationProfile profile) {
                        to_string(has.metric), has.epsilon, 1 - has.delta, to_string(asked.metric), asked.epsilon,
                        1 - asked.delta));
   }
-  if (profile.exit && profile.early_exit != options_.early_exit) {
+  if (!profile.exit) return;
+  if (profile.early_exit != options_.early_exit) {
     refuse(fmt::format("its early exit is {}, BudgetOptions.early_exit is {}", to_string(profile.early_exit),
                        to_string(options_.early_exit)));
   }
-  std::shared_ptr<ExitRules> rules;
-  if (profile.exit) {
-    const ExitModel& exit = *profile.exit;
-    const auto fits = [&](const ExitLayer& layer) { return !layer.used() || layer.centre.size(0) == profile_.hidden; };
-    if (static_cast<std::int64_t>(exit.layers.size()) != model_.layers() ||
-        !std::all_of(exit.layers.begin(), exit.layers.end(), fits)) {
-      refuse("its banks are for another number of layers or another width");
-    }
-    if (exit.bytes() > capacity_bytes_) {
-      refuse(
-          fmt::format("its banks take {} bytes, and {} are there for them (Options.capacity_bytes, "
-                      "BudgetOptions.capacity_share)",
-                      exit.bytes(), capacity_bytes_));
-    }
-    rules = std::make_shared<ExitRules>();
-    rules->exit = exit.to(model_.device());
-    rules->scores = options_.scores;
-    const ExitModel& own = rules->exit;
-    const bool decides = own.metric == BudgetMetric::kDecision && own.outputs.size(0) > 0;
-    if (decides && !at::equal(decisions_of(own.outputs, rules->scores), own.decisions)) {
-      refuse("BudgetOptions.scores decides otherwise than when it was made");
-    }
-    if (options_.audit_rate > 0) {
-      RiskGate::Settings settings;
-      settings.epsilon = asked.epsilon;
-      settings.audit_rate = options_.audit_rate;
-      settings.closed_audit_rate = std::max(options_.audit_rate, 0.25);
-      for (std::size_t level = 0; level < own.thresholds.size(); ++level) {
-        settings.seed = options_.seed + level;
-        rules->gates.push_back(std::make_unique<RiskGate>(settings));
-      }
-    }
+  const ExitModel& exit = *profile.exit;
+  const auto fits = [&](const ExitLayer& layer) { return !layer.used() || layer.centre.size(0) == profile_.hidden; };
+  if (static_cast<std::int64_t>(exit.layers.size()) != model_.layers() ||
+      !std::all_of(exit.layers.begin(), exit.layers.end(), fits)) {
+    refuse("its banks are for another number of layers or another width");
   }
-  const std::lock_guard one_at_a_time(use_mutex_);
-  const std::size_t bytes = rules ? rules->exit.bytes() : 0;
-  if (bytes > exit_bytes_) reserve_exits(bytes);
-  if (ladder_) ladder_->use(profile.reuse);
-  if (ladder_ && !profile.reuse) ladder_->clear();
-  const std::lock_guard lock(mutex_);
-  calibration_ = std::move(profile);
-  rules_ = std::move(rules);
-  account_.release(std::exchange(exit_bytes_, bytes) - bytes);
+  if (exit.bytes() > capacity_bytes_) {
+    refuse(
+        fmt::format("its banks take {} bytes, and {} are there for them (Options.capacity_bytes, "
+                    "BudgetOptions.capacity_share)",
+                    exit.bytes(), capacity_bytes_));
+  }
+  const bool decides = exit.metric == BudgetMetric::kDecision && exit.outputs.size(0) > 0;
+  const auto device = model_.device();
+  if (decides && !at::equal(decisions_of(exit.outputs.to(device), options_.scores), exit.decisions.to(device))) {
+    refuse("BudgetOptions.scores decides otherwise than when it was made");
+  }
+}
+
+void BudgetReuse::use(CalibrationProfile profile) {
+  only_errors([&] {
+    check_fits(profile);
+    std::shared_ptr<ExitRules> rules;
+    if (profile.exit) {
+      std::vector<RiskGate::Settings> gates;
+      for (std::size_t level = 0; options_.audit_rate > 0 && level < profile.exit->thresholds.size(); ++level) {
+        RiskGate::Settings& settings = gates.emplace_back();
+        settings.epsilon = options_.budget.epsilon;
+        settings.audit_rate = options_.audit_rate;
+        settings.closed_audit_rate = std::max(options_.audit_rate, 0.25);
+        settings.seed = options_.seed + level;
+      }
+      rules = std::make_shared<ExitRules>(profile.exit->to(model_.device()), options_.scores, failures_, gates);
+    }
+    const std::lock_guard one_at_a_time(use_mutex_);
+    const std::size_t bytes = rules ? rules->exit.bytes() : 0;
+    if (bytes > exit_bytes_) reserve_exits(bytes);
+    if (ladder_) ladder_->use(profile.reuse);
+    const std::lock_guard lock(mutex_);
+    calibration_ = std::move(profile);
+    rules_ = std::move(rules);
+    account_.release(std::exchange(exit_bytes_, bytes) - bytes);
+  });
 }
 
 /// What the ladder holds makes room, as soon as no running request reads it any more.
@@ -422,15 +389,14 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const st
 }
 
 void BudgetReuse::forget() {
+  const std::lock_guard one_at_a_time(use_mutex_);
   {
     const std::lock_guard lock(mutex_);
     calibration_.reset();
     rules_.reset();
+    account_.release(std::exchange(exit_bytes_, 0));
   }
-  if (ladder_) {
-    ladder_->use(std::nullopt);
-    ladder_->clear();
-  }
+  if (ladder_) ladder_->use(std::nullopt);
 }
 
 void BudgetReuse::clear() {
@@ -443,41 +409,78 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
   const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
   Pass pass(*rules, plan.sequences.size(), audits_ != nullptr);
   Answer answer;
+  // If it throws nothing is served by reuse, and the gates are never told of the audits that they asked for.
   answer.computed = execute_packed(model_, batch.inputs, plan, {}, nullptr, report, &pass);
   answer.rows.resize(static_cast<std::size_t>(batch.rows));
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    const Pass::Sequence& sequence = pass.sequences()[i];
+    if (sequence.left < 0) continue;
+    const auto row = static_cast<std::size_t>(plan.sequences[i].row);
+    answer.rows[row] = {sequence.answer.to(profile_.dtype).unsqueeze(0)};
+    report.sequences[row].source = Source::kEarlyExit;
+    report.sequences[row].resumed_layer = sequence.left;
+    report.sequences[row].expected_error = sequence.expected;
+  }
+  // There is an answer: whatever becomes of the audits, it is served.
   pass.close();
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
-    Pass::Sequence& sequence = pass.sequences()[i];
+    const Pass::Sequence& sequence = pass.sequences()[i];
     const std::int64_t row = plan.sequences[i].row;
-    SequenceReport& told = report.sequences[static_cast<std::size_t>(row)];
     if (sequence.left >= 0) {
       kept.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
-      answer.rows[static_cast<std::size_t>(row)] = {sequence.answer.to(profile_.dtype).unsqueeze(0)};
-      told.source = Source::kEarlyExit;
-      told.resumed_layer = sequence.left;
-      told.expected_error = sequence.expected;
-      if (!sequence.trials.empty()) {
-        audits_->add([this, rules, one = batch.select({row}),
-                      trials = std::move(sequence.trials)] { audit(*rules, one, trials); },
-                     0);
-      }
-    } else if (!sequence.trials.empty()) {
-      const auto& span = batch.spans[static_cast<std::size_t>(row)];
-      const auto full = row_of(answer.computed, output_, row, span.first, span.tokens, batch.width)[0];
-      told.shadowed = true;
-      told.drift = record(*rules, sequence.trials, full.reshape({-1}));
+    }
+    if (sequence.trials.empty()) continue;
+    if (sequence.left >= 0) {
+      audit_later(rules, batch, row, sequence.trials);
+    } else {
+      audit_now(*rules, batch, row, sequence.trials, answer.computed, report.sequences[static_cast<std::size_t>(row)]);
     }
   }
   return answer;
 }
 
+/// Compares what could have been reused with `computed`, which has the row in full.
+void BudgetReuse::audit_now(ExitRules& rules, const Batch& batch, std::int64_t row, const std::vector<Trial>& trials,
+                            const c10::IValue& computed, SequenceReport& report) const {
+  const auto& span = batch.spans[static_cast<std::size_t>(row)];
+  try {
+    const auto full = row_of(computed, output_, row, span.first, span.tokens, batch.width)[0];
+    report.drift = record(rules, trials, full.reshape({-1}), AuditPlace::kWithinCall);
+    report.shadowed = true;
+  } catch (...) {
+    fail(rules, trials, AuditPlace::kWithinCall, std::current_exception());
+  }
+}
+
+/// Puts the comparison of a row that has left in the queue.
+void BudgetReuse::audit_later(const std::shared_ptr<ExitRules>& rules, const Batch& batch, std::int64_t row,
+                              const std::vector<Trial>& trials) {
+  try {
+    const Batch one = batch.select({row});
+    std::size_t bytes = one.input_bytes();
+    for (const Trial& trial : trials) bytes += trial.answer.nbytes();
+    if (audits_->add([this, rules, one, trials] { audit(*rules, one, trials); }, bytes)) {
+      rules->supervision.queued();
+    } else {
+      drop(*rules, trials);
+    }
+  } catch (...) {
+    fail(*rules, trials, AuditPlace::kInBackground, std::current_exception());
+  }
+}
+
 void BudgetReuse::audit(ExitRules& rules, const Batch& sequence, const std::vector<Trial>& trials) const {
-  model_.check_unchanged();
-  ForwardReport report;
-  const auto plan = sequence.full_plan(static_cast<std::int32_t>(model_.layers()));
-  const auto result = execute_packed(model_, sequence.inputs, plan, {}, nullptr, report);
-  const RowSpan& span = sequence.spans[0];
-  record(rules, trials, row_of(result, output_, 0, span.first, span.tokens, sequence.width)[0].reshape({-1}));
+  try {
+    model_.check_unchanged();
+    ForwardReport report;
+    const auto plan = sequence.full_plan(static_cast<std::int32_t>(model_.layers()));
+    const auto result = execute_packed(model_, sequence.inputs, plan, {}, nullptr, report);
+    const RowSpan& span = sequence.spans[0];
+    record(rules, trials, row_of(result, output_, 0, span.first, span.tokens, sequence.width)[0].reshape({-1}),
+           AuditPlace::kInBackground);
+  } catch (...) {
+    fail(rules, trials, AuditPlace::kInBackground, std::current_exception());
+  }
 }
 
 void BudgetReuse::fill(Stats& stats) const {
@@ -488,6 +491,9 @@ void BudgetReuse::fill(Stats& stats) const {
     budget.early_exits += exits;
   }
   if (ladder_) ladder_->fill(stats);
+  budget.calibrating_bytes = calibrating_.bytes();
+  budget.audits_failed = failures_.count();
+  budget.audit_failure = failures_.last_reason();
   if (audits_) {
     budget.audits_waiting = audits_->waiting();
     budget.audits_dropped = audits_->dropped();
@@ -496,14 +502,13 @@ void BudgetReuse::fill(Stats& stats) const {
   budget.calibrated = true;
   budget.levels = rules->exit.thresholds.size();
   budget.bytes = rules->exit.bytes();
-  for (const auto& gate : rules->gates) {
-    const auto counters = gate->counters();
-    budget.audits += counters.audits;
-    budget.audit_errors += counters.losses;
-    budget.closings += counters.closings;
-    budget.reopenings += counters.reopenings;
-  }
-  budget.level = rules->gates.empty() ? 0 : rules->level();
+  const Supervision& supervision = rules->supervision;
+  const auto gates = supervision.counters();
+  budget.audits = gates.audits;
+  budget.audit_errors = gates.losses;
+  budget.closings = gates.closings;
+  budget.reopenings = gates.reopenings;
+  budget.level = supervision.levels() == 0 ? 0 : supervision.level();
   stats.entries += static_cast<std::uint64_t>(rules->exit.outputs.size(0));
 }
 

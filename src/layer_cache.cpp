@@ -112,15 +112,7 @@ CalibrationSample LayerCacheBase::run_sample(const std::function<std::optional<I
   const c10::NoGradGuard no_grad;
   impl_->check_made_for_budget();
   impl_->model->check_unchanged();
-  return run_model([&] {
-    return impl_->budget->run_sample([&]() -> std::optional<Batch> {
-      const auto given = sample();
-      if (!given) return std::nullopt;
-      Batch batch = check_batch(*given, impl_->inputs, impl_->profile, impl_->model->device());
-      check_packable(batch, *impl_->model, impl_->profile);
-      return batch;
-    });
-  });
+  return impl_->budget->run_sample(sample);
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {

@@ -459,7 +459,7 @@ void LayerCacheBase::Impl::verify_later(Call& call, Verification::Due due, Answe
       verification.failed();
     }
   };
-  verifying_->add(std::move(job), bytes);
+  if (!verifying_->add(std::move(job), bytes)) return;  // counted as dropped: another answer of the size is compared
 }
 
 void LayerCacheBase::Impl::drop() {

@@ -13,11 +13,11 @@
 #include "bank/memory.h"
 #include "budget_reuse.h"
 #include "execute/batch.h"
+#include "execute/run_model.h"
 #include "execute/thread_state.h"
 #include "fallbacks.h"
 #include "kept_later.h"
 #include "known_outputs.h"
-#include "llmcache/error.h"
 #include "llmcache/layer_cache.h"
 #include "model/probe.h"
 #include "prefix_reuse.h"
@@ -25,18 +25,6 @@
 #include "threshold_reuse.h"
 
 namespace llmcache {
-
-/// Runs the model; what it raises becomes Error(kModelFailed) with the original nested.
-template <class Run>
-auto run_model(Run run) {
-  try {
-    return run();
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    std::throw_with_nested(Error(ErrorCode::kModelFailed, error.what()));
-  }
-}
 
 struct LayerCacheBase::Impl {
   Impl(std::unique_ptr<Model> wrapped, Options chosen);

@@ -104,6 +104,11 @@ std::string Stats::to_string() const {
         budget->calibrated ? "calibrated" : "not calibrated", budget->early_exits, budget->token_reuses,
         budget->segment_reuses, budget->level, budget->levels, budget->audits, budget->audit_errors, budget->closings,
         budget->reopenings, budget->bytes);
+    if (budget->audits_failed > 0) {
+      text += fmt::format("; {} audits failed, the latest: {}", budget->audits_failed, budget->audit_failure);
+    }
+    if (budget->audits_dropped > 0) text += fmt::format("; {} audits dropped", budget->audits_dropped);
+    if (budget->calibrating_bytes > 0) text += fmt::format("; calibrating in {} bytes", budget->calibrating_bytes);
   }
   for (const LayerStats& l : layers) {
     text += fmt::format(

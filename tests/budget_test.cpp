@@ -1,58 +1,16 @@
 // Fidelity::kBudget: calibration, early exits, the promise, its supervision, and profiles on disk.
-#include <c10/util/Exception.h>
-
 #include <cmath>
 #include <fstream>
 #include <random>
 #include <thread>
 
+#include "budget_support.h"
 #include "refresh/exit_calibration.h"
-#include "support.h"
 
 namespace llmcache::test {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr const char* kModel = "tiny-bert-pooled";
-
-/// Queries on `topics` topics: each has tokens of its own, of which a query has a few, in any order, and some that all
-/// have in common. `first_topic`: others are drifted traffic.
-class Traffic {
- public:
-  explicit Traffic(std::uint64_t seed, std::int64_t first_topic = 0, std::int64_t topics = 12)
-      : generator_(seed), first_topic_(first_topic), topics_(topics) {}
-
-  Request batch(const std::vector<std::int64_t>& lengths) {
-    Request request = right_padded(model_info(kModel), lengths, 1);
-    for (std::size_t row = 0; row < lengths.size(); ++row) {
-      const std::int64_t topic = first_topic_ + below(topics_);
-      auto ids = request.ids()[static_cast<std::int64_t>(row)];
-      for (std::int64_t t = 0; t < lengths[row]; ++t) {
-        ids[t] = below(6) == 0 ? below(8) : 8 + topic * 5 + below(5);
-      }
-    }
-    return request;
-  }
-  Request next() { return batch({4 + below(9), 4 + below(9), 4 + below(9), 4 + below(9)}); }
-
-  std::vector<Inputs> sample(int batches) {
-    std::vector<Inputs> all;
-    for (int i = 0; i < batches; ++i) all.push_back(next().inputs);
-    return all;
-  }
-
- private:
-  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(generator_() % static_cast<std::uint64_t>(n)); }
-
-  std::mt19937_64 generator_;
-  std::int64_t first_topic_, topics_;
-};
-
-/// Eight classes of the tiny model's output, centred so that all are used.
-at::Tensor classes(const at::Tensor& outputs) {
-  return at::mm(outputs, at::sin(at::arange(outputs.size(1) * 8, at::kFloat)).view({outputs.size(1), 8}));
-}
 
 Options options_for(BudgetMetric metric, double epsilon) {
   Options options{.fidelity = Fidelity::kBudget};
@@ -177,15 +135,6 @@ TEST_F(BudgetTest, AnswersThatWereReusedAreNotKeptAsIdentical) {
   }
   EXPECT_GT(left, 3);
 }
-
-/// Counts warnings of the library.
-class Warnings final : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override {
-    if (warning.msg().find("llmcache") != std::string::npos) ++count;
-  }
-  int count = 0;
-};
 
 TEST_F(BudgetTest, WithoutACalibrationItIsLosslessAndSaysSoOnce) {
   LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
@@ -429,20 +378,6 @@ TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {
   serve(cache, plain_, traffic, 30, BudgetMetric::kDecision, 1);
   EXPECT_LE(cache.stats().peak_bytes, options.capacity_bytes);
   EXPECT_GT(cache.stats().budget->early_exits, 0U);
-}
-
-/// Documents of 40 tokens of which one is changed from request to request, now and then a new one.
-std::vector<Request> documents(const ModelInfo& info, int requests, std::uint64_t seed) {
-  std::vector<Request> all;
-  auto current = right_padded(info, {40}, seed);
-  for (int i = 0; i < requests; ++i) {
-    if (i % 12 == 0) current = right_padded(info, {40}, seed + static_cast<std::uint64_t>(i));
-    Request next = current;
-    next.inputs = copy_of(current.inputs);
-    next.ids()[0][5 + i % 30] = 10 + (i * 7) % 200;
-    all.push_back(next);
-  }
-  return all;
 }
 
 TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {

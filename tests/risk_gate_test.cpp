@@ -188,6 +188,51 @@ TEST(RiskGate, LateRecordsCountButBelongToTheirPeriod) {
   EXPECT_FALSE(gate.open());
 }
 
+TEST(RiskGate, ClosedByForceItOpensByAuditsAlone) {
+  RiskGate gate({.epsilon = 0.1, .audit_rate = 0.5});
+  gate.close();
+  EXPECT_FALSE(gate.open());
+  EXPECT_EQ(gate.counters().closings, 1U);
+  for (int i = 0; i < 5000; ++i) gate.next(false);
+  EXPECT_FALSE(gate.open()) << "nothing was audited";
+  gate.record(gate.next(true), 0);
+  for (int i = 0; i < 5000 && !gate.open(); ++i) gate.next(false);
+  EXPECT_TRUE(gate.open());
+  EXPECT_EQ(gate.counters().reopenings, 1U);
+}
+
+TEST(RiskGate, ClosingByForceDoesNotBluntTheTest) {
+  RiskGate gate({.epsilon = 0.1, .audit_rate = 0.5});
+  const double level = gate.counters().level;
+  for (int times = 0; times < 3; ++times) {
+    gate.close();
+    gate.close();
+    for (int i = 0; i < 20000 && !gate.open(); ++i) gate.record(gate.next(true), 0);
+    ASSERT_TRUE(gate.open());
+  }
+  EXPECT_EQ(gate.counters().closings, 3U);
+  EXPECT_EQ(gate.counters().level, level);
+}
+
+TEST(RiskGate, FailedAuditsCountAsLossesWhileClosedAndAsNothingWhileOpen) {
+  RiskGate gate({.epsilon = kBudget, .audit_rate = 1});
+  for (int i = 0; i < 5000; ++i) gate.fail(gate.next(true));
+  EXPECT_TRUE(gate.open());
+  EXPECT_EQ(gate.counters().audits, 0U);
+  while (gate.open()) gate.record(gate.next(true), 1);
+  // One in ten fails: right or not, that is more than the budget.
+  for (int i = 0; i < 20000; ++i) {
+    const auto decision = gate.next(true);
+    i % 10 == 0 ? gate.fail(decision) : gate.record(decision, 0);
+    ASSERT_FALSE(gate.open());
+  }
+  // However many failed, it opens no later once they do not.
+  int audits = 0;
+  for (; audits < 20000 && !gate.open(); ++audits) gate.record(gate.next(true), 0);
+  EXPECT_TRUE(gate.open());
+  EXPECT_LT(audits, 3000);
+}
+
 TEST(RiskGate, ManyThreads) {
   constexpr int kThreads = 4;
   constexpr int kRequests = 5000;

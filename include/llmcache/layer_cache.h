@@ -72,19 +72,26 @@ class LayerCacheBase {
   /// to be reused, finds out how readily it may be (CalibrationProfile tells how), and goes by the result from then on.
   /// `sample` gives one batch after another, and nothing at the end: requests drawn independently from what will be
   /// served, in the thousands for an epsilon of 0.01. Identical ones count once. Nothing of it is kept but the banks;
-  /// token states that were kept before are dropped.
-  /// Other calls may go on meanwhile; those that begin later go by the result.
+  /// token states that were kept before are dropped when the result is taken over.
   ///
-  /// Throws Error as forward(), kInvalidOptions if the cache was made for another fidelity, kNotAvailable with the
-  /// reason where the model offers nothing to reuse, kInvalidInput if the sample is too small to fit anything. What was
-  /// in force stays in force then.
+  /// Other calls may go on meanwhile, clear() included; those that begin later go by the result. A calibration shares
+  /// nothing with them: it works in a bank of its own, as large as the one that serves may be (Options::capacity_bytes
+  /// times BudgetOptions::capacity_share). Beside that it holds the sample (CalibrationSample::bytes) and outputs to
+  /// compare with, at most as large as that bank or 256 MiB; BudgetStats::calibrating_bytes has the sum while it runs.
+  /// Of several at once one runs after the other.
+  ///
+  /// What `sample` throws passes through unchanged. All else is Error: kInvalidInput for a bad batch, or a sample that
+  /// is too small (the message says how many sequences are needed at least and how many came); kModelFailed with what
+  /// the model raised nested; kInvalidOptions if the cache was made for another fidelity, or with what
+  /// BudgetOptions::scores raised nested; kNotAvailable with the reason where the model offers nothing to reuse, or
+  /// where the fit cannot be made; kModelChanged. What was in force stays in force then.
   CalibrationProfile calibrate(const std::function<std::optional<Inputs>()>& sample);
   CalibrationProfile calibrate(const std::vector<Inputs>& sample);
   /// The two steps of it: running the sample, and fitting and certifying, which may be repeated for other budgets.
   [[nodiscard]] CalibrationSample run_sample(const std::function<std::optional<Inputs>()>& sample) const;
   CalibrationProfile calibrate(const CalibrationSample& sample);
-  /// Goes by a profile that was made before, for the same model and options. Throws Error(kInvalidOptions) that says
-  /// what does not fit; what was in force stays then.
+  /// Goes by a profile that was made before, for the same model and options; token states that were kept before are
+  /// dropped. Throws Error(kInvalidOptions) that says what does not fit; what was in force stays then.
   void use_calibration(const CalibrationProfile& profile);
   /// The profile in force; unset if there is none.
   [[nodiscard]] std::optional<CalibrationProfile> calibration() const;

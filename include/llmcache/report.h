@@ -132,12 +132,13 @@ struct BudgetStats {
   std::uint64_t audits = 0;                   ///< answers compared with the full computation
   double audit_errors = 0;                    ///< sum of their errors
   std::uint64_t audits_waiting = 0;           ///< background audits not made yet
-  std::uint64_t audits_dropped = 0;           ///< background audits for which there was no time
-  std::uint64_t audits_failed = 0;            ///< audits that raised an error: after some in a row reuse is closed
+  std::uint64_t audits_dropped = 0;           ///< background audits there was no time for: after 64 in a row nothing is reused
+  std::uint64_t audits_failed = 0;            ///< audits that raised an error: after 8 in a row nothing is reused
   std::string audit_failure;                  ///< reason of the latest one
   std::uint64_t closings = 0;                 ///< times that supervision stopped a level
   std::uint64_t reopenings = 0;               ///< times that it allowed one again
   std::size_t bytes = 0;                      ///< of the calibrated banks
+  std::size_t calibrating_bytes = 0;          ///< what a calibration that is running holds now, beside all other bytes
 };
 
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are

@@ -157,6 +157,12 @@ Plan Batch::full_plan(std::int32_t layers) const {
   return plan;
 }
 
+std::size_t Batch::input_bytes() const {
+  std::size_t bytes = 0;
+  for (const c10::IValue& input : inputs) bytes += input.isTensor() ? input.toTensor().nbytes() : 0;
+  return bytes;
+}
+
 Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   Batch part;
   part.rows = static_cast<std::int64_t>(chosen.size());

@@ -1,6 +1,7 @@
 // The inputs of one call, checked, and where the real tokens of each row are.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,6 +30,8 @@ struct Batch {
 
   /// Every real token through every layer.
   [[nodiscard]] Plan full_plan(std::int32_t layers) const;
+  /// Bytes that its inputs take.
+  [[nodiscard]] std::size_t input_bytes() const;
   /// The batch made of some of the rows, in that order.
   [[nodiscard]] Batch select(const std::vector<std::int64_t>& chosen) const;
 };

@@ -168,7 +168,8 @@ class Checker {
       }
       return {};
     } catch (const std::exception& error) {
-      return fmt::format("the packed model raised: {}", reason_of(error));
+      return fmt::format("rows cannot be put behind each other without their padding (the model raised: {})",
+                         reason_of(error));
     }
   }
 
@@ -248,7 +249,8 @@ class Checker {
         }
       }
     } catch (const std::exception& error) {
-      note(fmt::format("recomputing some tokens raised: {}", reason_of(error)));
+      note(fmt::format("some tokens of a sequence cannot be run without the others (the model raised: {})",
+                       reason_of(error)));
       return false;
     }
     return true;

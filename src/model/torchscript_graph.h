@@ -78,6 +78,7 @@ struct ValueInfo {
   at::ScalarType dtype = at::kFloat;
   std::vector<Label> dims;  ///< of a tensor
   Label integer;            ///< of an integer, or of a 0-dimensional integral tensor
+  bool nested = false;      ///< a nested tensor: its sequences have no common length
 
   /// Position of the only dimension of that kind, -1 if there is none, -2 if there are several.
   [[nodiscard]] int only(Label::Kind kind_wanted) const;

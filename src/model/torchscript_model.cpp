@@ -34,6 +34,32 @@ bool has_training_dropout(const torch::jit::Block* block) {
   return false;
 }
 
+/// A list that is changed in another part of the graph than the one that made it, or null: parts run one by one, and
+/// what one does to a list is no value that another could get.
+const Value* growing_list(const FlatGraph& flat) {
+  for (const Node* node : flat.graph->nodes()) {
+    const auto* schema = node->maybeSchema();
+    if (schema == nullptr || !schema->is_mutable()) continue;
+    for (std::size_t i = 0; i < node->inputs().size() && i < schema->arguments().size(); ++i) {
+      const auto* alias = schema->arguments()[i].alias_info();
+      const Value* value = node->input(i);
+      const auto kind = value->type()->kind();
+      if (alias == nullptr || !alias->isWrite()) continue;
+      if (kind != c10::TypeKind::ListType && kind != c10::TypeKind::DictType) continue;
+      const auto part_of = [&](const Node* user) {
+        while (user->owningBlock() != flat.graph->block()) user = user->owningBlock()->owningNode();
+        return user->kind() == prim::Return ? static_cast<int>(flat.layers) + 1 : flat.part.at(user);
+      };
+      const int part = flat.part.at(node);
+      if (value->node()->kind() == prim::Param || flat.part.at(value->node()) != part) return value;
+      for (const auto& use : value->uses()) {
+        if (part_of(use.user) != part) return value;
+      }
+    }
+  }
+  return nullptr;
+}
+
 bool is_hidden_like(const ValueInfo& info) {
   using Kind = Label::Kind;
   return info.is_tensor() && at::isFloatingType(info.dtype) && info.dims.size() == 3 &&
@@ -233,6 +259,7 @@ Analysis analyse(const Module& module, const Options& options) {
         "if there is one layer only, name it in Options.layers");
   }
   std::string reasons;
+  bool nested = false;
   for (const Chain& chain : chains) {
     Analysis analysis;
     analysis.module = module;
@@ -242,6 +269,12 @@ Analysis analyse(const Module& module, const Options& options) {
     auto& flat = analysis.flat;
     if (has_training_dropout(flat.graph->block())) {
       unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
+    }
+    if (const auto* list = growing_list(flat)) {
+      unsupported(fmt::format(
+          "forward() changes the list '{}' from layer to layer, in a way that cannot be told from the list's last "
+          "state; let it append() to it only and read it behind the layers, or return the states as a tuple",
+          list->debugName()));
     }
     analysis.vocabulary = input_vocabulary(flat, module);
     const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
@@ -258,6 +291,8 @@ Analysis analyse(const Module& module, const Options& options) {
                       "token-level: {}",
                       reason_of(error)));
     }
+    nested = nested || std::any_of(analysis.infos.begin(), analysis.infos.end(),
+                                   [](const auto& info) { return info.second.nested; });
     if (!choose_hidden(analysis, !options.layers.empty())) {
       reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
       continue;
@@ -276,6 +311,11 @@ Analysis analyse(const Module& module, const Options& options) {
       start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
     }
     return analysis;
+  }
+  if (nested) {
+    unsupported(
+        "the layers of the model hand on nested tensors, whose sequences have no common length: nn.TransformerEncoder "
+        "makes them of padded batches; construct it with enable_nested_tensor=False and export the model again");
   }
   unsupported(
       fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "

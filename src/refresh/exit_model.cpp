@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <span>
 
 #include "llmcache/error.h"
@@ -12,9 +13,22 @@
 namespace llmcache {
 namespace {
 
+/// The caller's function may throw anything: told from what the model raises.
+at::Tensor call(const ScoreFunction& scores, const at::Tensor& outputs) {
+  try {
+    return scores(outputs);
+  } catch (const std::exception& error) {
+    std::throw_with_nested(
+        Error(ErrorCode::kInvalidOptions, std::string("BudgetOptions.scores raised: ") + error.what()));
+  } catch (...) {
+    std::throw_with_nested(
+        Error(ErrorCode::kInvalidOptions, "BudgetOptions.scores threw something that is no std::exception"));
+  }
+}
+
 at::Tensor scores_of(const at::Tensor& outputs, const ScoreFunction& scores) {
   if (!scores) return outputs;
-  auto result = scores(outputs);
+  auto result = call(scores, outputs);
   if (!result.defined() || result.dim() != 2 || result.size(0) != outputs.size(0)) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("BudgetOptions.scores returned {} for outputs of shape [{}, {}]; [{}, classes] is expected",

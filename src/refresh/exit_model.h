@@ -99,8 +99,8 @@ struct ExitModel {
                                            const ScoreFunction& scores) const;
 };
 
-/// int64 [n]: the decisions that `outputs` `[n, values]` lead to. Throws Error(kInvalidOptions) if `scores` does not
-/// return [n, classes] with two classes or more.
+/// int64 [n]: the decisions that `outputs` `[n, values]` lead to; `scores` may be empty. Throws Error(kInvalidOptions)
+/// if it does not return [n, classes] with two classes or more, and with what it throws nested.
 at::Tensor decisions_of(const at::Tensor& outputs, const ScoreFunction& scores);
 
 }  // namespace llmcache

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "refresh/exit_model.h"
+
 namespace llmcache {
 namespace {
 
@@ -30,9 +32,9 @@ double OutputError::operator()(const at::Tensor& answer, const at::Tensor& full)
     const double error = (got - want).norm(2, 1).mean().item<double>() / typical_distance_;
     return std::isfinite(error) ? std::min(error, 1.0) : 1;
   }
-  const bool scored = scores_ && metric_ == BudgetMetric::kDecision;
-  const auto decide = [&](const at::Tensor& rows) { return (scored ? scores_(rows) : rows).argmax(1); };
-  return decide(got).ne(decide(want)).to(at::kDouble).mean().item<double>();
+  static const ScoreFunction none;
+  const ScoreFunction& scores = metric_ == BudgetMetric::kDecision ? scores_ : none;
+  return decisions_of(got, scores).ne(decisions_of(want, scores)).to(at::kDouble).mean().item<double>();
 }
 
 double OutputError::typical_distance(const std::vector<at::Tensor>& outputs, bool per_token) {

@@ -18,7 +18,7 @@ class OutputError {
       : metric_(metric), scores_(std::move(scores)), per_token_(per_token), typical_distance_(typical_distance) {}
 
   /// 0 to 1. Decision and relative error of an output with one entry a token: the mean over its tokens. Token
-  /// agreement: of the last token. Not finite: 1.
+  /// agreement: of the last token. Not finite: 1. Throws Error(kInvalidOptions) as decisions_of().
   [[nodiscard]] double operator()(const at::Tensor& answer, const at::Tensor& full) const;
 
   /// Mean distance between outputs of different sequences, `[1, values]` each, or `[1, tokens, values]`, of which equal

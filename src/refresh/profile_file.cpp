@@ -12,6 +12,7 @@
 #include "refresh/profile_text.h"
 #include "store/bounded_file.h"
 #include "store/damaged_data.h"
+#include "refresh/profile_check.h"
 
 namespace llmcache {
 namespace {
@@ -178,6 +179,7 @@ CalibrationProfile CalibrationProfile::load(const fs::path& path) {
       return exit_model(tensors, text);
     });
   }
+  check_numbers(text.profile);
   return std::move(text.profile);
 }
 

@@ -66,7 +66,7 @@ double RiskGate::audit_rate() const {
 
 double RiskGate::level() const {
   const auto spent = [](std::uint64_t times) { return -static_cast<int>(std::min<std::uint64_t>(times, 900)) - 1; };
-  return counters_.open ? std::ldexp(settings_.close_level, spent(counters_.closings))
+  return counters_.open ? std::ldexp(settings_.close_level, spent(counters_.closings - forced_))
                         : std::ldexp(settings_.reopen_level, spent(counters_.reopenings));
 }
 
@@ -111,7 +111,7 @@ RiskGate::Decision RiskGate::next(bool could_reuse) {
   counters_.candidates += could_reuse ? 1 : 0;
   // Nothing more will be known of a request that is not audited. Open, it counts as a loss of 0; closed, it counts only
   // if it would have been observed.
-  if (!decision.audit && (counters_.open || chosen)) take(decision.rate, 0);
+  if (!decision.audit && (counters_.open || chosen) && !blind_) take(decision.rate, 0);
   return decision;
 }
 
@@ -119,9 +119,26 @@ void RiskGate::record(const Decision& decision, double loss) {
   const double checked = loss >= 0 && loss <= 1 ? loss : 1;
   const std::lock_guard lock(mutex_);
   if (!decision.audit) return;
+  blind_ = false;
   ++counters_.audits;
   counters_.losses += checked;
   if (decision.period == counters_.closings + counters_.reopenings) take(decision.rate, checked);
+}
+
+void RiskGate::fail(const Decision& decision) {
+  const std::lock_guard lock(mutex_);
+  if (!decision.audit || counters_.open || decision.period != counters_.closings + counters_.reopenings) return;
+  // No capital is put in for it, so that however many fail, opening takes no longer once they are made again.
+  for (std::size_t i = 0; i < kStakes; ++i) stakes_[i] *= std::max(factor(i, decision.rate, 1), 0.0);
+}
+
+void RiskGate::close() {
+  const std::lock_guard lock(mutex_);
+  blind_ = true;
+  if (!counters_.open) return;
+  ++counters_.closings;
+  ++forced_;
+  start(false);
 }
 
 bool RiskGate::open() const {

@@ -33,9 +33,13 @@ namespace llmcache {
 /// Closed: nothing is reused; a share closed_audit_rate of requests is audited. The gate opens when the like test
 /// rejects "the error is at least epsilon" on what was seen since it closed.
 ///
-/// The n-th closing is tested at close_level / 2^n, the n-th opening at reopen_level / 2^n. So a mechanism that stays
-/// within its budget is ever closed with a probability of at most close_level, and one that stays out of it is ever
-/// opened again with at most reopen_level.
+/// An audit that could not be made is no evidence: open, its request is left out of the test; closed, it counts as the
+/// worst loss. Where audits cannot be made at all, close() stops reuse without a test; nothing then counts towards
+/// opening before the first audit that is recorded.
+///
+/// The n-th closing by the test is tested at close_level / 2^n, the n-th opening at reopen_level / 2^n. So a mechanism
+/// that stays within its budget is ever closed with a probability of at most close_level, and one that stays out of it
+/// is ever opened again with at most reopen_level.
 class RiskGate {
  public:
   struct Settings {
@@ -80,11 +84,16 @@ class RiskGate {
 
   explicit RiskGate(Settings settings);
 
-  /// Each request that is served, once; `could_reuse`: a reused answer is at hand. Thread-safe.
+  /// Each request that is served, once; `could_reuse`: a reused answer is at hand. Where the request fails, or is
+  /// answered in another way after all, nothing more is told of it, and it has no part in the test. Thread-safe.
   Decision next(bool could_reuse);
-  /// The loss of an audited decision, in [0, 1]; NaN and anything else counts as 1. Audits that failed are not
-  /// recorded. Those of before the last closing or opening are counted and no more. Thread-safe.
+  /// The loss of an audited decision, in [0, 1]; NaN and anything else counts as 1. Those of before the last closing or
+  /// opening are counted and no more. Thread-safe.
   void record(const Decision& decision, double loss);
+  /// The audit of a decision whose answer was or could have been served could not be made. Thread-safe.
+  void fail(const Decision& decision);
+  /// Audits cannot be made: closes, whatever was seen. Thread-safe.
+  void close();
 
   [[nodiscard]] bool open() const;
   [[nodiscard]] Counters counters() const;
@@ -107,8 +116,10 @@ class RiskGate {
   Counters counters_;
   std::array<double, kStakes> stakes_{};  ///< capital at stake
   std::array<double, kStakes> cusums_{};
-  double information_ = 0;  ///< expected audits of this period, times epsilon
-  double reserve_ = 1;      ///< capital not at stake yet
+  bool blind_ = false;        ///< closed by close(), and nothing was recorded since
+  std::uint64_t forced_ = 0;  ///< closings by close()
+  double information_ = 0;    ///< expected audits of this period, times epsilon
+  double reserve_ = 1;        ///< capital not at stake yet
   double weighted_losses_ = 0;
 };
 

@@ -23,7 +23,10 @@ class CalibrationSample {
   std::string model_digest;                     ///< of the model that computed them
   std::int64_t sequences = 0;                   ///< different ones
   std::shared_ptr<const ExitSample> exit = {};  ///< what early exits are fitted on; null: this model has none
-  std::shared_ptr<const std::vector<Batch>> requests = {};  ///< in their order
+  std::shared_ptr<const std::vector<Batch>> requests = {};  ///< the first 1,000, in their order
+  /// What it holds: the inputs of these requests, and where the model has early exits, of each different sequence the
+  /// mean state in front of each layer and its output: 4 * (layers * hidden + values) bytes.
+  std::size_t bytes = 0;
 };
 
 /// Reuse of token states (encoders) or of segments (decoders), as a calibration chose it.
@@ -41,7 +44,7 @@ struct ReuseChoice {
   double error = 0;             ///< mean error among these
   double bound = 0;             ///< its upper bound with confidence 1 - delta
   double computed = 1;          ///< token-layers computed / all, of these
-  double typical_distance = 0;  ///< between outputs of different requests
+  double typical_distance = 0;  ///< between outputs of different requests (kRelativeError)
 };
 
 /// What calibrate() fitted, and the evidence for its promise. Immutable; cheap to copy.
