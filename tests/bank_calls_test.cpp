@@ -242,7 +242,7 @@ TEST(PrefixTags, StayWithTheTokensWhoeverMakesThemKnown) {
     bank.clear();
     pass.commit(bank);
   }
-  EXPECT_EQ(classes(bank, iota(60)), std::pair(6, 9)) << "one node in two blocks at most: the union";
+  EXPECT_EQ(classes(bank, iota(60)), std::pair(6, 6));
   EXPECT_EQ(classes(bank, joined(iota(60), iota(200, 900))), std::pair(6, 9));
   // Rows of a batch that begin alike: what another one computed is of its length.
   Pass first(bank, "t", joined(iota(20), iota(100, 300)));
@@ -484,7 +484,7 @@ TEST(FailingMemory, CommittingToAPrefixBankNeverFails) {
                             EXPECT_EQ(counters.insertions + counters.rejected, turns);
                             EXPECT_LE(counters.peak_bytes, capacity);
                             const auto length = known(bank, pass->space, pass->tokens);
-                            if (counters.rejected == 0) EXPECT_EQ(length, std::ssize(pass->tokens));
+                            EXPECT_TRUE(counters.rejected > 0 || length == std::ssize(pass->tokens));
                             prepare();
                           });
     }
@@ -535,7 +535,8 @@ TEST(FailingMemory, SegmentsAreReservedAndInsertedOrRejected) {
   for (const std::size_t capacity : {std::size_t{1} << 20, std::size_t{20000}}) {
     SegmentBank bank({capacity, {}, 1, 16, kSpecs, BankFormat::kAsComputed});
     bank.insert(room_for(bank, "a", iota(100)), 1, 0);
-    at_every_allocation([&] { std::ignore = bank.reserve("a", iota(200, 5000)); },
+    const auto wanted = iota(200, 5000);
+    at_every_allocation([&] { std::ignore = bank.reserve("a", wanted); },
                         [](bool threw) { EXPECT_FALSE(threw); });
     EXPECT_EQ(bank.counters().rejected, 0u);
     std::uint64_t turns = 1;

@@ -158,8 +158,12 @@ struct Options {
   Fidelity fidelity = Fidelity::kLossless;
 
   /// Upper bound in bytes for everything the cache keeps: tensors, keys and index together. The
-  /// bound is enforced before memory is taken, so it holds at every moment. 0 keeps nothing.
+  /// bound is enforced before anything is taken over, so it holds at every moment. 0 keeps nothing.
   /// An entry that is larger than this is not kept (counted in Stats::rejected).
+  /// What a running request computes is its own until it returns: only then is anything evicted for it,
+  /// known or counted, and a request that fails leaves the cache as it was. Until then it is working
+  /// memory beside the capacity: of prefixes, token states and segments at most as much again, of all
+  /// running requests together.
   /// Default 256 MiB: about 680 outputs of BERT-base at 128 tokens.
   std::size_t capacity_bytes = std::size_t{256} << 20;
 

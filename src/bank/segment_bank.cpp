@@ -130,9 +130,11 @@ std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const {
 }
 
 SegmentBank::Room SegmentBank::reserve(std::string_view space, std::span<const std::int64_t> tokens) {
-  {
+  try {
     const std::lock_guard lock(mutex_);
     if (index_.prefix({space, tokens}).tokens == tokens.size() / settings_.token_width) return {};
+  } catch (const std::bad_alloc&) {
+    return {nullptr, true};
   }
   return reserve_mean(space, tokens, {});
 }
