@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <fmt/core.h>
 
+#include <bit>
+
 #include "execute/batch.h"
 #include "execute/engine.h"
 #include "llmcache/error.h"
@@ -32,8 +34,9 @@ class Checker {
     profile_.verified.tokens = 40;
     profile_.verified.rows = 3;
     if (profile_.rows_independent) {  // probing compared rows alone and among others
-      for (std::uint8_t a = 0; a <= 4; ++a) {
-        for (std::uint8_t b = 0; b <= 4; ++b) {
+      constexpr std::uint8_t kEight = 3;  // of nine rows, and of 14 tokens
+      for (std::uint8_t a = 0; a <= kEight; ++a) {
+        for (std::uint8_t b = 0; b <= kEight; ++b) {
           profile_.verified.codes.push_back(SizeCode(Kind::kMatchRows, a, b).number());
           profile_.verified.codes.push_back(SizeCode(Kind::kMatchWidth, a, b).number());
         }
@@ -62,8 +65,10 @@ class Checker {
   using Spans = std::vector<RowSpan>;
   using Kind = SizeCode::Kind;
 
+  /// Sizes up to the largest power of two that `size` reaches.
   void verified(Kind kind, std::int64_t size) {
-    profile_.verified.codes.push_back(SizeCode(kind, size_class(size)).number());
+    const auto whole = static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(size)));
+    profile_.verified.codes.push_back(SizeCode(kind, size_class(whole)).number());
   }
 
   void note(const std::string& why) { profile_.notes.push_back("token-level reuse is not available: " + why); }

@@ -228,7 +228,8 @@ class Follower {
 
   /// Is this input of a node a shape, a dimension or the like, rather than a number that counts by its value?
   static bool is_shape(const Node* node, std::size_t input) {
-    static const Names kByValue{"tril", "triu", "tril_", "triu_", "roll", "one_hot", "pow", "repeat_interleave"};
+    static const Names kByValue{"tril", "triu", "tril_", "triu_", "roll", "one_hot", "pow",
+                                 "repeat_interleave", "tensor", "scalar_tensor", "as_tensor"};
     const auto* schema = node->maybeSchema();
     if (schema == nullptr || input >= schema->arguments().size()) return false;
     const auto& type = schema->arguments()[input].type();
@@ -541,7 +542,7 @@ class Follower {
     if (all.rows == Way::kStepped && number) {
       result.set_rows(Way::kStepped, all.rows_from);
     } else if (all.rows == Way::kStepped) {
-      found(found_.rows, all.rows_from, node, "what the rows of the batch hold, or on how many they are");
+      found(found_.rows, all.rows_from, node, "what the rows of the batch hold, or from how many they are");
     }
     // Statistics over the rows of a batch.
     int rows_in = 0;
@@ -573,15 +574,15 @@ class Follower {
 
   static void found(std::string& text, const Node* from, const Node* at, const char* what) {
     if (!text.empty()) return;
-    text = fmt::format("its numbers follow from {} by {}{}", what, from == nullptr ? "a step" : where(from),
+    text = fmt::format("numbers follow from {}, by {}{}", what, from == nullptr ? "a step" : where(from),
                        at == nullptr || at == from ? "" : ", used by " + where(at));
   }
 
   void reaches_result(const Taint& taint, const Node* at) {
     if (taint.length == Way::kStepped) {
-      found(found_.length, taint.length_from, at, "the length of the sequence or on all of its tokens together");
+      found(found_.length, taint.length_from, at, "the length of the sequence, or from all of its tokens together");
     }
-    if (taint.rows == Way::kStepped) found(found_.rows, taint.rows_from, at, "what the rows of the batch hold, or on how many they are");
+    if (taint.rows == Way::kStepped) found(found_.rows, taint.rows_from, at, "what the rows of the batch hold, or from how many they are");
   }
 
   /// Numbers that an input is compared with.
