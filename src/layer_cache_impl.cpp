@@ -396,7 +396,11 @@ LayerCacheBase::Impl::Computed LayerCacheBase::Impl::compute_within_budget(Call&
 
 c10::IValue LayerCacheBase::Impl::verified(Call& call, const KnownRows& known, c10::IValue result) {
   AnswerSizes sizes = sizes_of(call.batch, known, call.prefix_uses, call.report);
-  if (!sizes.checkable) return result;
+  // Where the plain model is run layer by layer there is nothing to compare with.
+  const bool nothing_but_layers = !inputs.vocabulary_known || options.weights != Weights::kAsLoaded;
+  if (!sizes.checkable || (nothing_but_layers && call.report.execution == Execution::kDense && !sizes.reused)) {
+    return result;
+  }
   const auto due = verification.due(sizes.codes, sizes.reused);
   if (due == Verification::Due::kNo) return result;
   if (verifying_) {

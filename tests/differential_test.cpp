@@ -52,7 +52,9 @@ TEST_P(Differential, RightPaddedBatches) {
     const auto want = plain(request.inputs);
     EXPECT_TRUE(right(wrapped(request, Fidelity::kLossless), want, request));
     const bool can_pack = profile().granularity != Granularity::kWholeLayers && profile().mask_argument >= 0;
-    EXPECT_EQ(report().execution, can_pack ? Execution::kPacked : Execution::kDense);
+    const bool packs = can_pack && !runs_plainly(request, want);
+    EXPECT_EQ(report().execution, packs ? Execution::kPacked : Execution::kDense);
+    EXPECT_EQ(report().fallback.empty(), !runs_plainly(request, want)) << report().fallback;
     EXPECT_TRUE(same_bits(wrapped(request, Fidelity::kIdentical), want));
     EXPECT_EQ(report().execution, Execution::kDense);
   }

@@ -195,7 +195,7 @@ TEST_P(PackedWeights, AnswersAsThePlainModule) {
         EXPECT_TRUE(close_on_real(got, want, request, tolerance_of(weights)));
         const auto hits = cache.stats().identical_hits;
         const auto again = cache.forward(request.inputs, {.fidelity = fidelity});
-        if (profile.rows_independent && profile.per_row_output) {
+        if (profile.rows_independent && profile.per_row_output && !runs_plainly(request, want)) {
           EXPECT_GT(cache.stats().identical_hits, hits);
           EXPECT_TRUE(close_on_real(again, got, request, 0));
         }

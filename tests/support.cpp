@@ -152,6 +152,12 @@ Request left_padded(const ModelInfo& info, const std::vector<std::int64_t>& leng
   return make_request(info, spans, width, seed);
 }
 
+bool runs_plainly(const Request& request, const c10::IValue& result) {
+  const auto tensors = leaves(result);
+  return std::any_of(request.spans.begin(), request.spans.end(), [](const Span& span) { return span.tokens == 0; }) &&
+         std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& leaf) { return leaf.dim() != 3; });
+}
+
 Inputs copy_of(const Inputs& inputs) {
   Inputs copies;
   for (const c10::IValue& input : inputs) {

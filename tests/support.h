@@ -104,6 +104,9 @@ Request right_padded(const ModelInfo& info, const std::vector<std::int64_t>& len
                      std::int64_t width = 0);
 Request left_padded(const ModelInfo& info, const std::vector<std::int64_t>& lengths, std::uint64_t seed);
 
+/// True if a row has no real token and the result has more than one entry a token: such requests run plainly.
+bool runs_plainly(const Request& request, const c10::IValue& result);
+
 /// The same inputs with other memory behind them.
 Inputs copy_of(const Inputs& inputs);
 

@@ -34,28 +34,30 @@ bool has_training_dropout(const torch::jit::Block* block) {
   return false;
 }
 
-/// A list that is changed in another part of the graph than the one that made it, or null: parts run one by one, and
-/// what one does to a list is no value that another could get.
-const Value* growing_list(const FlatGraph& flat) {
-  for (const Node* node : flat.graph->nodes()) {
-    const auto* schema = node->maybeSchema();
-    if (schema == nullptr || !schema->is_mutable()) continue;
-    for (std::size_t i = 0; i < node->inputs().size() && i < schema->arguments().size(); ++i) {
-      const auto* alias = schema->arguments()[i].alias_info();
-      const Value* value = node->input(i);
-      const auto kind = value->type()->kind();
-      if (alias == nullptr || !alias->isWrite()) continue;
-      if (kind != c10::TypeKind::ListType && kind != c10::TypeKind::DictType) continue;
-      const auto part_of = [&](const Node* user) {
-        while (user->owningBlock() != flat.graph->block()) user = user->owningBlock()->owningNode();
-        return user->kind() == prim::Return ? static_cast<int>(flat.layers) + 1 : flat.part.at(user);
-      };
-      const int part = flat.part.at(node);
-      if (value->node()->kind() == prim::Param || flat.part.at(value->node()) != part) return value;
-      for (const auto& use : value->uses()) {
-        if (part_of(use.user) != part) return value;
-      }
+/// A list or dictionary that `node`, or a node in its blocks, changes though another part of the graph made it; else
+/// null. Parts run one by one, and what one does to a list is no value that another could wait for.
+const Value* grown_elsewhere(const FlatGraph& flat, const Node* node, int part) {
+  for (const torch::jit::Block* block : node->blocks()) {
+    for (const Node* inner : block->nodes()) {
+      if (const Value* found = grown_elsewhere(flat, inner, part)) return found;
     }
+  }
+  const auto* schema = node->maybeSchema();
+  if (schema == nullptr || !schema->is_mutable()) return nullptr;
+  for (std::size_t i = 0; i < node->inputs().size() && i < schema->arguments().size(); ++i) {
+    const auto* alias = schema->arguments()[i].alias_info();
+    const auto kind = node->input(i)->type()->kind();
+    if (alias == nullptr || !alias->isWrite()) continue;
+    if (kind != c10::TypeKind::ListType && kind != c10::TypeKind::DictType) continue;
+    const auto made = flat.part.find(node->input(i)->node());  // nothing for what a block made itself
+    if (made != flat.part.end() && made->second != part) return node->input(i);
+  }
+  return nullptr;
+}
+
+const Value* grown_elsewhere(const FlatGraph& flat) {
+  for (const Node* node : flat.graph->nodes()) {
+    if (const Value* found = grown_elsewhere(flat, node, flat.part.at(node))) return found;
   }
   return nullptr;
 }
@@ -270,11 +272,12 @@ Analysis analyse(const Module& module, const Options& options) {
     if (has_training_dropout(flat.graph->block())) {
       unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
     }
-    if (const auto* list = growing_list(flat)) {
-      unsupported(fmt::format(
-          "forward() changes the list '{}' from layer to layer, in a way that cannot be told from the list's last "
-          "state; let it append() to it only and read it behind the layers, or return the states as a tuple",
-          list->debugName()));
+    if (const Value* list = grown_elsewhere(flat)) {
+      unsupported(
+          fmt::format("forward() changes the list '{}' between its layers by other means than append(), or keeps it in "
+                      "a tuple meanwhile; such a model cannot be run layer by layer: let it append() only, or collect "
+                      "the states in variables of their own",
+                      list->debugName()));
     }
     analysis.vocabulary = input_vocabulary(flat, module);
     const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());

@@ -36,7 +36,8 @@ def safetensors(tensors, metadata=None, header=None):
 
 
 def json_seeds():
-    write("json", "object", '{"a": 1, "b": [true, false, null, -2.5e-3, "\\u00e9\\ud83d\\ude00"], "c": {"a": {"a": []}}}')
+    text = '"\\u00e9\\ud83d\\ude00"'
+    write("json", "object", '{"a": 1, "b": [true, false, null, -2.5e-3, ' + text + '], "c": {"a": {"a": []}}}')
     write("json", "fields", '{"a": [{"a": "text"}, {"a": [0.5, 1]}, {"a": [[0, 1], [-1, 0.25]]}, {"a": -5}]}')
     write("json", "numbers", "[0, -0, 1e308, 5e-324, 9223372036854775807, -9223372036854775808, 18446744073709551615]")
     write("json", "overflow", '{"a": 1e999}')
@@ -165,7 +166,8 @@ def token_file(metadata=None, header=None, **changes):
 def token_file_seeds():
     write("token_file", "plain", token_file({"version": "1"}))
     labels = ("I64", [4], [0, 1, 1, 0])
-    write("token_file", "classification", token_file({"task": "classification", "label_names": '["a","b"]'}, labels=labels))
+    classes = {"task": "classification", "label_names": '["a","b"]'}
+    write("token_file", "classification", token_file(classes, labels=labels))
     scored = ("I64", [4, 2], [1, 3, 1, 2, 2, 3, 1, 3])
     write("token_file", "choice", token_file({"task": "choice"}, labels=("I64", [4], [0, 1, 1, 0]), scored=scored))
     write("token_file", "perplexity", token_file({"task": "perplexity"}, scored=scored))
