@@ -70,7 +70,7 @@ void LadderReuse::use(const std::optional<ReuseChoice>& choice) {
     rules_ = std::move(rules);
   }
   // What was certified began with an empty bank, and so does what serves. A request that still runs by the old rules
-  // may add to it: states of sequences that it computed in full, which are the same by any rules.
+  // may add to it: states that it did not approximate, which are kept by any rules.
   ladder_->clear();
 }
 
