@@ -6,35 +6,17 @@
 #include <cstdlib>
 #include <system_error>
 
+#include "data_file.h"
 #include "failure.h"
-#include "safetensors.h"
+#include "store/damaged_data.h"
+#include "store/safetensors.h"
 
 namespace llmcache::bench {
 namespace {
 
 constexpr const char* kKind = "probe file";
 
-}  // namespace
-
-std::int64_t Probe::classify(std::span<const float> row) const {
-  std::int64_t best = -1;
-  double best_score = 0;
-  for (std::size_t c = 0; c < bias.size(); ++c) {
-    double score = bias[c];
-    for (std::size_t d = 0; d < row.size(); ++d) {
-      score += static_cast<double>(weight[c * row.size() + d]) * static_cast<double>(row[d]);
-    }
-    if (std::isnan(score)) return -1;
-    if (best < 0 || score > best_score) {
-      best = static_cast<std::int64_t>(c);
-      best_score = score;
-    }
-  }
-  return best;
-}
-
-Probe parse_probe(std::string_view bytes, const std::string& name) {
-  const Safetensors in(bytes, name, kKind);
+Probe parse(const Safetensors& in) {
   if (in.text("version") != "2") {
     in.damaged(fmt::format("it has version '{}', expected '2'; fit the probe again", in.text("version")));
   }
@@ -66,6 +48,33 @@ Probe parse_probe(std::string_view bytes, const std::string& name) {
     }
   }
   return probe;
+}
+
+}  // namespace
+
+std::int64_t Probe::classify(std::span<const float> row) const {
+  std::int64_t best = -1;
+  double best_score = 0;
+  for (std::size_t c = 0; c < bias.size(); ++c) {
+    double score = bias[c];
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      score += static_cast<double>(weight[c * row.size() + d]) * static_cast<double>(row[d]);
+    }
+    if (std::isnan(score)) return -1;
+    if (best < 0 || score > best_score) {
+      best = static_cast<std::int64_t>(c);
+      best_score = score;
+    }
+  }
+  return best;
+}
+
+Probe parse_probe(std::string_view bytes, const std::string& name) {
+  try {
+    return parse(Safetensors(bytes));
+  } catch (const DamagedData& error) {
+    refuse_data(name, kKind, error.what());
+  }
 }
 
 Probe read_probe(const std::filesystem::path& path) { return parse_probe(read_file(path, kKind), path.string()); }

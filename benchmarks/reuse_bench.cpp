@@ -166,8 +166,8 @@ class Bench {
       : options_{.weights = weights_from_string(weights)}, model_(wrap_torchscript(torch::jit::load(path), options_)) {
     inputs_ = model_->input_spec();
     model_->describe(profile_);
-    output_ = probe(*model_, inputs_.vocabulary, {}, profile_);
-    self_check(*model_, inputs_.vocabulary, output_, profile_);
+    output_ = probe(*model_, inputs_, {}, profile_);
+    self_check(*model_, inputs_, output_, profile_);
     reuse_ = reuse_in(BankFormat::kAsComputed);
   }
 

@@ -100,8 +100,8 @@ class Bed {
     model_ = ModelTraits<torch::jit::Module>::wrap(torch::jit::load(arguments.model), options);
     inputs_ = model_->input_spec();
     model_->describe(profile_);
-    output_ = probe(*model_, inputs_.vocabulary, {}, profile_);
-    self_check(*model_, inputs_.vocabulary, output_, profile_);
+    output_ = probe(*model_, inputs_, {}, profile_);
+    self_check(*model_, inputs_, output_, profile_);
     constexpr std::size_t kCapacity = std::size_t{6} << 30;
     const auto start = Clock::now();
     SegmentOptions settings;
@@ -117,7 +117,7 @@ class Bed {
     ForwardReport report;
     const Batch batch = batch_of(tokens);
     segments_->keep(batch, "", report);
-    prefixes_->run(batch, "", Output::kLastToken, report);
+    run_prefix(batch, "", Output::kLastToken, report);
   }
 
   struct Answer {
@@ -132,7 +132,7 @@ class Bed {
     ForwardReport report;
     const auto start = Clock::now();
     // A tenant that knows nothing computes everything.
-    const auto result = prefixes_->run(batch, known ? "" : fmt::format("{}", ++nobody_), output_for(wanted), report);
+    const auto result = run_prefix(batch, known ? "" : fmt::format("{}", ++nobody_), output_for(wanted), report);
     return answer(result, start, report, wanted);
   }
 
@@ -146,6 +146,15 @@ class Bed {
   }
 
  private:
+  /// With what it computes kept.
+  c10::IValue run_prefix(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report) {
+    KeptLater kept;
+    std::vector<PrefixUse> uses;
+    auto result = prefixes_->run(batch, tenant, output, report, kept, uses);
+    kept.commit();
+    return result;
+  }
+
   [[nodiscard]] Batch batch_of(const Tokens& tokens) const {
     const auto ids = at::tensor(tokens, at::TensorOptions().dtype(at::kLong)).unsqueeze(0);
     Inputs inputs;

@@ -6,8 +6,10 @@
 #include <array>
 #include <cmath>
 
+#include "data_file.h"
 #include "failure.h"
-#include "safetensors.h"
+#include "store/damaged_data.h"
+#include "store/safetensors.h"
 
 namespace llmcache::bench {
 namespace {
@@ -202,6 +204,29 @@ class TaskReader {
   TokenFile& file_;
 };
 
+TokenFile parse(const Safetensors& in) {
+  const std::string version = in.text("version");
+  if (version != "1" && version != "2") in.damaged(fmt::format("it has version '{}', expected '1' or '2'", version));
+  TokenFile file;
+  file.workload = in.text("workload");
+  file.tokenizer = in.text("tokenizer");
+  file.source = in.text("source");
+  file.description = in.text("description");
+  file.order = in.text("order");
+  file.max_tokens = in.whole_number("max_tokens");
+  file.tokens = in.values<std::int32_t>("tokens");
+  file.sequence_offsets = in.values<std::int64_t>("sequence_offsets");
+  file.request_offsets = in.values<std::int64_t>("request_offsets");
+  check_offsets(file.sequence_offsets, file.tokens.size(), "sequence_offsets", in);
+  check_offsets(file.request_offsets, file.sequence_offsets.size() - 1, "request_offsets", in);
+  const auto negative = std::find_if(file.tokens.begin(), file.tokens.end(), [](std::int32_t id) { return id < 0; });
+  if (negative != file.tokens.end()) {
+    in.damaged(fmt::format("token {} is {}, ids are 0 or more", negative - file.tokens.begin(), *negative));
+  }
+  if (version == "2") TaskReader(in, file).read();
+  return file;
+}
+
 }  // namespace
 
 const char* to_string(Task task) noexcept {
@@ -263,27 +288,11 @@ std::int64_t TokenFile::first_request_from(std::int64_t sequence) const {
 bool TokenFile::grouped_by_label() const { return order.find("grouped by label") != std::string::npos; }
 
 TokenFile parse_token_file(std::string_view bytes, const std::string& name) {
-  const Safetensors in(bytes, name, kKind);
-  const std::string version = in.text("version");
-  if (version != "1" && version != "2") in.damaged(fmt::format("it has version '{}', expected '1' or '2'", version));
-  TokenFile file;
-  file.workload = in.text("workload");
-  file.tokenizer = in.text("tokenizer");
-  file.source = in.text("source");
-  file.description = in.text("description");
-  file.order = in.text("order");
-  file.max_tokens = in.whole_number("max_tokens");
-  file.tokens = in.values<std::int32_t>("tokens");
-  file.sequence_offsets = in.values<std::int64_t>("sequence_offsets");
-  file.request_offsets = in.values<std::int64_t>("request_offsets");
-  check_offsets(file.sequence_offsets, file.tokens.size(), "sequence_offsets", in);
-  check_offsets(file.request_offsets, file.sequence_offsets.size() - 1, "request_offsets", in);
-  const auto negative = std::find_if(file.tokens.begin(), file.tokens.end(), [](std::int32_t id) { return id < 0; });
-  if (negative != file.tokens.end()) {
-    in.damaged(fmt::format("token {} is {}, ids are 0 or more", negative - file.tokens.begin(), *negative));
+  try {
+    return parse(Safetensors(bytes));
+  } catch (const DamagedData& error) {
+    refuse_data(name, kKind, error.what());
   }
-  if (version == "2") TaskReader(in, file).read();
-  return file;
 }
 
 TokenFile read_token_file(const std::filesystem::path& path) {

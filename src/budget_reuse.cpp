@@ -5,7 +5,10 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
+#include <thread>
+#include <utility>
 
 #include "background_audits.h"
 #include "execute/engine.h"
@@ -122,13 +125,15 @@ class BudgetReuse::Pass final : public LayerObserver {
 };
 
 BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
+                         const ModelProfile& profile, const Options& options, std::size_t capacity_bytes,
+                         MemoryAccount* total)
     : model_(model),
       inputs_(inputs),
       output_(output),
       profile_(profile),
       options_(options.budget),
       capacity_bytes_(capacity_bytes),
+      account_(capacity_bytes, total),
       exits_(static_cast<std::size_t>(model.layers())) {
   const auto metric = options_.budget.metric;
   if (profile.granularity == Granularity::kWholeLayers) {
@@ -155,14 +160,14 @@ void BudgetReuse::make_ladder() {
     no_ladder_ = "its first output is neither [batch, values] nor [batch, tokens, values]";
     return;
   }
-  const auto make = [this]() -> std::unique_ptr<ReuseLadder> {
+  const auto make = [this](MemoryAccount* total) -> std::unique_ptr<ReuseLadder> {
     if (profile_.causal) {
-      return std::make_unique<SegmentLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_);
+      return std::make_unique<SegmentLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
     }
-    return std::make_unique<TokenLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_);
+    return std::make_unique<TokenLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
   };
   try {
-    ladder_ = std::make_unique<LadderReuse>(make(), make, model_, output_, profile_, options_, failures_);
+    ladder_ = std::make_unique<LadderReuse>(make(&account_), [make] { return make(nullptr); }, model_, output_, profile_, options_, failures_);
   } catch (const std::exception& error) {
     no_ladder_ = reason_of(error);
   }
@@ -348,27 +353,57 @@ void BudgetReuse::use(CalibrationProfile profile) {
       rules = std::make_shared<ExitRules>(profile.exit->to(model_.device()), options_.scores, failures_, gates);
     }
     const std::lock_guard one_at_a_time(use_mutex_);
+    const std::size_t bytes = rules ? rules->exit.bytes() : 0;
+    if (bytes > exit_bytes_) reserve_exits(bytes);
     if (ladder_) ladder_->use(profile.reuse);
     const std::lock_guard lock(mutex_);
     calibration_ = std::move(profile);
     rules_ = std::move(rules);
+    account_.release(std::exchange(exit_bytes_, bytes) - bytes);
   });
 }
 
+/// What the ladder holds makes room, as soon as no running request reads it any more.
+void BudgetReuse::reserve_exits(std::size_t bytes) {
+  constexpr int kMostTurns = 2000;  // of a millisecond
+  for (int turn = 0; !account_.try_reserve(bytes - exit_bytes_); ++turn) {
+    if (turn == kMostTurns) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("running requests hold token states that leave no room for the {} bytes of the "
+                              "calibration's banks; use the calibration again when they have returned",
+                              bytes));
+    }
+    if (turn > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (ladder_) ladder_->clear();
+  }
+  exit_bytes_ = bytes;
+}
+
 std::optional<BudgetReuse::Answer> BudgetReuse::run(const Batch& batch, const std::string& tenant, Output output,
-                                                    ForwardReport& report) {
-  if (!ladder_ || !ladder_->ready()) return run_exits(batch, report);
-  auto result = ladder_->run(batch, tenant, output, report, audits_.get());
+                                                    ForwardReport& report, KeptLater& kept) {
+  if (!ladder_ || !ladder_->ready()) return run_exits(batch, report, kept);
+  auto result = ladder_->run(batch, tenant, output, report, audits_.get(), kept);
   if (!result) return std::nullopt;
   return Answer{std::move(*result), profile_.causal && profile_.head_tokenwise,
                 std::vector<std::vector<at::Tensor>>(static_cast<std::size_t>(batch.rows))};
+}
+
+void BudgetReuse::forget() {
+  const std::lock_guard one_at_a_time(use_mutex_);
+  {
+    const std::lock_guard lock(mutex_);
+    calibration_.reset();
+    rules_.reset();
+    account_.release(std::exchange(exit_bytes_, 0));
+  }
+  if (ladder_) ladder_->use(std::nullopt);
 }
 
 void BudgetReuse::clear() {
   if (ladder_) ladder_->clear();
 }
 
-std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, ForwardReport& report) {
+std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, ForwardReport& report, KeptLater& kept) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
@@ -391,7 +426,9 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const Pass::Sequence& sequence = pass.sequences()[i];
     const std::int64_t row = plan.sequences[i].row;
-    if (sequence.left >= 0) ++exits_[static_cast<std::size_t>(sequence.left)];
+    if (sequence.left >= 0) {
+      kept.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
+    }
     if (sequence.trials.empty()) continue;
     if (sequence.left >= 0) {
       audit_later(rules, batch, row, sequence.trials);
@@ -473,8 +510,6 @@ void BudgetReuse::fill(Stats& stats) const {
   budget.reopenings = gates.reopenings;
   budget.level = supervision.levels() == 0 ? 0 : supervision.level();
   stats.entries += static_cast<std::uint64_t>(rules->exit.outputs.size(0));
-  stats.bytes += budget.bytes;
-  stats.peak_bytes += budget.bytes;
 }
 
 }  // namespace llmcache

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bank/memory.h"
 #include "byte_gauge.h"
 #include "execute/batch.h"
 #include "ladder_reuse.h"
@@ -31,8 +32,9 @@ struct Trial;
 /// Thread-safe.
 class BudgetReuse {
  public:
+  /// `total`: the account that what this holds is part of; null: of none.
   BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-              const Options& options, std::size_t capacity_bytes);
+              const Options& options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
   ~BudgetReuse();
 
   /// Runs a sample; requests are given one by one until there is none. What `sample` throws passes through. Throws
@@ -57,14 +59,18 @@ class BudgetReuse {
     /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
     std::vector<std::vector<at::Tensor>> rows;
   };
-  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. Throws what the
-  /// model and BudgetOptions::scores throw: the caller then answers without reuse. An audit that fails does not throw
-  /// where there is an exact answer all the same: of rows that stayed for it, theirs. Audited rows that were answered
-  /// with states of others need a second run; if that fails it throws.
-  std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report);
+  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is computed
+  /// is the call's own, until `kept` is committed. Throws what the model and BudgetOptions::scores throw: the caller
+  /// then answers without reuse. An audit that fails does not throw where there is an exact answer all the same: of rows
+  /// that stayed for it, theirs. Audited rows that were answered with states of others need a second run; if that fails
+  /// it throws.
+  std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
+                            KeptLater& kept);
   /// True if requests for these outputs go through run().
   [[nodiscard]] bool serves(Output output) const noexcept { return !profile_.causal || output != Output::kNewTokens; }
 
+  /// Goes by no profile any more, and forgets token states: those of other weights.
+  void forget();
   /// Forgets token states. Calibrated banks stay.
   void clear();
   void fill(Stats& stats) const;
@@ -73,7 +79,8 @@ class BudgetReuse {
   class Pass;
   [[nodiscard]] std::shared_ptr<ExitRules> rules() const;
   void check_available() const;
-  std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report);
+  std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report, KeptLater& kept);
+  void reserve_exits(std::size_t bytes);
   void audit_now(ExitRules& rules, const Batch& batch, std::int64_t row, const std::vector<Trial>& trials,
                  const c10::IValue& computed, SequenceReport& report) const;
   void audit_later(const std::shared_ptr<ExitRules>& rules, const Batch& batch, std::int64_t row,
@@ -91,6 +98,8 @@ class BudgetReuse {
   const ModelProfile& profile_;
   const BudgetOptions options_;
   const std::size_t capacity_bytes_;
+  MemoryAccount account_;       ///< what is in use: banks of early exits, or what the ladder holds
+  std::size_t exit_bytes_ = 0;  ///< reserved for the banks of early exits; guarded by use_mutex_
   std::string no_exits_;   ///< why there are no early exits; empty: there can be
   std::string no_ladder_;  ///< why token states are not reused; empty: they can be
   AuditFailures failures_;

@@ -27,8 +27,8 @@ KnownRows::KnownRows(std::size_t rows) : keys(rows), entries(rows), missing(rows
 }
 
 KnownOutputs::KnownOutputs(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                           const ModelProfile& profile, std::size_t capacity_bytes)
-    : model_(model), output_(output), profile_(profile), bank_(capacity_bytes) {
+                           const ModelProfile& profile, std::size_t capacity_bytes, MemoryAccount* total)
+    : model_(model), output_(output), profile_(profile), bank_(capacity_bytes, total) {
   all_per_token_ =
       std::all_of(output.leaves.begin(), output.leaves.end(), [](const TokenDims& dims) { return dims.tokens >= 0; });
   if (!keeps_rows(profile)) return;
@@ -141,22 +141,32 @@ KnownRows KnownOutputs::look_up(const Batch& batch, const std::string& tenant, b
 }
 
 void KnownOutputs::keep(const Batch& batch, const KnownRows& known, const c10::IValue& result, bool exact,
-                        bool small_only, const ForwardReport& report) {
+                        bool small_only, const ForwardReport& report, KeptLater& kept) {
+  struct Row {
+    std::string key;
+    std::vector<at::Tensor> tensors;
+  };
+  std::vector<Row> rows;
   for (std::size_t m = 0; m < known.missing.size(); ++m) {
     const auto i = static_cast<std::size_t>(known.missing[m]);
     if (known.keys[i].empty() || is_approximate(report.sequences[i].source)) continue;
     const RowSpan& span = batch.spans[i];
     const bool cut = ignores_padding() && batch.contiguous;
-    const auto tensors = row_of(result, output_, static_cast<std::int64_t>(m), cut ? span.first : 0,
-                                cut ? span.tokens : batch.width, batch.width);
+    auto tensors = row_of(result, output_, static_cast<std::int64_t>(m), cut ? span.first : 0,
+                          cut ? span.tokens : batch.width, batch.width);
     if (small_only) {
       // Its states are kept, which give the output again: worth room only for whole requests and small outputs.
       std::size_t bytes = 0;
       for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes();
       if (report.sequences[i].reused_tokens > 0 || bytes > bank_.capacity() / 8) continue;
     }
-    bank_.insert(known.keys[i], tensors, exact);
+    rows.push_back({known.keys[i], std::move(tensors)});
   }
+  if (rows.empty()) return;
+  const BatchSize size{static_cast<std::int32_t>(known.missing.size()), static_cast<std::int32_t>(batch.width)};
+  kept.add([this, rows = std::move(rows), exact, size] {
+    for (const Row& row : rows) bank_.insert(row.key, row.tensors, exact, size);
+  });
 }
 
 c10::IValue KnownOutputs::no_tokens(std::int64_t rows) const {

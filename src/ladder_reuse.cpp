@@ -103,13 +103,13 @@ LadderReuse::Chosen LadderReuse::choose(Rules& rules, const Batch& batch, const 
 }
 
 std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::string& tenant, Output output,
-                                            ForwardReport& report, BackgroundAudits* audits) {
+                                            ForwardReport& report, BackgroundAudits* audits, KeptLater& kept) {
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const auto matches = ladder_->find(batch, tenant, rules->setting);
   const Chosen chosen = choose(*rules, batch, *matches);
   // If it throws nothing is served by reuse, and the gate is never told of the audits that it asked for.
-  auto result = ladder_->run(batch, *matches, chosen.reused, rules->setting, tenant, output, true, report);
+  auto result = ladder_->run_for(batch, *matches, chosen.reused, rules->setting, tenant, output, &kept, report);
   if (!chosen.audited.empty()) {
     // What a closed gate watches is never served.
     const bool later = audits != nullptr &&
@@ -117,10 +117,11 @@ std::optional<c10::IValue> LadderReuse::run(const Batch& batch, const std::strin
     if (later) {
       audit_later(rules, batch, chosen, result, tenant, output, *audits);
     } else {
-      result = audit_now(*rules, batch, chosen, result, tenant, output, report);
+      result = audit_now(*rules, batch, chosen, result, tenant, output, report, kept);
     }
   }
-  for (const SequenceReport& row : report.sequences) served_ += row.source == Source::kPartial ? 1 : 0;
+  const auto served = std::ranges::count(report.sequences, Source::kPartial, &SequenceReport::source);
+  kept.add([this, served] { served_ += static_cast<std::uint64_t>(served); });
   return result;
 }
 
@@ -141,7 +142,7 @@ void LadderReuse::audit_later(const std::shared_ptr<Rules>& rules, const Batch& 
     }
     const auto job = [this, rules, part, audits = chosen.audits, answers, tenant, output] {
       // Nothing is kept: the cache may have been emptied since.
-      audit(*rules, part, audits, answers, tenant, output, AuditPlace::kInBackground);
+      audit(*rules, part, audits, answers, tenant, output, nullptr);
     };
     if (queue.add(job, bytes)) {
       rules->supervision.queued();
@@ -156,11 +157,12 @@ void LadderReuse::audit_later(const std::shared_ptr<Rules>& rules, const Batch& 
 /// Answers the audited rows by the full computation. Throws if that fails: the caller then answers all rows without
 /// reuse. If only the comparison fails the full computation is the answer all the same.
 c10::IValue LadderReuse::audit_now(Rules& rules, const Batch& batch, const Chosen& chosen, const c10::IValue& result,
-                                   const std::string& tenant, Output output, ForwardReport& report) {
+                                   const std::string& tenant, Output output, ForwardReport& report,
+                                   KeptLater& kept) {
   std::vector<at::Tensor> answers;
   for (const std::int64_t row : chosen.audited) answers.push_back(first_output_(result, batch, row));
   const Audited told =
-      audit(rules, batch.select(chosen.audited), chosen.audits, answers, tenant, output, AuditPlace::kWithinCall);
+      audit(rules, batch.select(chosen.audited), chosen.audits, answers, tenant, output, &kept);
   for (std::size_t i = 0; i < chosen.audited.size(); ++i) {
     SequenceReport& row = report.sequences[static_cast<std::size_t>(chosen.audited[i])];
     row = told.report.sequences[i];
@@ -184,13 +186,14 @@ c10::IValue LadderReuse::audit_now(Rules& rules, const Batch& batch, const Chose
 /// computed is kept. Throws, all of them counted as failed, if they cannot be computed.
 LadderReuse::Audited LadderReuse::audit(Rules& rules, const Batch& rows, const std::vector<AskedAudit>& audits,
                                         const std::vector<at::Tensor>& answers, const std::string& tenant,
-                                        Output output, AuditPlace place) {
+                                        Output output, KeptLater* kept) {
+  const AuditPlace place = kept != nullptr ? AuditPlace::kWithinCall : AuditPlace::kInBackground;
   Audited audited;
   try {
     if (place == AuditPlace::kInBackground) model_.check_unchanged();
     const auto nothing = ladder_->find(rows, tenant, rules.setting);
-    audited.full = ladder_->run(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output,
-                                place == AuditPlace::kWithinCall, audited.report);
+    audited.full = ladder_->run_for(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output,
+                                kept, audited.report);
   } catch (...) {
     fail(rules, audits, place);
     throw;
@@ -218,8 +221,6 @@ void LadderReuse::fill(Stats& stats) const {
   stats.insertions += c.insertions;
   stats.evictions += c.evictions;
   stats.rejected += c.rejected;
-  stats.bytes += c.bytes;
-  stats.peak_bytes += c.peak_bytes;
   const auto rules = this->rules();
   if (rules == nullptr) return;
   BudgetStats& budget = *stats.budget;

@@ -43,9 +43,10 @@ class LadderReuse {
 
   /// Runs a batch that can be packed and has a real token. Fills `report`. Unset if nothing may be reused. Audited rows
   /// are computed in full within the call, and answered so; or with `audits`, which must not outlive this, afterwards.
+  /// What is computed is the call's own, until `kept` is committed.
   /// Throws what the model throws, also in an audit within the call; nothing counts as served then.
   std::optional<c10::IValue> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
-                                 BackgroundAudits* audits);
+                                 BackgroundAudits* audits, KeptLater& kept);
 
   [[nodiscard]] bool ready() const;
   void clear() { ladder_->clear(); }
@@ -73,9 +74,9 @@ class LadderReuse {
   void audit_later(const std::shared_ptr<Rules>& rules, const Batch& batch, const Chosen& chosen,
                    const c10::IValue& result, const std::string& tenant, Output output, BackgroundAudits& queue);
   c10::IValue audit_now(Rules& rules, const Batch& batch, const Chosen& chosen, const c10::IValue& result,
-                        const std::string& tenant, Output output, ForwardReport& report);
+                        const std::string& tenant, Output output, ForwardReport& report, KeptLater& kept);
   Audited audit(Rules& rules, const Batch& rows, const std::vector<AskedAudit>& audits,
-                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output, AuditPlace place);
+                const std::vector<at::Tensor>& answers, const std::string& tenant, Output output, KeptLater* kept);
   static void fail(Rules& rules, const std::vector<AskedAudit>& audits, AuditPlace place);
   [[nodiscard]] std::shared_ptr<Rules> rules() const;
 

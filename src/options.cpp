@@ -169,6 +169,9 @@ void Options::validate() const {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("Options.weights is {}, which is no Weights", static_cast<int>(weights)));
   }
+  if (!(verify_rate >= 0 && verify_rate <= 1)) {
+    throw Error(ErrorCode::kInvalidOptions, fmt::format("Options.verify_rate is {}; 0 to 1 is expected", verify_rate));
+  }
   prefix.validate();
   budget.validate();
   threshold.validate();

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "execute/clock.h"
+#include "match/size_class.h"
 #include "model/packing.h"
 #include "model/tensors_of.h"
 
@@ -21,7 +22,8 @@ std::vector<KeyRange> first_of(const std::vector<KeyRange>& ranges, std::int64_t
   std::vector<KeyRange> first;
   for (const KeyRange& range : ranges) {
     if (tokens == 0) break;
-    first.push_back({range.block, range.offset, std::min(range.tokens, tokens)});
+    first.push_back(range);
+    first.back().tokens = std::min(range.tokens, tokens);
     tokens -= first.back().tokens;
   }
   return first;
@@ -32,6 +34,7 @@ void append(std::vector<KeyRange>& ranges, const KeyRange& range) {
   if (!ranges.empty() && ranges.back().block == range.block &&
       ranges.back().offset + ranges.back().tokens == range.offset) {
     ranges.back().tokens += range.tokens;
+    ranges.back().widen(range);
   } else {
     ranges.push_back(range);
   }
@@ -150,13 +153,14 @@ class PrefixReuse::Pass final : public StateSource {
 };
 
 PrefixReuse::PrefixReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, const PrefixOptions& options, std::size_t capacity_bytes)
+                         const ModelProfile& profile, const PrefixOptions& options, std::size_t capacity_bytes,
+                         MemoryAccount* total)
     : model_(model),
       inputs_(inputs),
       output_(output),
       profile_(profile),
       options_((options.validate(model.layers()), options)),
-      bank_({capacity_bytes, options.eviction, inputs.names.size(), key_specs()}) {}
+      bank_({capacity_bytes, options.eviction, inputs.names.size(), key_specs(), total}) {}
 
 std::vector<KeySpec> PrefixReuse::key_specs() {
   // One tiny sequence shows what there is to keep.
@@ -232,7 +236,8 @@ void PrefixReuse::reserve(Row& row) {
     return;
   }
   const std::int64_t room = row.lease.continues() ? std::max(kLeastRoom, row.prefix_tokens) : 0;
-  row.kept = bank_.reserve(row.lease, row.prefix.empty() ? nullptr : &row.prefix.back(), row.fresh(), room, now());
+  row.kept = bank_.reserve(row.lease, row.prefix.empty() ? nullptr : &row.prefix.back(), row.fresh(), room,
+                           size_class(row.span.tokens));
   if (row.kept) row.own = row.lease.reserved();
 }
 
@@ -296,7 +301,8 @@ Selection PrefixReuse::select(const Plan& plan, const std::vector<Row>& rows, Ou
   return selection;
 }
 
-c10::IValue PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report) {
+c10::IValue PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
+                             KeptLater& kept, std::vector<PrefixUse>& uses) {
   Stopwatch clock;
   auto all = look_up(batch, tenant);
   std::vector<Row> rows;
@@ -315,12 +321,7 @@ c10::IValue PrefixReuse::run(const Batch& batch, const std::string& tenant, Outp
   std::int64_t computed = 0;
   for (const Row& row : rows) computed += row.fresh();
   const double saved_ms = computed == 0 ? 0 : model_ms / static_cast<double>(computed);
-  for (Row& row : rows) {
-    if (row.kept && row.fresh() > 0) {
-      auto ranges = row.prefix;
-      ranges.insert(ranges.end(), row.own.begin(), row.own.end());
-      bank_.commit(row.lease, row.space, row.tokens, ranges, saved_ms, now());
-    }
+  for (const Row& row : rows) {
     SequenceReport& sequence = report.sequences[static_cast<std::size_t>(row.row)];
     const std::int64_t known = row.lease.known_tokens();
     const bool identical = known == row.span.tokens && resume_ == 0;
@@ -328,7 +329,20 @@ c10::IValue PrefixReuse::run(const Batch& batch, const std::string& tenant, Outp
     sequence.similarity = identical ? 1 : 0;
     sequence.reused_tokens = known;
     sequence.shared_tokens = row.prefix_tokens - known;
-    if (known > 0) sequence.resumed_layer = resume_;
+    if (known == 0) continue;
+    sequence.resumed_layer = resume_;
+    uses.push_back({row.row, known, row.lease.shortest(), row.lease.longest()});
+  }
+  if (computed > 0) {
+    // The leases of all rows live until then: rows build on what others have computed.
+    kept.add([this, rows = std::move(rows), saved_ms]() mutable {
+      for (Row& row : rows) {
+        if (row.fresh() == 0) continue;
+        auto ranges = std::move(row.prefix);
+        ranges.insert(ranges.end(), row.own.begin(), row.own.end());
+        bank_.commit(row.lease, row.space, row.tokens, ranges, saved_ms, now());
+      }
+    });
   }
   report.store_ms += clock.lap();
   return result;
@@ -342,7 +356,10 @@ bool PrefixReuse::agrees(const Inputs& inputs, const Batch& batch, std::string& 
     return true;  // the model itself does not take this shape
   }
   ForwardReport report;
-  const auto got = run(batch, "", Output::kAll, report);
+  KeptLater kept;
+  std::vector<PrefixUse> uses;
+  const auto got = run(batch, "", Output::kAll, report, kept, uses);
+  kept.commit();
   for (std::int64_t r = 0; r < batch.rows; ++r) {
     const RowSpan& span = batch.spans[static_cast<std::size_t>(r)];
     const auto a = row_of(got, output_, r, span.first, span.tokens, batch.width);
@@ -363,6 +380,16 @@ bool PrefixReuse::verify(std::string& why) {
   // All sequences are beginnings of `main`, or leave it for `other` at some token.
   const auto main = probe_inputs(inputs_.vocabulary, device, 1, 40, 5);
   const auto other = probe_inputs(inputs_.vocabulary, device, 1, 40, 17);
+  // Ids and types that the model looks for stand in both, so that what they do to tokens before them shows.
+  for (std::size_t i = 0; i < main.size(); ++i) {
+    if (static_cast<int>(i) == mask) continue;
+    const auto special = special_values(inputs_, i);
+    for (std::size_t k = 0; k < 5; ++k) {
+      const auto value = special[(special.size() - 1 + k) % special.size()];
+      other[i].toTensor()[0][static_cast<std::int64_t>(6 + 3 * k)].fill_(value);
+      main[i].toTensor()[0][static_cast<std::int64_t>(2 + 7 * k)].fill_(value);
+    }
+  }
   struct Line {
     std::int64_t from_main, tokens;
   };

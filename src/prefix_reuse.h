@@ -11,25 +11,38 @@
 #include "bank/prefix_bank.h"
 #include "execute/batch.h"
 #include "execute/engine.h"
+#include "kept_later.h"
 #include "llmcache/options.h"
 #include "model/probe.h"
 
 namespace llmcache {
+
+/// What a row took from the bank.
+struct PrefixUse {
+  std::int64_t row = 0;           ///< of the batch that was run
+  std::int64_t known_tokens = 0;  ///< length of its known prefix, above 0
+  /// The least and the greatest size_class() of the sequences in whose passes that prefix was computed.
+  std::uint8_t shortest = 0, longest = 0;
+};
 
 /// Thread-safe.
 class PrefixReuse {
  public:
   /// The model has a token level that runs parts of sequences; `profile` and `output` are what probing found. Throws
   /// Error(kInvalidOptions) if options name a layer that the model does not have, and what the model throws: it is run
-  /// once.
+  /// once. `total`: the account that the bank's is part of; null: of none.
   PrefixReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-              const PrefixOptions& options, std::size_t capacity_bytes);
+              const PrefixOptions& options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
-  /// Runs a batch that can be packed (check_packable) and has a real token, and keeps what it computed. Fills `report`,
-  /// its sequences included. The result covers the tokens that `output` names; all of them where the head is not
-  /// token-wise. None if these are no tokens at all. If it throws nothing of the call is kept.
-  c10::IValue run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report);
+  /// Runs a batch that can be packed (check_packable) and has a real token. Fills `report`, its sequences included. The
+  /// result covers the tokens that `output` names; all of them where the head is not token-wise. None if these are no
+  /// tokens at all. What it computed is the call's own, until `kept` is committed. Adds to `uses` what rows took from
+  /// the bank.
+  c10::IValue run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report, KeptLater& kept,
+                  std::vector<PrefixUse>& uses);
 
+  /// size_class() of the longest sequences that verify() compares.
+  static constexpr std::uint8_t kVerifiedClass = 5;
   /// Does a sequence come out right that takes its beginning from another one, whose tokens differ behind it? Compares
   /// tiny sequences with the plain model; says why not in `why`. What it kept is dropped.
   bool verify(std::string& why);

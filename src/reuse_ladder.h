@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "execute/batch.h"
+#include "kept_later.h"
 #include "llmcache/options.h"
 #include "llmcache/report.h"
 
@@ -44,10 +45,20 @@ class ReuseLadder {
   [[nodiscard]] virtual std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant,
                                                       std::size_t setting) = 0;
   /// Runs a batch that can be packed, and has a real token: rows in `reused` with what is known of them, the others in
-  /// full, which are kept where `keep`. Fills `report`. The result is that of `output` where the head is token-wise.
-  [[nodiscard]] virtual c10::IValue run(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
-                                        std::size_t setting, const std::string& tenant, Output output, bool keep,
-                                        ForwardReport& report) = 0;
+  /// full, which are kept when `kept` is committed; null: they are not. Fills `report`. The result is that of `output`
+  /// where the head is token-wise.
+  [[nodiscard]] virtual c10::IValue run_for(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
+                                            std::size_t setting, const std::string& tenant, Output output,
+                                            KeptLater* kept, ForwardReport& report) = 0;
+  /// The same by itself, outside of a call: what is to be kept is, at once.
+  [[nodiscard]] c10::IValue run(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
+                                std::size_t setting, const std::string& tenant, Output output, bool keep,
+                                ForwardReport& report) {
+    KeptLater kept;
+    auto result = run_for(batch, matches, reused, setting, tenant, output, keep ? &kept : nullptr, report);
+    kept.commit();
+    return result;
+  }
   virtual void clear() = 0;
   [[nodiscard]] virtual Counters counters() const = 0;
 };

@@ -11,9 +11,10 @@ struct SegmentLadder::Found final : Matches {
 };
 
 SegmentLadder::SegmentLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                             const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes)
+                             const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes,
+                             MemoryAccount* total)
     : exact_prefixes_(format == BankFormat::kAsComputed),
-      reuse_(model, inputs, output, profile, {.format = format}, capacity_bytes) {
+      reuse_(model, inputs, output, profile, {.format = format}, capacity_bytes, total) {
   const bool selective = model.token_level()->self_contained();
   for (const double share : {0.0, 0.1, 0.2, 0.3, 0.5}) {
     if (share > 0 && !selective) continue;
@@ -49,9 +50,9 @@ std::unique_ptr<ReuseLadder::Matches> SegmentLadder::find(const Batch& batch, co
   return found;
 }
 
-c10::IValue SegmentLadder::run(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
-                               std::size_t setting, const std::string& tenant, Output output, bool keep,
-                               ForwardReport& report) {
+c10::IValue SegmentLadder::run_for(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
+                                   std::size_t setting, const std::string& tenant, Output output, KeptLater* kept,
+                                   ForwardReport& report) {
   auto rows = static_cast<const Found&>(matches).rows;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (reused[i] || !rows[i]) continue;
@@ -59,8 +60,9 @@ c10::IValue SegmentLadder::run(const Batch& batch, const Matches& matches, const
     if (rows[i]->segments.empty()) rows[i].reset();
   }
   SegmentSettings chosen = settings_[setting];
-  chosen.keep = keep;
-  return reuse_.run(batch, tenant, std::move(rows), chosen, output, report);
+  chosen.keep = kept != nullptr;
+  KeptLater none;
+  return reuse_.run(batch, tenant, std::move(rows), chosen, output, report, kept != nullptr ? *kept : none);
 }
 
 ReuseLadder::Counters SegmentLadder::counters() const {

@@ -86,7 +86,7 @@ std::vector<KeySegment> SegmentPass::keys(std::size_t sequence, std::int32_t lay
       all.index_copy_(dims[i], active(sequence, layer, fresh[i].device()), fresh[i]);
       fresh[i] = std::move(all);
     }
-    if (row.entry) row.entry->set(spec_of(layer, site) + i, fresh[i]);
+    if (row.room.draft) row.room.draft->set(spec_of(layer, site) + i, fresh[i]);
   }
   return {{row.span.tokens, std::move(fresh)}};
 }
@@ -94,12 +94,12 @@ std::vector<KeySegment> SegmentPass::keys(std::size_t sequence, std::int32_t lay
 void SegmentPass::finished(std::size_t sequence, const at::Tensor& fresh) {
   final_[sequence] = fresh;
   SegmentRow& row = rows_[sequence];
-  if (!row.entry) return;
+  if (!row.room.draft) return;
   const auto all = all_final(sequence);
   if (all.isfinite().all().item<bool>()) {
-    row.entry->set(layout_.final_spec, all);
+    row.room.draft->set(layout_.final_spec, all);
   } else {
-    row.entry.reset();  // it would spread to other sequences with one of its passages
+    row.room.draft.reset();  // it would spread to other sequences with one of its passages
   }
 }
 

@@ -60,7 +60,7 @@ struct SegmentRow {
   std::int64_t exact = 0;            ///< tokens of the exact prefix
   std::vector<std::int32_t> last;    ///< by token: one past the last layer that computes it
   std::vector<std::int64_t> reused;  ///< tokens that need not be computed, the exact prefix left out
-  std::shared_ptr<SegmentEntry> entry;
+  SegmentBank::Room room;            ///< where what is to be kept goes
 
   [[nodiscard]] bool active(std::int64_t token, std::int32_t layer) const {
     return layer < last[static_cast<std::size_t>(token)];

@@ -13,25 +13,28 @@
 namespace llmcache {
 
 SegmentReuse::SegmentReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                           const ModelProfile& profile, const SegmentOptions& options, std::size_t capacity_bytes)
+                           const ModelProfile& profile, const SegmentOptions& options, std::size_t capacity_bytes,
+                           MemoryAccount* total)
     : model_(model),
       inputs_(inputs),
       output_(output),
       profile_(profile),
-      settings_(bank_settings(options, capacity_bytes)),
+      settings_(bank_settings(options, capacity_bytes, total)),
       most_averaged_(options.most_averaged),
       bank_(settings_) {
   layout_.positions = find_key_positions(model, inputs.vocabulary);
   verify(options);
 }
 
-SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options, std::size_t capacity_bytes) {
+SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options, std::size_t capacity_bytes,
+                                                  MemoryAccount* total) {
   if (!profile_.causal || profile_.granularity != Granularity::kTokens || !profile_.rows_independent ||
       !profile_.per_row_output) {
     throw Error(ErrorCode::kNotAvailable,
                 "segments are reused in causal models that run any subset of tokens; the profile says why this one "
                 "is none");
   }
+  if (!profile_.prefix_obstacle.empty()) throw Error(ErrorCode::kNotAvailable, profile_.prefix_obstacle);
   if (options.block_tokens < 1) {
     throw Error(ErrorCode::kInvalidOptions, "SegmentOptions.block_tokens is 0, 1 or more is expected");
   }
@@ -44,6 +47,7 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
   execute_packed(model_, probe, whole, {}, &captured, report);
   SegmentBank::Settings settings;
   settings.capacity_bytes = capacity_bytes;
+  settings.total = total;
   settings.eviction = options.eviction;
   settings.token_width = inputs_.names.size();
   settings.block_tokens = options.block_tokens;
@@ -80,8 +84,9 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
     const SegmentOrigin origin{hit.begin - hit.move(), static_cast<std::uint16_t>(known + 1)};
     const auto tokens = entry.tokens().subspan(static_cast<std::size_t>(hit.begin) * width,
                                                static_cast<std::size_t>(hit.tokens) * width);
-    const auto mean = bank.reserve_mean(entry.space(), tokens, origin, now());
-    if (!mean) return;
+    auto mean = bank.reserve_mean(entry.space(), tokens, origin);
+    const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
+    if (mean.refused) return bank.insert_mean(std::move(mean), *hit.donor, saved_ms * share, now());
     const auto& rotations = layout_.positions.rotations;
     std::vector<Turn> turns;  // back to where the donor's keys stand, by rotation
     const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
@@ -94,7 +99,7 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
       }
       const double weight = static_cast<double>(known) / static_cast<double>(known + 1);
       states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight);
-      mean->set(spec, states);
+      mean.draft->set(spec, states);
     };
     for (std::size_t l = 0; l < layout_.key_specs.size(); ++l) {
       for (std::size_t s = 0; s < layout_.key_specs[l].size(); ++s) {
@@ -103,8 +108,7 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
       }
     }
     set(layout_.final_spec, -1);
-    const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
-    bank.insert_mean(mean, *hit.donor, saved_ms * share, now());
+    bank.insert_mean(std::move(mean), *hit.donor, saved_ms * share, now());
   }
 }
 
@@ -222,7 +226,7 @@ Selection SegmentReuse::select(const Plan& plan, const std::vector<SegmentRow>& 
 
 c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const std::string& tenant,
                                  std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
-                                 std::optional<Output> output, ForwardReport& report) const {
+                                 std::optional<Output> output, ForwardReport& report, KeptLater& kept) const {
   check(settings);
   if (static_cast<std::int64_t>(matches.size()) != batch.rows) {
     throw Error(ErrorCode::kInvalidOptions,
@@ -237,7 +241,7 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
     plan(row, settings);
     passed.sequences.push_back({row.row, row.span.first, row.span.tokens, -1, ranges_of(row)});
     const bool exact = row.reused.empty() && row.span.first == 0;
-    if (settings.keep && exact) row.entry = bank.reserve(row.space, row.tokens, now());
+    if (settings.keep && exact) row.room = bank.reserve(row.space, row.tokens);
   }
   report.lookup_ms += clock.lap();
   SegmentPass pass(*model_.token_level(), layout_, rows, settings);
@@ -246,30 +250,36 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
 
   std::int64_t computed = 0;
   for (const SegmentRow& row : rows) computed += row.span.tokens - row.exact;
-  for (SegmentRow& row : rows) {
-    if (row.entry) {
-      const double part =
-          static_cast<double>(row.span.tokens) / static_cast<double>(std::max<std::int64_t>(computed, 1));
-      try {
-        average_passages(bank, *row.entry, model_ms * part);
-      } catch (const std::exception&) {
-        // No memory for a mean: the sequence itself is kept all the same.
-      }
-      bank.insert(std::move(row.entry), model_ms * part, now());
-    }
+  for (const SegmentRow& row : rows) {
     SequenceReport& sequence = report.sequences[static_cast<std::size_t>(row.row)];
     sequence.source = !row.reused.empty() ? Source::kPartial : row.exact > 0 ? Source::kPrefix : Source::kComputed;
     sequence.reused_tokens = row.exact;
     if (sequence.source == Source::kPrefix) sequence.resumed_layer = 0;
   }
+  const double token_ms = model_ms / static_cast<double>(std::max<std::int64_t>(computed, 1));
+  if (std::ranges::any_of(rows, [](const SegmentRow& row) { return row.room.draft || row.room.refused; })) {
+    kept.add([this, &bank, rows = std::move(rows), token_ms]() mutable {
+      for (SegmentRow& row : rows) keep(bank, std::move(row.room), token_ms * static_cast<double>(row.span.tokens));
+    });
+  }
   report.store_ms += clock.lap();
   return result;
+}
+
+void SegmentReuse::keep(SegmentBank& bank, SegmentBank::Room room, double ms) const {
+  try {
+    if (room.draft) average_passages(bank, *room.draft, ms);
+  } catch (const std::exception&) {
+    // No memory for a mean: the sequence itself is kept all the same.
+  }
+  bank.insert(std::move(room), ms, now());
 }
 
 void SegmentReuse::verify(const SegmentOptions& options) {
   // Checked in a bank of its own, whatever capacity and format are.
   SegmentBank::Settings own = settings_;
   own.capacity_bytes = std::size_t{1} << 30;
+  own.total = nullptr;
   own.format = BankFormat::kAsComputed;
   SegmentBank bank(std::move(own));
   const auto block = static_cast<std::int64_t>(options.block_tokens);
@@ -289,7 +299,9 @@ void SegmentReuse::verify(const SegmentOptions& options) {
     settings.recompute_share = share;
     settings.least_segment = block;
     ForwardReport report;
-    const auto got = run_in(bank, batch, "", find_in(bank, batch, "", settings), settings, Output::kAll, report);
+    KeptLater kept;
+    const auto got = run_in(bank, batch, "", find_in(bank, batch, "", settings), settings, Output::kAll, report, kept);
+    kept.commit();
     if (share < 1) return;
     const auto plain = model_.plain(given);
     const auto want =
@@ -311,14 +323,25 @@ void SegmentReuse::verify(const SegmentOptions& options) {
 
 c10::IValue SegmentReuse::run(const Batch& batch, const std::string& tenant,
                               std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
+                              Output output, ForwardReport& report, KeptLater& kept) {
+  return run_in(bank_, batch, tenant, std::move(matches), settings, output, report, kept);
+}
+
+c10::IValue SegmentReuse::run(const Batch& batch, const std::string& tenant,
+                              std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
                               Output output, ForwardReport& report) {
-  return run_in(bank_, batch, tenant, std::move(matches), settings, output, report);
+  KeptLater kept;
+  auto result = run(batch, tenant, std::move(matches), settings, output, report, kept);
+  kept.commit();
+  return result;
 }
 
 void SegmentReuse::keep(const Batch& batch, const std::string& tenant, ForwardReport& report) {
   SegmentSettings lossless;
   lossless.recompute_share = 1;
-  run_in(bank_, batch, tenant, find(batch, tenant, lossless), lossless, std::nullopt, report);
+  KeptLater kept;
+  run_in(bank_, batch, tenant, find(batch, tenant, lossless), lossless, std::nullopt, report, kept);
+  kept.commit();
 }
 
 }  // namespace llmcache

@@ -13,6 +13,7 @@
 #include "bank/segment_bank.h"
 #include "execute/batch.h"
 #include "execute/engine.h"
+#include "kept_later.h"
 #include "llmcache/options.h"
 #include "model/probe.h"
 #include "segment_pass.h"
@@ -46,9 +47,9 @@ class SegmentReuse {
   /// `profile` and `output` are what probing found. The model must be causal and run any subset of tokens, otherwise
   /// Error(kNotAvailable). It is run a few times: to find how its keys turn with the position, and to see that a
   /// sequence comes out right that takes its beginning from another one; Error(kNotAvailable) if it does not. Throws
-  /// what the model throws.
+  /// what the model throws. `total`: the account that the bank's is part of; null: of none.
   SegmentReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-               const SegmentOptions& options, std::size_t capacity_bytes);
+               const SegmentOptions& options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
   /// Both throw Error(kInvalidOptions) for settings that do not fit the model, and Error(kNotAvailable) for a
   /// recompute_share between 0 and 1 if its layers are not self-contained.
@@ -63,8 +64,11 @@ class SegmentReuse {
   /// always computed, unless it belongs to an exact prefix. Fills `report`, its sequences included (Source::kPartial:
   /// something is not exact; reused_tokens: the exact prefix). The result covers the tokens that `output` names, where
   /// kNewTokens are those behind the exact prefix; all of them where the head is not token-wise. None if these are no
-  /// tokens. Rows that were computed exactly are kept, unless what comes out is not finite. If it throws nothing of the
-  /// call is kept.
+  /// tokens. Rows that were computed exactly are kept once `kept` is committed, unless what comes out is not finite;
+  /// until then they are the call's own.
+  c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
+                  const SegmentSettings& settings, Output output, ForwardReport& report, KeptLater& kept);
+  /// The same, and commits. If it throws nothing of the call is kept.
   c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
                   const SegmentSettings& settings, Output output, ForwardReport& report);
 
@@ -77,7 +81,8 @@ class SegmentReuse {
   [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
 
  private:
-  [[nodiscard]] SegmentBank::Settings bank_settings(const SegmentOptions& options, std::size_t capacity_bytes);
+  [[nodiscard]] SegmentBank::Settings bank_settings(const SegmentOptions& options, std::size_t capacity_bytes,
+                                                    MemoryAccount* total);
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<SegmentRow> rows_of(const Batch& batch, const std::string& tenant) const;
   [[nodiscard]] std::vector<std::optional<SegmentMatch>> find_in(SegmentBank& bank, const Batch& batch,
@@ -85,12 +90,13 @@ class SegmentReuse {
                                                                  const SegmentSettings& settings) const;
   c10::IValue run_in(SegmentBank& bank, const Batch& batch, const std::string& tenant,
                      std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
-                     std::optional<Output> output, ForwardReport& report) const;
+                     std::optional<Output> output, ForwardReport& report, KeptLater& kept) const;
   void check(const SegmentSettings& settings) const;
   void plan(SegmentRow& row, const SegmentSettings& settings) const;
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<SegmentRow>& rows,
                                  std::optional<Output> output) const;
   void verify(const SegmentOptions& options);
+  void keep(SegmentBank& bank, SegmentBank::Room room, double ms) const;
   void average_passages(SegmentBank& bank, const SegmentEntry& entry, double saved_ms) const;
 
   const Model& model_;

@@ -186,7 +186,8 @@ class ThresholdReuse::Pass final : public LayerObserver {
 };
 
 ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                               const ModelProfile& profile, const Options& options, std::size_t capacity_bytes)
+                               const ModelProfile& profile, const Options& options, std::size_t capacity_bytes,
+                               MemoryAccount* total)
     : model_(model),
       output_(output),
       profile_(profile),
@@ -225,6 +226,7 @@ ThresholdReuse::ThresholdReuse(const Model& model, const InputSpec& inputs, cons
     const double share = options_.capacity_split.empty() ? 1 : options_.capacity_split[b];
     LayerBank::Settings settings;
     settings.capacity_bytes = static_cast<std::size_t>(static_cast<double>(capacity_bytes) * (share / shares));
+    settings.total = total;
     settings.eviction = options_.eviction;
     settings.ttl_seconds = options_.ttl_seconds;
     settings.flush_below = refresh_.flush_below;
@@ -317,7 +319,7 @@ std::vector<ThresholdReuse::Learnt> ThresholdReuse::start(const Batch& batch, co
 }
 
 ThresholdReuse::Answer ThresholdReuse::run(const Batch& batch, const RequestOptions& request,
-                                           std::uint64_t first_number, ForwardReport& report) {
+                                           std::uint64_t first_number, ForwardReport& report, KeptLater& kept) {
   const double now_s = now();
   const auto layers = static_cast<std::int32_t>(model_.layers());
   const std::string space = space_of(batch, request.tenant);
@@ -346,21 +348,24 @@ ThresholdReuse::Answer ThresholdReuse::run(const Batch& batch, const RequestOpti
     told.entry = static_cast<std::int64_t>(found.hit.entry->number());
     told.resumed_layer = banks_[found.bank]->layer + 1;
   }
-  shadow(batch, plan, space, pass.found(), first_number, answer, report, now_s);
+  shadow(batch, plan, space, pass.found(), first_number, answer, report, now_s, kept);
+  std::vector<std::size_t> hits;  // banks
   for (const Found& found : pass.found()) {
     const auto row = static_cast<std::size_t>(plan.sequences[found.sequence].row);
-    if (report.sequences[row].shadowed) continue;
-    ++banks_[found.bank]->hits;
-    ++answer.hits;
+    if (!report.sequences[row].shadowed) hits.push_back(found.bank);
   }
+  answer.hits = hits.size();
   for (const SequencePlan& sequence : plan.sequences) {
     const auto& told = report.sequences[static_cast<std::size_t>(sequence.row)].layers;
     if (std::any_of(told.begin(), told.end(), [](const LayerTokens& l) { return l.computed > 0; })) {
       answer.tokens_computed += sequence.tokens;
     }
   }
-  hits_ += answer.hits;
-  keep(batch, plan, space, learnt, own, now_s);
+  kept.add([this, hits = std::move(hits)] {
+    for (const std::size_t bank : hits) ++banks_[bank]->hits;
+    hits_ += hits.size();
+  });
+  keep(batch, plan, space, learnt, own, now_s, kept);
   return answer;
 }
 
@@ -437,7 +442,7 @@ std::vector<at::Tensor> ThresholdReuse::fitted(std::vector<at::Tensor> leaves, s
 /// Computes some of the hits in full too, compares, and answers with the full computation.
 void ThresholdReuse::shadow(const Batch& batch, const Plan& plan, const std::string& space,
                             const std::vector<Found>& found, std::uint64_t first_number, Answer& answer,
-                            ForwardReport& report, double now_s) {
+                            ForwardReport& report, double now_s, KeptLater& kept) {
   std::vector<const Found*> chosen;
   for (const Found& one : found) {
     if (monitor_->choose()) chosen.push_back(&one);
@@ -460,8 +465,10 @@ void ThresholdReuse::shadow(const Batch& batch, const Plan& plan, const std::str
     const RowSpan& span = part.spans[i];
     auto leaves = row_of(result, output_, static_cast<std::int64_t>(i), span.first, span.tokens, part.width);
     const Drift drift = drift_between(answer.rows[row], leaves, refresh_.decision);
-    const bool good = monitor_->record(chosen[i]->bank, drift);
-    banks_[chosen[i]->bank]->entries->record(chosen[i]->hit, drift.relative, good);
+    kept.add([this, one = *chosen[i], drift] {
+      const bool good = monitor_->record(one.bank, drift);
+      banks_[one.bank]->entries->record(one.hit, drift.relative, good);
+    });
     answer.rows[row] = std::move(leaves);
     SequenceReport& told = report.sequences[row];
     told.source = Source::kComputed;
@@ -469,24 +476,27 @@ void ThresholdReuse::shadow(const Batch& batch, const Plan& plan, const std::str
     told.drift = drift.relative;
     told.layers = own.sequences[i].layers;
   }
-  keep(part, full, space, learnt, own, now_s);
+  keep(part, full, space, learnt, own, now_s, kept);
 }
 
 void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::string& space, std::vector<Learnt>& learnt,
-                          const ForwardReport& report, double now_s) {
-  for (std::size_t i = 0; i < learnt.size(); ++i) {
-    for (std::size_t which = 0; which < fingerprinters_.size(); ++which) {
-      if (!learnt[i].states[which].empty()) fingerprinters_[which]->observe(learnt[i].states[which]);
-    }
-  }
+                          const ForwardReport& report, double now_s, KeptLater& kept) {
+  struct Entry {
+    std::size_t bank = 0;
+    LayerBank::Candidate candidate;
+  };
+  std::vector<std::vector<std::vector<float>>> states;  // that the fingerprints learn from, by sequence
+  std::vector<Entry> entries;
+  std::uint64_t unusable = 0;
   for (std::size_t i = 0; i < learnt.size(); ++i) {
     Learnt& one = learnt[i];
+    states.push_back(one.states);
     if (one.found) continue;
     const bool usable =
         std::all_of(one.fingerprints.begin(), one.fingerprints.end(), [](const auto& f) { return f.has_value(); }) &&
         std::all_of(one.kept.begin(), one.kept.end(), all_finite);
     if (!usable) {
-      ++unusable_;
+      ++unusable;
       continue;
     }
     const SequencePlan& sequence = plan.sequences[i];
@@ -514,9 +524,18 @@ void ThresholdReuse::keep(const Batch& batch, const Plan& plan, const std::strin
         candidate.states.push_back(one.states[which]);
         candidate.fingerprints.push_back(one.fingerprints[which]);
       }
-      bank.entries->insert(space, candidate, now_s);
+      entries.push_back({b, candidate});
     }
   }
+  kept.add([this, states = std::move(states), entries = std::move(entries), unusable, space, now_s] {
+    for (const auto& sequence : states) {
+      for (std::size_t which = 0; which < fingerprinters_.size(); ++which) {
+        if (!sequence[which].empty()) fingerprinters_[which]->observe(sequence[which]);
+      }
+    }
+    unusable_ += unusable;
+    for (const Entry& entry : entries) banks_[entry.bank]->entries->insert(space, entry.candidate, now_s);
+  });
 }
 
 void ThresholdReuse::clear() {
@@ -547,8 +566,6 @@ void ThresholdReuse::fill(Stats& stats) const {
     stats.evictions += counters.evictions;
     stats.rejected += counters.rejected;
     stats.entries += counters.entries;
-    stats.bytes += counters.bytes;
-    stats.peak_bytes += counters.peak_bytes;
   }
 }
 

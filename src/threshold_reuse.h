@@ -12,6 +12,7 @@
 
 #include "bank/layer_bank.h"
 #include "execute/batch.h"
+#include "kept_later.h"
 #include "llmcache/fingerprint/fingerprint.h"
 #include "llmcache/options.h"
 #include "llmcache/report.h"
@@ -24,9 +25,10 @@ namespace llmcache {
 class ThresholdReuse {
  public:
   /// Throws Error(kNotAvailable) with the reason if the model cannot go on from a kept state, and
-  /// Error(kInvalidOptions) if the options name layers that it does not have.
+  /// Error(kInvalidOptions) if the options name layers that it does not have. `total`: the account that those of the
+  /// banks are part of; null: of none.
   ThresholdReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-                 const Options& options, std::size_t capacity_bytes);
+                 const Options& options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
   ~ThresholdReuse();
 
   struct Answer {
@@ -38,8 +40,10 @@ class ThresholdReuse {
     std::int64_t tokens_computed = 0;
   };
 
-  /// `batch` can be packed and has a real token. `first_number`: of its first row. Fills `report`.
-  Answer run(const Batch& batch, const RequestOptions& request, std::uint64_t first_number, ForwardReport& report);
+  /// `batch` can be packed and has a real token. `first_number`: of its first row. Fills `report`. What it computed,
+  /// and what checks of hits found, is the call's own, until `kept` is committed.
+  Answer run(const Batch& batch, const RequestOptions& request, std::uint64_t first_number, ForwardReport& report,
+             KeptLater& kept);
 
   void clear();
   void fill(Stats& stats) const;
@@ -73,14 +77,14 @@ class ThresholdReuse {
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<Learnt> start(const Batch& batch, const Plan& plan) const;
   void keep(const Batch& batch, const Plan& plan, const std::string& space, std::vector<Learnt>& learnt,
-            const ForwardReport& report, double now_s);
+            const ForwardReport& report, double now_s, KeptLater& kept);
   struct Served {
     std::vector<at::Tensor> leaves;   ///< the result, cut to the entry's tokens
     std::vector<LayerTokens> layers;  ///< what was computed for it
   };
   std::vector<Served> serve(const std::vector<Found>& found, ForwardReport& report);
   void shadow(const Batch& batch, const Plan& plan, const std::string& space, const std::vector<Found>& found,
-              std::uint64_t first_number, Answer& answer, ForwardReport& report, double now_s);
+              std::uint64_t first_number, Answer& answer, ForwardReport& report, double now_s, KeptLater& kept);
   [[nodiscard]] std::vector<at::Tensor> fitted(std::vector<at::Tensor> leaves, std::int64_t from,
                                                std::int64_t to) const;
 

@@ -38,10 +38,11 @@ struct TokenLadder::Found final : Matches {
 };
 
 TokenLadder::TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                         const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes)
+                         const ModelProfile& profile, BankFormat format, std::size_t capacity_bytes,
+                         MemoryAccount* total)
     : settings_(settings_for(static_cast<std::int32_t>(model.layers()))),
       reuse_(model, inputs, output, profile, options_for(static_cast<std::int32_t>(model.layers()), format),
-             capacity_bytes) {}
+             capacity_bytes, total) {}
 
 std::string TokenLadder::describe(std::size_t setting) const {
   const TokenReuseSettings& s = settings_[setting];
@@ -67,15 +68,17 @@ std::unique_ptr<ReuseLadder::Matches> TokenLadder::find(const Batch& batch, cons
   return found;
 }
 
-c10::IValue TokenLadder::run(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
-                             std::size_t setting, const std::string& tenant, Output /*output*/, bool keep,
-                             ForwardReport& report) {
+c10::IValue TokenLadder::run_for(const Batch& batch, const Matches& matches, const std::vector<char>& reused,
+                                 std::size_t setting, const std::string& tenant, Output /*output*/, KeptLater* kept,
+                                 ForwardReport& report) {
   TokenReuse::Matches rows = static_cast<const Found&>(matches).rows;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (!reused[i]) rows[i].reset();
   }
-  auto result = reuse_.run(batch, rows, settings_[setting], tenant, keep, report);
-  if (keep) reuse_.keep(std::move(result.computed));
+  auto result = reuse_.run(batch, rows, settings_[setting], tenant, kept != nullptr, report);
+  if (!result.computed.empty()) {
+    kept->add([this, computed = std::move(result.computed)]() mutable { reuse_.keep(std::move(computed)); });
+  }
   return result.value;
 }
 

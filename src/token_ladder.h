@@ -11,7 +11,7 @@ class TokenLadder final : public ReuseLadder {
  public:
   /// Throws as TokenReuse.
   TokenLadder(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-              BankFormat format, std::size_t capacity_bytes);
+              BankFormat format, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
   std::string name() const override { return "token reuse"; }
   std::size_t settings() const override { return settings_.size(); }
@@ -19,8 +19,8 @@ class TokenLadder final : public ReuseLadder {
   const std::vector<double>& limits() const override;
   double kept_from() const override { return 0.1; }
   std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant, std::size_t setting) override;
-  c10::IValue run(const Batch& batch, const Matches& matches, const std::vector<char>& reused, std::size_t setting,
-                  const std::string& tenant, Output output, bool keep, ForwardReport& report) override;
+  c10::IValue run_for(const Batch& batch, const Matches& matches, const std::vector<char>& reused, std::size_t setting,
+                      const std::string& tenant, Output output, KeptLater* kept, ForwardReport& report) override;
   void clear() override { reuse_.clear(); }
   Counters counters() const override;
 

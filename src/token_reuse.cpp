@@ -162,7 +162,8 @@ class TokenReuse::Pass final : public StateSource {
 };
 
 TokenReuse::TokenReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
-                       const ModelProfile& profile, TokenReuseOptions options, std::size_t capacity_bytes)
+                       const ModelProfile& profile, TokenReuseOptions options, std::size_t capacity_bytes,
+                       MemoryAccount* total)
     : model_(model),
       inputs_(inputs),
       output_(output),
@@ -183,7 +184,7 @@ TokenReuse::TokenReuse(const Model& model, const InputSpec& inputs, const Output
   } catch (const std::exception& error) {
     unavailable(fmt::format("tiny sequences raised: {}", reason_of(error)));
   }
-  bank_ = make_bank(capacity_bytes, options_.format);
+  bank_ = make_bank(capacity_bytes, options_.format, total);
 }
 
 StateLayout TokenReuse::layout() const {
@@ -216,7 +217,8 @@ StateLayout TokenReuse::layout() const {
   return layout;
 }
 
-std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, BankFormat format) const {
+std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, BankFormat format,
+                                                 MemoryAccount* total) const {
   TokenBank::Settings settings;
   settings.capacity_bytes = capacity_bytes;
   settings.eviction = options_.eviction;
@@ -225,6 +227,7 @@ std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, Ban
   settings.alignment = {options_.least_shifted, moves_};
   settings.least_averaged = options_.least_averaged;
   settings.most_averaged = options_.most_averaged;
+  settings.total = total;
   return std::make_unique<TokenBank>(std::move(settings));
 }
 
@@ -366,8 +369,7 @@ void TokenReuse::run_pass(const Batch& batch, const Matches& matches, const Toke
                                  [&](const SequencePlan& sequence) { return sequence.row == row.row; });
     const auto i = static_cast<std::size_t>(it - plan.sequences.begin());
     if (reused[i].donor) continue;
-    drafts[i] = bank_->reserve(row.span.tokens, now());
-    if (!drafts[i]) continue;
+    drafts[i] = bank_->reserve(row.span.tokens);
     computed.push_back({row.row, std::move(row.space), std::move(row.values), row.width, nullptr, 0});
     computed_by.push_back(i);
   }
@@ -385,8 +387,9 @@ void TokenReuse::run_pass(const Batch& batch, const Matches& matches, const Toke
   const double ms = clock.lap();
 
   for (std::size_t k = 0; k < computed.size(); ++k) {
+    const auto tokens = static_cast<double>(plan.sequences[computed_by[k]].tokens);
     computed[k].states = std::move(drafts[computed_by[k]]);
-    computed[k].ms = ms * static_cast<double>(computed[k].states->tokens()) / static_cast<double>(batch.tokens);
+    computed[k].ms = ms * tokens / static_cast<double>(batch.tokens);
     result.computed.push_back(std::move(computed[k]));
   }
   result.shifts.resize(static_cast<std::size_t>(batch.rows));
@@ -439,7 +442,7 @@ void TokenReuse::keep(std::vector<Computed> computed) {
   const c10::InferenceMode any_tensor;  // drafts may come from a pass in that mode
   for (Computed& one : computed) {
     // Attention spreads what is not finite to all final states.
-    if (!one.states->final_states().isfinite().all().item<bool>()) continue;
+    if (one.states && !one.states->final_states().isfinite().all().item<bool>()) continue;
     bank_->keep(one.space, {one.values, one.width}, std::move(one.states), one.ms, now());
   }
 }

@@ -77,8 +77,8 @@ class TokenReuse {
     std::string space;
     std::vector<std::int64_t> values;
     std::size_t width = 1;
-    std::unique_ptr<TokenDraft> states;
-    double ms = 0;  ///< its share of the pass
+    std::unique_ptr<TokenDraft> states;  ///< null: there is no room to keep them
+    double ms = 0;                       ///< its share of the pass
   };
   struct Result {
     c10::IValue value;               ///< the model's, for the whole batch
@@ -89,8 +89,9 @@ class TokenReuse {
 
   /// Throws Error(kNotAvailable) with the reason if states of this model's tokens cannot be reused, and
   /// Error(kInvalidOptions). Runs the model on tiny sequences, also to see that reuse gives back an identical one.
+  /// `total`: the account that the bank's is part of; null: of none.
   TokenReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output, const ModelProfile& profile,
-             TokenReuseOptions options, std::size_t capacity_bytes);
+             TokenReuseOptions options, std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
   /// For each row the cached sequence that it has most in common with. Rows without, shorter ones than least_tokens,
   /// and left-padded ones have none.
@@ -100,13 +101,13 @@ class TokenReuse {
 
   /// Runs a batch that can be packed (check_packable) and has a real token: matched rows with reuse as far as
   /// `settings` allow, the others in full, all in one pass; those that a monitor stopped in a second one. `tenant` and
-  /// `capture`: the rows that were computed in full come back in Result::computed as far as there is room. Fills
-  /// `report`.
+  /// `capture`: the rows that were computed in full come back in Result::computed, with their states as far as there is
+  /// room. Nothing is kept, counted or evicted. Fills `report`.
   [[nodiscard]] Result run(const Batch& batch, const Matches& matches, const TokenReuseSettings& settings,
                            const std::string& tenant, bool capture, ForwardReport& report);
 
-  /// Keeps what run() computed in full, as an entry or in the means of one. Sequences whose states are not finite are
-  /// dropped. Never fails.
+  /// Keeps what run() computed in full, as an entry or in the means of one; evicts for it. Sequences whose states are
+  /// not finite are dropped, those without states counted as rejected.
   void keep(std::vector<Computed> computed);
 
   void clear() { bank_->clear(); }
@@ -121,7 +122,8 @@ class TokenReuse {
 
   [[nodiscard]] StateLayout layout() const;
   [[nodiscard]] std::unique_ptr<TokenBank> make_bank(std::size_t capacity_bytes,
-                                                     BankFormat format = BankFormat::kAsComputed) const;
+                                                     BankFormat format = BankFormat::kAsComputed,
+                                                     MemoryAccount* total = nullptr) const;
   void verify();
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<Row> rows_of(const Batch& batch, const std::string& tenant) const;

@@ -387,8 +387,8 @@ TEST(PrefixVerification, AModelThatIsWronglyTakenForCausalIsCaught) {
     const InputSpec inputs = model->input_spec();
     ModelProfile profile;
     model->describe(profile);
-    const OutputSpec output = probe(*model, inputs.vocabulary, {}, profile);
-    self_check(*model, inputs.vocabulary, output, profile);
+    const OutputSpec output = probe(*model, inputs, {}, profile);
+    self_check(*model, inputs, output, profile);
     const bool causal = profile.causal;
     EXPECT_EQ(causal, model_info(name).family == "decoder");
     profile.causal = true;

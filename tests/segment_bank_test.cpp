@@ -202,14 +202,18 @@ SegmentBank make_bank(std::size_t capacity, Eviction policy = Eviction::kLru,
 }
 
 bool keep(SegmentBank& bank, const Tokens& tokens, double now_s, const std::string& space = "a") {
-  auto entry = bank.reserve(space, tokens, now_s);
-  if (!entry) return false;
+  auto room = bank.reserve(space, tokens);
+  if (!room.draft) {
+    bank.insert(std::move(room), 1, now_s);
+    return false;
+  }
   const auto n = static_cast<std::int64_t>(tokens.size());
   const auto values = at::tensor(tokens, at::kFloat);
-  entry->set(0, values.view({1, 1, n, 1}).expand({1, 2, n, 4}));
-  entry->set(1, values.view({1, n, 1}).expand({1, n, 8}).to(at::kBFloat16));
-  bank.insert(std::move(entry), 1, now_s);
-  return true;
+  room.draft->set(0, values.view({1, 1, n, 1}).expand({1, 2, n, 4}));
+  room.draft->set(1, values.view({1, n, 1}).expand({1, n, 8}).to(at::kBFloat16));
+  const auto rejected = bank.counters().rejected;
+  bank.insert(std::move(room), 1, now_s);
+  return bank.counters().rejected == rejected;
 }
 
 TEST(SegmentBankTest, GivesBackTheStatesOfARun) {

@@ -32,8 +32,8 @@ struct Rig {
         model(ModelTraits<Module>::wrap(plain, {})),
         inputs(model->input_spec()) {
     model->describe(profile);
-    output = probe(*model, inputs.vocabulary, {}, profile);
-    self_check(*model, inputs.vocabulary, output, profile);
+    output = probe(*model, inputs, {}, profile);
+    self_check(*model, inputs, output, profile);
     reuse = std::make_unique<SegmentReuse>(*model, inputs, output, profile, SegmentOptions{}, capacity);
   }
 

@@ -92,14 +92,14 @@ Tokens random_tokens(std::mt19937_64& random, std::size_t count) {
 
 /// Keeps the sequence with `value` plus its place in all its states.
 bool keep(TokenBank& bank, const std::string& space, const Tokens& tokens, float value, double now_s = 0) {
-  auto draft = bank.reserve(static_cast<std::int64_t>(tokens.size()), now_s);
-  if (!draft) return false;
-  for (std::size_t i = 0; i < 3; ++i) {
+  auto draft = bank.reserve(static_cast<std::int64_t>(tokens.size()));
+  const bool room = draft != nullptr;
+  for (std::size_t i = 0; room && i < 3; ++i) {
     const auto places = at::arange(static_cast<std::int64_t>(tokens.size()), at::kFloat).add(value).unsqueeze(1);
     draft->tensor(i).copy_(places.expand_as(draft->tensor(i)));
   }
   bank.keep(space, {tokens, 1}, std::move(draft), 1, now_s);
-  return true;
+  return room;
 }
 
 std::optional<TokenBank::Candidate> find(TokenBank& bank, const std::string& space, const Tokens& tokens) {

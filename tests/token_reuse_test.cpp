@@ -25,8 +25,8 @@ struct Encoder {
     const c10::NoGradGuard no_grad;
     inputs = model->input_spec();
     model->describe(profile);
-    output = probe(*model, inputs.vocabulary, {}, profile);
-    self_check(*model, inputs.vocabulary, output, profile);
+    output = probe(*model, inputs, {}, profile);
+    self_check(*model, inputs, output, profile);
   }
 
   [[nodiscard]] std::unique_ptr<TokenReuse> reuse(TokenReuseOptions chosen = {},

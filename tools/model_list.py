@@ -34,6 +34,8 @@ class ModelSpec:
     @property
     def group(self) -> str:
         head = self.name.split("-")[0]
+        if head == "unusual":
+            return "tiny"
         return head if head in ("tiny", "zoo") else "bench"
 
 
@@ -179,6 +181,57 @@ def _tiny_models() -> list[ModelSpec]:
         ModelSpec("tiny-mlp", "encoder", "EmbeddingMlp", _mlp, "none"),
         ModelSpec("tiny-nan", *bert, _nan),
         ModelSpec("tiny-throws", *ours, _scripted(use_sdpa=True, throws=True), how="script"),
+    ]
+
+
+def _unusual(name: str, **settings: bool) -> Callable[[], tuple[nn.Module, str]]:
+    def build() -> tuple[nn.Module, str]:
+        import torch
+        import unusual_models
+
+        torch.manual_seed(0)
+        return getattr(unusual_models, name)(VOCAB, HIDDEN, HEADS, MAX_TOKENS, **settings), RANDOM
+
+    return build
+
+
+def _with_past(tiny: Tiny) -> Callable[[], tuple[nn.Module, str]]:
+    def build() -> tuple[nn.Module, str]:
+        from unusual_models import WithPast
+
+        model, weights = tiny()
+        return WithPast(model), weights
+
+    return build
+
+
+def _unusual_models() -> list[ModelSpec]:
+    """Of tests only: what a wrapper must refuse in words, or do right."""
+
+    def spec(name: str, family: str, module: str, how: str, attention: str = "sdpa", **settings: bool) -> ModelSpec:
+        build = _unusual(module, **settings)
+        return ModelSpec(f"unusual-{name}", family, module, build, attention, output="see unusual_models.py", how=how)
+
+    return [
+        spec("nested-script", "encoder", "TorchEncoder", "script"),
+        spec("nested-trace", "encoder", "TorchEncoder", "trace", "none"),
+        spec("nested-pooled", "encoder", "PooledTorchEncoder", "script"),
+        spec("encoder-script", "encoder", "TorchEncoder", "script", nested=False),
+        spec("encoder-trace", "encoder", "TorchEncoder", "trace", "none", nested=False),
+        spec("encoder-layers", "encoder", "TorchLayers", "trace", "none"),
+        spec("keys-pairs", "decoder", "KeysInPairs", "script"),
+        spec("keys-tuple", "decoder", "KeysInATuple", "trace"),
+        spec("keys-stacked", "decoder", "KeysStacked", "script"),
+        spec("keys-only", "decoder", "KeysOnly", "script"),
+        *(
+            ModelSpec(f"unusual-past-{kind}", "decoder", "WithPast", _with_past(_TINY[kind][1]), output="with past")
+            for kind in ("gpt2", "llama")
+        ),
+        spec("states-returned", "decoder", "StatesReturned", "script"),
+        spec("states-beside", "decoder", "StatesBeside", "script"),
+        spec("states-mixed", "decoder", "StatesMixed", "script"),
+        spec("states-added", "decoder", "StatesAdded", "script"),
+        spec("states-back", "decoder", "StatesFedBack", "script"),
     ]
 
 
@@ -440,5 +493,6 @@ _FULL_SIZE = [
     ModelSpec("smollm2", "decoder", "LlamaForCausalLM", smollm2, output="logits", tokenizer="smollm2"),
 ]
 
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_tiny_models(), *_FULL_SIZE, *_zoo_models())}
+_ALL = (*_tiny_models(), *_unusual_models(), *_FULL_SIZE, *_zoo_models())
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ALL}
 GROUPS = ("tiny", "bench", "zoo")

@@ -4,7 +4,8 @@ set -Eeuo pipefail
 
 usage() {
   cat <<'HELP'
-usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, then some with sanitizers
+usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, fuzz the readers of files
+                                                       for a minute, then run some tests with sanitizers
        tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
        tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure side by side with ONNX Runtime and others
        tools/run.sh help
@@ -23,7 +24,7 @@ Environment:
   LLMCACHE_JOBS        compile jobs at once (default: one for each core and 2 GiB of free memory)
   LLMCACHE_BUILD_TYPE  CMake build type (default: Release)
   LLMCACHE_CMAKE_ARGS  further arguments for cmake
-  LLMCACHE_SKIP_SANITIZERS  1: test without AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+  LLMCACHE_SKIP_SANITIZERS  1: test without AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and libFuzzer
   PYTHON               Python 3.11 or newer (default: /usr/bin/python3)
   Torch_DIR            a LibTorch's share/cmake/Torch (default: that of the virtual environment's torch)
 HELP
@@ -32,7 +33,8 @@ HELP
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-certificates libeigen3-dev libfmt-dev
-  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev)
+  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev
+  clang libclang-rt-14-dev)
 
 BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"
@@ -189,8 +191,8 @@ run_tests() {  # arguments for ctest
   ctest --test-dir "$CMAKE_DIR" --parallel "$(compile_jobs)" --output-on-failure "$@"
 }
 
-# Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
-# run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
+# Each sanitizer has a build of its own, of the library and its tests, below $BUILD; so have the fuzz targets. What is
+# built how, which tests are run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
 run_sanitizer() {  # preset, target
   local preset="$1" target="$2" folder="$BUILD/$1" plain_addresses=()
   configure "$preset" "$folder"
@@ -264,6 +266,7 @@ main_test() {
     echo "LLMCACHE_SKIP_SANITIZERS=1: skipped"
     return
   fi
+  run_sanitizer fuzz llmcache-fuzz
   run_sanitizer asan-ubsan all
   run_sanitizer tsan llmcache-thread-tests
 }

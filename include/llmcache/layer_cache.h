@@ -103,15 +103,15 @@ class LayerCacheBase {
   [[nodiscard]] const ModelProfile& profile() const noexcept;
   [[nodiscard]] const Options& options() const noexcept;
 
-  /// To be called after weights were changed in place, with no call running or with any: it waits for running calls.
-  /// Every entry is dropped, and a calibration with it; the next calls run on the weights as they are now, and
-  /// profile().digest is theirs. What the library notices by itself is in docs/correctness.md.
+  /// To be called after weights were changed in place. Every entry is dropped, and a calibration with it; calls that
+  /// begin later run on the weights as they are now, and profile().digest is theirs. Calls that are running keep
+  /// nothing; profile() must not be read meanwhile. What the library notices by itself is in docs/correctness.md.
   /// Throws Error(kNotAvailable) where the library works on copies of the weights (Options::weights): construct a new
   /// LayerCache; Error(kModelChanged) if more than values was changed (a type, a place in memory, a mode).
   void weights_changed();
 
   /// Drops every entry of every tenant, and forgets the running mean of fingerprints. A calibration stays in force.
-  /// Running calls are not disturbed; what they compute is kept.
+  /// Running calls are not disturbed; what they have computed is not kept.
   void clear();
 
  protected:

@@ -40,7 +40,7 @@ LayerBank::Space::~Space() { account.release(reserved); }
 LayerBank::LayerBank(Settings settings, std::vector<const Fingerprinter*> fingerprinters)
     : settings_(std::move(settings)),
       fingerprinters_(std::move(fingerprinters)),
-      account_(settings_.capacity_bytes),
+      account_(settings_.capacity_bytes, settings_.total),
       memory_(account_),
       spaces_(&memory_),
       nodes_(&memory_),
@@ -67,11 +67,19 @@ std::optional<LayerBank::Hit> LayerBank::find(std::string_view space, std::size_
 }
 
 void LayerBank::insert(std::string_view space, const Candidate& candidate, double now_s) {
+  const std::lock_guard lock(mutex_);
+  try {
+    insert_unless_held(space, candidate, now_s);
+  } catch (const std::exception&) {  // no memory to compare it with what is held
+    ++counters_.rejected;
+  }
+}
+
+void LayerBank::insert_unless_held(std::string_view space, const Candidate& candidate, double now_s) {
   std::size_t bytes = candidate.hidden.nbytes() + kTensorOverhead;
   for (const at::Tensor& input : candidate.inputs) {
     if (input.defined()) bytes += input.nbytes() + kTensorOverhead;
   }
-  const std::lock_guard lock(mutex_);
   flush_old(now_s);
   follow_centres();
   const auto fingerprints = current(candidate);
@@ -222,14 +230,14 @@ void LayerBank::follow_centres() {
     for (std::uint32_t slot = 0; slot < nodes_.size(); ++slot) {
       const Node& node = nodes_[slot];
       if (!node.entry) continue;
-      const auto fingerprint = fingerprint_of(node, which);
       bool placed = false;
       try {
+        const auto fingerprint = fingerprint_of(node, which);
         if (fingerprint && fingerprint->generation == generation) {
           node.space->second.indices[which].insert(node.local, *fingerprint);
           placed = true;
         }
-      } catch (const std::bad_alloc&) {  // the index needs more room in this order: this one goes
+      } catch (const std::bad_alloc&) {  // the index needs more room in this order, or there is none: this one goes
       }
       if (!placed) {
         remove(slot);

@@ -71,7 +71,8 @@ class LayerBank {
     std::size_t capacity_bytes = 0;
     EvictionOptions eviction;
     double ttl_seconds = 0;
-    double flush_below = 0;  ///< see RefreshOptions
+    double flush_below = 0;          ///< see RefreshOptions
+    MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
 
   struct Hit {
@@ -108,8 +109,8 @@ class LayerBank {
   std::optional<Hit> find(std::string_view space, std::size_t which, const Fingerprint& fingerprint, double tau,
                           double now_s);
 
-  /// Keeps a sequence's state. Never fails: what finds no room is counted as rejected. An entry with the same inputs
-  /// is used instead, not kept twice; the key finds it, the inputs are compared.
+  /// Keeps a sequence's state, and evicts for it. Never fails: what finds no room is counted as rejected. An entry with
+  /// the same inputs is used instead, not kept twice; the key finds it, the inputs are compared.
   void insert(std::string_view space, const Candidate& candidate, double now_s);
 
   /// Keeps, with what find() returned, that a check found this relative drift; or drops it, if it is
@@ -150,6 +151,7 @@ class LayerBank {
     std::pmr::vector<std::int64_t> ids;
   };
 
+  void insert_unless_held(std::string_view space, const Candidate& candidate, double now_s);
   void place(std::string_view space, const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
              const std::vector<Fingerprint>& fingerprints, double now_s);
   [[nodiscard]] bool holds_same(std::string_view space, const Candidate& candidate, double now_s);

@@ -7,11 +7,20 @@ bool MemoryAccount::try_reserve(std::size_t bytes) noexcept {
   do {
     if (bytes > limit_ || used > limit_ - bytes) return false;
   } while (!used_.compare_exchange_weak(used, used + bytes));
+  if (total_ != nullptr && !total_->try_reserve(bytes)) {
+    used_.fetch_sub(bytes);
+    return false;
+  }
   const std::size_t now = used + bytes;
   std::size_t peak = peak_.load();
   while (peak < now && !peak_.compare_exchange_weak(peak, now)) {
   }
   return true;
+}
+
+void MemoryAccount::release(std::size_t bytes) noexcept {
+  if (total_ != nullptr) total_->release(bytes);
+  used_.fetch_sub(bytes);
 }
 
 void* AccountedResource::do_allocate(std::size_t bytes, std::size_t alignment) {

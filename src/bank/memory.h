@@ -10,15 +10,20 @@ namespace llmcache {
 
 /// Bytes in use against a fixed limit. Thread-safe. Whoever takes bytes reserves them first, so the
 /// limit holds at every moment, not only between operations.
+///
+/// An account may be part of a total, which sees all that is reserved and released in its parts, at once: its peak is
+/// the most that they ever held together, which the sum of their own peaks is not. At every moment the total is at most
+/// the sum of its parts.
 class MemoryAccount {
  public:
-  explicit MemoryAccount(std::size_t limit) : limit_(limit) {}
+  /// `total`: must outlive the account; null: it is part of none.
+  explicit MemoryAccount(std::size_t limit, MemoryAccount* total = nullptr) : limit_(limit), total_(total) {}
   MemoryAccount(const MemoryAccount&) = delete;
   MemoryAccount& operator=(const MemoryAccount&) = delete;
 
-  /// False, and nothing taken, if the limit would be passed.
+  /// False, and nothing taken, if the limit would be passed, or that of the total.
   bool try_reserve(std::size_t bytes) noexcept;
-  void release(std::size_t bytes) noexcept { used_.fetch_sub(bytes); }
+  void release(std::size_t bytes) noexcept;
 
   [[nodiscard]] std::size_t limit() const noexcept { return limit_; }
   [[nodiscard]] std::size_t used() const noexcept { return used_.load(); }
@@ -26,6 +31,7 @@ class MemoryAccount {
 
  private:
   const std::size_t limit_;
+  MemoryAccount* const total_;
   std::atomic<std::size_t> used_{0};
   std::atomic<std::size_t> peak_{0};
 };

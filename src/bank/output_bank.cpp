@@ -16,8 +16,8 @@ std::size_t OutputBank::Hash::operator()(std::string_view key) const noexcept {
 }
 
 // The containers start empty and allocate nothing until the first insertion.
-OutputBank::OutputBank(std::size_t capacity_bytes)
-    : account_(capacity_bytes), memory_(account_), recency_(&memory_), index_(&memory_) {}
+OutputBank::OutputBank(std::size_t capacity_bytes, MemoryAccount* total)
+    : account_(capacity_bytes, total), memory_(account_), recency_(&memory_), index_(&memory_) {}
 
 std::shared_ptr<const OutputEntry> OutputBank::find(std::string_view key, bool exact) {
   const std::lock_guard lock(mutex_);
@@ -28,7 +28,8 @@ std::shared_ptr<const OutputEntry> OutputBank::find(std::string_view key, bool e
   return *it->second;
 }
 
-void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact) {
+void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
+                        const BatchSize& computed_in) {
   std::size_t bytes = 0;
   for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes() + kTensorOverhead;
   {
@@ -64,7 +65,8 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
     try {
       if (!entry) {
         const std::pmr::polymorphic_allocator<OutputEntry> allocator(&memory_);
-        entry = std::allocate_shared<OutputEntry>(allocator, key, copies, exact, bytes, account_, &memory_);
+        entry =
+            std::allocate_shared<OutputEntry>(allocator, key, copies, exact, computed_in, bytes, account_, &memory_);
         copies.clear();
       }
       recency_.push_front(entry);

@@ -14,17 +14,25 @@
 #include <vector>
 
 #include "bank/memory.h"
+#include "match/size_class.h"
 
 namespace llmcache {
+
+/// What a row was computed in: a batch of `rows` rows, `width` tokens wide. 0: not told.
+struct BatchSize {
+  std::int32_t rows = 0;
+  std::int32_t width = 0;
+};
 
 /// The output tensors of one sequence: batch dimension 1, token dimension cut to its real tokens.
 class OutputEntry {
  public:
-  OutputEntry(std::string_view key, std::vector<at::Tensor> tensors, bool exact, std::size_t tensor_bytes,
-              MemoryAccount& account, std::pmr::memory_resource* memory)
+  OutputEntry(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact, const BatchSize& computed_in,
+              std::size_t tensor_bytes, MemoryAccount& account, std::pmr::memory_resource* memory)
       : key_(key, memory),
         tensors_(tensors.begin(), tensors.end(), memory),
         exact_(exact),
+        computed_in_(computed_in),
         tensor_bytes_(tensor_bytes),
         account_(account) {}
   ~OutputEntry() {
@@ -38,11 +46,17 @@ class OutputEntry {
   [[nodiscard]] const std::pmr::vector<at::Tensor>& tensors() const noexcept { return tensors_; }
   /// True if the model ran as it is when this was computed, false if it was packed.
   [[nodiscard]] bool exact() const noexcept { return exact_; }
+  /// Of the batch in which it was computed; 0: not told.
+  [[nodiscard]] std::int32_t rows() const noexcept { return computed_in_.rows; }
+  [[nodiscard]] std::int32_t width() const noexcept { return computed_in_.width; }
+  [[nodiscard]] std::uint8_t rows_class() const noexcept { return size_class(rows()); }
+  [[nodiscard]] std::uint8_t width_class() const noexcept { return size_class(width()); }
 
  private:
   std::pmr::string key_;
   std::pmr::vector<at::Tensor> tensors_;
   bool exact_;
+  BatchSize computed_in_;
   std::size_t tensor_bytes_;  ///< reserved before the tensors were made, released with them
   MemoryAccount& account_;
 };
@@ -54,15 +68,17 @@ class OutputEntry {
 /// must not outlive the bank.
 class OutputBank {
  public:
-  explicit OutputBank(std::size_t capacity_bytes);
+  /// `total`: the account that the bank's is part of; null: of none.
+  explicit OutputBank(std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
   /// The entry, made the most recently used one; null if there is none, or if `exact` is asked for
   /// and the entry is not.
   std::shared_ptr<const OutputEntry> find(std::string_view key, bool exact);
 
   /// Keeps copies of `tensors`. An entry of the same key stays, unless it is not exact and this one
-  /// is. Never fails: what finds no room is counted as rejected.
-  void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact);
+  /// is. Evicts for it. Never fails: what finds no room is counted as rejected.
+  void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
+              const BatchSize& computed_in = {});
 
   void clear();
   [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }

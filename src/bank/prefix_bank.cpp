@@ -36,7 +36,7 @@ bool follows(const KeyRange& range, const KeyRange& next) {
 }  // namespace
 
 KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account)
-    : room_(room), bytes_(bytes), account_(account) {
+    : room_(room), bytes_(bytes), account_(&account) {
   // A tensor made in inference mode could not be written to outside of it.
   const c10::InferenceMode normal(false);
   tensors_.reserve(specs.size());
@@ -49,16 +49,18 @@ KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::si
 
 KeyBlock::~KeyBlock() {
   tensors_.clear();
-  account_.release(bytes_);
+  account_->release(bytes_);
 }
 
 PrefixLease::PrefixLease(PrefixLease&& other) noexcept
     : bank_(std::exchange(other.bank_, nullptr)),
       known_(std::exchange(other.known_, {})),
       reserved_(std::exchange(other.reserved_, {})),
-      kept_(std::exchange(other.kept_, {})),
       known_tokens_(std::exchange(other.known_tokens_, 0)),
-      continues_(std::exchange(other.continues_, false)) {}
+      shortest_(other.shortest_),
+      longest_(other.longest_),
+      continues_(std::exchange(other.continues_, false)),
+      refused_(std::exchange(other.refused_, false)) {}
 
 PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
   if (this == &other) return *this;
@@ -66,9 +68,11 @@ PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
   bank_ = std::exchange(other.bank_, nullptr);
   known_ = std::exchange(other.known_, {});
   reserved_ = std::exchange(other.reserved_, {});
-  kept_ = std::exchange(other.kept_, {});
   known_tokens_ = std::exchange(other.known_tokens_, 0);
+  shortest_ = other.shortest_;
+  longest_ = other.longest_;
   continues_ = std::exchange(other.continues_, false);
+  refused_ = std::exchange(other.refused_, false);
   return *this;
 }
 
@@ -79,7 +83,8 @@ PrefixLease::~PrefixLease() {
 // The containers start empty and allocate nothing until the first commit.
 PrefixBank::PrefixBank(Settings settings)
     : settings_(std::move(settings)),
-      account_(settings_.capacity_bytes),
+      account_(settings_.capacity_bytes, settings_.total),
+      passes_(settings_.capacity_bytes),
       memory_(account_),
       tree_(settings_.token_width, &memory_),
       policy_(settings_.eviction, &memory_) {
@@ -99,9 +104,12 @@ PrefixLease PrefixBank::find(std::string_view space, std::span<const std::int64_
     for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) {
       KeyRange part = held(node);
       if (node == match.node) part.tokens = static_cast<std::int64_t>(match.in_node);
+      lease.shortest_ = std::min(lease.shortest_, part.shortest);
+      lease.longest_ = std::max(lease.longest_, part.longest);
       if (!lease.known_.empty() && follows(part, lease.known_.back())) {
         lease.known_.back().offset = part.offset;
         lease.known_.back().tokens += part.tokens;
+        lease.known_.back().widen(part);
       } else {
         lease.known_.push_back(std::move(part));
       }
@@ -118,21 +126,19 @@ PrefixLease PrefixBank::find(std::string_view space, std::span<const std::int64_
 }
 
 bool PrefixBank::reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room,
-                         double now_s) {
+                         std::uint8_t length_class) {
   if (count <= 0) return true;
   const KeyRange last = after == nullptr ? KeyRange{} : *after;  // `after` may lie in the vector that grows
   std::unique_lock lock(mutex_);
   try {
     lease.reserved_.reserve(lease.reserved_.size() + 2);
-    lease.kept_.reserve(lease.reserved_.size() + 2);
   } catch (const std::bad_alloc&) {
-    ++counters_.rejected;
+    lease.refused_ = true;
     return false;
   }
-  const auto give = [&lease, this](const std::shared_ptr<KeyBlock>& block, std::int64_t tokens) {
+  const auto give = [&](const std::shared_ptr<KeyBlock>& block, std::int64_t tokens) {
     lease.bank_ = this;
-    lease.reserved_.push_back({block, block->claimed_, tokens});
-    lease.kept_.push_back(0);
+    lease.reserved_.push_back({block, block->claimed_, tokens, length_class, length_class});
     block->claimed_ += tokens;
     pin(*block);
   };
@@ -143,19 +149,17 @@ bool PrefixBank::reserve(PrefixLease& lease, const KeyRange* after, std::int64_t
   if (spare == count) return true;
   const std::int64_t rest = count - spare;
   std::shared_ptr<KeyBlock> block;
-  if (room > rest) block = make_block(lock, room, now_s);
-  if (!block) block = make_block(lock, rest, now_s);
+  if (room > rest) block = make_block(lock, room);
+  if (!block) block = make_block(lock, rest);
   if (block) {
     give(block, rest);
-    unpin(*block);  // make_block() has pinned it already
     return true;
   }
-  ++counters_.rejected;
+  lease.refused_ = true;
   if (lease.reserved_.size() > before) {
     if (last.block->claimed_ == end_of(last) + spare) last.block->claimed_ -= spare;
     unpin(*last.block);
     lease.reserved_.pop_back();
-    lease.kept_.pop_back();
   }
   return false;
 }
@@ -167,10 +171,18 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view space, std::span<co
   const std::size_t count = std::min(tokens.size() / settings_.token_width, held);
   const Sequence sequence{space, tokens.first(count * settings_.token_width), ranges, saved_ms, now_s};
   const std::lock_guard lock(mutex_);
+  if (std::exchange(lease.refused_, false)) {
+    ++counters_.rejected;
+    return;
+  }
   for (;;) {
+    // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
+    if (!take_over(sequence)) {
+      ++counters_.rejected;
+      return;
+    }
     try {
-      // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
-      if (grow(lease, sequence)) ++counters_.insertions;
+      if (grow(sequence)) ++counters_.insertions;
       return;
     } catch (const std::bad_alloc&) {
       tree_.drop_if_empty(space);
@@ -182,8 +194,30 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view space, std::span<co
   }
 }
 
-/// Makes known what is not yet; false if all is. std::bad_alloc: a part of it may be known then.
-bool PrefixBank::grow(PrefixLease& lease, const Sequence& sequence) {
+/// Makes the blocks of what is not known yet the bank's, and evicts for them; false if there is no room.
+bool PrefixBank::take_over(const Sequence& sequence) noexcept {
+  const auto is_own = [this](const KeyRange& range) { return !is_held(*range.block); };
+  while (std::ranges::any_of(sequence.ranges, is_own)) {
+    // What is known changes with what is evicted.
+    const std::size_t known = tree_.match(sequence.space, sequence.tokens).tokens;
+    std::size_t end = 0;
+    const auto next = std::ranges::find_if(sequence.ranges, [&](const KeyRange& range) {
+      end += static_cast<std::size_t>(range.tokens);
+      return end > known && is_own(range);
+    });
+    if (next == sequence.ranges.end()) return true;
+    KeyBlock& block = *next->block;
+    if (!make_room(block.bytes_, sequence.now_s)) return false;
+    passes_.release(block.bytes_);
+    block.account_ = &account_;
+    if (block.pins_ > 0) pinned_bytes_ += block.bytes_;
+  }
+  return true;
+}
+
+/// Makes known what is not yet, in blocks that are held; false if all is. std::bad_alloc: a part of it may be known
+/// then.
+bool PrefixBank::grow(const Sequence& sequence) {
   const std::size_t count = sequence.tokens.size() / settings_.token_width;
   const PrefixTree::Match match = tree_.match(sequence.space, sequence.tokens);
   if (match.tokens == count) return false;
@@ -200,9 +234,11 @@ bool PrefixBank::grow(PrefixLease& lease, const Sequence& sequence) {
     const std::size_t end = std::min(begin + static_cast<std::size_t>(range.tokens), count);
     if (end > match.tokens) {
       const auto skipped = static_cast<std::int64_t>(std::max(begin, match.tokens) - begin);
-      const KeyRange piece{range.block, range.offset + skipped, static_cast<std::int64_t>(end - begin) - skipped};
+      const KeyRange piece{range.block, range.offset + skipped, static_cast<std::int64_t>(end - begin) - skipped,
+                           range.shortest, range.longest};
       if (next.block && follows(next, piece)) {
         next.tokens += piece.tokens;
+        next.widen(piece);
       } else {
         next = piece;
       }
@@ -210,11 +246,6 @@ bool PrefixBank::grow(PrefixLease& lease, const Sequence& sequence) {
       const bool more = i + 1 < sequence.ranges.size() && end < count && follows(range, sequence.ranges[i + 1]);
       if (!more && next.tokens > 0) {
         node = append(node, next, sequence, end - static_cast<std::size_t>(next.tokens));
-        for (std::size_t j = 0; j < lease.reserved_.size(); ++j) {
-          const KeyRange& own = lease.reserved_[j];
-          if (own.block != next.block || next.offset >= end_of(own)) continue;
-          lease.kept_[j] = std::max(lease.kept_[j], std::min(end_of(next), end_of(own)) - own.offset);
-        }
         next = {};
       }
     }
@@ -236,7 +267,7 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
     throw;
   }
   KeyRange& lower = held(node);
-  held(slot) = {lower.block, lower.offset, tokens};
+  held(slot) = {lower.block, lower.offset, tokens, lower.shortest, lower.longest};
   lower.offset += tokens;
   lower.tokens -= tokens;
   ++counters_.entries;
@@ -254,6 +285,7 @@ std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, cons
   if (!tree_.is_root(node) && tree_.is_leaf(node) && follows(held(node), range)) {
     tree_.extend(node, tokens);
     held(node).tokens += range.tokens;
+    held(node).widen(range);
   } else {
     holder = prepare(range.tokens, sequence, begin + count);
     try {
@@ -265,6 +297,7 @@ std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, cons
     held(holder) = range;
     ++counters_.entries;
   }
+  range.block->held_ = std::max(range.block->held_, end_of(range));
   counters_.tokens += count;
   return holder;
 }
@@ -287,11 +320,13 @@ void PrefixBank::release(PrefixLease& lease) noexcept {
   lease.bank_ = nullptr;
   const std::vector<KeyRange> known = std::exchange(lease.known_, {});
   const std::vector<KeyRange> reserved = std::exchange(lease.reserved_, {});
-  const std::vector<std::int64_t> kept = std::exchange(lease.kept_, {});
   const std::lock_guard lock(mutex_);
   for (std::size_t i = reserved.size(); i-- > 0;) {
     KeyBlock& block = *reserved[i].block;
-    if (block.claimed_ == end_of(reserved[i])) block.claimed_ = reserved[i].offset + kept[i];
+    // What nodes hold of it is theirs, whoever made it known.
+    if (block.claimed_ == end_of(reserved[i])) {
+      block.claimed_ = std::clamp(block.held_, reserved[i].offset, end_of(reserved[i]));
+    }
     unpin(block);
   }
   for (const KeyRange& range : known) unpin(*range.block);
@@ -321,25 +356,21 @@ std::optional<std::size_t> PrefixBank::block_bytes(std::int64_t room) const noex
   return tokens * all_token_bytes_ + settings_.specs.size() * kTensorOverhead + kBlockOverhead;
 }
 
-/// A block, pinned, or null if there is no room for it. Its tensors are made without the lock, with their bytes already
-/// reserved.
-std::shared_ptr<KeyBlock> PrefixBank::make_block(std::unique_lock<std::mutex>& lock, std::int64_t room, double now_s) {
+/// A block for a running pass, or null if the bank could not take it over beside what passes use. Its tensors are made
+/// without the lock, with their bytes already reserved.
+std::shared_ptr<KeyBlock> PrefixBank::make_block(std::unique_lock<std::mutex>& lock, std::int64_t room) {
   const auto bytes = block_bytes(room);
-  if (!bytes || !make_room(*bytes, now_s)) return nullptr;
-  pinned_bytes_ += *bytes;
+  const std::size_t used = pinned_bytes_ + passes_.used();
+  if (!bytes || *bytes > account_.limit() || used > account_.limit() - *bytes) return nullptr;
+  if (!passes_.try_reserve(*bytes)) return nullptr;
   lock.unlock();
   std::shared_ptr<KeyBlock> block;
   try {
-    block = std::make_shared<KeyBlock>(settings_.specs, room, *bytes, account_);
+    block = std::make_shared<KeyBlock>(settings_.specs, room, *bytes, passes_);
   } catch (const std::exception&) {
-    account_.release(*bytes);
+    passes_.release(*bytes);
   }
   lock.lock();
-  if (block) {
-    block->pins_ = 1;
-  } else {
-    pinned_bytes_ -= *bytes;
-  }
   return block;
 }
 
@@ -403,6 +434,7 @@ void PrefixBank::evict(std::uint32_t leaf) noexcept {
   if (gone.block.use_count() == 1) return;  // the block goes with it
   // What was the end of the block is spare room again; where that is more than half of it, it is given back.
   if (block.claimed_ == end_of(gone)) block.claimed_ = gone.offset;
+  if (block.held_ == end_of(gone)) block.held_ = gone.offset;
   block.wasteful_ = true;
   trim_if_wasteful(block);
 }
@@ -436,11 +468,11 @@ bool PrefixBank::trim(KeyBlock& block) noexcept {
 }
 
 void PrefixBank::pin(KeyBlock& block) noexcept {
-  if (block.pins_++ == 0) pinned_bytes_ += block.bytes_;
+  if (block.pins_++ == 0 && is_held(block)) pinned_bytes_ += block.bytes_;
 }
 
 void PrefixBank::unpin(KeyBlock& block) noexcept {
-  if (--block.pins_ > 0) return;
+  if (--block.pins_ > 0 || !is_held(block)) return;
   pinned_bytes_ -= block.bytes_;
   trim_if_wasteful(block);
 }

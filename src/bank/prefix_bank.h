@@ -4,8 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <memory_resource>
 #include <mutex>
@@ -29,8 +31,12 @@ struct KeySpec {
 
 /// Tensors with room for a number of tokens, one for each KeySpec. Ranges of them belong to nodes of the tree and to
 /// running passes; a range is written once, by the pass that claimed it, before anybody else can see it.
+///
+/// A new block is the working memory of the pass that asked for it, and counts as such. It becomes the bank's, and
+/// counts in its capacity, with the first node that lies in it.
 class KeyBlock {
  public:
+  /// `bytes` are reserved in `account`.
   KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account);
   ~KeyBlock();
   KeyBlock(const KeyBlock&) = delete;
@@ -44,11 +50,13 @@ class KeyBlock {
   friend class PrefixBank;
   std::vector<at::Tensor> tensors_;
   std::int64_t room_;
-  std::int64_t claimed_ = 0;  ///< tokens from the start that belong to somebody; guarded by the bank's lock
-  std::int64_t pins_ = 0;     ///< running passes that use it; guarded by the bank's lock
-  bool wasteful_ = false;     ///< was to give back its spare room and could not; guarded by the bank's lock
+  // Guarded by the bank's lock:
+  std::int64_t claimed_ = 0;  ///< tokens from the start that belong to somebody
+  std::int64_t held_ = 0;     ///< tokens from the start that nodes hold, with what has gone in their midst
+  std::int64_t pins_ = 0;     ///< running passes that use it
+  bool wasteful_ = false;     ///< was to give back its spare room and could not
   std::size_t bytes_;
-  MemoryAccount& account_;
+  MemoryAccount* account_;  ///< in which bytes_ are reserved
 };
 
 /// Neighbouring tokens in a block.
@@ -56,6 +64,16 @@ struct KeyRange {
   std::shared_ptr<KeyBlock> block;
   std::int64_t offset = 0;
   std::int64_t tokens = 0;
+  /// Of the sequences in whose passes they were computed the least and the greatest size_class() of the number of real
+  /// tokens. Without any: the least is above the greatest.
+  std::uint8_t shortest = std::numeric_limits<std::uint8_t>::max();
+  std::uint8_t longest = 0;
+
+  /// Takes in the classes of tokens that join these.
+  void widen(const KeyRange& other) noexcept {
+    shortest = std::min(shortest, other.shortest);
+    longest = std::max(longest, other.longest);
+  }
 };
 
 class PrefixBank;
@@ -72,6 +90,9 @@ class PrefixLease {
   /// The known prefix, in order; together known_tokens().
   [[nodiscard]] const std::vector<KeyRange>& known() const noexcept { return known_; }
   [[nodiscard]] std::int64_t known_tokens() const noexcept { return known_tokens_; }
+  /// The least and the greatest class of a known prefix, see KeyRange.
+  [[nodiscard]] std::uint8_t shortest() const noexcept { return shortest_; }
+  [[nodiscard]] std::uint8_t longest() const noexcept { return longest_; }
   /// True if the known prefix is all of an earlier sequence, so that this one is its continuation.
   [[nodiscard]] bool continues() const noexcept { return continues_; }
   /// What reserve() gave, in order.
@@ -82,13 +103,21 @@ class PrefixLease {
   PrefixBank* bank_ = nullptr;
   std::vector<KeyRange> known_;
   std::vector<KeyRange> reserved_;
-  std::vector<std::int64_t> kept_;  ///< of each reserved range: how much of its start the bank has taken over
   std::int64_t known_tokens_ = 0;
+  std::uint8_t shortest_ = std::numeric_limits<std::uint8_t>::max();
+  std::uint8_t longest_ = 0;
   bool continues_ = false;
+  bool refused_ = false;  ///< reserve() found no room, which the bank has not counted yet
 };
 
-/// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index are
-/// counted, before memory is taken: the capacity holds at every moment.
+/// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index of what it
+/// holds are counted, before it is taken over: the capacity holds at every moment.
+///
+/// A pass reserves room, writes, and commits when the call it belongs to has succeeded. Until then the bank is as it
+/// was: what is reserved is spare room of blocks that it holds, or working memory of the pass. That is limited by the
+/// same capacity, of all running passes together, so that no more is computed than could be kept; only committing
+/// evicts, makes known and counts. A call that fails drops its leases, and nothing has happened, but that what it found
+/// counts as used.
 ///
 /// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in spaces that
 /// never see each other (tenant, position of the first token). Tokens are compared, hashes only find.
@@ -102,13 +131,14 @@ class PrefixBank {
     EvictionOptions eviction;
     std::size_t token_width = 1;
     std::vector<KeySpec> specs;
+    MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
   struct Counters {
     std::uint64_t entries = 0;     ///< nodes
     std::uint64_t tokens = 0;      ///< that the nodes hold
     std::uint64_t insertions = 0;  ///< commits that made something known
     std::uint64_t evictions = 0;   ///< of nodes
-    std::uint64_t rejected = 0;    ///< calls of reserve() and commit()
+    std::uint64_t rejected = 0;    ///< commits for which there was no room, at reserve() or by then
     std::size_t bytes = 0, peak_bytes = 0;
   };
 
@@ -123,15 +153,18 @@ class PrefixBank {
 
   /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after`, one of the lease's ranges or
   /// null, is used first, if that ends where the claimed part of its block does; the rest is one new block of at least
-  /// `room` tokens (of just what is needed if there is no memory for more). Evicts for it. False, and nothing taken, if
-  /// it finds no room; that is counted as rejected.
-  bool reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room, double now_s);
+  /// `room` tokens (of just what is needed if there is no memory for more), working memory of the pass. False, and
+  /// nothing taken, if it could not become the bank's beside what running passes use: commit() counts that.
+  /// `length_class`: size_class() of the real tokens of the sequence in this pass.
+  bool reserve(PrefixLease& lease, const KeyRange* after, std::int64_t count, std::int64_t room,
+               std::uint8_t length_class);
 
   /// Makes `tokens` known, or as many of them as `ranges`, in order, hold entries for. What is known already stays as
-  /// it is, so that only the ranges behind it become nodes; a node is split where the sequences part. Of what the lease
-  /// reserved, that is then the bank's; it stays readable while the lease lives. The ranges are the lease's, known or
-  /// reserved. `saved_ms`: for the eviction policy, time that one token's entry saves. Never fails: what finds no room
-  /// for its nodes is counted as rejected.
+  /// it is, so that only the ranges behind it become nodes; a node is split where the sequences part. Their blocks
+  /// become the bank's, which evicts for them; they stay readable while the lease lives. The ranges are the lease's,
+  /// known or reserved, and those of other leases that live. `saved_ms`: for the eviction policy, time that one token's
+  /// entry saves. Never fails: what finds no room is counted as rejected, and so is a lease for which reserve() found
+  /// none.
   void commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
               std::span<const KeyRange> ranges, double saved_ms, double now_s);
 
@@ -144,8 +177,8 @@ class PrefixBank {
   void release(PrefixLease& lease) noexcept;
 
   [[nodiscard]] std::optional<std::size_t> block_bytes(std::int64_t room) const noexcept;
-  [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::unique_lock<std::mutex>& lock, std::int64_t room,
-                                                     double now_s);
+  [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::unique_lock<std::mutex>& lock, std::int64_t room);
+  [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.account_ == &account_; }
   bool make_room(std::size_t bytes, double now_s) noexcept;
   bool evict_one(double now_s) noexcept;
   [[nodiscard]] std::uint32_t idle_leaf(std::uint32_t node) const noexcept;
@@ -165,7 +198,8 @@ class PrefixBank {
     double saved_ms;
     double now_s;
   };
-  bool grow(PrefixLease& lease, const Sequence& sequence);
+  bool take_over(const Sequence& sequence) noexcept;
+  bool grow(const Sequence& sequence);
   std::uint32_t split(std::uint32_t node, std::size_t count, const Sequence& sequence, std::size_t end);
   std::uint32_t append(std::uint32_t node, const KeyRange& range, const Sequence& sequence, std::size_t begin);
   std::uint32_t prepare(std::int64_t tokens, const Sequence& sequence, std::size_t end);
@@ -174,12 +208,13 @@ class PrefixBank {
   std::vector<std::size_t> token_bytes_;  ///< of each of the specs
   std::size_t all_token_bytes_ = 0;
   MemoryAccount account_;
+  MemoryAccount passes_;  ///< new blocks of running passes
   AccountedResource memory_;
   mutable std::mutex mutex_;
   PrefixTree tree_;
   std::optional<std::pmr::deque<KeyRange>> ranges_;  ///< of the nodes, by slot; none while there are none
   EvictionPolicy policy_;                            ///< of the nodes; roots are not in it
-  std::size_t pinned_bytes_ = 0;                     ///< of blocks that cannot be evicted now
+  std::size_t pinned_bytes_ = 0;                     ///< of blocks that are held and cannot be evicted now
   Counters counters_;
 };
 

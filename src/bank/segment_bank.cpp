@@ -58,7 +58,8 @@ at::Tensor SegmentEntry::state(std::size_t i, std::int64_t begin, std::int64_t c
 // The containers start empty and allocate nothing until the first insertion.
 SegmentBank::SegmentBank(Settings settings)
     : settings_(std::move(settings)),
-      account_(settings_.capacity_bytes),
+      account_(settings_.capacity_bytes, settings_.total),
+      drafts_(settings_.capacity_bytes),
       memory_(account_),
       index_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_),
       means_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_),
@@ -117,7 +118,7 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view space, std::span<cons
 }
 
 /// Empty if it is more than the capacity.
-std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const noexcept {
+std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const {
   std::size_t bytes = 0;
   for (const KeySpec& spec : settings_.specs) {
     auto sizes = spec.sizes;
@@ -128,59 +129,72 @@ std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const no
   return bytes;
 }
 
-std::shared_ptr<SegmentEntry> SegmentBank::reserve(std::string_view space, std::span<const std::int64_t> tokens,
-                                                   double now_s) {
-  const std::lock_guard lock(mutex_);
-  if (index_.prefix({space, tokens}).tokens == tokens.size() / settings_.token_width) return nullptr;
-  return reserve_locked(space, tokens, {}, now_s);
-}
-
-std::shared_ptr<SegmentEntry> SegmentBank::reserve_mean(std::string_view space, std::span<const std::int64_t> tokens,
-                                                        SegmentOrigin origin, double now_s) {
-  const std::lock_guard lock(mutex_);
-  return reserve_locked(space, tokens, origin, now_s);
-}
-
-std::shared_ptr<SegmentEntry> SegmentBank::reserve_locked(std::string_view space, std::span<const std::int64_t> tokens,
-                                                          SegmentOrigin origin, double now_s) {
-  const auto bytes = entry_bytes(tokens.size() / settings_.token_width);
-  while (bytes && make_room(*bytes, now_s)) {
-    try {
-      const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
-      auto entry = std::allocate_shared<SegmentEntry>(allocator, space, tokens, origin, settings_.specs,
-                                                      settings_.format, &memory_);
-      entry->account_ = &account_;
-      entry->bytes_ = *bytes;
-      return entry;
-    } catch (const std::bad_alloc&) {
-      account_.release(*bytes);
-      if (!evict_one(now_s)) break;
-    }
+SegmentBank::Room SegmentBank::reserve(std::string_view space, std::span<const std::int64_t> tokens) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (index_.prefix({space, tokens}).tokens == tokens.size() / settings_.token_width) return {};
   }
-  ++counters_.rejected;
-  return nullptr;
+  return reserve_mean(space, tokens, {});
 }
 
-void SegmentBank::insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, double now_s) {
-  if (!entry || !entry->complete()) return;
+SegmentBank::Room SegmentBank::reserve_mean(std::string_view space, std::span<const std::int64_t> tokens,
+                                            SegmentOrigin origin) {
+  try {
+    const auto bytes = entry_bytes(tokens.size() / settings_.token_width);
+    auto draft = std::make_unique<SegmentEntry>(space, tokens, origin, settings_.specs, settings_.format,
+                                                std::pmr::new_delete_resource());
+    if (!bytes || !drafts_.try_reserve(*bytes)) return {nullptr, true};
+    draft->account_ = &drafts_;
+    draft->bytes_ = *bytes;
+    return {std::move(draft), false};
+  } catch (const std::exception&) {
+    return {nullptr, true};
+  }
+}
+
+void SegmentBank::reject() {
   const std::lock_guard lock(mutex_);
-  const std::size_t count = tokens_of(*entry);
-  const BlockMatch known = index_.prefix({entry->space(), entry->tokens()});
+  ++counters_.rejected;
+}
+
+void SegmentBank::insert(Room room, double saved_ms, double now_s) {
+  if (room.refused) return reject();
+  if (!room.draft || !room.draft->complete()) return;
+  try {
+    insert_draft(*room.draft, saved_ms, now_s);
+  } catch (const std::exception&) {  // no memory
+    reject();
+  }
+}
+
+void SegmentBank::insert_mean(Room mean, const SegmentEntry& replaced, double saved_ms, double now_s) {
+  if (mean.refused) return reject();
+  if (!mean.draft || !mean.draft->complete()) return;
+  try {
+    insert_mean_draft(*mean.draft, replaced, saved_ms, now_s);
+  } catch (const std::exception&) {  // no memory
+    reject();
+  }
+}
+
+void SegmentBank::insert_draft(SegmentEntry& draft, double saved_ms, double now_s) {
+  const std::lock_guard lock(mutex_);
+  const std::size_t count = tokens_of(draft);
+  const BlockMatch known = index_.prefix({draft.space(), draft.tokens()});
   if (known.tokens == count) return;  // somebody was faster
   const bool replaces = known.tokens > 0 && known.tokens == tokens_of(*(*entries_)[known.slot]);
-  if (!place_with_room(entry, saved_ms, now_s)) return;
+  const SegmentEntry* const entry = take_over(draft, saved_ms, now_s);
+  if (entry == nullptr) return;
   ++counters_.insertions;
   // Unless it was evicted for room on the way: the slot may be the new entry's own.
   if (!replaces || !policy_.contains(known.slot)) return;
   const SegmentEntry& old = *(*entries_)[known.slot];
-  if (&old == entry.get() || tokens_of(old) != known.tokens) return;
+  if (&old == entry || tokens_of(old) != known.tokens) return;
   remove(known.slot);
   ++counters_.replaced;
 }
 
-void SegmentBank::insert_mean(std::shared_ptr<SegmentEntry> mean, const SegmentEntry& replaced, double saved_ms,
-                              double now_s) {
-  if (!mean || !mean->complete()) return;
+void SegmentBank::insert_mean_draft(SegmentEntry& draft, const SegmentEntry& replaced, double saved_ms, double now_s) {
   const std::lock_guard lock(mutex_);
   const auto slot_of_replaced = [&]() -> std::optional<std::uint32_t> {
     for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
@@ -191,31 +205,41 @@ void SegmentBank::insert_mean(std::shared_ptr<SegmentEntry> mean, const SegmentE
   if (replaced.is_mean()) {
     if (!slot_of_replaced()) return;  // somebody was faster
   } else {
-    const BlockMatch whole{0, 0, 0, tokens_of(*mean)};
-    for (const BlockMatch& known : means_.segments({mean->space(), mean->tokens()}, {})) {
+    const BlockMatch whole{0, 0, 0, tokens_of(draft)};
+    for (const BlockMatch& known : means_.segments({draft.space(), draft.tokens()}, {})) {
       if (is_most_of(known, whole)) return;
     }
   }
-  if (!place_with_room(mean, saved_ms, now_s) || !replaced.is_mean()) return;
+  if (take_over(draft, saved_ms, now_s) == nullptr || !replaced.is_mean()) return;
   if (const auto slot = slot_of_replaced()) {  // unless it was evicted for room
     remove(*slot);
     ++counters_.replaced;
   }
 }
 
-/// Evicts for what the index needs; false, and counted as rejected, if that does not do.
-bool SegmentBank::place_with_room(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s) {
-  for (;;) {
+/// Makes an entry of the draft's states, and evicts for it; null, and counted as rejected, if there is no room.
+const SegmentEntry* SegmentBank::take_over(SegmentEntry& draft, double saved_ms, double now_s) {
+  std::shared_ptr<SegmentEntry> entry;
+  while (entry || make_room(draft.bytes_, now_s)) {
     try {
+      if (!entry) {
+        const std::pmr::polymorphic_allocator<SegmentEntry> allocator(&memory_);
+        entry = std::allocate_shared<SegmentEntry>(allocator, draft.space(), draft.tokens(), draft.origin(),
+                                                   settings_.specs, settings_.format, &memory_);
+        entry->account_ = &account_;
+        entry->bytes_ = draft.bytes_;
+        entry->stored_.swap(draft.stored_);
+      }
       place(entry, saved_ms, now_s);
-      return true;
+      return entry.get();
     } catch (const std::bad_alloc&) {
+      if (!entry) account_.release(draft.bytes_);
       reset_if_empty();
-      if (evict_one(now_s)) continue;
-      ++counters_.rejected;
-      return false;
+      if (!evict_one(now_s)) break;
     }
   }
+  ++counters_.rejected;
+  return nullptr;
 }
 
 /// All or nothing; throws std::bad_alloc.
@@ -272,7 +296,6 @@ bool SegmentBank::make_room(std::size_t bytes, double now_s) noexcept {
   for (std::uint32_t slot = 0; entries_ && slot < entries_->size(); ++slot) {
     if ((*entries_)[slot] && idle(slot)) idle_bytes += (*entries_)[slot]->bytes_;
   }
-  // What is reserved and not inserted yet stays too.
   const std::size_t limit = account_.limit();
   const std::size_t staying = account_.used() - std::min(account_.used(), idle_bytes);
   if (bytes > limit || staying > limit - bytes) return false;

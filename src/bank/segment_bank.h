@@ -29,8 +29,9 @@ struct SegmentOrigin {
   std::uint16_t averaged = 1;  ///< sequences that they are the mean over; 1: those of one whole sequence
 };
 
-/// States of one sequence that was computed in full, or means of those of a passage, one tensor a KeySpec. Written
-/// before the bank makes it known; then immutable. Must not outlive its bank.
+/// States of one sequence that was computed in full, or means of those of a passage, one tensor a KeySpec. Written as a
+/// draft, which is the working memory of a pass, before the bank takes it over; then immutable. Must not outlive its
+/// bank.
 class SegmentEntry {
  public:
   SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin,
@@ -75,10 +76,12 @@ struct SegmentHit {
   [[nodiscard]] std::int64_t move() const noexcept { return begin - donor_begin - donor->origin().position; }
 };
 
-/// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index are counted before memory is
-/// taken: the capacity holds at every moment. Sequences live in spaces that never see each other (tenant, types of the
-/// inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the policy
-/// names an entry; those in use (held by a SegmentHit) are passed over.
+/// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index of what it holds are counted
+/// before it is taken over: the capacity holds at every moment. What a pass computes is its own until insert(), called
+/// when its call has succeeded: only that evicts, makes known and counts. Drafts are limited by the same capacity, of
+/// all running passes together, and not part of it. Sequences live in spaces that never see each other (tenant, types
+/// of the inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the
+/// policy names an entry; those in use (held by a SegmentHit) are passed over.
 ///
 /// Beside sequences it holds means: a passage that was met in several sequences, with the mean of its states over them.
 /// They serve where no sequence has the passage with more of what stands around it.
@@ -91,6 +94,7 @@ class SegmentBank {
     std::size_t block_tokens = 16;  ///< of the index: runs below it are never found, from twice as many on always
     std::vector<KeySpec> specs;
     BankFormat format = BankFormat::kAsComputed;
+    MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
   struct Counters {
     std::uint64_t entries = 0;     ///< held now
@@ -116,20 +120,23 @@ class SegmentBank {
   [[nodiscard]] std::vector<SegmentHit> find(std::string_view space, std::span<const std::int64_t> tokens,
                                              const Wanted& wanted, double now_s);
 
-  /// An entry to be filled, whose bytes are reserved; evicts for it. Null if there is no room (counted as rejected), or
-  /// if the bank knows these tokens as a prefix already. Dropping it gives the bytes back.
-  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve(std::string_view space, std::span<const std::int64_t> tokens,
-                                                      double now_s);
-  /// Makes a filled entry known. `saved_ms`: for the policy, time that a hit on it saves. Never fails: what finds no
-  /// room in the index is counted as rejected.
-  void insert(std::shared_ptr<SegmentEntry> entry, double saved_ms, double now_s);
+  /// A draft to be filled. `refused`: none, because there is no memory for it or it could not be kept beside the other
+  /// drafts; otherwise, without a draft, the bank knows these tokens as a prefix already. Changes nothing that is held
+  /// or counted.
+  struct Room {
+    std::unique_ptr<SegmentEntry> draft;
+    bool refused = false;
+  };
+  [[nodiscard]] Room reserve(std::string_view space, std::span<const std::int64_t> tokens);
+  /// Makes what a filled draft holds known, and evicts for it. `saved_ms`: for the policy, time that a hit on it saves.
+  /// Never fails: what finds no room is counted as rejected, and so is what was refused.
+  void insert(Room room, double saved_ms, double now_s);
 
-  /// An entry for the mean of a passage, to be filled; null (counted as rejected) if there is no room.
-  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve_mean(std::string_view space, std::span<const std::int64_t> tokens,
-                                                           SegmentOrigin origin, double now_s);
+  /// Likewise for the mean of a passage.
+  [[nodiscard]] Room reserve_mean(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin);
   /// Makes a filled mean known, in place of `replaced` where that is a mean. Does nothing if that is no longer there,
   /// or if without one the bank got a mean of this passage meanwhile. Never fails, as insert().
-  void insert_mean(std::shared_ptr<SegmentEntry> mean, const SegmentEntry& replaced, double saved_ms, double now_s);
+  void insert_mean(Room mean, const SegmentEntry& replaced, double saved_ms, double now_s);
 
   /// Drops every entry. Hits stay valid.
   void clear();
@@ -142,14 +149,14 @@ class SegmentBank {
   [[nodiscard]] BlockHashIndex::Tokens tokens_of_slot();
   [[nodiscard]] std::vector<BlockMatch> runs(const BlockHashIndex::Sequence& request,
                                              const BlockHashIndex::Wanted& wanted) const;
-  [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const noexcept;
+  [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const;
   bool make_room(std::size_t bytes, double now_s) noexcept;
   bool evict_one(double now_s) noexcept;
   [[nodiscard]] bool idle(std::uint32_t slot) const noexcept { return (*entries_)[slot].use_count() == 1; }
-  [[nodiscard]] std::shared_ptr<SegmentEntry> reserve_locked(std::string_view space,
-                                                             std::span<const std::int64_t> tokens, SegmentOrigin origin,
-                                                             double now_s);
-  bool place_with_room(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
+  void insert_draft(SegmentEntry& draft, double saved_ms, double now_s);
+  void insert_mean_draft(SegmentEntry& draft, const SegmentEntry& replaced, double saved_ms, double now_s);
+  void reject();
+  const SegmentEntry* take_over(SegmentEntry& draft, double saved_ms, double now_s);
   void place(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
   [[nodiscard]] BlockHashIndex& index_of(const SegmentEntry& entry) noexcept {
     return entry.is_mean() ? means_ : index_;
@@ -159,6 +166,7 @@ class SegmentBank {
 
   const Settings settings_;
   MemoryAccount account_;
+  MemoryAccount drafts_;  ///< of running passes
   AccountedResource memory_;
   mutable std::mutex mutex_;
   std::optional<std::pmr::deque<std::shared_ptr<SegmentEntry>>> entries_;  ///< by slot; none while there are none

@@ -22,7 +22,8 @@ std::int64_t support(const TokenEntry& entry, const TokenAlignment& alignment) {
 
 TokenBank::TokenBank(Settings settings)
     : settings_(std::move(settings)),
-      account_(settings_.capacity_bytes),
+      account_(settings_.capacity_bytes, settings_.total),
+      drafts_(settings_.capacity_bytes),
       memory_(account_),
       spaces_(&memory_),
       nodes_(&memory_),
@@ -64,18 +65,15 @@ std::optional<TokenBank::Candidate> TokenBank::find(std::string_view space, cons
   return best;
 }
 
-std::unique_ptr<TokenDraft> TokenBank::reserve(std::int64_t tokens, double now_s) {
+std::unique_ptr<TokenDraft> TokenBank::reserve(std::int64_t tokens) {
   const std::size_t bytes = settings_.layout.bytes(tokens);
-  {
-    const std::lock_guard lock(mutex_);
-    bool room = bytes <= account_.limit();
-    while (room && !account_.try_reserve(bytes)) room = evict_one(now_s);
-    if (!room) {
-      ++counters_.rejected;
-      return nullptr;
-    }
+  if (!drafts_.try_reserve(bytes)) return nullptr;
+  try {
+    return std::make_unique<TokenDraft>(settings_.layout, tokens, drafts_, bytes);
+  } catch (const std::exception&) {
+    drafts_.release(bytes);
+    return nullptr;
   }
-  return std::make_unique<TokenDraft>(settings_.layout, tokens, account_, bytes);
 }
 
 /// Makes the states of the draft, where they align with the entry's in their places, the mean over what the entry's are
@@ -107,6 +105,18 @@ std::vector<std::uint16_t> TokenBank::average(TokenDraft& draft, const TokenEntr
 
 void TokenBank::keep(std::string_view space, const TokenView& tokens, std::unique_ptr<TokenDraft> draft,
                      double saved_ms, double now_s) {
+  try {
+    if (draft) return keep_computed(space, tokens, *draft, saved_ms, now_s);
+  } catch (const std::exception&) {  // no memory; a draft that is half a mean is dropped
+    draft.reset();
+  }
+  const std::lock_guard lock(mutex_);
+  ++counters_.rejected;
+}
+
+/// Throws where there is no memory or no room; then it is not kept.
+void TokenBank::keep_computed(std::string_view space, const TokenView& tokens, TokenDraft& draft, double saved_ms,
+                              double now_s) {
   const auto hashes = shingle_hashes(tokens, settings_.alignment.least_shifted);
   std::vector<std::uint16_t> counts(static_cast<std::size_t>(tokens.size()), 1);
   std::shared_ptr<const TokenEntry> superseded;
@@ -130,36 +140,48 @@ void TokenBank::keep(std::string_view space, const TokenView& tokens, std::uniqu
       if (const auto slot = slot_of(best.entry.get())) policy_.hit(*slot, now_s);
       return;
     }
-    try {
-      counts = average(*draft, *best.entry, best.alignment, averaged);
-    } catch (const std::exception&) {  // no memory; what is half a mean is dropped
-      const std::lock_guard lock(mutex_);
-      ++counters_.rejected;
-      return;
-    }
+    counts = average(draft, *best.entry, best.alignment, averaged);
     const auto lives_on = static_cast<double>(averaged) / static_cast<double>(best.entry->tokens());
     if (lives_on >= settings_.superseded_from) superseded = std::move(best.entry);
+    best.entry.reset();  // it may have to leave for this one
   }
   const std::lock_guard lock(mutex_);
-  std::shared_ptr<const TokenEntry> entry;
+  const auto entry = make_entry(tokens, draft, counts, now_s);
   for (;;) {
     try {
-      if (!entry) {
-        const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
-        entry = std::allocate_shared<TokenEntry>(allocator, settings_.layout, *draft, tokens, counts, &memory_);
-      }
       place(space, entry, hashes, saved_ms, now_s);
       break;
     } catch (const std::bad_alloc&) {
-      if (evict_one(now_s)) continue;
-      ++counters_.rejected;
-      return;
+      if (!evict_one(now_s)) throw;
     }
   }
   ++counters_.insertions;
   if (averaged > 0) ++counters_.averaged;
   if (!superseded) return;
   if (const auto slot = slot_of(superseded.get())) remove(*slot);
+}
+
+/// Of the draft's tensors; evicts for them. Throws std::bad_alloc if there is no room all the same.
+std::shared_ptr<const TokenEntry> TokenBank::make_entry(const TokenView& tokens, TokenDraft& draft,
+                                                        const std::vector<std::uint16_t>& counts, double now_s) {
+  const std::size_t bytes = draft.bytes();
+  if (bytes > account_.limit()) throw std::bad_alloc();
+  while (!account_.try_reserve(bytes)) {
+    if (!evict_one(now_s)) throw std::bad_alloc();
+  }
+  for (;;) {
+    try {
+      const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
+      return std::allocate_shared<TokenEntry>(allocator, settings_.layout, draft, tokens, counts, account_, &memory_);
+    } catch (const std::bad_alloc&) {
+      if (evict_one(now_s)) continue;
+      account_.release(bytes);
+      throw;
+    } catch (...) {
+      account_.release(bytes);
+      throw;
+    }
+  }
 }
 
 /// Makes the entry findable, or throws std::bad_alloc and it is not.

@@ -25,8 +25,10 @@ namespace llmcache {
 /// on so (superseded_from). Running passes are not disturbed: entries never change, and live as long as somebody reads
 /// them (and count until then). Tokens in other places are not averaged: their states hold the place.
 ///
-/// Memory: tensors are counted before they are made, index and containers as they grow; the sum never exceeds the
-/// capacity. Entries and drafts must not outlive the bank.
+/// Memory: tensors are counted before they become an entry, index and containers as they grow; the sum never exceeds
+/// the capacity. What a pass computes is its own until keep(), called when its call has succeeded: only that evicts,
+/// makes known and counts. Drafts are limited by the same capacity, of all running passes together, and not part of it.
+/// Entries and drafts must not outlive the bank.
 class TokenBank {
  public:
   struct Settings {
@@ -39,6 +41,7 @@ class TokenBank {
     /// An entry leaves if this part of its tokens lives on in the mean. Not less than most of it: documents that share
     /// a form are more than the form.
     double superseded_from = 0.75;
+    MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
 
   struct Candidate {
@@ -52,7 +55,7 @@ class TokenBank {
     std::uint64_t evictions = 0;   ///< for room
     std::uint64_t rejected = 0;    ///< no room could be made
     std::uint64_t averaged = 0;    ///< of the insertions, those that were averaged with an entry
-    std::size_t bytes = 0;         ///< held now, drafts included
+    std::size_t bytes = 0;         ///< held now
     std::size_t peak_bytes = 0;
   };
 
@@ -62,10 +65,12 @@ class TokenBank {
   /// most), of the `tried` ones with most text in common; empty if none has any. It counts as used.
   std::optional<Candidate> find(std::string_view space, const TokenView& tokens, double now_s, std::size_t tried = 3);
 
-  /// Room for a sequence, made by evicting; null if there is none, which is counted.
-  std::unique_ptr<TokenDraft> reserve(std::int64_t tokens, double now_s);
+  /// Room for a sequence that is computed; null if there is no memory for it, or it could not be kept beside the other
+  /// drafts. Changes nothing that is held or counted.
+  std::unique_ptr<TokenDraft> reserve(std::int64_t tokens);
 
-  /// Keeps a sequence that was computed in full. Never fails. What the bank has already is not kept twice.
+  /// Keeps a sequence that was computed in full, and evicts for it. Never fails: what finds no room is counted as
+  /// rejected, and so is a draft that is null. What the bank has already is not kept twice.
   void keep(std::string_view space, const TokenView& tokens, std::unique_ptr<TokenDraft> draft, double saved_ms,
             double now_s);
 
@@ -90,6 +95,9 @@ class TokenBank {
                                                                        std::size_t limit);
   [[nodiscard]] std::vector<std::uint16_t> average(TokenDraft& draft, const TokenEntry& entry,
                                                    const TokenAlignment& alignment, std::int64_t& averaged) const;
+  void keep_computed(std::string_view space, const TokenView& tokens, TokenDraft& draft, double saved_ms, double now_s);
+  [[nodiscard]] std::shared_ptr<const TokenEntry> make_entry(const TokenView& tokens, TokenDraft& draft,
+                                                             const std::vector<std::uint16_t>& counts, double now_s);
   void place(std::string_view space, const std::shared_ptr<const TokenEntry>& entry,
              const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
   [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
@@ -99,6 +107,7 @@ class TokenBank {
 
   const Settings settings_;
   MemoryAccount account_;
+  MemoryAccount drafts_;  ///< of running passes
   AccountedResource memory_;
   mutable std::mutex mutex_;
   Spaces spaces_;

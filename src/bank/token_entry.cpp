@@ -3,8 +3,6 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
-#include <utility>
-
 namespace llmcache {
 namespace {
 
@@ -40,16 +38,10 @@ std::size_t HeldTensor::bytes() const {
 
 TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
     : tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())), account_(account), bytes_(bytes) {
-  try {
-    for (const StateLayout::Spec& spec : layout.specs) {
-      auto sizes = spec.sizes;
-      sizes.insert(sizes.begin(), tokens);
-      tensors_.push_back(at::empty(sizes, spec.options));
-    }
-  } catch (...) {
-    tensors_.clear();
-    account_.release(bytes_);
-    throw;
+  for (const StateLayout::Spec& spec : layout.specs) {
+    auto sizes = spec.sizes;
+    sizes.insert(sizes.begin(), tokens);
+    tensors_.push_back(at::empty(sizes, spec.options));
   }
 }
 
@@ -59,19 +51,20 @@ TokenDraft::~TokenDraft() {
 }
 
 TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
-                       const std::vector<std::uint16_t>& counts, std::pmr::memory_resource* memory)
+                       const std::vector<std::uint16_t>& counts, MemoryAccount& account,
+                       std::pmr::memory_resource* memory)
     : layout_(layout),
       values_(tokens.values.begin(), tokens.values.end(), memory),
       width_(tokens.width),
       counts_(counts.begin(), counts.end(), memory),
       held_(memory),
-      account_(draft.account_) {
+      account_(account) {
   held_.reserve(draft.tensors_.size());
   for (const at::Tensor& tensor : draft.tensors_) held_.emplace_back(tensor, layout.format);
   for (const HeldTensor& held : held_) bytes_ += held.bytes();
   // Nothing throws from here on: the draft was whole until now.
   draft.tensors_.clear();
-  account_.release(std::exchange(draft.bytes_, 0) - bytes_);
+  account_.release(draft.bytes_ - bytes_);
 }
 
 TokenEntry::~TokenEntry() {

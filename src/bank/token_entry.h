@@ -44,16 +44,18 @@ class HeldTensor {
   StoredStates stored_;
 };
 
-/// Room for the states of one sequence, reserved before its tensors were made. Gives it back at its end, unless it
-/// became an entry. Belongs to one thread.
+/// Room for the states of one sequence: working memory of the pass that writes them, no part of a bank. Belongs to one
+/// thread.
 class TokenDraft {
  public:
+  /// `bytes` have been reserved in `account`, and are given back at its end (not if this throws).
   TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes);
   ~TokenDraft();
   TokenDraft(const TokenDraft&) = delete;
   TokenDraft& operator=(const TokenDraft&) = delete;
 
   [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
   /// Tensor of spec i, to be written.
   [[nodiscard]] at::Tensor& tensor(std::size_t i) { return tensors_[i]; }
   [[nodiscard]] const at::Tensor& final_states() const { return tensors_[final_]; }
@@ -70,9 +72,10 @@ class TokenDraft {
 /// Tokens and states of one sequence. Immutable.
 class TokenEntry final : public CachedStates {
  public:
-  /// Takes tensors and reserved bytes of `draft`. `counts`: by token, over how many sequences its states are the mean.
+  /// Takes the tensors of `draft`, whose bytes() have been reserved in `account`; what it does not need of them is
+  /// given back. If it throws neither is touched. `counts`: by token, over how many sequences its states are the mean.
   TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
-             const std::vector<std::uint16_t>& counts, std::pmr::memory_resource* memory);
+             const std::vector<std::uint16_t>& counts, MemoryAccount& account, std::pmr::memory_resource* memory);
   ~TokenEntry() override;
   TokenEntry(const TokenEntry&) = delete;
   TokenEntry& operator=(const TokenEntry&) = delete;

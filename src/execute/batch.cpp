@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <exception>
 
 #include "llmcache/error.h"
 
@@ -12,6 +13,43 @@ namespace llmcache {
 namespace {
 
 [[noreturn]] void invalid(const std::string& what) { throw Error(ErrorCode::kInvalidInput, what); }
+
+struct Range {
+  std::int64_t least = 0, largest = 0;
+};
+
+/// Of all numbers of an input that is not empty.
+Range range_of(const at::Tensor& tensor) {
+  const auto numbers = tensor.to(at::kCPU, at::kLong).contiguous();
+  const std::int64_t* number = numbers.const_data_ptr<std::int64_t>();
+  Range range{number[0], number[0]};
+  for (std::int64_t i = 1, n = numbers.numel(); i < n; ++i) {
+    range.least = std::min(range.least, number[i]);
+    range.largest = std::max(range.largest, number[i]);
+  }
+  return range;
+}
+
+/// Numbers that no probe holds: what the library found out about the model says nothing about them.
+void look_at_values(Batch& batch, const InputSpec& spec, int mask_argument) {
+  if (batch.rows * batch.width == 0) return;
+  for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
+    if (!batch.inputs[i].isTensor()) continue;
+    const Range range = range_of(batch.inputs[i].toTensor());
+    const std::int64_t vocabulary = spec.vocabulary_known && i < spec.vocabulary.size() ? spec.vocabulary[i] : 0;
+    if (static_cast<int>(i) == mask_argument) {
+      if (range.least >= 0 && range.largest <= 1) continue;
+      batch.plain_only = fmt::format("the mask ('{}') holds other numbers than 0 and 1: {} to {}", spec.names[i],
+                                     range.least, range.largest);
+    } else if (vocabulary > 0 && (range.least < 0 || range.largest >= vocabulary)) {
+      batch.plain_only = fmt::format("'{}' holds {}, the model's embedding has the ids 0 to {}", spec.names[i],
+                                     range.least < 0 ? range.least : range.largest, vocabulary - 1);
+    } else if (vocabulary == 0 && spec.vocabulary_known) {
+      constexpr std::int64_t kMost = std::int64_t{1} << 40;
+      batch.largest_mark = std::max({batch.largest_mark, std::min(range.largest, kMost), -std::max(range.least, -kMost)});
+    }
+  }
+}
 
 void find_spans(Batch& batch, int mask_argument) {
   batch.spans.assign(static_cast<std::size_t>(batch.rows), {0, batch.width});
@@ -40,7 +78,9 @@ void find_spans(Batch& batch, int mask_argument) {
 
 }  // namespace
 
-Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device) {
+namespace {
+
+Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device) {
   const std::size_t declared = spec.names.size();
   std::size_t required = declared;
   while (required > 0 && spec.optional[required - 1]) --required;
@@ -71,6 +111,10 @@ Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfil
     if (!at::isIntegralType(type, /*includeBool=*/true)) {
       invalid(fmt::format("{} has type {}, an integer type (int64) is expected", describe(i), c10::toString(type)));
     }
+    if (tensor.layout() != at::kStrided || tensor.is_nested()) {
+      invalid(fmt::format("{} is {}; a dense tensor is expected (to_dense(), to_padded_tensor())", describe(i),
+                          tensor.is_nested() ? "a nested tensor" : fmt::format("of layout {}", c10::str(tensor.layout()))));
+    }
     if (tensor.dim() != 2) {
       invalid(fmt::format("{} has {} dimensions [{}], 2 are expected: [batch, tokens]", describe(i), tensor.dim(),
                           fmt::join(tensor.sizes().vec(), ", ")));
@@ -88,7 +132,20 @@ Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfil
     }
   }
   find_spans(batch, profile.mask_argument);
+  look_at_values(batch, spec, profile.mask_argument);
   return batch;
+}
+
+}  // namespace
+
+Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device) {
+  try {
+    return checked(inputs, spec, profile, device);
+  } catch (const c10::Error& error) {
+    // Memory, or a kind of tensor whose values cannot be read.
+    std::throw_with_nested(Error(ErrorCode::kInvalidInput, fmt::format("the inputs cannot be read: {}",
+                                                                       error.what_without_backtrace())));
+  }
 }
 
 Plan Batch::full_plan(std::int32_t layers) const {
@@ -127,6 +184,8 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
     part.right_padded = part.right_padded && (span.tokens == 0 || span.first == 0);
   }
   part.contiguous = contiguous;
+  part.plain_only = plain_only;
+  part.largest_mark = largest_mark;
   return part;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "llmcache/match/plan.h"
@@ -24,6 +25,8 @@ struct Batch {
   bool right_padded = true;  ///< every row begins with a real token
   bool contiguous = true;    ///< the real tokens of every row stand side by side
   std::int64_t tokens = 0;   ///< real tokens of all rows
+  std::string plain_only;    ///< why only the plain model can be trusted with it; empty: nothing speaks against reuse
+  std::int64_t largest_mark = 0;  ///< largest magnitude in inputs that select from no embedding, the mask aside
 
   /// Every real token through every layer.
   [[nodiscard]] Plan full_plan(std::int32_t layers) const;
@@ -33,7 +36,8 @@ struct Batch {
   [[nodiscard]] Batch select(const std::vector<std::int64_t>& chosen) const;
 };
 
-/// Throws Error(kInvalidInput) that says what was found and what is expected.
+/// Throws Error(kInvalidInput) that says what was found and what is expected. Fills all of it; values that no probe
+/// holds (a mask of other numbers than 0 and 1, ids outside the vocabulary, in padding too) make it `plain_only`.
 Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device);
 
 }  // namespace llmcache

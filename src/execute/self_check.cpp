@@ -6,7 +6,9 @@
 #include "execute/batch.h"
 #include "execute/engine.h"
 #include "llmcache/error.h"
+#include "match/size_class.h"
 #include "model/tensors_of.h"
+#include "refresh/verification.h"
 
 namespace llmcache {
 namespace {
@@ -20,12 +22,23 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
 
 class Checker {
  public:
-  Checker(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
-          ModelProfile& profile)
-      : model_(model), vocabulary_(vocabulary), spec_(spec), profile_(profile) {}
+  Checker(const Model& model, const InputSpec& input_spec, const OutputSpec& spec, ModelProfile& profile)
+      : model_(model), input_spec_(input_spec), vocabulary_(input_spec.vocabulary), spec_(spec), profile_(profile) {}
 
   void run() {
     whole_layers();
+    verified(Kind::kDenseWidth, 40);
+    verified(Kind::kDenseRows, 3);
+    profile_.verified.tokens = 40;
+    profile_.verified.rows = 3;
+    if (profile_.rows_independent) {  // probing compared rows alone and among others
+      for (std::uint8_t a = 0; a <= 4; ++a) {
+        for (std::uint8_t b = 0; b <= 4; ++b) {
+          profile_.verified.codes.push_back(SizeCode(Kind::kMatchRows, a, b).number());
+          profile_.verified.codes.push_back(SizeCode(Kind::kMatchWidth, a, b).number());
+        }
+      }
+    }
     const TokenLevelModel* token_level = model_.token_level();
     if (token_level == nullptr) return;
     profile_.head_tokenwise = token_level->head_tokenwise();
@@ -36,11 +49,22 @@ class Checker {
     }
     if (!packed()) return;
     profile_.granularity = Granularity::kPacked;
+    const bool masked = profile_.mask_argument >= 0;
+    verified(Kind::kPackedWidth, masked ? 52 : 5);
+    verified(Kind::kPackedRows, masked ? 4 : 2);
+    if (masked) verified(Kind::kPadding, 26);
+    if (profile_.left_padding) verified(Kind::kLeftPadding, 6);
+    profile_.verified.padding = masked ? 25 : 0;
     if (token_level->partial() && partial()) profile_.granularity = Granularity::kTokens;
   }
 
  private:
   using Spans = std::vector<RowSpan>;
+  using Kind = SizeCode::Kind;
+
+  void verified(Kind kind, std::int64_t size) {
+    profile_.verified.codes.push_back(SizeCode(kind, size_class(size)).number());
+  }
 
   void note(const std::string& why) { profile_.notes.push_back("token-level reuse is not available: " + why); }
 
@@ -51,6 +75,17 @@ class Checker {
       auto mark = made[static_cast<std::size_t>(argument)].toTensor().zero_();
       for (std::size_t i = 0; i < spans.size(); ++i) {
         mark[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
+      }
+    }
+    // Padding holds what models look for.
+    const auto ids = static_cast<std::size_t>(profile_.ids_argument);
+    const auto special = special_values(input_spec_, ids);
+    const auto tokens = made[ids].toTensor();
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < spans.size(); ++i) {
+      for (std::int64_t t = 0; t < width; ++t) {
+        if (t >= spans[i].first && t < spans[i].first + spans[i].tokens) continue;
+        tokens[static_cast<std::int64_t>(i)][t].fill_(special[next++ % special.size()]);
       }
     }
     return made;
@@ -133,7 +168,8 @@ class Checker {
       }
       return {};
     } catch (const std::exception& error) {
-      return fmt::format("the packed model raised: {}", reason_of(error));
+      return fmt::format("rows cannot be put behind each other without their padding (the model raised: {})",
+                         reason_of(error));
     }
   }
 
@@ -213,13 +249,15 @@ class Checker {
         }
       }
     } catch (const std::exception& error) {
-      note(fmt::format("recomputing some tokens raised: {}", reason_of(error)));
+      note(fmt::format("some tokens of a sequence cannot be run without the others (the model raised: {})",
+                       reason_of(error)));
       return false;
     }
     return true;
   }
 
   const Model& model_;
+  const InputSpec& input_spec_;
   const std::vector<std::int64_t>& vocabulary_;
   const OutputSpec& spec_;
   ModelProfile& profile_;
@@ -227,9 +265,8 @@ class Checker {
 
 }  // namespace
 
-void self_check(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
-                ModelProfile& profile) {
-  Checker(model, vocabulary, spec, profile).run();
+void self_check(const Model& model, const InputSpec& inputs, const OutputSpec& spec, ModelProfile& profile) {
+  Checker(model, inputs, spec, profile).run();
 }
 
 }  // namespace llmcache

@@ -7,9 +7,9 @@
 namespace llmcache {
 
 /// Compares whole-layer, packed and partial execution with the plain model on tiny batches, fills
-/// granularity, head_tokenwise and left_padding of `profile` with what agrees, and says in its notes
+/// granularity, head_tokenwise, left_padding and verified of `profile` with what agrees, and says in its notes
 /// what does not. Throws Error(kUnsupportedModel) if not even whole layers agree bit by bit.
-void self_check(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+void self_check(const Model& model, const InputSpec& inputs, const OutputSpec& spec,
                 ModelProfile& profile);
 
 }  // namespace llmcache

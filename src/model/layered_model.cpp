@@ -14,6 +14,7 @@ InputSpec Model::input_spec() const {
   spec.names[1] = "attention_mask";
   spec.optional = {false, true};
   spec.vocabulary = {2, 0};
+  spec.vocabulary_known = false;
   return spec;
 }
 

@@ -143,6 +143,16 @@ std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argu
   return arguments;
 }
 
+std::vector<std::int64_t> special_values(const InputSpec& inputs, std::size_t argument) {
+  std::vector<std::int64_t> values{0};
+  if (argument >= inputs.compared.size()) return values;
+  const std::int64_t limit = inputs.vocabulary[argument] > 0 ? inputs.vocabulary[argument] : 2;
+  for (const std::int64_t value : inputs.compared[argument]) {
+    if (value > 0 && value < limit) values.push_back(value);
+  }
+  return values;
+}
+
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
                     std::int64_t tokens, std::int64_t seed) {
   Inputs inputs;
@@ -174,8 +184,9 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs) {
   return model.head(activations);
 }
 
-OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary, std::optional<int> mask_argument,
+OutputSpec probe(const Model& model, const InputSpec& input_spec, std::optional<int> mask_argument,
                  ModelProfile& profile) {
+  const auto& vocabulary = input_spec.vocabulary;
   const auto ids_vocabulary = vocabulary.at(static_cast<std::size_t>(profile.ids_argument));
   OutputSpec spec;
   try {
@@ -194,7 +205,12 @@ OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary
     auto changed = inputs;
     // The lowest ids are often marks, and some models look for them.
     auto others = changed[static_cast<std::size_t>(profile.ids_argument)].toTensor().clone();
-    for (std::int64_t t = 0; t < 6; ++t) others[1][t].fill_(std::min(t, std::max<std::int64_t>(ids_vocabulary - 1, 0)));
+    const auto special = special_values(input_spec, static_cast<std::size_t>(profile.ids_argument));
+    for (std::int64_t t = 0; t < 6; ++t) {
+      const auto i = static_cast<std::size_t>(t);
+      const auto id = i < special.size() ? special[special.size() - 1 - i] : t;
+      others[1][t].fill_(std::min(id, std::max<std::int64_t>(ids_vocabulary - 1, 0)));
+    }
     changed[static_cast<std::size_t>(profile.ids_argument)] = others;
     const auto third = model.plain(changed);
     profile.rows_independent = profile.rows_independent && spec.per_row;

@@ -23,6 +23,10 @@ struct OutputSpec {
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
                     std::int64_t tokens, std::int64_t seed = 0);
 
+/// Numbers that an input is compared with and may hold (InputSpec::compared): within its vocabulary, if it has one. At
+/// least one: where the model compares it with nothing that is 0, the usual padding.
+std::vector<std::int64_t> special_values(const InputSpec& inputs, std::size_t argument);
+
 /// Positions of the inputs that select from no embedding, ids aside: masks, as far as is known. 0 where padding is.
 std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argument);
 
@@ -35,8 +39,7 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs);
 /// Fills causal, rows_independent, per_row_output and mask_argument of `profile`, whose ids_argument
 /// and inputs the adapter has filled. Throws Error(kUnsupportedModel) for a model that answers the
 /// same inputs differently or fails on tiny ones, or if `mask_argument` is out of range.
-OutputSpec probe(const Model& model, const std::vector<std::int64_t>& vocabulary, std::optional<int> mask_argument,
-                 ModelProfile& profile);
+OutputSpec probe(const Model& model, const InputSpec& inputs, std::optional<int> mask_argument, ModelProfile& profile);
 
 /// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,

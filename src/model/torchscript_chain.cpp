@@ -18,6 +18,7 @@
 
 #include "llmcache/error.h"
 #include "model/torchscript_graph.h"
+#include "model/torchscript_writes.h"
 
 namespace llmcache::ts {
 namespace {
@@ -201,6 +202,14 @@ void fix_scalar_attributes(torch::jit::Block* block, const Value* self, const Mo
   }
 }
 
+/// Does a tuple or list only hand its parts on to the result?
+bool ends_in_result(const Node* node) {
+  if (node->kind() == prim::Return) return true;
+  if (node->kind() != prim::TupleConstruct && node->kind() != prim::ListConstruct) return false;
+  const auto& uses = node->output()->uses();
+  return std::all_of(uses.begin(), uses.end(), [](const auto& use) { return ends_in_result(use.user); });
+}
+
 /// A list that grows becomes a new list at each append, so that what is read from it depends on all that was put in
 /// (TorchScript's own pass does not move lists across the calls of layers). Only where nobody can hold the old list.
 void remove_appends(Graph& graph) {
@@ -208,16 +217,22 @@ void remove_appends(Graph& graph) {
   for (Node* first : nodes) {
     if (first->kind() != prim::ListConstruct) continue;
     std::vector<Node*> appends;
+    std::vector<Node*> keepers;
     bool plain = true;
     for (const auto& use : first->output()->uses()) {
       const bool append = use.user->kind() == aten::append && use.offset == 0 && !use.user->output()->hasUses();
       const auto* schema = use.user->maybeSchema();  // without one it may keep the list, as a tuple does
       const bool reads = schema != nullptr && !schema->is_mutable();
-      plain = plain && use.user->owningBlock() == graph.block() && (append || reads || use.user == graph.return_node());
+      const bool keeps = ends_in_result(use.user);
+      plain = plain && use.user->owningBlock() == graph.block() && (append || reads || keeps);
       if (append) appends.push_back(use.user);
+      if (keeps && use.user != graph.return_node()) keepers.push_back(use.user);
     }
     if (!plain || appends.empty()) continue;
     std::sort(appends.begin(), appends.end(), [](const Node* a, const Node* b) { return a->isBefore(b); });
+    // What keeps the list must find it as it is in the end.
+    if (std::any_of(keepers.begin(), keepers.end(), [&](Node* node) { return node->isBefore(appends.back()); }))
+      continue;
     Node* list = first;
     for (Node* append : appends) {
       std::vector<Value*> elements(list->inputs().begin(), list->inputs().end());
@@ -273,6 +288,7 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   Graph& graph = *flat.graph;
   torch::jit::Inline(graph);
   fix_scalar_attributes(graph.block(), graph.inputs()[0], module);
+  flat.writes = remove_writes(graph, module);
   auto owner = flat.graph;
   torch::jit::ConstantPropagation(owner);
   torch::jit::PeepholeOptimize(owner, /*disable_shape_peepholes=*/true);

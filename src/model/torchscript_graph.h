@@ -20,6 +20,12 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
+/// What became of writes to a module's attributes (model/torchscript_writes.h).
+struct Writes {
+  std::vector<std::string> exempt;  ///< attributes (dotted paths) whose values are never read any more
+  std::vector<std::string> notes;
+};
+
 /// A chain of layer calls somewhere in the model's call tree.
 struct Chain {
   std::string path;              ///< of the module that contains the layers
@@ -39,6 +45,7 @@ struct FlatGraph {
   std::int64_t layers = 0;
   std::unordered_map<const Node*, int> part;   ///< of each top-level node
   std::vector<std::vector<Value*>> arguments;  ///< of each layer call, without self
+  Writes writes;                               ///< to the module's attributes, that were taken out
 
   [[nodiscard]] Value* self() const { return graph->inputs()[0]; }
   [[nodiscard]] Value* input(std::size_t i) const { return graph->inputs()[i + 1]; }
@@ -71,6 +78,7 @@ struct ValueInfo {
   at::ScalarType dtype = at::kFloat;
   std::vector<Label> dims;  ///< of a tensor
   Label integer;            ///< of an integer, or of a 0-dimensional integral tensor
+  bool nested = false;      ///< a nested tensor: its sequences have no common length
 
   /// Position of the only dimension of that kind, -1 if there is none, -2 if there are several.
   [[nodiscard]] int only(Label::Kind kind_wanted) const;

@@ -98,7 +98,8 @@ ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, 
     if (first.isTensor() && first.toTensor().defined()) {
       info.kind = ValueInfo::Kind::kTensor;
       info.dtype = first.toTensor().scalar_type();
-      bool same_rank = true;
+      info.nested = first.toTensor().is_nested();
+      bool same_rank = !info.nested;
       for (const auto* value_seen : seen) {
         same_rank = same_rank && value_seen->isTensor() && value_seen->toTensor().defined() &&
                     value_seen->toTensor().dim() == first.toTensor().dim();

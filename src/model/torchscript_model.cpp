@@ -5,7 +5,6 @@
 #include <fmt/ranges.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <cstring>
@@ -35,14 +34,30 @@ bool has_training_dropout(const torch::jit::Block* block) {
   return false;
 }
 
-bool has_kind(const torch::jit::Block* block, c10::Symbol kind) {
-  for (const Node* node : block->nodes()) {
-    if (node->kind() == kind) return true;
-    for (const torch::jit::Block* inner : node->blocks()) {
-      if (has_kind(inner, kind)) return true;
+/// A list that is changed in another part of the graph than the one that made it, or null: parts run one by one, and
+/// what one does to a list is no value that another could get.
+const Value* growing_list(const FlatGraph& flat) {
+  for (const Node* node : flat.graph->nodes()) {
+    const auto* schema = node->maybeSchema();
+    if (schema == nullptr || !schema->is_mutable()) continue;
+    for (std::size_t i = 0; i < node->inputs().size() && i < schema->arguments().size(); ++i) {
+      const auto* alias = schema->arguments()[i].alias_info();
+      const Value* value = node->input(i);
+      const auto kind = value->type()->kind();
+      if (alias == nullptr || !alias->isWrite()) continue;
+      if (kind != c10::TypeKind::ListType && kind != c10::TypeKind::DictType) continue;
+      const auto part_of = [&](const Node* user) {
+        while (user->owningBlock() != flat.graph->block()) user = user->owningBlock()->owningNode();
+        return user->kind() == prim::Return ? static_cast<int>(flat.layers) + 1 : flat.part.at(user);
+      };
+      const int part = flat.part.at(node);
+      if (value->node()->kind() == prim::Param || flat.part.at(value->node()) != part) return value;
+      for (const auto& use : value->uses()) {
+        if (part_of(use.user) != part) return value;
+      }
     }
   }
-  return false;
+  return nullptr;
 }
 
 bool is_hidden_like(const ValueInfo& info) {
@@ -224,7 +239,7 @@ at::Device device_of(const Module& module) {
 }
 
 Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens) {
-  return llmcache::probe_inputs(analysis.vocabulary, device_of(analysis.module), batch, tokens);
+  return llmcache::probe_inputs(analysis.vocabulary, analysis.device, batch, tokens);
 }
 
 Analysis analyse(const Module& module, const Options& options) {
@@ -244,18 +259,22 @@ Analysis analyse(const Module& module, const Options& options) {
         "if there is one layer only, name it in Options.layers");
   }
   std::string reasons;
+  bool nested = false;
   for (const Chain& chain : chains) {
     Analysis analysis;
     analysis.module = module;
+    analysis.device = device_of(module);
     analysis.flat = flatten(module, chain);
     analysis.path = chain.path;
     auto& flat = analysis.flat;
     if (has_training_dropout(flat.graph->block())) {
       unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
     }
-    if (has_kind(flat.graph->block(), prim::SetAttr)) {
-      unsupported(
-          "forward() writes to attributes of the module; a model that keeps state between calls cannot be cached");
+    if (const auto* list = growing_list(flat)) {
+      unsupported(fmt::format(
+          "forward() changes the list '{}' from layer to layer, in a way that cannot be told from the list's last "
+          "state; let it append() to it only and read it behind the layers, or return the states as a tuple",
+          list->debugName()));
     }
     analysis.vocabulary = input_vocabulary(flat, module);
     const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
@@ -272,6 +291,8 @@ Analysis analyse(const Module& module, const Options& options) {
                       "token-level: {}",
                       reason_of(error)));
     }
+    nested = nested || std::any_of(analysis.infos.begin(), analysis.infos.end(),
+                                   [](const auto& info) { return info.second.nested; });
     if (!choose_hidden(analysis, !options.layers.empty())) {
       reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
       continue;
@@ -279,6 +300,7 @@ Analysis analyse(const Module& module, const Options& options) {
     analysis.dependent = dependants(flat, analysis.hidden[0]);
     analysis.obstacle = find_obstacle(analysis);
     analysis.rows_meet = rows_may_meet(analysis);
+    analysis.dependence = find_dependence(analysis);
     if (analysis.obstacle.empty()) {
       analysis.dependent =
           detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
@@ -289,6 +311,11 @@ Analysis analyse(const Module& module, const Options& options) {
       start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
     }
     return analysis;
+  }
+  if (nested) {
+    unsupported(
+        "the layers of the model hand on nested tensors, whose sequences have no common length: nn.TransformerEncoder "
+        "makes them of padded batches; construct it with enable_nested_tensor=False and export the model again");
   }
   unsupported(
       fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "
@@ -326,92 +353,6 @@ Program build_program(const Analysis& analysis) {
 
 namespace {
 
-[[noreturn]] void changed(const std::string& what) {
-  throw Error(ErrorCode::kModelChanged,
-              what + " after wrapping; construct a new LayerCache from the module as it is now");
-}
-
-}  // namespace
-
-WeightGuard::State::State(const at::Tensor& tensor)
-    : data(tensor.has_storage() ? tensor.const_data_ptr() : nullptr),
-      dtype(tensor.scalar_type()),
-      version(tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version())) {}
-
-void WeightGuard::State::check(const std::string& name, const at::Tensor& now) const {
-  if (now.scalar_type() != dtype) {
-    changed(
-        fmt::format("'{}' was converted from {} to {}", name, c10::toString(dtype), c10::toString(now.scalar_type())));
-  }
-  if (data != nullptr && now.const_data_ptr() != data) changed("'" + name + "' was moved");
-  if (!now.is_inference() && static_cast<std::uint64_t>(now._version()) != version) {
-    changed("'" + name + "' was written to");
-  }
-}
-
-WeightGuard::WeightGuard(const Module& module) : module_(module) {
-  std::unordered_set<const void*> seen;
-  const auto add = [&](const Module& owner, const std::string& prefix) {
-    const auto object = owner._ivalue();
-    const auto type = owner.type();
-    for (std::size_t i = 0; i < type->numAttributes(); ++i) {
-      const auto value = object->getSlot(i);
-      if (value.isBool() || value.isInt() || value.isDouble() || value.isString() || value.isNone()) {
-        scalars_.push_back({object, i, prefix + type->getAttributeName(i), value});
-      }
-      if (!value.isTensor() || !value.toTensor().defined()) continue;
-      const auto tensor = value.toTensor();
-      slots_.push_back({object, i, prefix + type->getAttributeName(i), tensor, State(tensor)});
-      if (tensor.has_storage() && seen.insert(tensor.storage().data()).second) bytes_ += tensor.storage().nbytes();
-    }
-  };
-  for (const auto& item : module.named_modules()) add(item.value, item.name.empty() ? "" : item.name + ".");
-}
-
-void WeightGuard::let_go() {
-  for (const Slot& slot : slots_) loose_.push_back({slot.name, WeakTensor(slot.tensor.getIntrusivePtr()), slot.state});
-  slots_.clear();
-  scalars_.clear();
-  module_ = Module();
-}
-
-void WeightGuard::check() const {
-  for (const Scalar& scalar : scalars_) {
-    const c10::IValue& now = scalar.owner->slots()[scalar.index];
-    if (now.tagKind() == scalar.value.tagKind() && now == scalar.value) continue;
-    changed(scalar.name == "training" ? "the module was put into training mode" : "'" + scalar.name + "' was changed");
-  }
-  for (const Slot& slot : slots_) {
-    const auto& value = slot.owner->slots()[slot.index];
-    if (!value.isTensor() || value.unsafeToTensorImpl() != slot.tensor.unsafeGetTensorImpl()) {
-      changed("'" + slot.name + "' was replaced");
-    }
-    slot.state.check(slot.name, slot.tensor);
-  }
-  for (const Loose& loose : loose_) {
-    if (auto held = loose.tensor.lock()) loose.state.check(loose.name, at::Tensor(std::move(held)));
-  }
-}
-
-std::string WeightGuard::digest(const std::string& structure) const {
-  XXH3_state_t* state = XXH3_createState();
-  XXH3_128bits_reset(state);
-  XXH3_128bits_update(state, structure.data(), structure.size());
-  for (const Slot& slot : slots_) {
-    const auto description = fmt::format("{} {} {}\n", slot.name, c10::toString(slot.state.dtype),
-                                         fmt::join(slot.tensor.sizes().vec(), "x"));
-    XXH3_128bits_update(state, description.data(), description.size());
-    if (slot.state.data == nullptr || !slot.tensor.is_non_overlapping_and_dense()) continue;
-    const auto on_cpu = slot.tensor.cpu().contiguous();
-    XXH3_128bits_update(state, on_cpu.const_data_ptr(), on_cpu.nbytes());
-  }
-  const auto hash = XXH3_128bits_digest(state);
-  XXH3_freeState(state);
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
-}
-
-namespace {
-
 InputSpec spec_of(const Analysis& analysis) {
   InputSpec spec;
   const auto& arguments = analysis.module.get_method("forward").function().getSchema().arguments();
@@ -420,23 +361,27 @@ InputSpec spec_of(const Analysis& analysis) {
     spec.optional.push_back(arguments[i].type()->kind() == c10::TypeKind::OptionalType);
   }
   spec.vocabulary = analysis.vocabulary;
+  spec.compared = analysis.dependence.compared;
+  spec.opens_attention = analysis.dependence.pairs;
   return spec;
 }
 
 class TorchScriptModel final : public Model {
  public:
   TorchScriptModel(Analysis analysis, Weights weights)
-      : weights_(weights), guard_(analysis.module), spec_(spec_of(analysis)) {
-    auto structure = analysis.flat.graph->toString(/*print_source_locations=*/false);
+      : weights_(weights),
+        guard_(analysis.module, exempt_of(analysis)),
+        spec_(spec_of(analysis)),
+        structure_(fmt::format("{} {} {} {}", structure_digest(analysis.module), analysis.path, analysis.flat.layers,
+                               to_string(weights))),
+        notes_(analysis.flat.writes.notes) {
+    digest_ = guard_.digest(structure_);
     if (weights != Weights::kAsLoaded) {
-      digest_ = guard_.digest(structure + to_string(weights));
       packed_ = pack_weights(analysis, weights);
       if (packed_.empty())
         notes_.push_back(fmt::format("no linear layer was found whose weights could be {}", to_string(weights)));
-      own_guard_.emplace(analysis.module);
+      own_guard_.emplace(analysis.module, exempt_of(analysis));
       guard_.let_go();
-    } else {
-      digest_ = guard_.digest(structure);
     }
     analysis_ = std::make_shared<const Analysis>(std::move(analysis));
     self_ = analysis_->module._ivalue();
@@ -473,7 +418,7 @@ class TorchScriptModel final : public Model {
     return std::move(env[static_cast<std::size_t>(program_.head.out()[0])]);
   }
 
-  at::Device device() const override { return device_of(analysis_->module); }
+  at::Device device() const override { return analysis_->device; }
   at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
   std::string digest() const override { return digest_; }
 
@@ -489,6 +434,17 @@ class TorchScriptModel final : public Model {
     guard_.check();
     if (own_guard_) own_guard_->check();
   }
+  void check_every_weight() const override { own_guard_ ? own_guard_->check_every() : guard_.check_every(); }
+  void weights_changed() override {
+    if (own_guard_) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("the weights are held {}, as copies: construct a new LayerCache from the module as it is "
+                              "now",
+                              to_string(weights_)));
+    }
+    guard_.retake();
+    digest_ = guard_.digest(structure_);
+  }
   const TokenLevelModel* token_level() const override { return token_level_.get(); }
 
   void describe(ModelProfile& profile) const override {
@@ -500,8 +456,9 @@ class TorchScriptModel final : public Model {
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
-    profile.rows_independent = !analysis_->rows_meet;
+    profile.rows_independent = !analysis_->rows_meet && analysis_->dependence.rows.empty();
     profile.notes = notes_;
+    describe_dependence(profile);
     if (analysis_->rows_meet) {
       profile.notes.emplace_back(
           "no row is kept for another batch: the model chooses its way by the number of rows, or by what all of them "
@@ -518,17 +475,35 @@ class TorchScriptModel final : public Model {
   }
 
  private:
+  /// What is refused because of what the graph depends on, and why.
+  void describe_dependence(ModelProfile& profile) const {
+    const Dependence& dependence = analysis_->dependence;
+    profile.row_obstacle = !dependence.rows.empty() ? dependence.rows : dependence.length;
+    profile.prefix_obstacle = dependence.length;
+    if (!dependence.rows.empty()) {
+      profile.notes.push_back("no row is kept for another batch, and none is packed: " + dependence.rows);
+    } else if (!dependence.length.empty()) {
+      profile.notes.push_back("rows are kept for batches of the same width and padding only: " + dependence.length);
+    }
+  }
+
+  static std::unordered_set<std::string> exempt_of(const Analysis& analysis) {
+    const auto& names = analysis.flat.writes.exempt;
+    return {names.begin(), names.end()};
+  }
+
   Weights weights_;
   WeightGuard guard_;                     ///< of the caller's module
   std::optional<WeightGuard> own_guard_;  ///< of what is used of it, if weights were packed
   InputSpec spec_;
+  std::string structure_;  ///< what makes the digest, beside the weights
+  std::vector<std::string> notes_;
   std::string digest_;
   PackedWeights packed_;  ///< outlives the program
   std::shared_ptr<const Analysis> analysis_;
   c10::IValue self_;
   Program program_;
   std::vector<AttentionSite> sites_;
-  std::vector<std::string> notes_;
   std::unique_ptr<TokenLevelModel> token_level_;
 };
 

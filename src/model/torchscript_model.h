@@ -7,13 +7,16 @@
 #include <vector>
 
 #include "llmcache/options.h"
+#include "model/torchscript_dependence.h"
 #include "model/torchscript_segment.h"
+#include "model/torchscript_weights.h"
 
 namespace llmcache::ts {
 
 /// What analysis of the graph found; shared by whole-layer and token-level operation.
 struct Analysis {
   Module module;
+  at::Device device = at::kCPU;
   FlatGraph flat;
   ValueInfos infos;
   std::unordered_set<const Value*> dependent;         ///< on the hidden state that enters the first layer
@@ -25,6 +28,7 @@ struct Analysis {
   std::vector<std::int64_t> vocabulary;  ///< per input
   int ids_argument = 0;
   std::string obstacle;    ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
+  Dependence dependence;   ///< of numbers on lengths, rows and ids
   bool rows_meet = false;  ///< the graph chooses its way by what all rows of a batch hold, or by how many they are
 
   /// Top-level nodes of a part, in order. Part 0 holds all that does not depend on hidden states.
@@ -41,53 +45,6 @@ Analysis analyse(const Module& module, const Options& options);
 
 /// Drops nodes whose values nobody uses, and all that is known of them.
 void remove_dead(Analysis& analysis);
-
-/// Notices changes of a module's attributes: replaced, moved, converted or written to.
-class WeightGuard {
- public:
-  explicit WeightGuard(const Module& module);
-  /// Holds the module and its tensors no longer. Of what others still hold it goes on to notice conversions and writes.
-  void let_go();
-  /// Throws Error(kModelChanged). Cheap: no tensor data is read.
-  void check() const;
-  [[nodiscard]] std::size_t bytes() const { return bytes_; }  ///< each storage once
-  /// Hash of all weights and of `structure`, 32 hexadecimal digits.
-  [[nodiscard]] std::string digest(const std::string& structure) const;
-
- private:
-  using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
-  /// What a tensor was.
-  struct State {
-    explicit State(const at::Tensor& tensor);
-    void check(const std::string& name, const at::Tensor& now) const;
-    const void* data;
-    at::ScalarType dtype;
-    std::uint64_t version;
-  };
-  struct Slot {
-    c10::intrusive_ptr<c10::ivalue::Object> owner;
-    std::size_t index;
-    std::string name;
-    at::Tensor tensor;
-    State state;
-  };
-  struct Scalar {
-    c10::intrusive_ptr<c10::ivalue::Object> owner;
-    std::size_t index;
-    std::string name;
-    c10::IValue value;
-  };
-  struct Loose {
-    std::string name;
-    WeakTensor tensor;
-    State state;
-  };
-  Module module_;
-  std::vector<Slot> slots_;
-  std::vector<Scalar> scalars_;  ///< numbers, booleans and texts, which were made constants
-  std::vector<Loose> loose_;     ///< instead of slots_ once the module was let go
-  std::size_t bytes_ = 0;
-};
 
 /// Slots of the values that cross between the parts of an analysed model.
 struct Program {

@@ -17,6 +17,27 @@
 namespace llmcache::ts {
 using Kind = Label::Kind;
 
+namespace {
+
+constexpr const char* kFusedLayers =
+    ". The layers are nn.TransformerEncoderLayer's fast path, one operator each; for token-level reuse trace the model "
+    "after torch.backends.mha.set_fastpath_enabled(False)";
+
+bool has_fused_layers(const torch::jit::Block* block) {
+  static const auto kFused = c10::Symbol::fromQualString("aten::_transformer_encoder_layer_fwd");
+  for (const Node* node : block->nodes()) {
+    if (node->kind() == kFused) return true;
+    for (const torch::jit::Block* inner : node->blocks()) {
+      if (has_fused_layers(inner)) return true;
+    }
+  }
+  return false;
+}
+
+bool has_fused_layers(const FlatGraph& flat) { return has_fused_layers(flat.graph->block()); }
+
+}  // namespace
+
 std::int64_t length_of(const Label& label, std::int64_t batch, std::int64_t tokens) {
   switch (label.kind) {
     case Kind::kBatch:
@@ -92,7 +113,8 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
   const auto layers = analysis.flat.layers;
   std::string reason;
   if (!analysis.obstacle.empty()) {
-    notes.push_back("token-level reuse is not available: " + analysis.obstacle);
+    notes.push_back("token-level reuse is not available: " + analysis.obstacle +
+                    (has_fused_layers(analysis.flat) ? kFusedLayers : ""));
     return false;
   }
   const auto values = run_all(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5));
@@ -145,7 +167,8 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
     layers_.push_back(std::move(layer));
   }
   if (sites.empty()) {
-    notes.push_back("token-level reuse is not available: no attention was found in the layers");
+    notes.push_back(std::string("token-level reuse is not available: no attention was found in the layers") +
+                    (has_fused_layers(analysis.flat) ? kFusedLayers : ""));
     return false;
   }
   if (!partial_) notes.push_back("attention needs as many queries as keys: a sequence runs whole or not at all");
@@ -227,6 +250,26 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
     if (analysis.dependent.count(program_.slots.value(slot))) head_rows_.push_back(slot);
   }
   if (!head_tokenwise_) notes.push_back("the head is not token-wise: it runs on the padded batch");
+  check_side_outputs(notes);
+}
+
+/// What the head takes of the layers beside the last state has entries for the tokens that ran, and no others.
+void TokenLevel::check_side_outputs(std::vector<std::string>& notes) {
+  const auto of_tokens = [&](const Value* value) {
+    if (!analysis_->dependent.count(value) || value == analysis_->hidden.back()) return false;
+    const auto type = value->type()->kind();
+    if (type == c10::TypeKind::ListType || type == c10::TypeKind::TupleType) return true;
+    const auto info = analysis_->infos.find(value);
+    return info != analysis_->infos.end() &&
+           info->second.count(Kind::kTokens) + info->second.count(Kind::kBatchTokens) > 0;
+  };
+  const auto& slots = program_.head.in();
+  if (std::none_of(slots.begin(), slots.end(), [&](int slot) { return of_tokens(program_.slots.value(slot)); })) return;
+  partial_ = false;
+  notes.emplace_back(
+      "a sequence runs whole or not at all: what the layers make on their way (keys and values, or the state behind "
+      "each of them) reaches the output, and exists only for tokens that run. For reuse of prefixes and tokens export "
+      "the model without it: use_cache=False, output_hidden_states=False");
 }
 
 bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values,

@@ -90,6 +90,7 @@ class TokenLevel final : public TokenLevelModel {
                                     const std::unordered_map<const Value*, c10::IValue>& values) const;
   bool try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values, bool partial) const;
   void build_head(std::vector<std::string>& notes);
+  void check_side_outputs(std::vector<std::string>& notes);
   void build_narrow_embed();
 
   std::shared_ptr<const Analysis> analysis_;

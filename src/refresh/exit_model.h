@@ -81,7 +81,8 @@ struct ExitModel {
   std::vector<std::vector<double>> thresholds;
 
   [[nodiscard]] std::size_t bytes() const;
-  [[nodiscard]] std::size_t features() const noexcept { return cache_free ? 3 : 18; }  ///< of its gates
+  static constexpr std::size_t features(bool cache_free) { return cache_free ? 3 : 18; }  ///< of gates
+  [[nodiscard]] std::size_t features() const noexcept { return features(cache_free); }
   /// The same with all tensors on `device`.
   [[nodiscard]] ExitModel to(at::Device device) const;
   /// Proposals for `states` `[n, hidden]` in front of `layer`, whose gate has been fitted.

@@ -58,9 +58,12 @@ struct InputSpec {
   std::vector<std::string> names;        ///< one an input
   std::vector<bool> optional;            ///< input may be None or left out
   std::vector<std::int64_t> vocabulary;  ///< rows of the embedding the input selects from directly; 0: none
+  bool vocabulary_known = true;          ///< false: `vocabulary` holds what may be probed, ids may be larger
   /// By input, numbers that the model compares its values with: separators, padding, types. Probes hold them. May be
   /// shorter than `names`.
   std::vector<std::vector<std::int64_t>> compared = {};
+  /// By input, where which tokens attend to which follows from what it holds; empty text: nowhere. May be shorter.
+  std::vector<std::string> opens_attention = {};
 };
 
 /// Type-erased model. Thread safety: const members may be called from many threads at once.

@@ -1,0 +1,207 @@
+#include "model/torchscript_writes.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "llmcache/error.h"
+
+namespace llmcache::ts {
+namespace {
+
+namespace prim = c10::prim;
+namespace aten = c10::aten;
+
+bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
+
+bool shares(const c10::AliasInfo* a, const c10::AliasInfo* b) {
+  if (a == nullptr || b == nullptr) return false;
+  return std::any_of(a->beforeSets().begin(), a->beforeSets().end(), [&](const c10::Symbol& set) {
+    return b->beforeSets().count(set) > 0 || b->afterSets().count(set) > 0;
+  });
+}
+
+std::string where(const Node* node) {
+  std::string text = node->kind().toQualString();
+  if (const auto place = node->sourceRange().file_line_col()) {
+    text += fmt::format(" at {}:{}", std::get<0>(*place), std::get<1>(*place));
+  }
+  return text;
+}
+
+class Finder {
+ public:
+  Finder(Graph& graph, const Module& module) : graph_(graph), module_(module) {}
+
+  Writes run() {
+    follow(graph_.block());
+    for (const auto& [path, writers] : writers_) settle(path, writers);
+    return std::move(made_);
+  }
+
+ private:
+  using Paths = std::set<std::string>;
+
+  /// Which attributes a value may be, or a view of them.
+  void follow(torch::jit::Block* block) {
+    for (Node* node : block->nodes()) {
+      if (node->kind() == prim::GetAttr && is_tensor(node->output())) {
+        if (const auto path = attribute_path(node->output(), graph_.inputs()[0])) {
+          attributes_[node->output()].insert(*path);
+          reads_[*path].push_back(node->output());
+        }
+        continue;
+      }
+      if (node->kind() == prim::SetAttr) refuse_set(node);
+      for (std::size_t b = 0; b < node->blocks().size(); ++b) {
+        auto* inner = node->blocks()[b];
+        const std::size_t skip = node->kind() == prim::Loop ? 1 : 0;
+        for (std::size_t i = skip; i < inner->inputs().size(); ++i) alias(inner->inputs()[i], node->input(i + 2 - skip));
+        follow(inner);
+        for (std::size_t i = 0; i < node->outputs().size(); ++i) alias(node->output(i), inner->outputs()[i + skip]);
+      }
+      look_at(node);
+    }
+  }
+
+  void alias(const Value* to, const Value* from) {
+    const auto it = attributes_.find(from);
+    if (it == attributes_.end()) return;
+    const Paths paths = it->second;
+    attributes_[to].insert(paths.begin(), paths.end());
+  }
+
+  void look_at(Node* node) {
+    const auto* schema = node->maybeSchema();
+    if (schema == nullptr) {  // lists and tuples
+      for (const Value* input : node->inputs()) {
+        for (const Value* output : node->outputs()) alias(output, input);
+      }
+      return;
+    }
+    const auto& arguments = schema->arguments();
+    for (std::size_t i = 0; i < node->inputs().size() && i < arguments.size(); ++i) {
+      const auto* info = arguments[i].alias_info();
+      if (info == nullptr) continue;
+      const auto found = attributes_.find(node->input(i));
+      if (found == attributes_.end()) continue;
+      if (info->isWrite()) {
+        for (const auto& path : found->second) writers_[path].push_back(node);
+      }
+      for (std::size_t j = 0; j < node->outputs().size() && j < schema->returns().size(); ++j) {
+        if (shares(info, schema->returns()[j].alias_info())) alias(node->output(j), node->input(i));
+      }
+    }
+  }
+
+  [[noreturn]] static void refuse_set(const Node* node) {
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("forward() sets the attribute '{}' of the module ({}); a model that keeps state between calls "
+                            "cannot be cached: pass the state as an input, or leave it out of the export",
+                            node->s(c10::attr::name), where(node)));
+  }
+
+  /// The node of the graph's own block that holds `node`.
+  const Node* top(const Node* node) const {
+    while (node->owningBlock() != graph_.block()) node = node->owningBlock()->owningNode();
+    return node;
+  }
+
+  void settle(const std::string& path, const std::vector<Node*>& writers) {
+    if (nobody_reads(path, writers)) {
+      drop(path, writers);
+      return;
+    }
+    if (!overwritten_first(path, writers)) {
+      throw Error(
+          ErrorCode::kUnsupportedModel,
+          fmt::format("forward() writes to '{}', which it reads too ({}): a model that keeps state between calls cannot "
+                      "be cached. Make a new tensor in place of writing to the buffer, and export again",
+                      path, where(writers.front())));
+    }
+    Node* write = writers.front();
+    const torch::jit::WithInsertPoint guard(write);
+    Value* buffer = write->input(0);
+    Value* typed = graph_.insert(c10::Symbol::fromQualString("aten::type_as"), {write->input(1), buffer});
+    Value* value = graph_.insert(c10::Symbol::fromQualString("aten::expand_as"), {typed, buffer});
+    write->output()->replaceAllUsesWith(value);
+    for (Value* read : reads_.at(path)) {
+      const auto uses = read->uses();
+      for (const auto& use : uses) {
+        if (use.user != write && use.user != typed->node() && use.user != value->node()) {
+          use.user->replaceInput(use.offset, value);
+        }
+      }
+    }
+    write->destroy();
+    // What is read of it is its type and shape.
+    made_.exempt.push_back(path);
+    made_.notes.push_back(
+        fmt::format("'{}', which forward() overwrites before it reads it, is not written to by the library", path));
+  }
+
+  /// Only the writes themselves use it, and nobody uses what they return.
+  bool nobody_reads(const std::string& path, const std::vector<Node*>& writers) const {
+    for (const Value* read : reads_.at(path)) {
+      for (const auto& use : read->uses()) {
+        const bool writes = use.offset == 0 && std::find(writers.begin(), writers.end(), use.user) != writers.end();
+        if (!writes || use.user->hasUses()) return false;
+      }
+    }
+    return true;
+  }
+
+  void drop(const std::string& path, const std::vector<Node*>& writers) {
+    for (Node* write : writers) write->destroy();
+    made_.exempt.push_back(path);
+    made_.notes.push_back(fmt::format(
+        "forward() writes to '{}', which nothing reads: calls that the library answers do not change it", path));
+  }
+
+  bool overwritten_first(const std::string& path, const std::vector<Node*>& writers) const {
+    const Node* write = writers.front();
+    if (writers.size() != 1 || write->kind() != aten::copy_ || write->owningBlock() != graph_.block()) return false;
+    if (write->input(0)->node()->kind() != prim::GetAttr || attributes_.at(write->input(0)).size() != 1) return false;
+    if (attributes_.count(write->input(1)) && attributes_.at(write->input(1)).count(path)) return false;
+    for (const Value* read : reads_.at(path)) {
+      for (const auto& use : read->uses()) {
+        if (use.user != write && !write->isBefore(top(use.user))) return false;
+      }
+    }
+    return !shares_memory(path);
+  }
+
+  /// With another attribute, so that what is written shows there.
+  bool shares_memory(const std::string& path) const {
+    const auto own = tensor_at(path);
+    if (!own.defined() || !own.has_storage()) return true;
+    for (const auto& item : module_.named_attributes(/*recurse=*/true)) {
+      if (item.name == path || !item.value.isTensor() || !item.value.toTensor().defined()) continue;
+      const auto& other = item.value.toTensor();
+      if (other.has_storage() && other.storage().data() == own.storage().data()) return true;
+    }
+    return false;
+  }
+
+  at::Tensor tensor_at(const std::string& path) const {
+    for (const auto& item : module_.named_attributes(/*recurse=*/true)) {
+      if (item.name == path && item.value.isTensor()) return item.value.toTensor();
+    }
+    return {};
+  }
+
+  Graph& graph_;
+  const Module& module_;
+  std::unordered_map<const Value*, Paths> attributes_;
+  std::map<std::string, std::vector<Value*>> reads_;
+  std::map<std::string, std::vector<Node*>> writers_;
+  Writes made_;
+};
+
+}  // namespace
+
+Writes remove_writes(Graph& graph, const Module& module) { return Finder(graph, module).run(); }
+
+}  // namespace llmcache::ts

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Writes the seeds of the fuzz targets, below 10 KiB each: tests/fuzz/make_seeds.py [FOLDER].
+
+Some are sound files, some are damaged in ways that a reader may fall for. The ordinary tests read them too.
+"""
+
+import json
+import pathlib
+import struct
+import sys
+
+SEEDS = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "seeds")
+NAN = float("nan")
+
+
+def write(target, name, content):
+    path = SEEDS / target / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    assert len(content) < 10 * 1024, (name, len(content))
+    path.write_bytes(content)
+
+
+def safetensors(tensors, metadata=None, header=None):
+    """`tensors`: {name: (dtype, shape, values)}; `header` replaces entries of the header."""
+    head = {"__metadata__": metadata} if metadata is not None else {}
+    data = b""
+    for name, (dtype, shape, values) in tensors.items():
+        code = {"F32": "f", "I32": "i", "I64": "q"}[dtype]
+        packed = struct.pack(f"<{len(values)}{code}", *values)
+        head[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(packed)]}
+        data += packed
+    head.update(header or {})
+    text = json.dumps(head, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def json_seeds():
+    write("json", "object", '{"a": 1, "b": [true, false, null, -2.5e-3, "\\u00e9\\ud83d\\ude00"], "c": {"a": {"a": []}}}')
+    write("json", "fields", '{"a": [{"a": "text"}, {"a": [0.5, 1]}, {"a": [[0, 1], [-1, 0.25]]}, {"a": -5}]}')
+    write("json", "numbers", "[0, -0, 1e308, 5e-324, 9223372036854775807, -9223372036854775808, 18446744073709551615]")
+    write("json", "overflow", '{"a": 1e999}')
+    write("json", "not_a_number", '{"a": NaN}')
+    write("json", "infinity", '{"a": -Infinity}')
+    write("json", "twice", '{"a": 1, "b": {"a": 2}, "a": 3}')
+    write("json", "trailing", '{"a": 1} {')
+    write("json", "cut", '{"a": [1, {"b": "te')
+    write("json", "deep", "[" * 4000)
+    write("json", "deep_objects", '{"a":' * 1500)
+    write("json", "not_utf8", b'{"a": "\xff\xc0\x80"}')
+    write("json", "nul", b'{"a\\u0000b": "\\u0000", "a\x00": 1}')
+    write("json", "empty", "")
+
+
+def gate(features):
+    return {"means": [0.5] * features, "scales": [1.0] * features, "weights": [-0.25] * features, "intercept": 0.125}
+
+
+def profile(early_exit="neighbour", **changes):
+    features = 18 if early_exit == "neighbour" else 3
+    content = {
+        "format": "llmcache calibration",
+        "version": 2,
+        "budget": {"metric": "decision", "epsilon": 0.05, "delta": 0.1},
+        "early_exit": early_exit,
+        "model": "0123456789abcdef",
+        "fitted": 32,
+        "certified": 100,
+        "certified_error": 0.01,
+        "error_bound": 0.04,
+        "expected_share": 0.5,
+        "expected_exits": [0.5, 0],
+        "typical_distance": 1.5,
+        "bytes": 4096,
+        "exit": {
+            "tensors_xxh3": "0" * 16,
+            "thresholds": [[0.25, -1], [0.125, -1]],
+            "gates": [gate(features), {"means": [], "scales": [], "weights": [], "intercept": 0}],
+        },
+        "content_xxh3": "0" * 16,
+    }
+    for path, value in changes.items():
+        place = content
+        *folders, last = path.split("__")
+        for folder in folders:
+            place = place[int(folder) if folder.isdigit() else folder]
+        place[int(last) if last.isdigit() else last] = value
+    return json.dumps(content, indent=1)
+
+
+def tensors(entries=32, hidden=2, values=2, bank=True, **changes):
+    kept = {
+        "outputs": ("F32", [entries, values], [0.5] * (entries * values)),
+        "decisions": ("I64", [entries], [1] * entries),
+        "mean_output": ("F32", [values], [0.5] * values),
+        "layers.0.centre": ("F32", [hidden], [0.25] * hidden),
+        "layers.0.translator": ("F32", [hidden, values], [1.0] * (hidden * values)),
+    }
+    if bank:
+        kept["layers.0.states"] = ("F32", [entries, hidden], [0.75] * (entries * hidden))
+        kept["layers.0.lengths"] = ("F32", [entries], [1.0] * entries)
+        kept["layers.0.projection"] = ("F32", [hidden, 1], [1.0] * hidden)
+        kept["layers.0.projected"] = ("F32", [entries, 1], [1.0] * entries)
+    kept.update(changes)
+    return kept
+
+
+def profile_seeds():
+    def both(name, text, beside=b""):
+        write("profile", name, text.encode() + b"\0" + beside)
+
+    sound = safetensors(tensors())
+    both("neighbour", profile(), sound)
+    both("cache_free", profile("cache-free"), safetensors(tensors(entries=0, bank=False)))
+    reuse = {
+        "format": "int8", "mechanism": "token reuse", "setting": "every 4th token", "limit": 0.3, "fitted": 100,
+        "certified": 200, "error": 0.01, "bound": 0.04, "computed": 0.4, "typical_distance": 2.0,
+    }  # fmt: skip
+    verified = {"tokens": 64, "rows": 8, "padding": 16, "codes": [1, 2, 77]}
+    without = json.loads(profile("off", reuse=reuse, verified=verified))
+    del without["exit"]
+    both("reuse", json.dumps(without))
+    both("foreign", '{"format": "something else", "version": 2}')
+    both("version", profile(version=3))
+    both("negative_count", profile(fitted=-1), sound)
+    both("count_no_number", profile(certified=1e300), sound)
+    both("epsilon", profile(budget__epsilon=7), sound)
+    both("delta", profile(budget__delta=0), sound)
+    both("metric", profile(budget__metric="luck"), sound)
+    both("scale", profile(exit__gates__0__scales=[0.0] * 18), sound)
+    both("weight_null", profile(exit__gates__0__weights=[None] * 18), sound)
+    both("threshold", profile(exit__thresholds__0=[-0.5, -1]), sound)
+    both("thresholds_short", profile(exit__thresholds__0=[0.5]), sound)
+    both("codes_fall", json.dumps({**without, "verified": {**verified, "codes": [2, 1]}}))
+    both("nan_output", profile(), safetensors(tensors(mean_output=("F32", [2], [NAN, 0.0]))))
+    both("inf_state", profile(), safetensors(tensors(**{"layers.0.centre": ("F32", [2], [float("inf"), 0.0])})))
+    both("decision", profile(), safetensors(tensors(decisions=("I64", [32], [-1] * 32))))
+    both("length", profile(), safetensors(tensors(**{"layers.0.lengths": ("F32", [32], [0.0] * 32)})))
+    both("left_over", profile(), safetensors(tensors(more=("F32", [1], [1.0]))))
+    both("few_entries", profile(), safetensors(tensors(entries=3)))
+    both("cut", profile(), sound[:-5])
+    both("appended", profile(), sound + b"more")
+    huge = {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 256]}
+    both("overflow", profile(), safetensors(tensors(), header={"outputs": huge}))
+    hidden = {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}
+    both("overflow_behind_zero", profile(), safetensors(tensors(), header={"more": hidden}))
+    over = {"dtype": "F32", "shape": [2], "data_offsets": [252, 260]}
+    both("overlap", profile(), safetensors(tensors(), header={"mean_output": over}))
+    both("header_length", profile(), struct.pack("<Q", 2**64 - 1) + sound[8:])
+    both("header_deep", profile(), struct.pack("<Q", 1000) + b"[" * 1000)
+
+
+def token_file(metadata=None, header=None, **changes):
+    words = {"workload": "w", "tokenizer": "t", "source": "s", "description": "d", "order": "as it was",
+             "max_tokens": "512", "version": "2", **(metadata or {})}  # fmt: skip
+    kept = {
+        "tokens": ("I32", [12], list(range(12))),
+        "sequence_offsets": ("I64", [5], [0, 3, 6, 9, 12]),
+        "request_offsets": ("I64", [3], [0, 2, 4]),
+        **changes,
+    }
+    return safetensors(kept, words, header)
+
+
+def token_file_seeds():
+    write("token_file", "plain", token_file({"version": "1"}))
+    labels = ("I64", [4], [0, 1, 1, 0])
+    write("token_file", "classification", token_file({"task": "classification", "label_names": '["a","b"]'}, labels=labels))
+    scored = ("I64", [4, 2], [1, 3, 1, 2, 2, 3, 1, 3])
+    write("token_file", "choice", token_file({"task": "choice"}, labels=("I64", [4], [0, 1, 1, 0]), scored=scored))
+    write("token_file", "perplexity", token_file({"task": "perplexity"}, scored=scored))
+    write("token_file", "similarity", token_file({"task": "similarity"}, pair_score=("F32", [2], [0.5, 4.0])))
+    write("token_file", "answer", token_file({"task": "answer"}, group=("I64", [2], [3, -1])))
+    write("token_file", "generation", token_file({"task": "generation", "new_tokens": "8", "stop_token": "2"}))
+    ones = {"sequence_offsets": ("I64", [3], [0, 6, 12]), "request_offsets": ("I64", [3], [0, 1, 2])}
+    pairs = {"partner": ("I64", [2], [-1, 0]), "pair_label": ("I64", [2], [-1, 1])}
+    write("token_file", "duplicates", token_file({"task": "duplicates", "fill_requests": "1"}, **ones, **pairs))
+    write("token_file", "pool", token_file(pool=("I64", [12], [0, 1] * 6)))
+    write("token_file", "nan_score", token_file({"task": "similarity"}, pair_score=("F32", [2], [NAN, 4.0])))
+    write("token_file", "offsets_fall", token_file(sequence_offsets=("I64", [5], [0, 6, 3, 9, 12])))
+    write("token_file", "offsets_far", token_file(request_offsets=("I64", [3], [0, 2, 2**62])))
+    write("token_file", "names_deep", token_file({"task": "classification", "label_names": "[" * 4000}, labels=labels))
+    huge = {"dtype": "I32", "shape": [2**62, 2**62], "data_offsets": [0, 48]}
+    write("token_file", "overflow", token_file(header={"tokens": huge}))
+    write("token_file", "overlap", token_file(header={"more": {"dtype": "U8", "shape": [9], "data_offsets": [1, 10]}}))
+    many = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(120)}
+    write("token_file", "many_tensors", token_file(header=many))
+    write("token_file", "cut", token_file()[:-9])
+    write("token_file", "short", b"\0\0\0")
+
+
+json_seeds()
+profile_seeds()
+token_file_seeds()
