@@ -12,8 +12,8 @@
 
 #include "background_audits.h"
 #include "execute/engine.h"
-#include "execute/observer.h"
 #include "execute/plan_check.h"
+#include "exit_pass.h"
 #include "exit_rules.h"
 #include "exit_sampler.h"
 #include "ladder_calibrator.h"
@@ -43,86 +43,6 @@ auto only_errors(const Run& run) {
 }
 
 }  // namespace
-
-/// Lets sequences leave.
-class BudgetReuse::Pass final : public LayerObserver {
- public:
-  struct Sequence {
-    std::int32_t left = -1;  ///< in front of this layer
-    at::Tensor answer;       ///< [values]; of a sequence that left
-    double expected = 0;     ///< its error, by the gate
-    bool stays = false;      ///< it is computed in full whatever could be reused
-    std::size_t tried = 0;   ///< levels that have proposed something, from the most liberal one on
-    std::vector<Trial> trials;
-  };
-
-  Pass(ExitRules& rules, std::size_t sequences, bool background)
-      : rules_(rules), background_(background), level_(rules.supervision.level()), sequences_(sequences) {}
-
-  bool watches(std::int32_t l) const override {
-    const auto layer = static_cast<std::size_t>(l);
-    return layer < rules_.exit.layers.size() && rules_.exit.layers[layer].used();
-  }
-
-  std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
-    std::vector<std::size_t> running;
-    std::vector<at::Tensor> own;
-    for (std::size_t i = 0; i < states.size(); ++i) {
-      if (!states[i].defined() || sequences_[i].stays) continue;
-      running.push_back(i);
-      own.push_back(states[i]);
-    }
-    std::vector<std::size_t> leaving;
-    if (running.empty()) return leaving;
-    const auto proposal = rules_.exit.propose(static_cast<std::size_t>(l), means_of(own), rules_.scores);
-    for (std::size_t j = 0; j < running.size(); ++j) {
-      Sequence& sequence = sequences_[running[j]];
-      const auto answer = proposal.answers[static_cast<std::int64_t>(j)];
-      if (!leaves(sequence, static_cast<std::size_t>(l), proposal.expected[j], answer)) continue;
-      sequence.left = l;
-      sequence.answer = answer;
-      sequence.expected = proposal.expected[j];
-      leaving.push_back(running[j]);
-    }
-    return leaving;
-  }
-
-  /// Tells the gates of the sequences that they had no proposal for. Once, behind the pass.
-  void close() {
-    for (const Sequence& sequence : sequences_) {
-      for (std::size_t k = sequence.tried; k < watched(); ++k) rules_.supervision.next(k, false);
-    }
-  }
-
-  std::vector<Sequence>& sequences() { return sequences_; }
-
- private:
-  /// Levels whose gates are told: the one that serves, and the closed ones before it.
-  std::size_t watched() const { return std::min(level_ + 1, rules_.supervision.levels()); }
-
-  bool leaves(Sequence& sequence, std::size_t l, double expected, const at::Tensor& answer) {
-    const auto& thresholds = rules_.exit.thresholds;
-    if (rules_.supervision.levels() == 0) return expected <= thresholds[0][l];
-    // A safer level proposes nothing before a more liberal one has.
-    while (sequence.tried < watched() && expected <= thresholds[sequence.tried][l]) {
-      const std::size_t level = sequence.tried++;
-      const auto decision = rules_.supervision.next(level, true);
-      if (decision.audit) sequence.trials.push_back({{level, decision}, answer});
-      if (level < level_) {
-        sequence.stays = sequence.stays || (decision.audit && !background_);
-        continue;
-      }
-      if (decision.reuse && !sequence.stays && (!decision.audit || background_)) return true;
-      sequence.stays = true;
-    }
-    return false;
-  }
-
-  ExitRules& rules_;
-  const bool background_;
-  const std::size_t level_;
-  std::vector<Sequence> sequences_;
-};
 
 BudgetReuse::BudgetReuse(const Model& model, const InputSpec& inputs, const OutputSpec& output,
                          const ModelProfile& profile, const Options& options, std::size_t capacity_bytes,
@@ -162,12 +82,15 @@ void BudgetReuse::make_ladder() {
   }
   const auto make = [this](MemoryAccount* total) -> std::unique_ptr<ReuseLadder> {
     if (profile_.causal) {
-      return std::make_unique<SegmentLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
+      return std::make_unique<SegmentLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_,
+                                             total);
     }
     return std::make_unique<TokenLadder>(model_, inputs_, output_, profile_, options_.format, capacity_bytes_, total);
   };
   try {
-    ladder_ = std::make_unique<LadderReuse>(make(&account_), [make] { return make(nullptr); }, model_, output_, profile_, options_, failures_);
+    // What a calibration holds is beside what the cache does (BudgetStats::calibrating_bytes).
+    const auto fresh = [make] { return make(nullptr); };
+    ladder_ = std::make_unique<LadderReuse>(make(&account_), fresh, model_, output_, profile_, options_, failures_);
   } catch (const std::exception& error) {
     no_ladder_ = reason_of(error);
   }
@@ -407,15 +330,16 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
   const auto rules = this->rules();
   if (rules == nullptr) return std::nullopt;
   const Plan plan = batch.full_plan(static_cast<std::int32_t>(model_.layers()));
-  Pass pass(*rules, plan.sequences.size(), audits_ != nullptr);
+  ExitPass pass(*rules, plan.sequences.size(), audits_ != nullptr);
   Answer answer;
   // If it throws nothing is served by reuse, and the gates are never told of the audits that they asked for.
   answer.computed = execute_packed(model_, batch.inputs, plan, {}, nullptr, report, &pass);
   answer.rows.resize(static_cast<std::size_t>(batch.rows));
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
-    const Pass::Sequence& sequence = pass.sequences()[i];
+    const ExitPass::Sequence& sequence = pass.sequences()[i];
     if (sequence.left < 0) continue;
     const auto row = static_cast<std::size_t>(plan.sequences[i].row);
+    kept.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
     answer.rows[row] = {sequence.answer.to(profile_.dtype).unsqueeze(0)};
     report.sequences[row].source = Source::kEarlyExit;
     report.sequences[row].resumed_layer = sequence.left;
@@ -424,11 +348,8 @@ std::optional<BudgetReuse::Answer> BudgetReuse::run_exits(const Batch& batch, Fo
   // There is an answer: whatever becomes of the audits, it is served.
   pass.close();
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
-    const Pass::Sequence& sequence = pass.sequences()[i];
+    const ExitPass::Sequence& sequence = pass.sequences()[i];
     const std::int64_t row = plan.sequences[i].row;
-    if (sequence.left >= 0) {
-      kept.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
-    }
     if (sequence.trials.empty()) continue;
     if (sequence.left >= 0) {
       audit_later(rules, batch, row, sequence.trials);

@@ -59,11 +59,11 @@ class BudgetReuse {
     /// By row: the tensors of a result that did not come out of that, batch dimension 1. Empty: it did.
     std::vector<std::vector<at::Tensor>> rows;
   };
-  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is computed
-  /// is the call's own, until `kept` is committed. Throws what the model and BudgetOptions::scores throw: the caller
-  /// then answers without reuse. An audit that fails does not throw where there is an exact answer all the same: of rows
-  /// that stayed for it, theirs. Audited rows that were answered with states of others need a second run; if that fails
-  /// it throws.
+  /// `batch` can be packed and has a real token. Fills `report`. Unset if there is no profile to go by. What is
+  /// computed is the call's own, until `kept` is committed. Throws what the model and BudgetOptions::scores throw: the
+  /// caller then answers without reuse. An audit that fails does not throw where there is an exact answer all the same:
+  /// of rows that stayed for it, theirs. Audited rows that were answered with states of others need a second run; if
+  /// that fails it throws.
   std::optional<Answer> run(const Batch& batch, const std::string& tenant, Output output, ForwardReport& report,
                             KeptLater& kept);
   /// True if requests for these outputs go through run().
@@ -76,7 +76,6 @@ class BudgetReuse {
   void fill(Stats& stats) const;
 
  private:
-  class Pass;
   [[nodiscard]] std::shared_ptr<ExitRules> rules() const;
   void check_available() const;
   std::optional<Answer> run_exits(const Batch& batch, ForwardReport& report, KeptLater& kept);
@@ -100,8 +99,8 @@ class BudgetReuse {
   const std::size_t capacity_bytes_;
   MemoryAccount account_;       ///< what is in use: banks of early exits, or what the ladder holds
   std::size_t exit_bytes_ = 0;  ///< reserved for the banks of early exits; guarded by use_mutex_
-  std::string no_exits_;   ///< why there are no early exits; empty: there can be
-  std::string no_ladder_;  ///< why token states are not reused; empty: they can be
+  std::string no_exits_;        ///< why there are no early exits; empty: there can be
+  std::string no_ladder_;       ///< why token states are not reused; empty: they can be
   AuditFailures failures_;
   std::unique_ptr<LadderReuse> ladder_;  ///< null: token states are not reused
   mutable ByteGauge calibrating_;        ///< what a calibration that is running holds

@@ -70,7 +70,7 @@ void LadderReuse::use(const std::optional<ReuseChoice>& choice) {
     rules_ = std::move(rules);
   }
   // What was certified began with an empty bank, and so does what serves. A request that still runs by the old rules
-  // may add to it: states of sequences that it computed in full, which are the same by any rules.
+  // may add to it: states that it did not approximate, which are kept by any rules.
   ladder_->clear();
 }
 
@@ -157,12 +157,10 @@ void LadderReuse::audit_later(const std::shared_ptr<Rules>& rules, const Batch& 
 /// Answers the audited rows by the full computation. Throws if that fails: the caller then answers all rows without
 /// reuse. If only the comparison fails the full computation is the answer all the same.
 c10::IValue LadderReuse::audit_now(Rules& rules, const Batch& batch, const Chosen& chosen, const c10::IValue& result,
-                                   const std::string& tenant, Output output, ForwardReport& report,
-                                   KeptLater& kept) {
+                                   const std::string& tenant, Output output, ForwardReport& report, KeptLater& kept) {
   std::vector<at::Tensor> answers;
   for (const std::int64_t row : chosen.audited) answers.push_back(first_output_(result, batch, row));
-  const Audited told =
-      audit(rules, batch.select(chosen.audited), chosen.audits, answers, tenant, output, &kept);
+  const Audited told = audit(rules, batch.select(chosen.audited), chosen.audits, answers, tenant, output, &kept);
   for (std::size_t i = 0; i < chosen.audited.size(); ++i) {
     SequenceReport& row = report.sequences[static_cast<std::size_t>(chosen.audited[i])];
     row = told.report.sequences[i];
@@ -193,7 +191,7 @@ LadderReuse::Audited LadderReuse::audit(Rules& rules, const Batch& rows, const s
     if (place == AuditPlace::kInBackground) model_.check_unchanged();
     const auto nothing = ladder_->find(rows, tenant, rules.setting);
     audited.full = ladder_->run_for(rows, *nothing, std::vector<char>(answers.size()), rules.setting, tenant, output,
-                                kept, audited.report);
+                                    kept, audited.report);
   } catch (...) {
     fail(rules, audits, place);
     throw;

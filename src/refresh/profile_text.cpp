@@ -17,6 +17,7 @@ namespace llmcache {
 namespace {
 
 constexpr double kShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
+constexpr std::size_t kMostCodes = 4096;  // of VerifiedEnvelope
 constexpr double kLarge = JsonObject::kAnyNumber;
 
 /// JSON without the white space between its parts.
@@ -126,6 +127,9 @@ VerifiedEnvelope verified_of(const JsonObject& json) {
   for (const std::int64_t code : json.wholes("codes", 0, std::numeric_limits<std::uint32_t>::max())) {
     if (!verified.codes.empty() && code <= verified.codes.back()) {
       throw DamagedData("the codes of what was verified do not rise");
+    }
+    if (verified.codes.size() == kMostCodes) {
+      throw DamagedData(fmt::format("it has more than {} codes of what was verified", kMostCodes));
     }
     verified.codes.push_back(static_cast<std::uint32_t>(code));
   }
