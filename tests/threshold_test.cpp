@@ -484,7 +484,7 @@ TEST_F(Threshold, PooledStates) {
 
 TEST_F(Threshold, Polarity) {
   // "please enable contactless payments on my card", and the same with "disable", for MiniLM's tokenizer. What
-  // kThreshold does with them is documented in the README: below their similarity one answers the other.
+  // kThreshold does with them is documented in docs/reuse.md: below their similarity one answers the other.
   const std::vector<std::int64_t> enable{101, 3531, 9585, 3967, 3238, 10504, 2006, 2026, 4003, 102};
   const std::vector<std::int64_t> disable{101, 3531, 4487, 19150, 3967, 3238, 10504, 2006, 2026, 4003, 102};
   const auto inputs = [](const std::vector<std::int64_t>& ids) {

@@ -562,7 +562,7 @@ TEST_P(TokenReuseZoo, WorksOrSaysWhyNot) {
   } catch (const Error& error) {
     ASSERT_THAT(error.code(), ::testing::AnyOf(ErrorCode::kNotAvailable, ErrorCode::kUnsupportedModel));
     ASSERT_GT(std::string(error.what()).size(), 30u);
-    // Whole layers only, or refused altogether (xlnet): README says so.
+    // Whole layers only, or refused altogether (xlnet): docs/reuse.md says so.
     ASSERT_THAT(GetParam(), ::testing::AnyOf("zoo-convbert", "zoo-deberta-v2", "zoo-fnet", "zoo-xlnet"));
     return;
   }
