@@ -118,7 +118,9 @@ CalibrationSample LayerCacheBase::run_sample(const std::function<std::optional<I
 CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {
   const c10::NoGradGuard no_grad;
   impl_->check_made_for_budget();
-  return impl_->budget->calibrate(sample);
+  CalibrationProfile profile = impl_->budget->calibrate(sample);
+  profile.verified = impl_->verification.envelope().plain();
+  return profile;
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<Inputs>()>& sample) {
@@ -137,6 +139,7 @@ void LayerCacheBase::use_calibration(const CalibrationProfile& profile) {
   const c10::NoGradGuard no_grad;
   impl_->check_made_for_budget();
   impl_->budget->use(profile);
+  impl_->verification.envelope().take(profile.verified);  // the same model: its digest was compared
 }
 
 std::optional<CalibrationProfile> LayerCacheBase::calibration() const {
