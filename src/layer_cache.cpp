@@ -143,7 +143,9 @@ void LayerCacheBase::use_calibration(const CalibrationProfile& profile) {
 }
 
 std::optional<CalibrationProfile> LayerCacheBase::calibration() const {
-  return impl_->budget ? impl_->budget->profile() : std::nullopt;
+  auto profile = impl_->budget ? impl_->budget->profile() : std::nullopt;
+  if (profile) profile->verified = impl_->verification.envelope().plain();
+  return profile;
 }
 
 ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(impl_->identity); }

@@ -31,7 +31,9 @@ std::vector<Inputs> sample_of(std::uint64_t seed, int requests = 300) {
 }
 
 /// All that a profile says, as it is saved.
-std::string saved(const CalibrationProfile& profile, const std::string& name) {
+/// What the file of a profile says, but for the sizes that answers were compared at: these are all of the cache's.
+std::string saved(CalibrationProfile profile, const std::string& name) {
+  profile.verified = {};
   const auto path = std::filesystem::path(::testing::TempDir()) / ("llmcache-calibration-" + name + ".json");
   profile.save(path);
   std::ifstream file(path, std::ios::binary);
@@ -481,6 +483,25 @@ TEST(CalibrationProfiles, NumbersOfEarlyExitsThatCannotBeAreRefused) {
   }
   refused("threshold", [&](ExitModel& m) { m.thresholds[0][used] = 2; });  // everything would leave
   refused("scale", [&](ExitModel& m) { m.layers[used].gate.scales[0] = 0; });
+}
+
+TEST(CalibrationProfiles, SizesThatWereVerifiedAreTakenOver) {
+  const auto info = model_info(kEncoder);
+  const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-calibration-sizes.json";
+  const auto request = right_padded(info, {100, 30, 7}, 3);
+  LayerCache<Module> first(load_model(kEncoder), token_options());
+  first.calibrate(sample_of(100));
+  first.forward(request.inputs, {.fidelity = Fidelity::kLossless});
+  EXPECT_TRUE(first.last_report().verified) << "beyond what wrapping compared";
+  first.calibration()->save(path);
+
+  LayerCache<Module> second(load_model(kEncoder), token_options());
+  second.use_calibration(CalibrationProfile::load(path));
+  second.forward(request.inputs, {.fidelity = Fidelity::kLossless});
+  EXPECT_FALSE(second.last_report().verified) << "compared by the first";
+  LayerCache<Module> third(load_model(kEncoder), token_options());
+  third.forward(request.inputs, {.fidelity = Fidelity::kLossless});
+  EXPECT_TRUE(third.last_report().verified);
 }
 
 TEST(CalibrationProfiles, WhatWasVerifiedIsKeptInTheFile) {
