@@ -6,10 +6,10 @@
 namespace llmcache::bench {
 namespace {
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kNotKnown = std::numeric_limits<double>::quiet_NaN();
 
 double ratio(std::int64_t part, std::int64_t whole) {
-  return whole == 0 ? kNaN : static_cast<double>(part) / static_cast<double>(whole);
+  return whole == 0 ? kNotKnown : static_cast<double>(part) / static_cast<double>(whole);
 }
 
 }  // namespace

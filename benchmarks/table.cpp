@@ -81,7 +81,7 @@ std::string workload_name(const Record& record) {
 std::string percent(double value) { return std::isnan(value) ? "-" : number(100 * value, 1) + "%"; }
 
 /// "1234/1234", "1230/1234 (4 tied)".
-std::string greedy(const std::optional<GreedyResult>& result) {
+std::string greedy_text(const std::optional<GreedyResult>& result) {
   if (!result) return "-";
   std::string text = fmt::format("{}/{}", result->compared - result->different, result->compared);
   if (result->tied > 0) text += fmt::format(" ({} tied)", result->tied);
@@ -173,7 +173,7 @@ std::string results_table(const std::vector<Record>& records) {
                number(r.tokens_per_second, 1),
                number(later.prefill_ms.mean, 2),
                number(later.speedup_vs_kvcache, 2),
-               greedy(r.greedy),
+               greedy_text(r.greedy),
                small(r.divergence.mean),
                small(r.divergence.max),
                number(static_cast<double>(r.cache_bytes) / kMiB, 1)});

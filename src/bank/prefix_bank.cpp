@@ -13,7 +13,7 @@ namespace llmcache {
 namespace {
 
 /// What a tensor takes beside its data.
-constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl) + sizeof(at::Tensor);
+constexpr std::size_t kViewedTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl) + sizeof(at::Tensor);
 /// What a block takes beside its tensors: itself and the counts of its shared_ptr.
 constexpr std::size_t kBlockOverhead = sizeof(KeyBlock) + 4 * sizeof(void*);
 
@@ -353,7 +353,7 @@ PrefixBank::Counters PrefixBank::counters() const {
 std::optional<std::size_t> PrefixBank::block_bytes(std::int64_t room) const noexcept {
   const auto tokens = static_cast<std::size_t>(room);
   if (all_token_bytes_ > 0 && tokens > account_.limit() / all_token_bytes_) return std::nullopt;
-  return tokens * all_token_bytes_ + settings_.specs.size() * kTensorOverhead + kBlockOverhead;
+  return tokens * all_token_bytes_ + settings_.specs.size() * kViewedTensorOverhead + kBlockOverhead;
 }
 
 /// A block for a running pass, or null if the bank could not take it over beside what passes use. Its tensors are made

@@ -12,11 +12,10 @@
 
 #include "bank/group_kernels.h"
 #include "llmcache/error.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
 
 std::int64_t groups_of(std::int64_t width, std::int64_t group) { return (width + group - 1) / group; }
 
@@ -123,7 +122,7 @@ StoredStates StoredStates::empty(at::IntArrayRef sizes, std::int64_t token_dim, 
   check_layout(sizes, token_dim, group);
   const at::ScalarType computed = c10::typeMetaToScalarType(options.dtype());
   if (!at::isFloatingType(computed)) {
-    refuse(fmt::format("states are of type {}; floating point is expected", c10::toString(computed)));
+    refuse_input(fmt::format("states are of type {}; floating point is expected", c10::toString(computed)));
   }
   StoredStates stored;
   stored.format_ = format;
@@ -165,14 +164,14 @@ void StoredStates::check_range(std::int64_t begin, const at::Tensor& other) cons
     fits = i == token_dim_ ? other.size(i) <= values_.size(i) - begin : other.size(i) == values_.size(i);
   }
   if (!fits) {
-    refuse(
+    refuse_input(
         fmt::format("a tensor of sizes [{}] from token {} on does not fit stored states of sizes [{}], tokens in "
                     "dimension {}",
                     fmt::join(other.sizes(), ", "), begin,
                     fmt::join(values_.defined() ? values_.sizes() : at::IntArrayRef(), ", "), token_dim_));
   }
   if (!other.is_floating_point() || other.device() != values_.device()) {
-    refuse(
+    refuse_input(
         fmt::format("a tensor of type {} on {} meets stored states on {}; floating point on the same device is "
                     "expected",
                     c10::toString(other.scalar_type()), other.device().str(), values_.device().str()));
@@ -255,7 +254,7 @@ void StoredStates::copy_to(const at::Tensor& target, std::int64_t begin, const a
   check_range(begin, target);
   if (target.numel() == 0) return;
   if (target.size(-1) > 1 && target.stride(-1) != 1) {
-    refuse(fmt::format("the last dimension of the target has stride {}; 1 is expected", target.stride(-1)));
+    refuse_input(fmt::format("the last dimension of the target has stride {}; 1 is expected", target.stride(-1)));
   }
   at::Tensor added;
   if (shift.defined()) {
@@ -263,7 +262,7 @@ void StoredStates::copy_to(const at::Tensor& target, std::int64_t begin, const a
     sizes[static_cast<std::size_t>(token_dim_)] = 1;
     if (shift.scalar_type() != at::kFloat || shift.device() != target.device() ||
         !at::is_expandable_to(shift.sizes(), sizes)) {
-      refuse(
+      refuse_input(
           fmt::format("the shift has sizes [{}], type {}, device {}; float32 on the target's device that broadcasts "
                       "to [{}] is expected",
                       fmt::join(shift.sizes(), ", "), c10::toString(shift.scalar_type()), shift.device().str(),

@@ -3,13 +3,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include "bank/tensor_bytes.h"
+
 namespace llmcache {
-namespace {
-
-/// What a tensor takes beside its data.
-constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
-
-}  // namespace
 
 std::size_t StateLayout::bytes(std::int64_t tokens) const {
   std::size_t sum = 0;

@@ -14,7 +14,7 @@ constexpr FingerprintKind kKinds[] = {FingerprintKind::kRaw,        FingerprintK
                                       FingerprintKind::kSimHash256, FingerprintKind::kJaccard};
 constexpr std::int64_t kMaxShingle = 1024;
 
-[[noreturn]] void refuse(const std::string& message) {
+[[noreturn]] void refuse_fingerprint(const std::string& message) {
   throw Error(ErrorCode::kInvalidOptions, "FingerprintOptions." + message);
 }
 
@@ -82,22 +82,22 @@ Centring centring_from_string(const std::string& text) {
 void FingerprintOptions::validate() const {
   const auto kind_number = static_cast<int>(kind);
   if (kind_number < 0 || kind_number > static_cast<int>(FingerprintKind::kJaccard)) {
-    refuse(fmt::format("kind is {}, which is no FingerprintKind", kind_number));
+    refuse_fingerprint(fmt::format("kind is {}, which is no FingerprintKind", kind_number));
   }
   const auto centring_number = static_cast<int>(centring);
   if (centring_number < 0 || centring_number > static_cast<int>(Centring::kFitted)) {
-    refuse(fmt::format("centring is {}, which is no Centring", centring_number));
+    refuse_fingerprint(fmt::format("centring is {}, which is no Centring", centring_number));
   }
   if (shingle < 1 || shingle > kMaxShingle) {
-    refuse(fmt::format("shingle is {}; 1 to {} tokens are expected", shingle, kMaxShingle));
+    refuse_fingerprint(fmt::format("shingle is {}; 1 to {} tokens are expected", shingle, kMaxShingle));
   }
   if (kind == FingerprintKind::kPca && !pca) {
-    refuse("pca is empty; kind 'pca' needs a model: PcaModel::fit or PcaModel::load");
+    refuse_fingerprint("pca is empty; kind 'pca' needs a model: PcaModel::fit or PcaModel::load");
   }
   if (kind == FingerprintKind::kPca || kind == FingerprintKind::kJaccard || centring != Centring::kFitted) return;
-  if (mean.empty() && !pca) refuse("mean is empty; centring 'fitted' needs a mean or a PCA model");
+  if (mean.empty() && !pca) refuse_fingerprint("mean is empty; centring 'fitted' needs a mean or a PCA model");
   for (std::size_t i = 0; i < mean.size(); ++i) {
-    if (!std::isfinite(mean[i])) refuse(fmt::format("mean[{}] is {}; finite values are expected", i, mean[i]));
+    if (!std::isfinite(mean[i])) refuse_fingerprint(fmt::format("mean[{}] is {}; finite values are expected", i, mean[i]));
   }
 }
 

@@ -19,6 +19,7 @@
 
 #include "fingerprint/kernels.h"
 #include "llmcache/error.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
@@ -38,9 +39,7 @@ constexpr std::uint64_t kMaxDims = std::uint64_t{1} << 24;  ///< so that no prod
 /// An eigenvalue below this share of the largest one is rounding.
 constexpr double kRank = 1e-10;
 
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
-
-void append(std::string& bytes, const void* data, std::size_t size) {
+void put_bytes(std::string& bytes, const void* data, std::size_t size) {
   bytes.append(static_cast<const char*>(data), size);
 }
 
@@ -88,7 +87,7 @@ class TemporaryFile {
 
  private:
   [[noreturn]] static void fail(const char* what, const std::filesystem::path& path) {
-    refuse(fmt::format("cannot {} '{}': {}; check that the folder exists and can be written to", what, path.string(),
+    refuse_input(fmt::format("cannot {} '{}': {}; check that the folder exists and can be written to", what, path.string(),
                        std::generic_category().message(errno)));
   }
 
@@ -103,7 +102,7 @@ std::string read_file(const std::filesystem::path& path) {
   std::string bytes(error ? 0 : size, '\0');
   std::ifstream file(path, std::ios::binary);
   if (error || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
-    refuse(
+    refuse_input(
         fmt::format("cannot read the PCA file '{}'; give the path of a file that PcaModel::save wrote", path.string()));
   }
   return bytes;
@@ -113,11 +112,11 @@ std::string read_file(const std::filesystem::path& path) {
 
 PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int64_t components) {
   if (dims < 1 || rows.size() % static_cast<std::size_t>(dims) != 0) {
-    refuse(fmt::format("PCA sample has {} values, dims is {}; whole rows of dims >= 1 values are expected", rows.size(),
+    refuse_input(fmt::format("PCA sample has {} values, dims is {}; whole rows of dims >= 1 values are expected", rows.size(),
                        dims));
   }
   const std::int64_t count = static_cast<std::int64_t>(rows.size()) / dims;
-  if (count < 2) refuse(fmt::format("PCA sample has {} rows; at least 2 are expected", count));
+  if (count < 2) refuse_input(fmt::format("PCA sample has {} rows; at least 2 are expected", count));
   if (components < 1 || components > std::min(dims, count - 1)) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("PCA components is {}; 1 to {} are possible with {} rows of {} values", components,
@@ -125,7 +124,7 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   }
   const auto bad = std::find_if(rows.begin(), rows.end(), [](float value) { return !std::isfinite(value); });
   if (bad != rows.end()) {
-    refuse(fmt::format("PCA sample row {} has the value {}; leave out rows that are not finite",
+    refuse_input(fmt::format("PCA sample row {} has the value {}; leave out rows that are not finite",
                        (bad - rows.begin()) / dims, *bad));
   }
 
@@ -145,7 +144,7 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   }
   const double trace = products.trace();
   const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(products);  // reads the lower half; smallest first
-  if (solver.info() != Eigen::Success) refuse("PCA did not converge; scale the sample to values of ordinary size");
+  if (solver.info() != Eigen::Success) refuse_input("PCA did not converge; scale the sample to values of ordinary size");
   const auto& values = solver.eigenvalues();
   const double largest = values[size - 1];
 
@@ -157,7 +156,7 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   for (std::int64_t i = 0; i < components; ++i) {
     const double value = values[size - 1 - i];
     if (!(value > largest * kRank) || !(largest > 0)) {
-      refuse(
+      refuse_input(
           fmt::format("PCA sample varies in {} directions only, {} components were asked for; use more or other rows",
                       i, components));
     }
@@ -174,19 +173,19 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
 
 void PcaModel::save(const std::filesystem::path& path, std::string_view model_digest) const {
   if (model_digest.size() > kMaxDigest) {
-    refuse(fmt::format("the model digest has {} bytes; at most {} are possible", model_digest.size(), kMaxDigest));
+    refuse_input(fmt::format("the model digest has {} bytes; at most {} are possible", model_digest.size(), kMaxDigest));
   }
   std::string bytes(kMagic, sizeof kMagic);
   for (const std::uint64_t number : {static_cast<std::uint64_t>(dims_), static_cast<std::uint64_t>(components_),
                                      std::uint64_t{model_digest.size()}}) {
-    append(bytes, &number, sizeof number);
+    put_bytes(bytes, &number, sizeof number);
   }
   bytes += model_digest;
   for (const auto* values : {&mean_, &directions_, &explained_}) {
-    append(bytes, values->data(), values->size() * sizeof(float));
+    put_bytes(bytes, values->data(), values->size() * sizeof(float));
   }
   const std::uint64_t checksum = XXH3_64bits(bytes.data(), bytes.size());
-  append(bytes, &checksum, sizeof checksum);
+  put_bytes(bytes, &checksum, sizeof checksum);
   TemporaryFile file(path);
   file.write(bytes);
   file.rename_to(path);
@@ -196,14 +195,14 @@ PcaModel PcaModel::load(const std::filesystem::path& path, std::string_view mode
   const std::string bytes = read_file(path);
   const auto name = path.string();
   if (bytes.size() < sizeof kMagic || std::memcmp(bytes.data(), kMagic, kMagicKind) != 0) {
-    refuse(fmt::format("'{}' is no PCA file; give a file that PcaModel::save wrote", name));
+    refuse_input(fmt::format("'{}' is no PCA file; give a file that PcaModel::save wrote", name));
   }
   if (bytes[kMagicKind] != kMagic[kMagicKind]) {
-    refuse(fmt::format("PCA file '{}' has version '{}', this library reads '{}'; fit and save it again", name,
+    refuse_input(fmt::format("PCA file '{}' has version '{}', this library reads '{}'; fit and save it again", name,
                        bytes[kMagicKind], kMagic[kMagicKind]));
   }
   const auto damaged = [&](const std::string& what) {
-    refuse(fmt::format("PCA file '{}' is damaged: {}; fit and save it again", name, what));
+    refuse_input(fmt::format("PCA file '{}' is damaged: {}; fit and save it again", name, what));
   };
   if (bytes.size() < kHeader) damaged(fmt::format("it has {} bytes, at least {} are expected", bytes.size(), kHeader));
   const std::uint64_t dims = number_at(bytes, sizeof kMagic);
@@ -220,11 +219,11 @@ PcaModel PcaModel::load(const std::filesystem::path& path, std::string_view mode
 
   const std::string digest = bytes.substr(kHeader, digest_bytes);
   if (digest != model_digest) {
-    refuse(fmt::format("PCA file '{}' was fitted to the model '{}', this one is '{}'; fit it to states of this model",
+    refuse_input(fmt::format("PCA file '{}' was fitted to the model '{}', this one is '{}'; fit it to states of this model",
                        name, digest, model_digest));
   }
   if (expected_dims != 0 && static_cast<std::int64_t>(dims) != expected_dims) {
-    refuse(fmt::format("PCA file '{}' was fitted to states of {} values, these have {}; fit it to states of this layer",
+    refuse_input(fmt::format("PCA file '{}' was fitted to states of {} values, these have {}; fit it to states of this layer",
                        name, dims, expected_dims));
   }
   PcaModel model;
@@ -245,7 +244,7 @@ PcaModel PcaModel::load(const std::filesystem::path& path, std::string_view mode
 std::vector<float> PcaModel::project(std::span<const float> state) const {
   const auto dims = static_cast<std::size_t>(dims_);
   if (state.size() != dims) {
-    refuse(fmt::format("a state of {} values was given; the PCA model was fitted to {}", state.size(), dims));
+    refuse_input(fmt::format("a state of {} values was given; the PCA model was fitted to {}", state.size(), dims));
   }
   std::vector<float> centred(state.begin(), state.end());
   for (std::size_t i = 0; i < dims; ++i) centred[i] -= mean_[i];

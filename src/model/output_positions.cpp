@@ -10,7 +10,7 @@
 namespace llmcache {
 namespace {
 
-constexpr std::int64_t kTokens = 7;
+constexpr std::int64_t kProbeTokens = 7;
 constexpr std::int64_t kMarked = 3;
 
 at::Tensor final_states(const Model& model, const Inputs& inputs) {
@@ -37,7 +37,7 @@ Moved probe_tokens(const Model& model, const Inputs& inputs, const OutputSpec& s
   const auto states = final_states(model, inputs);
   const auto base = head(model, inputs, states);
   Moved moved;
-  for (std::int64_t t = 0; t < kTokens; ++t) {
+  for (std::int64_t t = 0; t < kProbeTokens; ++t) {
     auto changed = states.clone();
     // Not by a multiple, and not by the same everywhere: a norm would not notice.
     auto token = changed.select(1, t);
@@ -49,7 +49,7 @@ Moved probe_tokens(const Model& model, const Inputs& inputs, const OutputSpec& s
       if (difference.numel() == 0) continue;
       any = any || difference.max().item<double>() > 0;
       const int dim = spec.leaves.at(i).tokens;
-      if (dim < 0 || difference.size(dim) != kTokens) {
+      if (dim < 0 || difference.size(dim) != kProbeTokens) {
         moved.only_itself = false;
         continue;
       }
@@ -96,7 +96,7 @@ bool OutputPositions::reads(std::int64_t token, std::int64_t tokens) const noexc
 OutputPositions output_positions(const Model& model, const std::vector<std::int64_t>& vocabulary,
                                  const OutputSpec& spec, const ModelProfile& profile) {
   OutputPositions found;
-  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kTokens, 11);
+  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kProbeTokens, 11);
   const auto states = final_states(model, inputs);
   for (std::size_t i = 0; i < vocabulary.size(); ++i) {
     bool only = false;
@@ -118,11 +118,11 @@ OutputPositions output_positions(const Model& model, const std::vector<std::int6
   }
   const auto moved = probe_tokens(model, inputs, spec);
   const auto count = std::count(moved.any.begin(), moved.any.end(), true);
-  if (count == kTokens && moved.only_itself) {
+  if (count == kProbeTokens && moved.only_itself) {
     found.read = OutputRead::kPerToken;
   } else if (found.mask_argument >= 0) {
     found.read = OutputRead::kMaskedOnes;
-  } else if (count == kTokens) {
+  } else if (count == kProbeTokens) {
     found.read = OutputRead::kAllTokens;
   } else if (count == 1 && moved.any.front()) {
     found.read = OutputRead::kFirstToken;
@@ -133,12 +133,12 @@ OutputPositions output_positions(const Model& model, const std::vector<std::int6
                    ? fmt::format("the output is read at the tokens that input {} ('{}') marks", found.mask_argument,
                                  profile.inputs.at(static_cast<std::size_t>(found.mask_argument)))
                    : fmt::format("the output is read at: {} ({} of {} final states of a tiny sequence move it)",
-                                 to_string(found.read), count, kTokens);
+                                 to_string(found.read), count, kProbeTokens);
   return found;
 }
 
 bool layers_ignore_places(const Model& model, const std::vector<std::int64_t>& vocabulary) {
-  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kTokens, 23);
+  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kProbeTokens, 23);
   const auto order = at::tensor({4, 0, 6, 2, 1, 5, 3}, at::TensorOptions().dtype(at::kLong)).to(model.device());
   const auto run = [&](bool reordered) {
     Activations activations = model.embed(inputs);

@@ -481,11 +481,14 @@ class Follower {
     }
     const bool sums = (name == "sum" || name == "mean") && marks_only(all.inputs);
     const bool normalises = name == "softmax" || name == "log_softmax" || name == "_softmax";
-    const bool unknown_kind = !is_structural(name) && !is_smooth(name) && !is_elementwise(name);
+    const bool extreme = (name == "max" || name == "min") && node->inputs().size() == 1;
+    const bool unknown_kind = !is_structural(name) && !is_smooth(name) && (!is_elementwise(name) || extreme);
     bool reduces = false;
     for (const Value* output : node->outputs()) {
       const auto* info = tensor_info(output);
       if (is_structural(name) && (info == nullptr || info->count(Kind::kUnknown) > 0)) continue;
+      // Inside a branch nothing is known of shapes; these keep them.
+      if (is_tensor(output) && info == nullptr && !unknown_kind && !normalises) continue;
       if (info == nullptr && known && !is_tensor(output)) {
         // A number taken from a tensor: item(), Bool(), Int().
         if (tokens_in == 0 && rows_in == 0) continue;
@@ -499,7 +502,6 @@ class Follower {
         reduces = true;
       }
     }
-    // Inside a branch nothing is known of shapes.
     if (!known && unknown_kind && !all.hidden) {
       mix_tokens(all, node, false);
       if (all.inputs != 0) all.set_rows(Way::kStepped, node);

@@ -11,6 +11,8 @@
 namespace llmcache::ts {
 namespace {
 
+using Kind = Label::Kind;
+
 namespace prim = c10::prim;
 namespace aten = c10::aten;
 
@@ -25,7 +27,6 @@ Label explain(const std::array<std::int64_t, 3>& seen) {
     }
     return Label{kind, factor};
   };
-  using Kind = Label::Kind;
   if (seen[0] == seen[1] && seen[0] == seen[2]) return {Kind::kConstant, seen[0]};
   if (auto label = matches(Kind::kBatch, [](auto b, auto) { return b; })) return *label;
   if (auto label = matches(Kind::kTokens, [](auto, auto t) { return t; })) return *label;

@@ -18,6 +18,8 @@
 namespace llmcache::ts {
 namespace {
 
+using Kind = Label::Kind;
+
 namespace prim = c10::prim;
 namespace aten = c10::aten;
 
@@ -63,7 +65,6 @@ const Value* grown_elsewhere(const FlatGraph& flat) {
 }
 
 bool is_hidden_like(const ValueInfo& info) {
-  using Kind = Label::Kind;
   return info.is_tensor() && at::isFloatingType(info.dtype) && info.dims.size() == 3 &&
          info.dims[0] == Label{Kind::kBatch, 1} && info.dims[1] == Label{Kind::kTokens, 1} &&
          info.dims[2].kind == Kind::kConstant;

@@ -93,10 +93,21 @@ bool is_scalar(const c10::IValue& value) {
          value.isComplexDouble();
 }
 
-/// Tensors, numbers and texts in a value, in order; what is of another kind stays one part.
+constexpr int kMostLevels = 32;  // of values that hold each other
+
+/// Tensors, numbers and texts in a value, in order; what is of another kind stays one part. So do objects that say what
+/// they hold by a method of their own, such as the packed parameters of a quantized layer.
 void flatten_into(const c10::IValue& value, std::vector<c10::IValue>& parts, int depth = 0) {
   const auto count = [&](std::size_t n) { parts.emplace_back(static_cast<std::int64_t>(n)); };
-  if (value.isTensorList() || value.isList()) {
+  if (depth > kMostLevels) {
+    parts.emplace_back("too deep");
+  } else if (value.isObject() && value.toObjectRef().type()->findMethod("__getstate__") == nullptr) {
+    const auto& object = value.toObjectRef();
+    for (std::size_t i = 0; i < object.slots().size(); ++i) {
+      parts.emplace_back(object.type()->getAttributeName(i));
+      flatten_into(object.slots()[i], parts, depth + 1);
+    }
+  } else if (value.isTensorList() || value.isList()) {
     const auto list = value.toListRef();
     count(list.size());
     for (const c10::IValue& part : list) flatten_into(part, parts, depth + 1);
@@ -143,17 +154,9 @@ void add_value(Hasher& hasher, const c10::IValue& value) {
 }
 
 void add_object(Hasher& hasher, const c10::IValue& value) {
-  const auto object = value.toObject();
-  const auto type = object->type();
+  const auto type = value.toObjectRef().type();
   hasher.add(type->name() ? type->name()->name() : "object");
-  if (auto* save = type->findMethod("__getstate__")) {
-    add_value(hasher, (*save)({value}));
-    return;
-  }
-  for (std::size_t i = 0; i < type->numAttributes(); ++i) {
-    hasher.add(type->getAttributeName(i));
-    if (!object->getSlot(i).isObject()) add_value(hasher, object->getSlot(i));
-  }
+  if (auto* save = type->findMethod("__getstate__")) add_value(hasher, (*save)({value}));
 }
 
 /// Without the numbers that tell classes of one name apart within a process.
@@ -220,20 +223,41 @@ WeightGuard::Hash WeightGuard::hash_of(const at::Tensor& tensor) {
   return {sum.low64, sum.high64};
 }
 
+namespace {
+
+/// Element `index` in logical order, whatever the strides.
+const std::uint8_t* element(const at::Tensor& tensor, std::int64_t index) {
+  std::int64_t offset = 0;
+  for (std::int64_t d = tensor.dim() - 1; d >= 0; --d) {
+    offset += index % tensor.size(d) * tensor.stride(d);
+    index /= tensor.size(d);
+  }
+  return static_cast<const std::uint8_t*>(tensor.const_data_ptr()) +
+         offset * static_cast<std::int64_t>(tensor.element_size());
+}
+
+}  // namespace
+
 void WeightGuard::Samples::add(const std::string& name, const at::Tensor& tensor) {
   if (!tensor.is_cpu() || !tensor.has_storage() || tensor.layout() != at::kStrided || tensor.numel() == 0) return;
   // Between the elements of a strided tensor lies what belongs to others.
-  const std::size_t bytes = tensor.is_non_overlapping_and_dense() ? tensor.nbytes() : tensor.element_size();
-  base.push_back(static_cast<const std::uint8_t*>(tensor.const_data_ptr()));
-  width.push_back(static_cast<std::uint8_t>(std::min<std::size_t>(bytes, 8)));
-  reach.push_back(bytes - width.back());
+  const bool dense = tensor.is_non_overlapping_and_dense();
+  const std::size_t bytes = dense ? tensor.nbytes() : tensor.element_size();
+  const auto word_bytes = std::min<std::size_t>(bytes, 8);
+  width.push_back(static_cast<std::uint8_t>(word_bytes));
   names.push_back(name);
-  for (std::size_t turn = 0; turn < kSamples; ++turn) words[turn].push_back(word(base.size() - 1, turn));
+  const auto* data = static_cast<const std::uint8_t*>(tensor.const_data_ptr());
+  for (std::size_t turn = 0; turn < kSamples; ++turn) {
+    const auto last = static_cast<std::int64_t>(turn);
+    places[turn].push_back(dense ? data + (bytes - word_bytes) * turn / (kSamples - 1)
+                                 : element(tensor, (tensor.numel() - 1) * last / static_cast<std::int64_t>(kSamples - 1)));
+    words[turn].push_back(word(width.size() - 1, turn));
+  }
 }
 
 std::uint64_t WeightGuard::Samples::word(std::size_t i, std::size_t turn) const noexcept {
   std::uint64_t value = 0;
-  const std::uint8_t* from = base[i] + reach[i] * turn / (kSamples - 1);
+  const std::uint8_t* from = places[turn][i];
   if (width[i] == 8) {
     std::memcpy(&value, from, 8);
   } else {

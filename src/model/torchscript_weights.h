@@ -19,7 +19,7 @@ namespace llmcache::ts {
 std::string structure_digest(const torch::jit::Module& module);
 
 /// Notices changes of what a module holds: attributes that were replaced, moved, converted or written to; tensors in
-/// lists, tuples and dictionaries among them.
+/// lists, tuples, dictionaries and objects of scripted classes among them.
 ///
 /// What is cheap is looked at for every request: what each attribute is, where its tensor lies, its version counter, and
 /// eight bytes of what it holds, others each time (16 places, spread evenly). So a write to all of a tensor is noticed at
@@ -71,7 +71,7 @@ class WeightGuard {
     State state;
     Hash hash;
   };
-  /// An attribute that is neither: its parts in order.
+  /// An attribute that is neither tensor nor module: its parts in order.
   struct Held {
     c10::intrusive_ptr<c10::ivalue::Object> owner;
     std::size_t index;
@@ -88,9 +88,8 @@ class WeightGuard {
   };
   /// Words of the tensors' contents, for quick comparison.
   struct Samples {
-    std::vector<const std::uint8_t*> base;
-    std::vector<std::size_t> reach;            ///< bytes from the first word to the last
-    std::vector<std::uint8_t> width;           ///< bytes of a word, 1 to 8
+    std::array<std::vector<const std::uint8_t*>, kSamples> places;
+    std::vector<std::uint8_t> width;  ///< bytes of a word, 1 to 8
     std::array<std::vector<std::uint64_t>, kSamples> words;
     std::vector<std::string> names;
     void add(const std::string& name, const at::Tensor& tensor);

@@ -14,10 +14,28 @@ namespace {
 namespace prim = c10::prim;
 namespace aten = c10::aten;
 
-bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
+/// Something that another can write to: a tensor, or what holds tensors or is grown in place.
+bool is_mutable(const Value* value) {
+  switch (value->type()->kind()) {
+    case c10::TypeKind::TensorType:
+    case c10::TypeKind::ListType:
+    case c10::TypeKind::DictType:
+    case c10::TypeKind::TupleType:
+    case c10::TypeKind::OptionalType:
+    case c10::TypeKind::AnyType:
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool is_container(const Value* value) {
+  return is_mutable(value) && value->type()->kind() != c10::TypeKind::TensorType;
+}
 
 bool shares(const c10::AliasInfo* a, const c10::AliasInfo* b) {
   if (a == nullptr || b == nullptr) return false;
+  if (b->isWildcardBefore() || b->isWildcardAfter()) return true;  // anything, so an element too
   return std::any_of(a->beforeSets().begin(), a->beforeSets().end(), [&](const c10::Symbol& set) {
     return b->beforeSets().count(set) > 0 || b->afterSets().count(set) > 0;
   });
@@ -47,7 +65,7 @@ class Finder {
   /// Which attributes a value may be, or a view of them.
   void follow(torch::jit::Block* block) {
     for (Node* node : block->nodes()) {
-      if (node->kind() == prim::GetAttr && is_tensor(node->output())) {
+      if (node->kind() == prim::GetAttr && is_mutable(node->output())) {
         if (const auto path = attribute_path(node->output(), graph_.inputs()[0])) {
           attributes_[node->output()].insert(*path);
           reads_[*path].push_back(node->output());
@@ -68,7 +86,7 @@ class Finder {
 
   void alias(const Value* to, const Value* from) {
     const auto it = attributes_.find(from);
-    if (it == attributes_.end()) return;
+    if (it == attributes_.end() || !is_mutable(to)) return;
     const Paths paths = it->second;
     attributes_[to].insert(paths.begin(), paths.end());
   }
@@ -84,14 +102,14 @@ class Finder {
     const auto& arguments = schema->arguments();
     for (std::size_t i = 0; i < node->inputs().size() && i < arguments.size(); ++i) {
       const auto* info = arguments[i].alias_info();
-      if (info == nullptr) continue;
       const auto found = attributes_.find(node->input(i));
       if (found == attributes_.end()) continue;
-      if (info->isWrite()) {
+      if (info != nullptr && info->isWrite()) {
         for (const auto& path : found->second) writers_[path].push_back(node);
       }
       for (std::size_t j = 0; j < node->outputs().size() && j < schema->returns().size(); ++j) {
-        if (shares(info, schema->returns()[j].alias_info())) alias(node->output(j), node->input(i));
+        const bool copied = is_container(node->input(i)) && is_container(node->output(j));  // not what it holds
+        if (copied || shares(info, schema->returns()[j].alias_info())) alias(node->output(j), node->input(i));
       }
     }
   }
@@ -110,7 +128,7 @@ class Finder {
   }
 
   void settle(const std::string& path, const std::vector<Node*>& writers) {
-    if (nobody_reads(path, writers)) {
+    if (nobody_reads(path, writers) && !shares_memory(path)) {
       drop(path, writers);
       return;
     }
@@ -118,7 +136,8 @@ class Finder {
       throw Error(
           ErrorCode::kUnsupportedModel,
           fmt::format("forward() writes to '{}', which it reads too ({}): a model that keeps state between calls cannot "
-                      "be cached. Make a new tensor in place of writing to the buffer, and export again",
+                      "be cached. Make a new value in place of writing to the attribute (clone() a tensor first), or pass "
+                      "the state as an input, and export again",
                       path, where(writers.front())));
     }
     Node* write = writers.front();
@@ -175,21 +194,35 @@ class Finder {
 
   /// With another attribute, so that what is written shows there.
   bool shares_memory(const std::string& path) const {
-    const auto own = tensor_at(path);
-    if (!own.defined() || !own.has_storage()) return true;
+    c10::IValue own;
+    std::set<const void*> others;
     for (const auto& item : module_.named_attributes(/*recurse=*/true)) {
-      if (item.name == path || !item.value.isTensor() || !item.value.toTensor().defined()) continue;
-      const auto& other = item.value.toTensor();
-      if (other.has_storage() && other.storage().data() == own.storage().data()) return true;
+      if (item.name == path) {
+        own = item.value;
+      } else {
+        add_memory(item.value, others);
+      }
     }
-    return false;
+    std::set<const void*> mine;
+    add_memory(own, mine);
+    return mine.empty() ||
+           std::any_of(mine.begin(), mine.end(), [&](const void* memory) { return others.count(memory) > 0; });
   }
 
-  at::Tensor tensor_at(const std::string& path) const {
-    for (const auto& item : module_.named_attributes(/*recurse=*/true)) {
-      if (item.name == path && item.value.isTensor()) return item.value.toTensor();
+  /// Where a tensor's numbers lie, and each list or dictionary itself.
+  static void add_memory(const c10::IValue& value, std::set<const void*>& memory) {
+    if (value.isTensor()) {
+      if (value.toTensor().defined() && value.toTensor().has_storage()) memory.insert(value.toTensor().storage().data());
+      return;
     }
-    return {};
+    if (value.isPtrType() && (value.isList() || value.isGenericDict())) memory.insert(value.internalToPointer());
+    if (value.isList()) {
+      for (const c10::IValue& part : value.toListRef()) add_memory(part, memory);
+    } else if (value.isTuple()) {
+      for (const c10::IValue& part : value.toTupleRef().elements()) add_memory(part, memory);
+    } else if (value.isGenericDict()) {
+      for (const auto& entry : value.toGenericDict()) add_memory(entry.value(), memory);
+    }
   }
 
   Graph& graph_;

@@ -4,13 +4,9 @@
 
 #include "llmcache/error.h"
 #include "llmcache/refresh/calibration.h"
+#include "refusal.h"
 
 namespace llmcache {
-namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidOptions, message); }
-
-}  // namespace
 
 const char* to_string(BudgetMetric metric) noexcept {
   switch (metric) {
@@ -28,7 +24,7 @@ BudgetMetric budget_metric_from_string(const std::string& text) {
   for (const auto metric : {BudgetMetric::kDecision, BudgetMetric::kRelativeError, BudgetMetric::kTokenAgreement}) {
     if (text == to_string(metric)) return metric;
   }
-  refuse(fmt::format("'{}' is no metric of an error budget; known are decision, relative, token", text));
+  refuse_options(fmt::format("'{}' is no metric of an error budget; known are decision, relative, token", text));
 }
 
 const char* to_string(EarlyExit early_exit) noexcept {
@@ -47,39 +43,39 @@ EarlyExit early_exit_from_string(const std::string& text) {
   for (const auto early_exit : {EarlyExit::kOff, EarlyExit::kCachedNeighbour, EarlyExit::kCacheFree}) {
     if (text == to_string(early_exit)) return early_exit;
   }
-  refuse(fmt::format("'{}' is no kind of early exit; known are off, neighbour, cache-free", text));
+  refuse_options(fmt::format("'{}' is no kind of early exit; known are off, neighbour, cache-free", text));
 }
 
 void Budget::validate() const {
   if (static_cast<int>(metric) < 0 || static_cast<int>(metric) > static_cast<int>(BudgetMetric::kTokenAgreement)) {
-    refuse(fmt::format("Budget.metric is {}, which is no BudgetMetric", static_cast<int>(metric)));
+    refuse_options(fmt::format("Budget.metric is {}, which is no BudgetMetric", static_cast<int>(metric)));
   }
   if (!(epsilon > 0 && epsilon <= 0.5))
-    refuse(fmt::format("Budget.epsilon is {}; above 0, at most 0.5 is expected", epsilon));
-  if (!(delta > 0 && delta < 1)) refuse(fmt::format("Budget.delta is {}; above 0, below 1 is expected", delta));
+    refuse_options(fmt::format("Budget.epsilon is {}; above 0, at most 0.5 is expected", epsilon));
+  if (!(delta > 0 && delta < 1)) refuse_options(fmt::format("Budget.delta is {}; above 0, below 1 is expected", delta));
 }
 
 void BudgetOptions::validate(std::int64_t layers) const {
   budget.validate();
   if (static_cast<int>(early_exit) < 0 || static_cast<int>(early_exit) > static_cast<int>(EarlyExit::kCacheFree)) {
-    refuse(fmt::format("BudgetOptions.early_exit is {}, which is no EarlyExit", static_cast<int>(early_exit)));
+    refuse_options(fmt::format("BudgetOptions.early_exit is {}, which is no EarlyExit", static_cast<int>(early_exit)));
   }
   if (static_cast<int>(format) < 0 || static_cast<int>(format) > static_cast<int>(BankFormat::kInt8)) {
-    refuse(fmt::format("BudgetOptions.format is {}, which is no BankFormat", static_cast<int>(format)));
+    refuse_options(fmt::format("BudgetOptions.format is {}, which is no BankFormat", static_cast<int>(format)));
   }
   for (std::size_t i = 0; i < exit_layers.size(); ++i) {
     if (exit_layers[i] < 0 || (layers > 0 && exit_layers[i] >= layers) ||
         (i > 0 && exit_layers[i] <= exit_layers[i - 1])) {
-      refuse(
+      refuse_options(
           fmt::format("BudgetOptions.exit_layers names layer {}; ascending layers of the model, from 0, are expected",
                       exit_layers[i]));
     }
   }
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
-    refuse(fmt::format("BudgetOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));
+    refuse_options(fmt::format("BudgetOptions.capacity_share is {}; 0 to 1 is expected", capacity_share));
   }
   if (!(audit_rate >= 0 && audit_rate <= 1)) {
-    refuse(fmt::format("BudgetOptions.audit_rate is {}; 0 to 1 is expected", audit_rate));
+    refuse_options(fmt::format("BudgetOptions.audit_rate is {}; 0 to 1 is expected", audit_rate));
   }
 }
 

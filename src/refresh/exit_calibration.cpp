@@ -76,7 +76,7 @@ Served serve(const Met& met, const std::vector<double>& thresholds) {
   return served;
 }
 
-double mean(const std::vector<double>& values) {
+double mean_error(const std::vector<double>& values) {
   return std::accumulate(values.begin(), values.end(), 0.0) /
          static_cast<double>(std::max<std::size_t>(1, values.size()));
 }
@@ -173,7 +173,7 @@ class PassTime {
 Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& sample, const BudgetOptions& options) {
   constexpr int kStep = 4;         // of the levels each such one is tried
   constexpr double kMargin = 0.8;  // of the budget: a choice looks better on the data that it was made on
-  constexpr double kWorthIt = 0.99;
+  constexpr double kWorthTrying = 0.99;
   const std::size_t layers = model.layers.size();
   const PassTime time(model, sample, options);
   Shape best{std::vector<char>(layers), 0};
@@ -182,7 +182,7 @@ Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& 
   for (const std::int64_t layer : options.exit_layers) best.chosen[static_cast<std::size_t>(layer)] = 1;
   while (true) {
     Shape next;
-    double next_ms = given ? std::numeric_limits<double>::infinity() : best_ms * kWorthIt;
+    double next_ms = given ? std::numeric_limits<double>::infinity() : best_ms * kWorthTrying;
     for (std::size_t l = 0; l < layers; ++l) {
       if (best.chosen[l] && !given) continue;
       Shape tried = best;
@@ -191,7 +191,7 @@ Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& 
         tried.slope = slope;
         for (int level = 0; level < kLevels; level += kStep) {
           const auto served = serve(tuning, thresholds_at(level, slope, tried.chosen));
-          if (mean(served.error) > kMargin * options.budget.epsilon) break;
+          if (mean_error(served.error) > kMargin * options.budget.epsilon) break;
           const double ms = time.ms(served.left, tried.chosen);
           if (ms >= next_ms) continue;
           next_ms = ms;
@@ -305,7 +305,7 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
     const auto served = serve(certified, thresholds);
     profile.expected_share = std::accumulate(served.left.begin(), served.left.end(), 0.0);
     if (profile.expected_share == 0) return;  // nothing to gain
-    profile.certified_error = mean(served.error);
+    profile.certified_error = mean_error(served.error);
     profile.error_bound = upper_bound(served.error, budget.delta, kind == LossKind::kBinary);
     profile.expected_exits = served.left;
   }

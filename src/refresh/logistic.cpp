@@ -7,14 +7,13 @@
 #include <cmath>
 
 #include "llmcache/error.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
 
 using RowMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 constexpr int kMaxSteps = 100;
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
 
 double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
 
@@ -67,7 +66,7 @@ Eigen::VectorXd minimise(const RowMatrix& design, const Eigen::VectorXd& labels,
 LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const double> labels, std::int64_t features,
                                  double l2) {
   if (features < 1 || labels.empty() || rows.size() != labels.size() * static_cast<std::size_t>(features)) {
-    refuse(
+    refuse_input(
         fmt::format("logistic regression got {} values and {} labels for {} features; n * features values and n "
                     "labels are expected, n and features at least 1",
                     rows.size(), labels.size(), features));
@@ -76,10 +75,10 @@ LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const d
     throw Error(ErrorCode::kInvalidOptions, fmt::format("l2 is {}; 0 or more is expected", l2));
   }
   if (!std::all_of(rows.begin(), rows.end(), [](double value) { return std::isfinite(value); })) {
-    refuse("logistic regression got a feature that is not finite; leave out such rows");
+    refuse_input("logistic regression got a feature that is not finite; leave out such rows");
   }
   if (std::any_of(labels.begin(), labels.end(), [](double label) { return !(label >= 0 && label <= 1); })) {
-    refuse("logistic regression got a label that is not in 0 to 1");
+    refuse_input("logistic regression got a label that is not in 0 to 1");
   }
   const auto n = static_cast<Eigen::Index>(labels.size());
   RowMatrix design(n, features + 1);
@@ -113,7 +112,7 @@ LogisticModel LogisticModel::fit(std::span<const double> rows, std::span<const d
 
 double LogisticModel::predict(std::span<const double> x) const {
   if (x.size() != weights.size()) {
-    refuse(fmt::format("logistic regression got {} features; {} are expected", x.size(), weights.size()));
+    refuse_input(fmt::format("logistic regression got {} features; {} are expected", x.size(), weights.size()));
   }
   double score = intercept;
   for (std::size_t i = 0; i < x.size(); ++i) score += weights[i] * ((x[i] - means[i]) / scales[i]);

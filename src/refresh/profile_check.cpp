@@ -14,19 +14,19 @@ namespace {
 constexpr double kMost = std::numeric_limits<double>::max();
 constexpr double kShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
 
-[[noreturn]] void refuse(const std::string& what) {
+[[noreturn]] void refuse_profile(const std::string& what) {
   throw Error(ErrorCode::kInvalidOptions, "calibration profile: " + what + "; calibrate again");
 }
 
 /// Neither NaN nor infinite.
 void check(const std::string& name, double value, double low, double high) {
   if (value >= low && value <= high) return;
-  refuse(high < kMost ? fmt::format("{} is {}; {:g} to {:g} is expected", name, value, low, high)
+  refuse_profile(high < kMost ? fmt::format("{} is {}; {:g} to {:g} is expected", name, value, low, high)
                       : fmt::format("{} is {}; a finite number is expected, {:g} or more", name, value, low));
 }
 
 void check_count(const std::string& name, std::int64_t value) {
-  if (value < 0) refuse(fmt::format("{} is {}; 0 or more is expected", name, value));
+  if (value < 0) refuse_profile(fmt::format("{} is {}; 0 or more is expected", name, value));
 }
 
 void check_gate(std::size_t layer, const LogisticModel& gate) {
@@ -38,7 +38,7 @@ void check_gate(std::size_t layer, const LogisticModel& gate) {
 }
 
 void check_finite(const std::string& name, const at::Tensor& tensor) {
-  if (tensor.defined() && !tensor.isfinite().all().item<bool>()) refuse(name + " has a value that is not finite");
+  if (tensor.defined() && !tensor.isfinite().all().item<bool>()) refuse_profile(name + " has a value that is not finite");
 }
 
 void check_exit(const ExitModel& exit) {

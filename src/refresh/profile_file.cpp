@@ -13,20 +13,19 @@
 #include "store/bounded_file.h"
 #include "store/damaged_data.h"
 #include "refresh/profile_check.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 namespace fs = std::filesystem;
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidOptions, message); }
 
 fs::path tensors_of(const fs::path& path) { return path.string() + ".safetensors"; }
 
 /// The tensors of a model under their names, in one fixed order.
 template <class Model, class Visit>
-void for_each_tensor(Model& model, const Visit& visit) {
+void for_each_exit_tensor(Model& model, const Visit& visit) {
   visit("outputs", model.outputs);
   visit("decisions", model.decisions);
   visit("mean_output", model.mean_output);
@@ -44,9 +43,9 @@ void for_each_tensor(Model& model, const Visit& visit) {
 
 /// The safetensors format: length of the header, header, values in the header's order.
 std::string packed(const ExitModel& model) {
-  Json header;
+  OrderedJson header;
   std::string values;
-  for_each_tensor(model, [&](const std::string& name, const at::Tensor& tensor) {
+  for_each_exit_tensor(model, [&](const std::string& name, const at::Tensor& tensor) {
     if (!tensor.defined()) return;
     const auto own = tensor.to(at::kCPU).contiguous();
     const std::size_t begin = values.size();
@@ -64,7 +63,7 @@ std::string packed(const ExitModel& model) {
 }
 
 void unpack(const Safetensors& file, ExitModel& model) {
-  for_each_tensor(model, [&](const std::string& name, at::Tensor& tensor) {
+  for_each_exit_tensor(model, [&](const std::string& name, at::Tensor& tensor) {
     if (!file.has(name)) return;
     const Safetensors::Tensor& stored = file.tensors().at(name);
     tensor = at::empty(stored.shape, stored.dtype == "I64" ? at::kLong : at::kFloat);
@@ -78,12 +77,12 @@ auto reading(const fs::path& path, const Read& read) {
   try {
     return read();
   } catch (const UnreadableFile& error) {
-    refuse(fmt::format("calibration profile '{}' cannot be read ({}); calibrate, and save it there", path.string(),
+    refuse_options(fmt::format("calibration profile '{}' cannot be read ({}); calibrate, and save it there", path.string(),
                        error.what()));
   } catch (const DamagedData& error) {
-    refuse(fmt::format("calibration profile '{}' is damaged: {}; calibrate again", path.string(), error.what()));
+    refuse_options(fmt::format("calibration profile '{}' is damaged: {}; calibrate again", path.string(), error.what()));
   } catch (const ForeignProfile& error) {
-    refuse(fmt::format("'{}' {}", path.string(), error.what()));
+    refuse_options(fmt::format("'{}' {}", path.string(), error.what()));
   }
 }
 
@@ -98,15 +97,15 @@ void write(const fs::path& path, const std::string& bytes) {
   if (!file || error) {
     std::error_code ignored;
     fs::remove(beside, ignored);
-    refuse(fmt::format("calibration profile '{}' cannot be written", path.string()));
+    refuse_options(fmt::format("calibration profile '{}' cannot be written", path.string()));
   }
 }
 
-Json gate_json(const LogisticModel& gate) {
+OrderedJson gate_json(const LogisticModel& gate) {
   return {{"means", gate.means}, {"scales", gate.scales}, {"weights", gate.weights}, {"intercept", gate.intercept}};
 }
 
-Json choice_json(const ReuseChoice& choice) {
+OrderedJson choice_json(const ReuseChoice& choice) {
   return {{"format", to_string(choice.format)},
           {"mechanism", choice.mechanism},
           {"setting", choice.setting},
@@ -119,7 +118,7 @@ Json choice_json(const ReuseChoice& choice) {
           {"typical_distance", choice.typical_distance}};
 }
 
-Json verified_json(const VerifiedEnvelope& verified) {
+OrderedJson verified_json(const VerifiedEnvelope& verified) {
   return {
       {"tokens", verified.tokens}, {"rows", verified.rows}, {"padding", verified.padding}, {"codes", verified.codes}};
 }
@@ -139,7 +138,7 @@ std::shared_ptr<const ExitModel> exit_model(const Safetensors& tensors, const Pr
 }  // namespace
 
 void CalibrationProfile::save(const fs::path& path) const {
-  Json json = {{"format", kProfileFormat},
+  OrderedJson json = {{"format", kProfileFormat},
                {"version", kProfileVersion},
                {"budget",
                 {{"metric", llmcache::to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
@@ -155,7 +154,7 @@ void CalibrationProfile::save(const fs::path& path) const {
                {"bytes", bytes}};
   if (exit) {
     const std::string tensors = packed(*exit);
-    Json gates = Json::array();
+    OrderedJson gates = OrderedJson::array();
     for (const ExitLayer& layer : exit->layers) gates.push_back(gate_json(layer.gate));
     json["exit"] = {
         {"tensors_xxh3", content_hash(tensors)}, {"thresholds", exit->thresholds}, {"gates", std::move(gates)}};

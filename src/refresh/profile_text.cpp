@@ -16,7 +16,7 @@
 namespace llmcache {
 namespace {
 
-constexpr double kShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
+constexpr double kMostShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
 constexpr std::size_t kMostCodes = 4096;  // of VerifiedEnvelope
 constexpr double kLarge = JsonObject::kAnyNumber;
 
@@ -84,8 +84,8 @@ ReuseChoice choice_of(const JsonObject& json) {
   choice.limit = json.number("limit", 0);
   choice.fitted = json.whole("fitted");
   choice.certified = json.whole("certified");
-  choice.error = json.number("error", 0, kShare);
-  choice.bound = json.number("bound", 0, kShare);
+  choice.error = json.number("error", 0, kMostShare);
+  choice.bound = json.number("bound", 0, kMostShare);
   choice.computed = json.number("computed", 0);
   choice.typical_distance = json.number("typical_distance", 0);
   return choice;
@@ -103,7 +103,7 @@ LogisticModel gate_of(const JsonObject& json) {
 ExitText exit_of(const JsonObject& json) {
   ExitText exit;
   exit.tensors_xxh3 = json.text("tensors_xxh3");
-  exit.thresholds = json.tables("thresholds", -1, kShare);
+  exit.thresholds = json.tables("thresholds", -1, kMostShare);
   for (const JsonObject& gate : json.objects("gates")) exit.gates.push_back(gate_of(gate));
   if (exit.gates.empty() || exit.thresholds.empty()) throw DamagedData("its early exits have no gates or thresholds");
   for (const auto& level : exit.thresholds) {
@@ -258,10 +258,10 @@ ProfileText parse_profile(std::string_view text, ContentHash content_hash) {
   profile.model_digest = json.text("model");
   profile.fitted = json.whole("fitted");
   profile.certified = json.whole("certified");
-  profile.certified_error = json.number("certified_error", 0, kShare);
-  profile.error_bound = json.number("error_bound", 0, kShare);
-  profile.expected_share = json.number("expected_share", 0, kShare);
-  profile.expected_exits = json.numbers("expected_exits", 0, kShare);
+  profile.certified_error = json.number("certified_error", 0, kMostShare);
+  profile.error_bound = json.number("error_bound", 0, kMostShare);
+  profile.expected_share = json.number("expected_share", 0, kMostShare);
+  profile.expected_exits = json.numbers("expected_exits", 0, kMostShare);
   profile.typical_distance = json.number("typical_distance", 0, kLarge);
   profile.bytes = static_cast<std::size_t>(json.whole("bytes"));
   if (json.has("reuse")) profile.reuse = choice_of(json.object("reuse"));

@@ -9,18 +9,17 @@
 #include <limits>
 
 #include "llmcache/error.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
 
-using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using Rows = Eigen::Map<const RowMatrix>;
+using FloatRows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using ConstRows = Eigen::Map<const FloatRows>;
 
 constexpr std::int64_t kFold = 5;     ///< every fifth row is held out
 constexpr std::int64_t kBlock = 256;  ///< rows that are turned to double at a time
 constexpr std::array kLambdas = {1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0};
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
 
 /// Sums over rows: all that the normal equations need. Centred about `origin`, so that a large common mean costs no
 /// precision.
@@ -76,7 +75,7 @@ Solution solve(const Moments& moments, double lambda) {
   solution.weights = moments.xy - moments.count * (x_mean.transpose() * y_mean);
   const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> factor(normal);
   if (factor.info() != Eigen::Success) {
-    refuse(fmt::format("ridge regression is singular with lambda {}; give a larger one", lambda));
+    refuse_input(fmt::format("ridge regression is singular with lambda {}; give a larger one", lambda));
   }
   factor.solveInPlace(solution.weights);
   solution.intercept = y_mean - x_mean * solution.weights;
@@ -92,7 +91,7 @@ double squared_error(const Solution& solution, const Moments& moments) {
          2 * (moments.x_sum * w).dot(b) + moments.count * b.squaredNorm();
 }
 
-Eigen::RowVectorXd mean_of(const Rows& rows) {
+Eigen::RowVectorXd mean_of(const ConstRows& rows) {
   return rows.cast<double>().colwise().sum() / static_cast<double>(rows.rows());
 }
 
@@ -100,14 +99,14 @@ void check(std::span<const float> x, std::span<const float> y, std::int64_t inpu
   const bool whole = inputs >= 1 && outputs >= 1 && x.size() % static_cast<std::size_t>(inputs) == 0 &&
                      x.size() / static_cast<std::size_t>(inputs) * static_cast<std::size_t>(outputs) == y.size();
   if (!whole || x.size() < 2 * static_cast<std::size_t>(inputs)) {
-    refuse(
+    refuse_input(
         fmt::format("ridge regression got {} values for {} inputs and {} for {} outputs; as many whole rows of both, "
                     "at least 2, are expected",
                     x.size(), inputs, y.size(), outputs));
   }
   const auto finite = [](float value) { return std::isfinite(value); };
   if (!std::all_of(x.begin(), x.end(), finite) || !std::all_of(y.begin(), y.end(), finite)) {
-    refuse("ridge regression got a value that is not finite; leave out such rows");
+    refuse_input("ridge regression got a value that is not finite; leave out such rows");
   }
 }
 
@@ -122,10 +121,10 @@ RidgeModel RidgeModel::fit(std::span<const float> x, std::span<const float> y, s
   }
   const bool choose = lambda == 0;
   if (choose && n < 2 * kFold) {
-    refuse(fmt::format("ridge regression got {} rows; at least {} are needed to choose lambda", n, 2 * kFold));
+    refuse_input(fmt::format("ridge regression got {} rows; at least {} are needed to choose lambda", n, 2 * kFold));
   }
-  const Rows x_rows(x.data(), n, inputs);
-  const Rows y_rows(y.data(), n, outputs);
+  const ConstRows x_rows(x.data(), n, inputs);
+  const ConstRows y_rows(y.data(), n, outputs);
   const Eigen::RowVectorXd x_origin = mean_of(x_rows);
   const Eigen::RowVectorXd y_origin = mean_of(y_rows);
   Moments fitted(x_origin, y_origin);
@@ -166,7 +165,7 @@ RidgeModel RidgeModel::fit(std::span<const float> x, std::span<const float> y, s
   }
   const Solution solution = solve(fitted, model.lambda);
   model.weights.resize(static_cast<std::size_t>(inputs * outputs));
-  Eigen::Map<RowMatrix>(model.weights.data(), inputs, outputs) = solution.weights.cast<float>();
+  Eigen::Map<FloatRows>(model.weights.data(), inputs, outputs) = solution.weights.cast<float>();
   const Eigen::RowVectorXd intercept = y_origin + solution.intercept - x_origin * solution.weights;
   model.intercept.resize(static_cast<std::size_t>(outputs));
   Eigen::Map<Eigen::RowVectorXf>(model.intercept.data(), outputs) = intercept.cast<float>();
@@ -176,15 +175,15 @@ RidgeModel RidgeModel::fit(std::span<const float> x, std::span<const float> y, s
 void RidgeModel::predict(std::span<const float> x, std::span<float> y) const {
   const auto rows = inputs > 0 ? static_cast<std::int64_t>(x.size()) / inputs : 0;
   if (rows * inputs != static_cast<std::int64_t>(x.size()) || rows * outputs != static_cast<std::int64_t>(y.size())) {
-    refuse(
+    refuse_input(
         fmt::format("ridge regression of {} inputs and {} outputs got {} values and room for {}; whole rows are "
                     "expected",
                     inputs, outputs, x.size(), y.size()));
   }
   if (rows == 0) return;
-  const Rows matrix(weights.data(), inputs, outputs);
-  Eigen::Map<RowMatrix> out(y.data(), rows, outputs);
-  out.noalias() = Rows(x.data(), rows, inputs) * matrix;
+  const ConstRows matrix(weights.data(), inputs, outputs);
+  Eigen::Map<FloatRows> out(y.data(), rows, outputs);
+  out.noalias() = ConstRows(x.data(), rows, inputs) * matrix;
   out.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(intercept.data(), outputs);
 }
 

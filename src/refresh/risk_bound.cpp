@@ -7,11 +7,10 @@
 #include <limits>
 
 #include "llmcache/error.h"
+#include "refusal.h"
 
 namespace llmcache {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
 
 void check_probability(const char* name, double value) {
   if (!(value > 0 && value < 1)) {
@@ -21,11 +20,11 @@ void check_probability(const char* name, double value) {
 }
 
 void check_counts(std::int64_t count, std::int64_t n) {
-  if (n < 0 || count < 0 || count > n) refuse(fmt::format("{} of {} is no count; 0 to n of n is expected", count, n));
+  if (n < 0 || count < 0 || count > n) refuse_input(fmt::format("{} of {} is no count; 0 to n of n is expected", count, n));
 }
 
 void check_loss(double loss) {
-  if (!(loss >= 0 && loss <= 1)) refuse(fmt::format("a loss is {}; 0 to 1 is expected", loss));
+  if (!(loss >= 0 && loss <= 1)) refuse_input(fmt::format("a loss is {}; 0 to 1 is expected", loss));
 }
 
 /// Logarithm of the gamma function, thread-safe: std::lgamma writes a global. Stirling's series, exact to 1e-14
@@ -74,7 +73,7 @@ double regularized_beta(double a, double b, double x) {
 
 double binomial_cdf(std::int64_t successes, std::int64_t n, double p) {
   check_counts(successes, n);
-  if (!(p >= 0 && p <= 1)) refuse(fmt::format("success probability is {}; 0 to 1 is expected", p));
+  if (!(p >= 0 && p <= 1)) refuse_input(fmt::format("success probability is {}; 0 to 1 is expected", p));
   if (successes == n) return 1;
   return regularized_beta(static_cast<double>(n - successes), static_cast<double>(successes + 1), 1 - p);
 }
@@ -143,7 +142,7 @@ std::int64_t choose_level(std::span<const std::vector<double>> losses, double ep
     } else {
       std::int64_t errors = 0;
       for (const double loss : level) {
-        if (loss != 0 && loss != 1) refuse(fmt::format("a binary loss is {}; 0 or 1 is expected", loss));
+        if (loss != 0 && loss != 1) refuse_input(fmt::format("a binary loss is {}; 0 or 1 is expected", loss));
         errors += loss != 0 ? 1 : 0;
       }
       p_value = binomial_cdf(errors, static_cast<std::int64_t>(level.size()), epsilon);

@@ -14,7 +14,7 @@
 namespace llmcache {
 namespace {
 
-using Json = nlohmann::json;
+using Header = nlohmann::json;
 using Tensor = Safetensors::Tensor;
 
 std::uint64_t dtype_bytes(const std::string& dtype) {
@@ -37,7 +37,7 @@ constexpr const char* kDtype<std::int64_t> = "I64";
 /// Reads the header's entry of one tensor.
 class Entry {
  public:
-  Entry(const std::string& name, const Json& entry) : name_(name), entry_(entry) {}
+  Entry(const std::string& name, const Header& entry) : name_(name), entry_(entry) {}
 
   [[nodiscard]] Tensor read(std::string_view data) const {
     if (!entry_.is_object()) bad("is not described by an object");
@@ -67,18 +67,18 @@ class Entry {
     Safetensors::damaged(fmt::format("tensor '{}' {}", shown(name_), what));
   }
 
-  [[nodiscard]] std::uint64_t unsigned_number(const Json& value) const {
+  [[nodiscard]] std::uint64_t unsigned_number(const Header& value) const {
     if (!value.is_number_unsigned()) bad("has a shape or offset that is not a whole number");
     return value.get<std::uint64_t>();
   }
 
   /// Its size in bytes. A dimension of 0 does not excuse the others: they must fit by themselves.
-  std::uint64_t read_shape(const Json& shape, Tensor& tensor) const {
+  std::uint64_t read_shape(const Header& shape, Tensor& tensor) const {
     if (shape.size() > Safetensors::kMostDimensions) bad(fmt::format("has {} dimensions", shape.size()));
     std::uint64_t size = dtype_bytes(tensor.dtype);
     if (size == 0) bad(fmt::format("has unknown dtype '{}'", shown(tensor.dtype)));
     bool empty = false;
-    for (const Json& dimension : shape) {
+    for (const Header& dimension : shape) {
       const std::uint64_t factor = unsigned_number(dimension);
       empty |= factor == 0;
       if (factor != 0 && size > std::numeric_limits<std::int64_t>::max() / factor) bad("has a shape that overflows");
@@ -89,7 +89,7 @@ class Entry {
   }
 
   const std::string& name_;
-  const Json& entry_;
+  const Header& entry_;
 };
 
 }  // namespace
@@ -107,7 +107,7 @@ Safetensors::Safetensors(std::string_view bytes) {
     damaged(fmt::format("it announces a header of {} bytes, {} follow and {} are allowed", header_bytes,
                         bytes.size() - kLengthBytes, kMostHeaderBytes));
   }
-  const Json header = parse_bounded_json(bytes.substr(kLengthBytes, header_bytes),
+  const Header header = parse_bounded_json(bytes.substr(kLengthBytes, header_bytes),
                                          {.bytes = kMostHeaderBytes, .depth = 4}, "its header");
   if (!header.is_object()) damaged("its header is not a JSON object");
   const std::string_view data = bytes.substr(kLengthBytes + header_bytes);
@@ -191,10 +191,10 @@ std::int64_t Safetensors::whole_number(const std::string& key) const {
 }
 
 std::vector<std::string> Safetensors::text_list(const std::string& key) const {
-  const Json list = parse_bounded_json(text(key), {.bytes = kMostHeaderBytes, .depth = 1}, "its " + key);
+  const Header list = parse_bounded_json(text(key), {.bytes = kMostHeaderBytes, .depth = 1}, "its " + key);
   if (!list.is_array()) damaged(fmt::format("its {} is not a JSON list", key));
   std::vector<std::string> texts;
-  for (const Json& element : list) {
+  for (const Header& element : list) {
     if (!element.is_string()) damaged(fmt::format("its {} has an element that is not text", key));
     texts.push_back(element.get<std::string>());
   }
