@@ -4,8 +4,9 @@
 Writes OUT/WORKLOAD.TOKENIZER.safetensors, which C++ can read without a tokenizer; token_file.py describes the
 format.
 
-Raw text comes from --raw, else $LLMCACHE_RAW_DATA, else ../shared/data beside the repository. A workload
-whose raw files are in none of them is left out, and the repository's own sample stands in for it.
+Raw text comes from --raw, else $LLMCACHE_RAW_DATA, else from what download_data.py left in --downloaded, and what is
+not there from ../shared/data beside the repository. A workload whose raw files are in none of them is left out, and
+the repository's own sample stands in for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from atomic_files import folder_lock, sha256_of
+from data_sources import LOCK_FILE
 from model_sources import ModelError, hub_answers, minilm_folder, smollm2_file
 from raw_files import DataError
 from token_file import FORMAT_VERSION, Arrays, load, save
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 SCORED_TASKS = ("choice", "perplexity")  # mean nothing for an encoder, whose log-likelihoods are not defined
 TOKENIZERS = ("bert-base-uncased", "gpt2", "smollm2")
+GPT2_FILES = ("tokenizers/gpt2/encoder.json", "tokenizers/gpt2/vocab.bpe")
 CODE = (  # files made by another version of these are made again
     "prepare_data.py",
     "workloads.py",
@@ -73,7 +76,7 @@ class Tokenizer:
     """One of the three tokenizers; it is loaded when the first text comes."""
 
     name: str
-    raw: Path | None
+    raw: Path | None  # the folder that has GPT2_FILES
     stand_in: str = ""  # the tokenizer whose ids are taken instead; known once it is loaded
     _loaded: Any = None
 
@@ -104,11 +107,10 @@ class Tokenizer:
         return lambda texts: loaded(texts, add_special_tokens=False)["input_ids"]
 
     def _gpt2(self) -> Any:
-        folder = self.raw / "tokenizers" / "gpt2" if self.raw else None
-        if folder and (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
+        if self.raw:
             from tokenizers import ByteLevelBPETokenizer
 
-            loaded = ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+            loaded = ByteLevelBPETokenizer(*(str(self.raw / file) for file in GPT2_FILES))
             return lambda texts: [encoding.ids for encoding in loaded.encode_batch(texts, add_special_tokens=False)]
         if hub_answers("gpt2"):
             from transformers import AutoTokenizer
@@ -240,16 +242,26 @@ def vocabularies(models: Path | None) -> dict[str, int]:
     return found
 
 
-def raw_folder(given: Path | None) -> tuple[Path | None, str]:
-    """The folder with raw data, and how it was chosen."""
+def raw_folders(given: Path | None, downloaded: Path | None = None) -> list[tuple[Path, str]]:
+    """The folders with raw data, and how each was chosen: files are looked for in the first, then in the next."""
     variable = os.environ.get("LLMCACHE_RAW_DATA")
     for path, chosen in ((given, "--raw"), (Path(variable) if variable else None, "$LLMCACHE_RAW_DATA")):
         if path is not None:
             if not path.is_dir():
                 raise DataError(f"{path}, given by {chosen}, is not a folder")
-            return path, chosen
+            return [(path, chosen)]
+    found: list[tuple[Path, str]] = []
+    if downloaded and (downloaded / LOCK_FILE).is_file():
+        found.append((downloaded, "downloaded"))
     beside = ROOT.parent / "shared" / "data"
-    return (beside, "found beside the repository") if beside.is_dir() else (None, "")
+    if beside.is_dir():
+        found.append((beside, "found beside the repository"))
+    return found
+
+
+def raw_folder_of(files: tuple[str, ...], folders: list[Path]) -> Path | None:
+    """The first folder that has all these files."""
+    return next((folder for folder in folders if all((folder / file).exists() for file in files)), None)
 
 
 def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: Path, vocab: int | None) -> None:
@@ -308,8 +320,12 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
 
 
 def run(options: argparse.Namespace) -> None:
-    raw, chosen = raw_folder(options.raw)
-    print(f"raw data: {raw} ({chosen})" if raw else "raw data: none, only the repository's sample", flush=True)
+    chosen = raw_folders(options.raw, options.downloaded)
+    for folder, how in chosen:
+        print(f"raw data: {folder} ({how})", flush=True)
+    if not chosen:
+        print("raw data: none, only the repository's sample", flush=True)
+    folders = [folder for folder, _ in chosen]
     workloads = dict(WORKLOADS)
     default = [name for name, workload in WORKLOADS.items() if not workload.on_request]
     names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
@@ -319,28 +335,25 @@ def run(options: argparse.Namespace) -> None:
         names = [shot.name if options.only and name == SHOTS else name for name in names]
         if shot.name not in names:
             names.append(shot.name)
-    absent = {
-        name: [file for file in workloads[name].files if not (raw and (raw / file).exists())]
-        for name in names
-        if name != "sample"
-    }
-    missing = [name for name, files in absent.items() if files]
+    raw = {name: raw_folder_of(workloads[name].files, folders) for name in names}
+    missing = [name for name in names if raw[name] is None and name != "sample"]
     for name in missing:
-        print(
-            f"{name}: {', '.join(absent[name])} is not in the raw data, falls back to the workload 'sample'", flush=True
-        )
+        files = [file for file in workloads[name].files if raw_folder_of((file,), folders) is None]
+        absent = ", ".join(files or workloads[name].files)
+        print(f"{name}: {absent} is not in the raw data, falls back to the workload 'sample'", flush=True)
     if missing and "sample" not in names:
         names.append("sample")
     vocabulary = vocabularies(options.models)
     if options.models and not vocabulary:
         raise DataError(f"no model in {options.models} uses one of {', '.join(TOKENIZERS)}; run export_models.py first")
-    tokenizers = [Tokenizer(name, raw) for name in TOKENIZERS if not vocabulary or name in vocabulary]
+    gpt2 = raw_folder_of(GPT2_FILES, folders)
+    tokenizers = [Tokenizer(name, gpt2) for name in TOKENIZERS if not vocabulary or name in vocabulary]
     with folder_lock(options.out):
         for name in names:
             workload = workloads[name]
             if name in missing:
                 continue
-            folder = SAMPLE if name == "sample" else raw
+            folder = SAMPLE if name == "sample" else raw[name]
             sources = [folder / file for file in workload.files]
             for tokenizer in tokenizers:
                 if not (workload.decoders_only if tokenizer.encoder else workload.encoders_only):
@@ -356,6 +369,7 @@ def shot_count(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, metavar="DIR", help="raw data sets")
+    parser.add_argument("--downloaded", type=Path, metavar="DIR", help="where download_data.py writes, if it was run")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared files go")
     parser.add_argument("--models", type=Path, metavar="DIR", help="prepare only what the models there can use")
     names = sorted({*WORKLOADS, *(re.sub(r"-\d+$", "", name) for name in WORKLOADS)})

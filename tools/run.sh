@@ -7,6 +7,7 @@ usage() {
 usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, fuzz the readers of files
                                                        for a minute, then run some tests with sanitizers
        tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
+       tools/run.sh data  [--only NAME...]             download real data sets from the Hugging Face hub
        tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure side by side with ONNX Runtime and others
        tools/run.sh help
 
@@ -14,12 +15,14 @@ All install what is missing (Debian packages with apt-get, Python packages in a 
 the models, prepare the data, configure and build. A second call does only what is missing.
 `bench --model NAME...` and `bench --workload NAME...` export and prepare only those. `bench --workload openbookqa
 --shots 5` puts five solved examples in front of each question, the same for all. `bench --fidelity budget` fits probes
-on a part of the training text, the rest of which calibrates.
+on a part of the training text, the rest of which calibrates. `bench --download` is `data`, then `bench`; where the hub
+cannot be reached it goes on with what is there.
 
 Environment:
   LLMCACHE_BUILD_DIR   where everything goes (default: build, in the repository)
-  LLMCACHE_RAW_DATA    folder with raw data sets (default: ../shared/data beside the repository, if there;
-                       without any, the benchmark uses the sample in data/sample)
+  LLMCACHE_RAW_DATA    folder with raw data sets (default: what `data` downloaded, and what that lacks from
+                       ../shared/data beside the repository, if there; for workloads without any, the benchmark uses
+                       the sample in data/sample)
   LLMCACHE_PIP_ARGS    further arguments for pip install, such as an index with CPU builds of torch
   LLMCACHE_JOBS        compile jobs at once (default: one for each core and 2 GiB of free memory)
   LLMCACHE_BUILD_TYPE  CMake build type (default: Release)
@@ -39,12 +42,13 @@ readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-cert
 BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"
 readonly BUILD
-readonly MODELS="$BUILD/models" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$BUILD/cmake"
+readonly MODELS="$BUILD/models" RAW="$BUILD/raw" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$BUILD/cmake"
 readonly VENV="$BUILD/venv"
 readonly VENV_PYTHON="$VENV/bin/python"
 readonly PEERS_VENV="$BUILD/peers-venv"
 
 PROBE_SHARE_FOR_BUDGETS=0.4
+HUB_UNREACHABLE=3  # exit status of download_data.py
 STEP="" HINT="" STARTED=0
 
 step() {  # step NAME HINT: what is about to run, and what to do should it fail
@@ -134,9 +138,20 @@ export_models() {  # names or groups
   "$VENV_PYTHON" "$ROOT/tools/export_models.py" --out "$MODELS" --only "$@"
 }
 
+# Fails with HUB_UNREACHABLE, and nothing else to say, where there is no hub.
+download_data() {  # arguments for download_data.py
+  step "download" "see the message above; a next call goes on with what is missing"
+  local status=0
+  "$VENV_PYTHON" "$ROOT/tools/download_data.py" --out "$RAW" "$@" || status=$?
+  if ((status == HUB_UNREACHABLE)); then
+    STEP=""
+  fi
+  return "$status"
+}
+
 prepare_data() {  # arguments for prepare_data.py
   step "data" "see the message above; LLMCACHE_RAW_DATA names the folder with the raw data sets"
-  "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --out "$DATA" "$@"
+  "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --downloaded "$RAW" --out "$DATA" "$@"
 }
 
 fit_probes() {  # arguments for fit_probe.py
@@ -271,14 +286,31 @@ main_test() {
   run_sanitizer tsan llmcache-thread-tests
 }
 
+main_data() {
+  setup
+  download_data "$@"
+}
+
 main_bench() {
-  local models workloads shots budgets
+  local models workloads shots budgets argument arguments=() download=0
+  for argument in "$@"; do
+    case "$argument" in
+      --download) download=1 ;;
+      *) arguments+=("$argument") ;;
+    esac
+  done
+  set -- "${arguments[@]}"
   # A .pt file of the user's own needs no export.
   mapfile -t models < <(values_of --model "$@" | grep -v '\.pt$')
   mapfile -t workloads < <(values_of --workload "$@")
   mapfile -t shots < <(values_of --shots "$@")
   [[ " $* " == *" --model"[\ =]* ]] || models=(bench)
   setup
+  if ((download)); then
+    local status=0
+    download_data || status=$?
+    ((status == 0 || status == HUB_UNREACHABLE)) || exit "$status"
+  fi
   configure_release
   build "$CMAKE_DIR" llmcache-bench
   build "$CMAKE_DIR" llmcache-trace
@@ -331,7 +363,7 @@ main_peers() {
 }
 
 case "${1:-help}" in
-  test | bench | peers)
+  test | bench | data | peers)
     command="$1"
     shift
     "main_$command" "$@"

@@ -62,12 +62,10 @@ def _smollm2() -> Made:
 
 def _gpt2_files() -> Path | None:
     """The folder of raw data that has GPT-2's vocabulary and merges."""
-    from prepare_data import raw_folder
+    from prepare_data import GPT2_FILES, raw_folder_of, raw_folders
 
-    raw = raw_folder(None)[0]
-    folder = raw / "tokenizers" / "gpt2" if raw else None
-    there = folder and (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists()
-    return folder if there else None
+    raw = raw_folder_of(GPT2_FILES, [folder for folder, _ in raw_folders(None)])
+    return raw / "tokenizers" / "gpt2" if raw else None
 
 
 def _gpt2() -> Made:
