@@ -28,7 +28,8 @@ from workloads import WORKLOADS
 
 # The tool, with a table that fits the small data sets: their rows, a branch instead of a commit, no checksums.
 SMALL = """
-import dataclasses, json, sys, time
+import dataclasses, json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 time.sleep = lambda _: None  # between attempts
 sys.path.insert(0, sys.argv[1])
 import data_sources, download_data
