@@ -51,7 +51,7 @@ const std::vector<Case> kLengthCases{
     {"where_on_the_last_place", "torch.arange(input_ids.size(1)).unsqueeze(0)",
      "    x = x * torch.where(places.max() + 1 > 64, 0.5, 1.0)"},
     {"largest_of_one_and_a_ratio", "torch.arange(input_ids.size(1)).unsqueeze(0)",
-     "    x = x * max(1.0, 4.0 * float(input_ids.size(1)) / 64.0 - 3.0)"},
+     "    x = x * max(1.0, float(input_ids.size(1)) / 64.0)"},
     {"clamped_interpolation", "torch.arange(input_ids.size(1)).unsqueeze(0)",
      "    x = x * torch.clamp(torch.tensor(70.0 / float(input_ids.size(1))), max=1.0)"},
     {"branch_on_the_mask", "torch.arange(input_ids.size(1)).unsqueeze(0)",

@@ -33,9 +33,13 @@ bool is_container(const Value* value) {
   return is_mutable(value) && value->type()->kind() != c10::TypeKind::TensorType;
 }
 
+/// May it be anything, so an element of a list too?
+bool is_anything(const c10::AliasInfo* info) {
+  return info != nullptr && (info->isWildcardBefore() || info->isWildcardAfter());
+}
+
 bool shares(const c10::AliasInfo* a, const c10::AliasInfo* b) {
   if (a == nullptr || b == nullptr) return false;
-  if (b->isWildcardBefore() || b->isWildcardAfter()) return true;  // anything, so an element too
   return std::any_of(a->beforeSets().begin(), a->beforeSets().end(), [&](const c10::Symbol& set) {
     return b->beforeSets().count(set) > 0 || b->afterSets().count(set) > 0;
   });
@@ -43,9 +47,12 @@ bool shares(const c10::AliasInfo* a, const c10::AliasInfo* b) {
 
 std::string where(const Node* node) {
   std::string text = node->kind().toQualString();
-  if (const auto place = node->sourceRange().file_line_col()) {
-    text += fmt::format(" at {}:{}", std::get<0>(*place), std::get<1>(*place));
+  auto place = node->sourceRange().file_line_col();
+  // What sets an attribute has no place of its own; what makes the value has.
+  for (std::size_t i = node->inputs().size(); !place && i-- > 0;) {
+    place = node->input(i)->node()->sourceRange().file_line_col();
   }
+  if (place) text += fmt::format(" at {}:{}", std::get<0>(*place), std::get<1>(*place));
   return text;
 }
 
@@ -108,8 +115,10 @@ class Finder {
         for (const auto& path : found->second) writers_[path].push_back(node);
       }
       for (std::size_t j = 0; j < node->outputs().size() && j < schema->returns().size(); ++j) {
-        const bool copied = is_container(node->input(i)) && is_container(node->output(j));  // not what it holds
-        if (copied || shares(info, schema->returns()[j].alias_info())) alias(node->output(j), node->input(i));
+        const auto* returned = schema->returns()[j].alias_info();
+        const bool holds = is_container(node->input(i));
+        const bool copied = holds && is_container(node->output(j));  // but not what it holds
+        if (copied || (holds && is_anything(returned)) || shares(info, returned)) alias(node->output(j), node->input(i));
       }
     }
   }
