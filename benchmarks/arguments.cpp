@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <set>
 #include <sstream>
 #include <system_error>
 
@@ -379,6 +380,10 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     throw Failure(fmt::format("{}; llmcache-bench --help lists the options", error.what()));
   }
+  static const std::set<std::string> kAnywhere = {"--models", "--data", "--json", "--threads", "--list"};
+  arguments.first_run = std::none_of(app.get_options().begin(), app.get_options().end(), [](const CLI::Option* one) {
+    return one->count() > 0 && kAnywhere.count(one->get_name()) == 0;
+  });
   arguments.kvcache_asked = mode->count() > 0 && arguments.has_mode("kvcache");
   arguments.doccache_asked = mode->count() > 0;
   arguments.budget_asked =

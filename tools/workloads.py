@@ -80,7 +80,6 @@ WORKLOADS: dict[str, Workload] = {
             IN_ORDER,
             read_wikitext,
             task="perplexity",
-            decoders_only=True,
             growing=True,
         ),
         Workload(
@@ -221,7 +220,7 @@ WORKLOADS: dict[str, Workload] = {
                 "passages shuffled, seed 0; edits of a passage behind it, shuffled",
                 partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS, percents=percents),
                 encoders_only=True,
-                on_request=True,
+                on_request=(name, tokens) != ("small-", 256),
                 whole=True,
             )
             for name, percents in (("", PERCENTS), ("small-", SMALL_PERCENTS))
@@ -265,6 +264,7 @@ WORKLOADS: dict[str, Workload] = {
             partial(read_intents, repeats=REPEATS),
             task="classification",
             of_sample=True,
+            on_request=True,
             stands_in_for=("banking77", "clinc150", "clinc150-in-scope"),
         ),
         Workload(
@@ -276,6 +276,7 @@ WORKLOADS: dict[str, Workload] = {
             read_squad,
             task="answer",
             of_sample=True,
+            on_request=True,
             stands_in_for=("squad",),
         ),
         Workload(
@@ -290,6 +291,7 @@ WORKLOADS: dict[str, Workload] = {
             encoders_only=True,
             whole=True,
             of_sample=True,
+            on_request=True,
             stands_in_for=tuple(f"{name}edits-{tokens}" for name in ("", "small-") for tokens in EDIT_TOKENS),
         ),
         Workload(
@@ -301,9 +303,9 @@ WORKLOADS: dict[str, Workload] = {
             read_passages,
             task="answer",
             decoders_only=True,
-            on_request=True,
             whole=True,
             of_sample=True,
+            on_request=True,
             stands_in_for=("passages",),
         ),
         Workload(
@@ -315,6 +317,7 @@ WORKLOADS: dict[str, Workload] = {
             task="choice",
             examples="choices/train.jsonl",
             of_sample=True,
+            on_request=True,
             stands_in_for=("openbookqa",),
         ),
         Workload(
@@ -325,9 +328,9 @@ WORKLOADS: dict[str, Workload] = {
             IN_ORDER,
             read_wikitext,
             task="perplexity",
-            decoders_only=True,
             growing=True,
             of_sample=True,
+            on_request=True,
             stands_in_for=("wikitext",),
         ),
         *(
@@ -342,6 +345,7 @@ WORKLOADS: dict[str, Workload] = {
                 prompt_tokens=tokens,
                 new_tokens=NEW_TOKENS,
                 of_sample=True,
+                on_request=True,
                 stands_in_for=(f"generate-{tokens}",),
             )
             for tokens in PROMPT_TOKENS
@@ -359,6 +363,7 @@ WORKLOADS: dict[str, Workload] = {
             new_tokens=NEW_TOKENS,
             conversations=True,
             of_sample=True,
+            on_request=True,
             stands_in_for=("chat",),
         ),
         Workload(
@@ -370,9 +375,9 @@ WORKLOADS: dict[str, Workload] = {
             read_instructed_corrections,
             task="answer",
             decoders_only=True,
-            on_request=True,
             whole=True,
             of_sample=True,
+            on_request=True,
             stands_in_for=("chat-edit",),
         ),
         Workload(
