@@ -134,6 +134,7 @@ struct Record {
   double hit_rate = kNotMeasured;
   std::vector<double> hit_rate_by_layer;  ///< empty (null in JSON): the mode has none
   std::optional<TaskResult> task;
+  std::optional<TaskResult> task_per_byte;  ///< of choices: by log-likelihoods a byte
   double recall = kNotMeasured;
   std::optional<UnsafeServed> unsafe_served;
   std::optional<Rate> same_answer;
