@@ -69,7 +69,8 @@ How it measures
 
 Quality (models with random weights: none, only divergence)
   accuracy         banking77, clinc150: linear probe on the pooled output, fitted on uncached training outputs.
-  choice_accuracy  openbookqa: the right choice has the largest sum of log-likelihoods (not divided by length).
+  choice_accuracy  openbookqa: the right choice has the largest sum of log-likelihoods; choice_accuracy_per_byte: the
+                   largest sum divided by the choice's length in bytes.
   perplexity       wikitext: of the tokens that are new in the request.
   answer_nll       squad: negative log-likelihood of the gold answer, nats a token; 'same answer': the share of served
                    requests whose cached request has the same gold answer, or like them none.

@@ -225,6 +225,8 @@ def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[A
                 add("labels", sequence.label)
             if task in ("choice", "perplexity", "answer"):
                 add("scored", row.scored)
+            if task == "choice":
+                add("scored_bytes", len(sequence.pieces[sequence.scored or 0].strip().encode()))
             arrays.setdefault("pool", []).extend(row.pool or [])
             add("edit_kind", EDIT_KINDS.index(sequence.edit_kind) if sequence.edit_kind else None)
             add("edit_percent", sequence.edit_percent)

@@ -122,8 +122,13 @@ class PrepareDataTest(ToolTest):
         status, out, err = self.prepare("--only", "squad", "--raw", raw, "--models", models)
         self.assertEqual(status, 0, err)
         self.assertIn("squad: squad_v2/squad_v2_dev.jsonl is not in the raw data", out)
+        self.assertIn("'sample-documents' stands in", out)
         names = [path.name for path in (self.folder / "out").glob("*.safetensors")]
-        self.assertEqual(names, ["sample.bert-base-uncased.safetensors"])
+        self.assertEqual(names, ["sample-documents.bert-base-uncased.safetensors"])
+        status, out, err = self.prepare("--only", "stsb", "--raw", raw, "--models", models)
+        self.assertEqual(status, 1)
+        self.assertIn("no sample is of its kind", out)
+        self.assertIn("run.sh data", err)
 
     def test_a_stand_in_keeps_the_name_of_the_tokenizer(self) -> None:
         """The benchmark finds token files by the tokenizer's name; without a hub and raw data GPT-2's is not there."""
