@@ -163,7 +163,7 @@ std::optional<Sample> Scorer::sample_per_byte(std::int64_t request, const TokenS
       sum += *score;
     }
     const double mean = sum / static_cast<double>(file_.scored_bytes[first + row]);
-    if (scores[row].empty() || (best && mean <= *best)) continue;
+    if (scores[row].empty() || (best && !(mean > *best))) continue;
     best = mean;
     best_row = row;
   }

@@ -328,8 +328,9 @@ class TrafficTest(ToolTest):
         front = ("First choice A\n", "Second choice D\n", "Why")
         self.assertEqual([s.pieces for s in request.sequences], [(*front, f" choice {label}") for label in "ABCD"])
         self.assertEqual([(s.scored, s.shorten, s.label) for s in request.sequences], [(3, 2, int(c == "C")) for c in "ABCD"])
-        self.assertEqual(with_shots(2).read(test, train), read_openbookqa(test, train, 2))
-        self.assertEqual((with_shots(2).name, with_shots(2).decoders_only), ("openbookqa-2shot", True))
+        self.assertEqual(with_shots(WORKLOADS["openbookqa"], 2).read(test, train), read_openbookqa(test, train, 2))
+        shots = with_shots(WORKLOADS["openbookqa"], 2)
+        self.assertEqual((shots.name, shots.decoders_only), ("openbookqa-2shot", True))
         self.assertEqual(read_openbookqa(test).requests[0].sequences[0].pieces, ("Why", " choice A"))
 
     def test_a_name_means_its_variants_too(self) -> None:
