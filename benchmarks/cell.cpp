@@ -463,7 +463,18 @@ class Cell {
     if (!lane.errors.empty()) r.observed_error = observed(lane.errors);
     if (lane.setting.mode != "nocache" && lane.setting.mode != "kvcache") r.filled = filled_;
     if (!file_.random_weights()) judge(lane, r);
+    if (plain != nullptr && r.speedup_vs_nocache < 1) r.note = why_slower(r, plain->latencies);
     return r;
+  }
+
+  [[nodiscard]] static std::string why_slower(const Record& r, const std::vector<double>& plain) {
+    const double cost = r.latency_ms.mean - mean(plain);
+    const double tokens = static_cast<double>(r.tokens) / static_cast<double>(r.requests);
+    const bool hits = r.hit_rate > 0 || r.tokens_reused_fraction > 0;
+    return fmt::format("{}: {:.2f} ms a request of {:.0f} tokens, which the model takes {:.1f} ms for",
+                       hits ? "hits save less than looking up and keeping costs"
+                            : "nothing repeats, so what is left is the cost of looking up and keeping",
+                       cost, tokens, mean(plain));
   }
 
   /// Wilson's interval of a share of errors; of other errors the normal one of their mean.

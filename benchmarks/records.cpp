@@ -264,6 +264,7 @@ Json to_json(const Record& r, const Versions& versions) {
       {"cache_bytes", r.cache_bytes},
       {"zipf", maybe(r.zipf)},
       {"shuffle", maybe(r.shuffle)},
+      {"note", text(r.note)},
       {"source", r.source},
       {"versions",
        {{"llmcache", versions.llmcache},
@@ -307,6 +308,7 @@ Record record_from_json(const Json& json) {
   r.cache_bytes = json.at("cache_bytes").get<std::int64_t>();
   if (!json.at("zipf").is_null()) r.zipf = json.at("zipf").get<double>();
   if (!json.at("shuffle").is_null()) r.shuffle = json.at("shuffle").get<std::uint64_t>();
+  r.note = text_from(json.at("note"));
   r.source = json.at("source").get<std::string>();
   r.model_torch = text_from(json.at("versions").at("model_torch"));
   r.model_transformers = text_from(json.at("versions").at("model_transformers"));

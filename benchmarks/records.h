@@ -142,6 +142,7 @@ struct Record {
   std::int64_t cache_bytes = 0;
   std::optional<double> zipf;
   std::optional<std::uint64_t> shuffle;
+  std::string note;  ///< why it is slower than nocache; empty (null in JSON): it is not
   std::string source;
   std::string model_torch;  ///< versions that exported the model; empty (null in JSON): unknown
   std::string model_transformers;
