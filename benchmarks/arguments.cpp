@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <set>
 #include <sstream>
 #include <system_error>
 
@@ -68,7 +69,8 @@ How it measures
 
 Quality (models with random weights: none, only divergence)
   accuracy         banking77, clinc150: linear probe on the pooled output, fitted on uncached training outputs.
-  choice_accuracy  openbookqa: the right choice has the largest sum of log-likelihoods (not divided by length).
+  choice_accuracy  openbookqa: the right choice has the largest sum of log-likelihoods; choice_accuracy_per_byte: the
+                   largest sum divided by the choice's length in bytes.
   perplexity       wikitext: of the tokens that are new in the request.
   answer_nll       squad: negative log-likelihood of the gold answer, nats a token; 'same answer': the share of served
                    requests whose cached request has the same gold answer, or like them none.
@@ -379,6 +381,10 @@ Arguments parse_arguments(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     throw Failure(fmt::format("{}; llmcache-bench --help lists the options", error.what()));
   }
+  static const std::set<std::string> kAnywhere = {"--models", "--data", "--json", "--threads", "--list"};
+  arguments.first_run = std::none_of(app.get_options().begin(), app.get_options().end(), [](const CLI::Option* one) {
+    return one->count() > 0 && kAnywhere.count(one->get_name()) == 0;
+  });
   arguments.kvcache_asked = mode->count() > 0 && arguments.has_mode("kvcache");
   arguments.doccache_asked = mode->count() > 0;
   arguments.budget_asked =

@@ -49,6 +49,7 @@ struct Arguments {
   std::filesystem::path data_folder;
   std::optional<std::filesystem::path> json;
   bool list = false;
+  bool first_run = false;  ///< nothing was asked for: what first_run() chooses
   std::string command;  ///< as typed, the program by its name only
 
   [[nodiscard]] bool has_mode(const std::string& mode) const;

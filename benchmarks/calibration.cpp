@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <chrono>
@@ -30,6 +31,7 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Argu
   if (!probe) return;
   scores_ = scores_of(*probe);
   first_ = first_unfitted(*probe, tokens);
+  probe_hash_ = XXH3_64bits(probe->weight.data(), probe->weight.size() * sizeof(probe->weight[0]));
 }
 
 BudgetOptions Calibration::options(const Setting& setting) const {
@@ -43,38 +45,67 @@ BudgetOptions Calibration::options(const Setting& setting) const {
 }
 
 void Calibration::calibrate(Cache& cache, const Setting& setting) {
-  const bool file = arguments_.calibration != "auto";
-  const auto start = std::chrono::steady_clock::now();
+  std::filesystem::path path;
+  if (arguments_.calibration != "auto") path = arguments_.calibration;
+  if (arguments_.first_run) path = kept_path(setting);
   try {
-    if (file && std::filesystem::exists(arguments_.calibration)) {
-      cache.use_calibration(CalibrationProfile::load(arguments_.calibration));
-    } else {
-      if (tokens_.fill_requests == 0) {
-        throw Failure(fmt::format("{} has no training part to calibrate on; name a profile by --calibration FILE",
-                                  tokens_.workload));
-      }
-      auto& sample = samples_[setting.weights];
-      if (sample.exit == nullptr) {
-        std::int64_t next = first_;
-        sample = cache.run_sample([&]() -> std::optional<Inputs> {
-          if (next == tokens_.fill_requests) return std::nullopt;
-          const std::int64_t number = next++;
-          return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
-        });
-      }
-      cache.calibrate(sample);
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      progress_.note(
-          fmt::format("note: {}: epsilon {}, early exit {}, weights {}: calibrated on {} requests of its training part "
-                      "({} different sequences) in {:.0f} s, before the clock started",
-                      tokens_.workload, *setting.epsilon, setting.early_exit, setting.weights, requests(),
-                      sample.sequences, seconds.count()));
-      if (file) cache.calibration()->save(arguments_.calibration);
+    if (!arguments_.first_run && !path.empty() && std::filesystem::exists(path)) {
+      cache.use_calibration(CalibrationProfile::load(path));
+    } else if (!arguments_.first_run || !take_kept(cache, path)) {
+      make(cache, setting);
+      if (!path.empty()) cache.calibration()->save(path);
     }
   } catch (const Error& error) {
     throw Failure(fmt::format("{}: {}", tokens_.workload, one_line(error)));
   }
   typical_distance_ = cache.calibration()->typical_distance;
+}
+
+std::filesystem::path Calibration::kept_path(const Setting& setting) const {
+  const auto folder = arguments_.models_folder / "calibrations";
+  std::error_code error;  // if there is none, saving says so
+  std::filesystem::create_directories(folder, error);
+  const auto bytes = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  const std::uint64_t data = XXH3_64bits_withSeed(tokens_.tokens.data(), bytes(tokens_.tokens), probe_hash_);
+  return folder / fmt::format("{}.{}.{}-{}-{}-{}.{:016x}.json", model_.cache().profile().digest.substr(0, 12),
+                              tokens_.workload, to_string(metric_), *setting.epsilon, setting.early_exit,
+                              setting.weights, data);
+}
+
+/// A profile that another version wrote, or that is damaged, is made again.
+bool Calibration::take_kept(Cache& cache, const std::filesystem::path& path) {
+  if (!std::filesystem::exists(path)) return false;
+  try {
+    cache.use_calibration(CalibrationProfile::load(path));
+    return true;
+  } catch (const Error& error) {
+    progress_.note(fmt::format("note: {}: {}; calibrating again", path.string(), one_line(error)));
+    return false;
+  }
+}
+
+void Calibration::make(Cache& cache, const Setting& setting) {
+  if (tokens_.fill_requests == 0) {
+    throw Failure(
+        fmt::format("{} has no training part to calibrate on; name a profile by --calibration FILE", tokens_.workload));
+  }
+  const auto start = std::chrono::steady_clock::now();
+  auto& sample = samples_[setting.weights];
+  if (sample.exit == nullptr) {
+    std::int64_t next = first_;
+    sample = cache.run_sample([&]() -> std::optional<Inputs> {
+      if (next == tokens_.fill_requests) return std::nullopt;
+      const std::int64_t number = next++;
+      return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
+    });
+  }
+  cache.calibrate(sample);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  progress_.note(
+      fmt::format("note: {}: epsilon {}, early exit {}, weights {}: calibrated on {} requests of its training part "
+                  "({} different sequences) in {:.0f} s, before the clock started",
+                  tokens_.workload, *setting.epsilon, setting.early_exit, setting.weights, requests(),
+                  sample.sequences, seconds.count()));
 }
 
 at::Tensor Calibration::pooled(const c10::IValue& output) const {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <optional>
 #include <string>
@@ -31,8 +32,9 @@ class Calibration {
   /// The options of a budget that the command line and the probe say; epsilon and early exit are the setting's.
   [[nodiscard]] BudgetOptions options(const Setting& setting) const;
 
-  /// Calibrates `cache`, or gives it the profile that --calibration names. The fill part runs once for all caches that
-  /// hold the weights alike. Throws Failure.
+  /// Calibrates `cache`, or gives it the profile that --calibration names, or in a run without options the one that an
+  /// earlier run kept beside the models. The fill part runs once for all caches that hold the weights alike. Throws
+  /// Failure.
   void calibrate(Cache& cache, const Setting& setting);
 
   /// Errors of the sequences of an answer against the plain model's, in the metric of the budget. Empty where they
@@ -44,6 +46,10 @@ class Calibration {
   [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests - first_; }
 
  private:
+  /// Where a run without options keeps a profile: its name tells model, data, probe and setting apart.
+  [[nodiscard]] std::filesystem::path kept_path(const Setting& setting) const;
+  [[nodiscard]] bool take_kept(Cache& cache, const std::filesystem::path& path);
+  void make(Cache& cache, const Setting& setting);
   [[nodiscard]] at::Tensor pooled(const c10::IValue& output) const;
 
   LoadedModel& model_;
@@ -56,6 +62,7 @@ class Calibration {
   std::int64_t first_ = 0;                            // request that is calibrated on
   std::map<std::string, CalibrationSample> samples_;  // by how weights are held
   double typical_distance_ = 0;
+  std::uint64_t probe_hash_ = 0;
 };
 
 }  // namespace llmcache::bench

@@ -51,6 +51,7 @@ struct Lane {
   std::vector<double> errors = {};       // one a sequence, in the metric of the budget, where one runs
   std::vector<double> divergences = {};  // one a request of which something came back, if nocache runs too
   std::vector<Sample> samples = {};      // one a request that can be scored
+  std::vector<Sample> samples_per_byte = {};  // of choices, where the lengths are known
   std::optional<LastLogits> last = {};   // of the request before
   GreedyCount greedy = {};
 
@@ -340,6 +341,9 @@ class Cell {
       for (std::size_t i = 0; i < lanes_.size(); ++i) {
         if (const auto sample = scorer_.sample(request.number, request.rows, scores[i])) {
           lanes_[i].samples.push_back(*sample);
+          if (const auto other = scorer_.sample_per_byte(request.number, scores[i])) {
+            lanes_[i].samples_per_byte.push_back(*other);
+          }
         }
       }
     }
@@ -459,7 +463,18 @@ class Cell {
     if (!lane.errors.empty()) r.observed_error = observed(lane.errors);
     if (lane.setting.mode != "nocache" && lane.setting.mode != "kvcache") r.filled = filled_;
     if (!file_.random_weights()) judge(lane, r);
+    if (plain != nullptr && r.speedup_vs_nocache < 1) r.note = why_slower(r, plain->latencies);
     return r;
+  }
+
+  [[nodiscard]] static std::string why_slower(const Record& r, const std::vector<double>& plain) {
+    const double cost = r.latency_ms.mean - mean(plain);
+    const double tokens = static_cast<double>(r.tokens) / static_cast<double>(r.requests);
+    const bool hits = r.hit_rate > 0 || r.tokens_reused_fraction > 0;
+    return fmt::format("{}: {:.2f} ms a request of {:.0f} tokens, which the model takes {:.1f} ms for",
+                       hits ? "hits save less than looking up and keeping costs"
+                            : "nothing repeats, so what is left is the cost of looking up and keeping",
+                       cost, tokens, mean(plain));
   }
 
   /// Wilson's interval of a share of errors; of other errors the normal one of their mean.
@@ -476,11 +491,15 @@ class Cell {
   }
 
   void judge(const Lane& lane, Record& r) const {
-    if (const auto metric = scorer_.metric(); metric && !lane.samples.empty()) {
-      const Lane* plain = plain_lane();
-      const Comparison c = compare(*metric, lane.samples, plain != nullptr ? plain->samples : std::vector<Sample>{});
-      r.task = {
-          .metric = to_string(*metric), .value = c.value, .baseline = c.baseline, .change = c.change, .ci95 = c.ci95};
+    const Lane* plain = plain_lane();
+    const auto result = [&](Metric metric, std::vector<Sample> Lane::*samples) {
+      const Comparison c = compare(metric, lane.*samples, plain != nullptr ? plain->*samples : std::vector<Sample>{});
+      return TaskResult{
+          .metric = to_string(metric), .value = c.value, .baseline = c.baseline, .change = c.change, .ci95 = c.ci95};
+    };
+    if (const auto metric = scorer_.metric(); metric && !lane.samples.empty()) r.task = result(*metric, &Lane::samples);
+    if (!lane.samples_per_byte.empty()) {
+      r.task_per_byte = result(Metric::kChoiceAccuracyPerByte, &Lane::samples_per_byte);
     }
     if (lane.setting.mode == "nocache" || lane.setting.mode == "kvcache") return;
     if (tokens_.task == Task::kDuplicates) {

@@ -43,6 +43,7 @@ void read_sidecar(const fs::path& path, std::uintmax_t model_bytes, ModelFile& m
   model.dtype = text(sidecar, "dtype");
   model.vocabulary = count("vocab");
   model.max_tokens = count("max_tokens");
+  if (sidecar.contains("family")) model.family = text(sidecar, "family");
   if (sidecar.contains("output")) model.output = text(sidecar, "output");
   if (sidecar.contains("sha256")) model.sha256 = text(sidecar, "sha256");
   const auto versions = sidecar.find("versions");

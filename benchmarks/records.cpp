@@ -126,6 +126,15 @@ Summary summary_from(const Json& json) {
 }
 
 /// Older results have no budgets.
+std::optional<TaskResult> task_from(const Json& json) {
+  if (json.is_null()) return std::nullopt;
+  return TaskResult{.metric = json.at("metric").get<std::string>(),
+                    .value = number_from(json.at("value")),
+                    .baseline = number_from(json.at("baseline")),
+                    .change = number_from(json.at("change")),
+                    .ci95 = interval_from(json.at("ci95"))};
+}
+
 void read_budget(const Json& json, Record& r) {
   if (const Json error = json.value("observed_error", Json(nullptr)); !error.is_null()) {
     r.observed_error = {.value = number_from(error.at("value")),
@@ -193,13 +202,8 @@ void read_similarity(const Json& json, Record& r) {
   read_maybe(json.at("capacity_bytes"), r.capacity_bytes);
   if (!json.at("hit_rate_by_layer").is_null())
     r.hit_rate_by_layer = json["hit_rate_by_layer"].get<std::vector<double>>();
-  if (const Json& t = json.at("task"); !t.is_null()) {
-    r.task = {.metric = t.at("metric").get<std::string>(),
-              .value = number_from(t.at("value")),
-              .baseline = number_from(t.at("baseline")),
-              .change = number_from(t.at("change")),
-              .ci95 = interval_from(t.at("ci95"))};
-  }
+  r.task = task_from(json.at("task"));
+  r.task_per_byte = task_from(json.at("task_per_byte"));
   r.recall = number_from(json.at("recall"));
   if (const Json& u = json.at("unsafe_served"); !u.is_null()) {
     r.unsafe_served = {.rate = rate_from(u), .unlabelled = u.at("unlabelled").get<std::int64_t>()};
@@ -251,6 +255,7 @@ Json to_json(const Record& r, const Versions& versions) {
       {"hit_rate", number(r.hit_rate)},
       {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
       {"task", task(r.task)},
+      {"task_per_byte", task(r.task_per_byte)},
       {"recall", number(r.recall)},
       {"unsafe_served", unsafe_served(r.unsafe_served)},
       {"same_answer", same_answer(r.same_answer)},
@@ -259,6 +264,7 @@ Json to_json(const Record& r, const Versions& versions) {
       {"cache_bytes", r.cache_bytes},
       {"zipf", maybe(r.zipf)},
       {"shuffle", maybe(r.shuffle)},
+      {"note", text(r.note)},
       {"source", r.source},
       {"versions",
        {{"llmcache", versions.llmcache},
@@ -302,6 +308,7 @@ Record record_from_json(const Json& json) {
   r.cache_bytes = json.at("cache_bytes").get<std::int64_t>();
   if (!json.at("zipf").is_null()) r.zipf = json.at("zipf").get<double>();
   if (!json.at("shuffle").is_null()) r.shuffle = json.at("shuffle").get<std::uint64_t>();
+  r.note = text_from(json.at("note"));
   r.source = json.at("source").get<std::string>();
   r.model_torch = text_from(json.at("versions").at("model_torch"));
   r.model_transformers = text_from(json.at("versions").at("model_transformers"));

@@ -134,6 +134,7 @@ struct Record {
   double hit_rate = kNotMeasured;
   std::vector<double> hit_rate_by_layer;  ///< empty (null in JSON): the mode has none
   std::optional<TaskResult> task;
+  std::optional<TaskResult> task_per_byte;  ///< of choices: by log-likelihoods a byte
   double recall = kNotMeasured;
   std::optional<UnsafeServed> unsafe_served;
   std::optional<Rate> same_answer;
@@ -141,6 +142,7 @@ struct Record {
   std::int64_t cache_bytes = 0;
   std::optional<double> zipf;
   std::optional<std::uint64_t> shuffle;
+  std::string note;  ///< why it is slower than nocache; empty (null in JSON): it is not
   std::string source;
   std::string model_torch;  ///< versions that exported the model; empty (null in JSON): unknown
   std::string model_transformers;

@@ -9,6 +9,8 @@
 #include <system_error>
 
 #include "failure.h"
+#include "first_run.h"
+#include "probe.h"
 #include "table.h"
 
 namespace llmcache::bench {
@@ -65,6 +67,19 @@ void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vect
   if (files.size() > 1) std::erase_if(files, [](const WorkloadFile& file) { return file.workload == kSample; });
 }
 
+/// What a run without options measures: real data where both they and a sample of their kind are there.
+void keep_first_run(const Arguments& arguments, const ModelFile& model, std::vector<WorkloadFile>& files) {
+  std::set<std::string> names;
+  for (const WorkloadFile& file : files) names.insert(file.workload);
+  std::erase_if(files, [&](const WorkloadFile& file) {
+    const std::string kind = kind_of(file.workload);
+    if (kind != file.workload && names.contains(kind)) return true;
+    std::error_code error;
+    const bool probe = fs::exists(probe_path(arguments.data_folder, file.workload, model.name), error);
+    return first_run(arguments, model, file.workload, probe).empty();
+  });
+}
+
 std::vector<ModelFile> chosen_models(const Arguments& arguments) {
   std::vector<ModelFile> models;
   const auto add = [&](const fs::path& path) {
@@ -111,6 +126,10 @@ std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector
   std::vector<WorkloadFile> fitting;
   std::copy_if(all.begin(), all.end(), std::back_inserter(fitting),
                [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
+  if (arguments.first_run) {
+    keep_first_run(arguments, model, fitting);
+    return fitting;
+  }
   if (arguments.workloads.empty()) {
     keep_defaults(arguments, model, fitting);
     if (fitting.empty() && !arguments.models.empty()) {

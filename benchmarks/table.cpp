@@ -49,12 +49,13 @@ bool varies(const std::vector<Record>& records, const Field& field) {
 std::string quality(const Record& r) {
   if (r.weights.starts_with("random")) return "divergence only";
   std::string text;
-  if (r.task) {
-    const TaskResult& t = *r.task;
-    const bool percent = t.metric == "accuracy" || t.metric == "choice_accuracy" || t.metric == "precision";
+  for (const auto& result : {r.task, r.task_per_byte}) {
+    if (!result) continue;
+    const TaskResult& t = *result;
+    const bool percent = t.metric.find("accuracy") != std::string::npos || t.metric == "precision";
     const double scale = percent ? 100 : 1;
     const int digits = percent ? 1 : 3;
-    text = fmt::format("{} {}{}", t.metric, number(scale * t.value, digits), percent ? "%" : "");
+    text += fmt::format("{}{} {}{}", text.empty() ? "" : "; ", t.metric, number(scale * t.value, digits), percent ? "%" : "");
     if (r.mode != "nocache" && !std::isnan(t.change)) {
       text += fmt::format(", {:+.{}f} [{:+.{}f}, {:+.{}f}]", scale * t.change, digits, scale * t.ci95.low, digits,
                           scale * t.ci95.high, digits);

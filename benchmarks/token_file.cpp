@@ -75,6 +75,8 @@ class TaskReader {
     file_.partner = optional("partner", file_.requests(), "request");
     file_.pair_label = optional("pair_label", file_.requests(), "request");
     file_.pool = optional("pool", static_cast<std::int64_t>(file_.tokens.size()), "token");
+    file_.scored_bytes = optional("scored_bytes", file_.sequences(), "sequence");
+    check_range(file_.scored_bytes, 1, std::int64_t{1} << 40, "scored_bytes", in_);
     for (const std::int64_t mark : file_.pool) {
       if (mark != 0 && mark != 1) in_.damaged(fmt::format("pool has the value {}, expected 0 or 1", mark));
     }

@@ -63,6 +63,7 @@ struct TokenFile {
   std::vector<std::string> label_names;
   std::vector<std::int64_t> labels;      ///< empty, or one a sequence
   std::vector<TokenRange> scored;        ///< empty, or one a sequence
+  std::vector<std::int64_t> scored_bytes;  ///< empty, or one a sequence: length of the scored text
   std::vector<std::int64_t> group;       ///< empty, or one a request
   std::vector<std::int64_t> partner;     ///< empty, or one a request
   std::vector<std::int64_t> pair_label;  ///< empty, or one a request

@@ -359,9 +359,10 @@ class DocumentVariant final : public Variant {
 
 double Run::total_ms() const { return std::accumulate(ms.begin(), ms.end(), 0.0); }
 
-std::string cache_name(const Setting& setting) {
-  return fmt::format("{} {} {} {} {}", setting.fidelity, setting.threshold.value_or(0), setting.eviction,
-                     setting.capacity_mib.value_or(0), setting.weights);
+std::string cache_name(const Setting& setting, const Arguments& arguments) {
+  const bool keeps_layers = setting.threshold.has_value();
+  return fmt::format("{} {} {} {} {} {}", setting.fidelity, setting.threshold.value_or(0), setting.eviction,
+                     setting.capacity_mib.value_or(0), setting.weights, keeps_layers ? arguments.cache_layers : "");
 }
 
 Options cache_options(const Setting& setting, const Arguments& arguments, const FingerprintOptions& fingerprint,
@@ -403,7 +404,7 @@ std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantConte
       options.fidelity == Fidelity::kThreshold && (context.fingerprint.pca || context.arguments.shadow_rate > 0);
   std::shared_ptr<Cache> cache =
       own ? context.model.make_cache(options)  // fitted on this workload; a threshold that moves stays moved
-          : context.model.cache_named(cache_name(setting), options);
+          : context.model.cache_named(cache_name(setting, context.arguments), options);
   return std::make_unique<LayerCacheVariant>(setting, context, std::move(cache));
 }
 

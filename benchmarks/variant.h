@@ -93,7 +93,7 @@ struct VariantContext {
 std::unique_ptr<Variant> make_variant(const Setting& setting, const VariantContext& context);
 
 /// By which LoadedModel knows the cache of a setting of mode llmcache.
-std::string cache_name(const Setting& setting);
+std::string cache_name(const Setting& setting, const Arguments& arguments);
 
 /// Options of a LayerCache for a setting of mode llmcache or kvcache.
 Options cache_options(const Setting& setting, const Arguments& arguments, const FingerprintOptions& fingerprint,

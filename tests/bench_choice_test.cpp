@@ -13,6 +13,7 @@
 #include "arguments.h"
 #include "bench_support.h"
 #include "budget.h"
+#include "first_run.h"
 #include "model_files.h"
 #include "selection.h"
 #include "token_file.h"
@@ -67,6 +68,7 @@ class ChoiceTest : public ::testing::Test {
     std::ofstream(folder_ / "models/m.pt") << "x";
     const Json sidecar = {{"weights", weights},
                           {"tokenizer", "t"},
+                          {"family", "decoder"},
                           {"dtype", "float32"},
                           {"vocab", 10},
                           {"max_tokens", 64},
@@ -89,6 +91,49 @@ TEST_F(ChoiceTest, ByDefault) {
   EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "openbookqa", "squad"));
   arguments_.shots = 5;
   EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa-5shot", "squad"));
+}
+
+TEST(FirstRunTest, MeasuresWhatAUserWouldChoose) {
+  const Arguments none;
+  ModelFile encoder{.name = "minilm-pooled", .weights = "pypi:x 1", .tokenizer = "bert-base-uncased"};
+  encoder.family = "encoder";
+  const auto fidelities = [](const Part& part) { return part.arguments.fidelities; };
+  const auto questions = first_run(none, encoder, "sample-faq", true);
+  ASSERT_EQ(questions.size(), 3U);
+  EXPECT_THAT(fidelities(questions[0]), ElementsAre("lossless", "budget", "threshold"));
+  EXPECT_THAT(questions[0].arguments.epsilons, ElementsAre(0.02));
+  EXPECT_TRUE(questions[0].arguments.equal_error);
+  EXPECT_EQ(questions[1].arguments.thresholds.size(), 4U);
+  EXPECT_EQ(questions[2].arguments.capacities_mib.size(), 4U);
+  EXPECT_EQ(first_run(none, encoder, "banking77", true).size(), 3U) << "real data as the sample of their kind";
+  EXPECT_TRUE(first_run(none, encoder, "sample-faq", false).empty()) << "no probe, nothing to judge answers by";
+  EXPECT_EQ(first_run(none, encoder, "sample-edits-200", false)[0].arguments.metric, "relative");
+
+  ModelFile decoder{.name = "smollm2", .weights = "pypi:x 1", .tokenizer = "smollm2"};
+  decoder.family = "decoder";
+  for (const char* name : {"sample-chat", "squad", "sample-choices", "wikitext", "generate-128"}) {
+    const auto parts = first_run(none, decoder, name, false);
+    ASSERT_EQ(parts.size(), 1U) << name;
+    EXPECT_THAT(parts[0].arguments.modes, ElementsAre("nocache", "kvcache", "llmcache"));
+    EXPECT_THAT(fidelities(parts[0]), ElementsAre("lossless"));
+  }
+  decoder.weights = encoder.weights = "random (seed 0)";
+  for (const ModelFile& model : {encoder, decoder}) {
+    for (const char* name : {"wikitext", "sample-documents", "openbookqa"}) {  // the paper's nine cells
+      const auto parts = first_run(none, model, name, false);
+      ASSERT_EQ(parts.size(), 1U) << name;
+      EXPECT_TRUE(parts[0].arguments.doccache_asked && parts[0].arguments.threshold_asked);
+    }
+    EXPECT_TRUE(first_run(none, model, "sample-faq", false).empty());
+  }
+}
+
+TEST_F(ChoiceTest, WithoutOptionsRealDataComeBeforeTheSample) {
+  arguments_.first_run = true;
+  EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "openbookqa", "squad"));
+  file("sample-articles");
+  file("sample-chat");
+  EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "openbookqa", "sample-articles", "squad"));
 }
 
 TEST_F(ChoiceTest, ByName) {
@@ -151,6 +196,10 @@ TEST(ArgumentsTest, ReadsListsAndRefusesNonsense) {
   EXPECT_THAT(arguments.modes, ElementsAre("llmcache"));
   EXPECT_EQ(arguments.zipf, 1.5);
   EXPECT_EQ(arguments.command, "llmcache-bench --model a,b --model c --mode llmcache --zipf 1.5");
+  EXPECT_FALSE(arguments.first_run);
+  EXPECT_FALSE(parse({"--limit", "3"}).first_run);
+  EXPECT_TRUE(parse({}).first_run);
+  EXPECT_TRUE(parse({"--threads", "2", "--json", "x.json"}).first_run) << "where and how, not what";
   expect_failure([&] { parse({"--equal-error"}); }, "name budget in --fidelity");
   expect_failure([&] { parse({"--bank-format", "int8", "--fidelity", "lossless"}); }, "name budget in --fidelity");
   EXPECT_TRUE(parse({"--equal-error", "--fidelity", "lossless,budget"}).equal_error);

@@ -105,6 +105,27 @@ TEST_F(ScoreTest, ChoiceOfTheLargestSum) {
   EXPECT_EQ(score(scorer, 0, at::full({2, 3, 5}, NAN))->value, 0) << "NaN is never right";
 }
 
+TEST_F(ScoreTest, ChoiceByByteIsNotThatOfTheSum) {
+  file.task = Task::kChoice;
+  const Scorer scorer(file, logits, 5, std::nullopt);
+  at::Tensor values = at::full({2, 3, 5}, std::log(0.125));
+  values[1].fill_(std::log(0.2));
+  values[0][0][1] = std::log(0.5);
+  values[0][1][2] = std::log(0.5);  // row 0: -1.39 in all; row 1, which is right: -1.61
+  const auto one = [&] {
+    const auto rows = file.request(0, 100);
+    const auto all = scorer.token_scores(0, rows, {all_of(c10::IValue(values), rows)}, nullptr);
+    return std::pair(scorer.sample(0, rows, all), scorer.sample_per_byte(0, all));
+  };
+  EXPECT_FALSE(one().second.has_value()) << "lengths are not known";
+  file.scored_bytes.assign(static_cast<std::size_t>(file.sequences()), 4);
+  file.scored_bytes[1] = 8;
+  EXPECT_EQ(one().first->value, 0);
+  EXPECT_EQ(one().second->value, 1) << "-0.35 a byte against -0.2";
+  file.scored_bytes[0] = 16;
+  EXPECT_EQ(one().second->value, 0);
+}
+
 TEST_F(ScoreTest, AccuracyOfTheProbe) {
   file.task = Task::kClassification;
   const Scorer scorer(file, pooled, 5, probe);

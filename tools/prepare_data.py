@@ -32,6 +32,7 @@ from traffic import (
     AS_IT_IS,
     ASSISTANT,
     EDIT_KINDS,
+    INSTRUCTED,
     MAX_TOKENS,
     NEXT_USER,
     SYSTEM,
@@ -39,7 +40,7 @@ from traffic import (
     Sequence,
     Traffic,
 )
-from workloads import SHOTS, WORKLOADS, Workload, named, with_shots
+from workloads import SHOTS, WORKLOADS, Workload, named, stand_in_for, with_shots
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -58,11 +59,19 @@ CODE = (  # files made by another version of these are made again
     "token_file.py",
 )
 # How the turns of a conversation are marked: as the model was trained to read them, or in plain words.
-PLAIN_MARKS = {SYSTEM: "", USER: "User: ", ASSISTANT: "\nAssistant:", ANSWER: " ", NEXT_USER: "\nUser: "}
+PLAIN_MARKS = {
+    SYSTEM: "",
+    INSTRUCTED: "{}\n\n",
+    USER: "User: ",
+    ASSISTANT: "\nAssistant:",
+    ANSWER: " ",
+    NEXT_USER: "\nUser: ",
+}
 END_OF_TURN = "<|im_end|>"
 CHAT_MARKS = {
     "smollm2": {
         SYSTEM: "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+        INSTRUCTED: "<|im_start|>system\n{}<|im_end|>\n",
         USER: "<|im_start|>user\n",
         ASSISTANT: f"{END_OF_TURN}\n<|im_start|>assistant\n",
         ANSWER: "",
@@ -150,6 +159,8 @@ class Encoded:
 def written(piece: str, marks: dict[str, str]) -> str:
     if piece.startswith(ANSWER):
         return marks[ANSWER] + piece.removeprefix(ANSWER)
+    if piece.startswith(INSTRUCTED):
+        return marks[INSTRUCTED].format(piece.removeprefix(INSTRUCTED))
     return marks.get(piece, piece)
 
 
@@ -214,6 +225,8 @@ def build(workload: Workload, tokenizer: Tokenizer, traffic: Traffic) -> tuple[A
                 add("labels", sequence.label)
             if task in ("choice", "perplexity", "answer"):
                 add("scored", row.scored)
+            if task == "choice":
+                add("scored_bytes", len(sequence.pieces[sequence.scored or 0].strip().encode()))
             arrays.setdefault("pool", []).extend(row.pool or [])
             add("edit_kind", EDIT_KINDS.index(sequence.edit_kind) if sequence.edit_kind else None)
             add("edit_percent", sequence.edit_percent)
@@ -283,7 +296,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         raise DataError(
             f"{path.name}: token id {arrays['tokens'].max()} does not fit a model with a vocabulary of {vocab}"
         )
-    source = "data/sample/sample.jsonl" if workload.name == "sample" else ", ".join(workload.files)
+    source = ", ".join(f"data/sample/{file}" if workload.of_sample else file for file in workload.files)
     if tokenizer.stand_in:
         source += f" (token ids of {tokenizer.stand_in}, which stand in for {tokenizer.name}'s)"
     metadata = {
@@ -302,7 +315,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
         metadata["stand_in"] = tokenizer.stand_in
     if workload.new_tokens:
         metadata["new_tokens"] = str(workload.new_tokens)
-        end = tokenizer.end_of_turn() if workload.name == "chat" else None
+        end = tokenizer.end_of_turn() if workload.conversations else None
         if end is not None:
             metadata["stop_token"] = str(end)
     if traffic.label_names:
@@ -319,6 +332,34 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
     )
 
 
+def asked_for(options: argparse.Namespace) -> list[Workload]:
+    default = [name for name, workload in WORKLOADS.items() if not workload.on_request]
+    names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
+    if not options.shots:
+        return [WORKLOADS[name] for name in names]
+    if not options.only:
+        return [*(WORKLOADS[name] for name in names), with_shots(WORKLOADS[SHOTS], options.shots)]
+    takes_shots = {name for name, workload in WORKLOADS.items() if workload.examples}
+    asked = [
+        with_shots(WORKLOADS[name], options.shots) if name in takes_shots else WORKLOADS[name] for name in names
+    ]
+    return asked if takes_shots & set(names) else [*asked, with_shots(WORKLOADS[SHOTS], options.shots)]
+
+
+def found_or_stand_in(workload: Workload, folders: list[Path]) -> tuple[Workload, Path] | None:
+    """The workload, or the sample of its kind, and where its files are; None if neither is there."""
+    if workload.of_sample:
+        return workload, SAMPLE
+    folder = raw_folder_of(workload.files, folders)
+    if folder:
+        return workload, folder
+    absent = [file for file in workload.files if raw_folder_of((file,), folders) is None] or workload.files
+    instead = stand_in_for(workload)
+    falls_back = f"the workload '{instead.name}' stands in" if instead else "left out: no sample is of its kind"
+    print(f"{workload.name}: {', '.join(absent)} is not in the raw data, {falls_back}", flush=True)
+    return (instead, SAMPLE) if instead else None
+
+
 def run(options: argparse.Namespace) -> None:
     chosen = raw_folders(options.raw, options.downloaded)
     for folder, how in chosen:
@@ -326,34 +367,16 @@ def run(options: argparse.Namespace) -> None:
     if not chosen:
         print("raw data: none, only the repository's sample", flush=True)
     folders = [folder for folder, _ in chosen]
-    workloads = dict(WORKLOADS)
-    default = [name for name, workload in WORKLOADS.items() if not workload.on_request]
-    names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
-    if options.shots:
-        shot = with_shots(options.shots)
-        workloads[shot.name] = shot
-        names = [shot.name if options.only and name == SHOTS else name for name in names]
-        if shot.name not in names:
-            names.append(shot.name)
-    raw = {name: raw_folder_of(workloads[name].files, folders) for name in names}
-    missing = [name for name in names if raw[name] is None and name != "sample"]
-    for name in missing:
-        files = [file for file in workloads[name].files if raw_folder_of((file,), folders) is None]
-        absent = ", ".join(files or workloads[name].files)
-        print(f"{name}: {absent} is not in the raw data, falls back to the workload 'sample'", flush=True)
-    if missing and "sample" not in names:
-        names.append("sample")
+    wanted = [found for workload in asked_for(options) if (found := found_or_stand_in(workload, folders))]
+    if not wanted:
+        raise DataError("nothing of what was asked for is there; give --raw, or fetch it: tools/run.sh data")
     vocabulary = vocabularies(options.models)
     if options.models and not vocabulary:
         raise DataError(f"no model in {options.models} uses one of {', '.join(TOKENIZERS)}; run export_models.py first")
     gpt2 = raw_folder_of(GPT2_FILES, folders)
     tokenizers = [Tokenizer(name, gpt2) for name in TOKENIZERS if not vocabulary or name in vocabulary]
     with folder_lock(options.out):
-        for name in names:
-            workload = workloads[name]
-            if name in missing:
-                continue
-            folder = SAMPLE if name == "sample" else raw[name]
+        for workload, folder in {workload.name: (workload, folder) for workload, folder in wanted}.values():
             sources = [folder / file for file in workload.files]
             for tokenizer in tokenizers:
                 if not (workload.decoders_only if tokenizer.encoder else workload.encoders_only):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import string
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raw_files import DataError, bad_line, json_lines, lines, number_of, text_of, tsv_rows
 from traffic import (
     ASSISTANT,
+    INSTRUCTED,
     MAX_TOKENS,
     NEXT_USER,
     SYSTEM,
@@ -25,6 +28,8 @@ from traffic import (
     single,
     some,
 )
+
+T = TypeVar("T")
 
 
 def _question(passage: str, question: str, answer: str | None = None) -> Sequence:
@@ -78,8 +83,8 @@ def read_beginnings(path: Path) -> Traffic:
     return Traffic(some([Request([single(text)]) for text in texts], path))
 
 
-def _conversation(turns: list[str]) -> Request:
-    parts = [(SYSTEM, USER, turns[0], ASSISTANT), *((NEXT_USER, turn, ASSISTANT) for turn in turns[1:])]
+def _conversation(turns: list[str], system: str = SYSTEM) -> Request:
+    parts = [(system, USER, turns[0], ASSISTANT), *((NEXT_USER, turn, ASSISTANT) for turn in turns[1:])]
     return Request([Sequence((turn, None), part) for turn, part in zip(turns, parts, strict=True)])
 
 
@@ -98,6 +103,35 @@ def read_chat(bench: Path, two_turns: Path) -> Traffic:
     for number, row in json_lines(two_turns):
         requests.append(_conversation([text_of(row, turn, two_turns, number) for turn in ("u0", "u1")]))
     return Traffic(some(shuffled(requests), bench))
+
+
+def systems_of(path: Path) -> dict[str, str]:
+    """The system prompts of a file, by their names."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
+        raise DataError(f"{path}: expected one JSON object of names and texts; fetch the file again")
+    return found
+
+
+def system_of(row: dict[str, Any], systems: dict[str, str], path: Path, number: int) -> str:
+    """The piece that a row's system prompt is."""
+    name = text_of(row, "system", path, number)
+    if name not in systems:
+        raise bad_line(path, number, f"'system' is {name!r}", f"one of {', '.join(systems)}")
+    return INSTRUCTED + systems[name]
+
+
+def read_instructed_chat(chat: Path, system_prompts: Path) -> Traffic:
+    """Conversations behind one of a few system prompts; what the model answers is not part of them."""
+    systems = systems_of(system_prompts)
+    requests = [
+        _conversation(turns_of(row, chat, number), system_of(row, systems, chat, number))
+        for number, row in json_lines(chat)
+    ]
+    return Traffic(some(shuffled(requests), chat))
 
 
 def normal_answer(text: str) -> str:
@@ -173,12 +207,14 @@ def read_intents(
     most: int | None = None,
     apart: bool = False,
     without: str | None = None,
+    repeats: float = 0,
 ) -> Traffic:
     """Labelled texts in batches of eight: the training file fills the cache, the test file asks.
 
     In front of each text stands the instruction, if there is one, which is no part of what is pooled. At most
     `most` training texts fill; where the parts are to be `apart`, none that the test file has too. Texts of the class
-    `without` are left out."""
+    `without` are left out. Of what asks, the share `repeats` says again word for word what was asked before: popular
+    texts more often, the most popular one twice as often as the second (Zipf's law)."""
     rows: dict[Path, list[tuple[str, str]]] = {}
     known: set[str] = set()
     for path in (train, test):
@@ -204,8 +240,17 @@ def read_intents(
         return replace(single(f"{instruction} {text}", numbers[label]), pool_from=len(instruction) + 1)
 
     texts = {path: shuffled(sequence(*row) for row in rows[path]) for path in (train, test)}
-    fill, ask = batches(texts[train][:most], 8), batches(texts[test], 8)
+    fill, ask = batches(texts[train][:most], 8), batches(with_repeats(texts[test], repeats), 8)
     return Traffic(fill + ask, fill=len(fill), label_names=names)
+
+
+def with_repeats(items: list[T], share: float) -> list[T]:
+    """The items in random order, with so many further draws among them that these are that share of all. The item at
+    place p of the list is drawn with a weight of 1 / p."""
+    draw = random.Random(0)
+    count = round(share / (1 - share) * len(items))
+    weights = [1 / place for place in range(1, len(items) + 1)]
+    return shuffled([*items, *draw.choices(items, weights, k=count)]) if count else items
 
 
 def read_news(path: Path, fill: int) -> Traffic:

@@ -324,6 +324,7 @@ main_bench() {
   # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
   if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then
     mapfile -t budgets < <(values_of --fidelity "$@" | grep -x budget)
+    (($# > 0)) || budgets=(budget)  # a run without options has some
     fit_probes ${budgets[0]:+--fit-share "$PROBE_SHARE_FOR_BUDGETS"}
   fi
   run_benchmark "$@"

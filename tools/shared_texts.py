@@ -7,9 +7,10 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from raw_files import DataError, json_lines, text_of
-from readers import gold_answer, normal_answer, turns_of
+from raw_files import DataError, bad_line, json_lines, text_of
+from readers import gold_answer, normal_answer, system_of, systems_of, turns_of
 from traffic import (
     ANSWER,
     AS_IT_IS,
@@ -114,8 +115,8 @@ def _dialogues(bench: Path, two_turns: Path, contextual: Path) -> list[Dialogue]
     return found
 
 
-def _conversation(texts: list[str]) -> tuple[str, ...]:
-    pieces = [SYSTEM]
+def _conversation(texts: list[str], system: str = SYSTEM) -> tuple[str, ...]:
+    pieces = [system]
     for place in range(0, len(texts), 2):
         question, answer = texts[place : place + 2]
         pieces += [NEXT_USER if place else USER, question, ASSISTANT, ANSWER + answer]
@@ -156,9 +157,7 @@ def _with_corrections(texts: list[str], vocabulary: list[str], group: int) -> li
     share = 100 / sum(len(text.split()) for text in texts)
 
     def request(kind: str, percent: float, changed: list[str]) -> Request:
-        pieces = _conversation(changed)
-        sequence = Sequence((changed[0], None), pieces, scored=len(pieces) - 1, edit_kind=kind, edit_percent=percent)
-        return Request([sequence], group=group)
+        return _corrected_request(kind, percent, changed, SYSTEM, group)
 
     found: dict[tuple[str, ...], None] = {}
     for _ in range(CORRECTIONS):
@@ -168,3 +167,40 @@ def _with_corrections(texts: list[str], vocabulary: list[str], group: int) -> li
             found[(*texts[:place], corrected, *texts[place + 1 :])] = None
     original = request(AS_IT_IS, 0, texts)
     return [original, *(request("substituted", share, list(changed)) for changed in found)]
+
+
+def read_instructed_corrections(chat: Path, system_prompts: Path) -> Traffic:
+    """Conversations with their answers behind one of a few system prompts, each as it was and then as corrected in an
+    early turn, where it has a correction; the last answer is scored. The first half fills, the second asks."""
+    systems = systems_of(system_prompts)
+    conversations: list[list[Request]] = []
+    for number, row in json_lines(chat):
+        turns, answers = turns_of(row, chat, number), row.get("reference")
+        if not isinstance(answers, list) or len(answers) != len(turns):
+            raise bad_line(chat, number, f"'reference' is {str(answers)[:40]}", "an answer to each turn")
+        system = system_of(row, systems, chat, number)
+        texts = [str(text) for turn in zip(turns, answers, strict=True) for text in turn]
+        versions = [(AS_IT_IS, 0.0, texts)]
+        if row.get("corrected"):
+            place, text = _correction(row, turns, chat, number)
+            share = 100 / sum(len(part.split()) for part in texts)
+            versions.append(("substituted", share, [*texts[: 2 * place], text, *texts[2 * place + 1 :]]))
+        conversations.append([_corrected_request(*version, system, len(conversations)) for version in versions])
+    conversations = shuffled(conversations)
+    half = len(conversations) // 2
+    fill = sum(map(len, conversations[:half]))
+    return Traffic(some([request for versions in conversations for request in versions], chat), fill=fill)
+
+
+def _correction(row: dict[str, Any], turns: list[str], path: Path, number: int) -> tuple[int, str]:
+    corrected = row["corrected"]
+    place = corrected.get("turn") if isinstance(corrected, dict) else None
+    if not isinstance(place, int) or not 0 <= place < len(turns) - 1:
+        raise bad_line(path, number, f"'corrected' is {str(corrected)[:40]}", "the number of an early turn, and its text")
+    return place, text_of(corrected, "text", path, number)
+
+
+def _corrected_request(kind: str, percent: float, texts: list[str], system: str, group: int) -> Request:
+    pieces = _conversation(texts, system)
+    sequence = Sequence((texts[0], None), pieces, scored=len(pieces) - 1, edit_kind=kind, edit_percent=percent)
+    return Request([sequence], group=group)

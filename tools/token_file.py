@@ -7,6 +7,7 @@ What the task needs, where it applies:
   labels            int64   [sequences]: classification: the class (also in the fill part); choice: 1 right, 0 wrong
   scored            int64   [sequences, 2]: tokens [begin, end) of the sequence whose log-likelihood is scored, begin
                             at least 1; begin = end where nothing is scored (an unanswerable question)
+  scored_bytes      int64   [sequences]: choice: length in bytes of the text that is scored
   group             int64   [requests]: answer: number of the gold answer, equal answers have equal numbers, -1 none
   partner           int64   [requests]: duplicates: the fill request that the asking pair names; -1 in the fill part
   pair_label        int64   [requests]: duplicates: 1 duplicate, 0 not; -1 in the fill part

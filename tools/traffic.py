@@ -20,6 +20,7 @@ MAX_TOKENS = 512
 # Pieces, or with ANSWER the beginning of one, that each tokenizer writes in its own way, see prepare_data.py.
 SYSTEM, USER, ASSISTANT, NEXT_USER = "\0system", "\0user", "\0assistant", "\0next user"
 ANSWER = "\0answer "
+INSTRUCTED = "\0instructed "  # the same of a system prompt of the conversation's own
 AS_IT_IS = "none"
 EDIT_KINDS = (AS_IT_IS, "substituted", "inserted", "deleted", "appended", "moved")
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from instructions import INSTRUCTIONS
 from readers import (
     read_beginnings,
     read_chat,
+    read_instructed_chat,
     read_intents,
     read_news,
     read_openbookqa,
@@ -21,7 +22,15 @@ from readers import (
     read_stsb,
     read_wikitext,
 )
-from shared_texts import CORRECTIONS, DIALOGUES, POOL, TOGETHER, read_corrections, read_passages
+from shared_texts import (
+    CORRECTIONS,
+    DIALOGUES,
+    POOL,
+    TOGETHER,
+    read_corrections,
+    read_instructed_corrections,
+    read_passages,
+)
 from traffic import EDIT_KINDS, MAX_TOKENS, Traffic
 
 NEW_TOKENS = 32  # that are generated for each prompt
@@ -32,6 +41,9 @@ FILL_SHUFFLED = "fill part and asking part each shuffled, seed 0"
 EDIT_TOKENS = (128, 256, 512)
 NEWS_FILL = 2000  # articles
 INSTRUCTED_FILL = 4000  # queries
+REPEATS = 0.3  # of the sample's questions
+SAMPLE_DOCUMENTS, SAMPLE_ARTICLES = "documents/documents.jsonl", "articles/articles.raw"
+SAMPLE_EDIT_TOKENS, SAMPLE_PERCENTS = 200, (1, 2, 5, 10)
 FIT_SHARE = 0.5  # half of what fills is left to calibrate on
 
 
@@ -51,6 +63,10 @@ class Workload:
     prompt_tokens: int = 0  # each sequence is cut to that many, shorter ones are left out; 0: as they are
     fit_share: float = 1.0  # task classification: a probe is fitted on the first of the requests that fill
     new_tokens: int = 0  # task generation: that many are generated behind each sequence
+    conversations: bool = False  # task generation: an answer ends where the model ends its turn
+    examples: str = ""  # the file of solved examples that can stand in front
+    of_sample: bool = False  # its files are below data/sample, not below the raw folder
+    stands_in_for: tuple[str, ...] = ()  # the workloads whose place it takes where their raw data are missing
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -64,7 +80,6 @@ WORKLOADS: dict[str, Workload] = {
             IN_ORDER,
             read_wikitext,
             task="perplexity",
-            decoders_only=True,
             growing=True,
         ),
         Workload(
@@ -83,6 +98,7 @@ WORKLOADS: dict[str, Workload] = {
             IN_ORDER,
             read_openbookqa,
             task="choice",
+            examples="openbookqa/train_sample.jsonl",
         ),
         Workload(
             "banking77",
@@ -152,6 +168,7 @@ WORKLOADS: dict[str, Workload] = {
             task="generation",
             decoders_only=True,
             new_tokens=NEW_TOKENS,
+            conversations=True,
         ),
         Workload(
             "agnews",
@@ -203,7 +220,7 @@ WORKLOADS: dict[str, Workload] = {
                 "passages shuffled, seed 0; edits of a passage behind it, shuffled",
                 partial(read_edits, tokens=tokens, most_tokens=MAX_TOKENS, percents=percents),
                 encoders_only=True,
-                on_request=True,
+                on_request=(name, tokens) != ("small-", 256),
                 whole=True,
             )
             for name, percents in (("", PERCENTS), ("small-", SMALL_PERCENTS))
@@ -239,27 +256,165 @@ WORKLOADS: dict[str, Workload] = {
             whole=True,
         ),
         Workload(
+            "sample-faq",
+            ("faq/train.tsv", "faq/test.tsv"),
+            f"Questions to an invented help desk in batches of eight, 30 intents: one part fills, the other asks. "
+            f"{REPEATS:.0%} of what asks repeats an earlier question word for word (drawn by Zipf's law, seed 0)",
+            FILL_SHUFFLED,
+            partial(read_intents, repeats=REPEATS),
+            task="classification",
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("banking77", "clinc150", "clinc150-in-scope"),
+        ),
+        Workload(
+            "sample-documents",
+            (SAMPLE_DOCUMENTS,),
+            "Questions about 45 short written passages, one a request, five or six for each passage; for decoders with "
+            "the answer behind them",
+            IN_ORDER,
+            read_squad,
+            task="answer",
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("squad",),
+        ),
+        Workload(
+            f"sample-edits-{SAMPLE_EDIT_TOKENS}",
+            (SAMPLE_DOCUMENTS,),
+            f"Written passages of about {SAMPLE_EDIT_TOKENS} tokens, one a request, each followed by "
+            f"{len(SAMPLE_PERCENTS) * (len(EDIT_KINDS) - 1)} edits, of {', '.join(map(str, SAMPLE_PERCENTS))} % of its "
+            "words: substituted, inserted, deleted, appended, moved. Half of the passages fill, with their edits, the "
+            "others ask",
+            "passages shuffled, seed 0; edits of a passage behind it, shuffled",
+            partial(read_edits, tokens=SAMPLE_EDIT_TOKENS, most_tokens=MAX_TOKENS, percents=SAMPLE_PERCENTS),
+            encoders_only=True,
+            whole=True,
+            of_sample=True,
+            on_request=True,
+            stands_in_for=tuple(f"{name}edits-{tokens}" for name in ("", "small-") for tokens in EDIT_TOKENS),
+        ),
+        Workload(
+            "sample-passages",
+            (SAMPLE_DOCUMENTS,),
+            f"{TOGETHER} of {POOL} written passages in changing order behind a fixed head, and a question about one of "
+            "them with its answer: some orders and questions fill, others ask",
+            FILL_SHUFFLED,
+            read_passages,
+            task="answer",
+            decoders_only=True,
+            whole=True,
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("passages",),
+        ),
+        Workload(
+            "sample-choices",
+            ("choices/test.jsonl",),
+            "Written questions of everyday knowledge: a request is one question with its four choices",
+            IN_ORDER,
+            read_openbookqa,
+            task="choice",
+            examples="choices/train.jsonl",
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("openbookqa",),
+        ),
+        Workload(
+            "sample-articles",
+            (SAMPLE_ARTICLES,),
+            f"Written articles, scored paragraph by paragraph: each request is the article so far, up to {MAX_TOKENS} "
+            "tokens",
+            IN_ORDER,
+            read_wikitext,
+            task="perplexity",
+            growing=True,
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("wikitext",),
+        ),
+        *(
+            Workload(
+                f"sample-generate-{tokens}",
+                (SAMPLE_ARTICLES,),
+                f"The first {tokens} tokens of written articles, each continued by {NEW_TOKENS} tokens",
+                IN_ORDER,
+                read_beginnings,
+                task="generation",
+                decoders_only=True,
+                prompt_tokens=tokens,
+                new_tokens=NEW_TOKENS,
+                of_sample=True,
+                on_request=True,
+                stands_in_for=(f"generate-{tokens}",),
+            )
+            for tokens in PROMPT_TOKENS
+        ),
+        Workload(
+            "sample-chat",
+            ("chat/chat.jsonl", "chat/systems.json"),
+            f"Written conversations of three to five turns behind one of three system prompts: each turn sends the "
+            f"conversation so far and is answered by up to {NEW_TOKENS} tokens; those that would be longer than "
+            f"{MAX_TOKENS} tokens are left out",
+            SHUFFLED,
+            read_instructed_chat,
+            task="generation",
+            decoders_only=True,
+            new_tokens=NEW_TOKENS,
+            conversations=True,
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("chat",),
+        ),
+        Workload(
+            "sample-chat-edit",
+            ("chat/chat.jsonl", "chat/systems.json"),
+            "The conversations of sample-chat with their answers: each as it was, then with an early turn corrected; the "
+            "last answer is scored. Half of the conversations fill, the others ask",
+            "conversations shuffled, seed 0; the corrected one behind its original",
+            read_instructed_corrections,
+            task="answer",
+            decoders_only=True,
+            whole=True,
+            of_sample=True,
+            on_request=True,
+            stands_in_for=("chat-edit",),
+        ),
+        Workload(
             "sample",
             ("sample.jsonl",),
-            "The repository's own sample: short queries in batches of four, passages, edits and questions alone",
+            "Short queries in batches of four, passages, edits and questions alone, all mixed: a quick trial",
             SHUFFLED,
             read_sample,
+            on_request=True,
+            of_sample=True,
         ),
     )
 }
 
 
-def with_shots(shots: int) -> Workload:
-    """The workload SHOTS with that many solved examples in front of each question, the same for all."""
-    plain = WORKLOADS[SHOTS]
+def with_shots(plain: Workload, shots: int) -> Workload:
+    """The workload with that many solved examples in front of each question, the same for all."""
     return replace(
         plain,
-        name=f"{SHOTS}-{shots}shot",
-        files=(*plain.files, "openbookqa/train_sample.jsonl"),
-        description=f"{plain.description}, behind {shots} solved training questions, the same for all",
+        name=f"{plain.name}-{shots}shot",
+        files=(*plain.files, plain.examples),
+        description=f"{plain.description}, behind {shots} solved questions, the same for all",
         read=partial(read_openbookqa, shots=shots),
         decoders_only=True,
+        stands_in_for=tuple(f"{name}-{shots}shot" for name in plain.stands_in_for),
     )
+
+
+def stand_in_for(workload: Workload) -> Workload | None:
+    """The sample workload of its kind."""
+    for sample in WORKLOADS.values():
+        if workload.name in sample.stands_in_for:
+            return sample
+        shots = re.search(r"-(\d+)shot$", workload.name)
+        if shots and sample.examples and workload.name.removesuffix(shots[0]) in sample.stands_in_for:
+            return with_shots(sample, int(shots[1]))
+    return None
 
 
 def named(name: str) -> list[str]:

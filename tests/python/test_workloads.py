@@ -122,8 +122,13 @@ class PrepareDataTest(ToolTest):
         status, out, err = self.prepare("--only", "squad", "--raw", raw, "--models", models)
         self.assertEqual(status, 0, err)
         self.assertIn("squad: squad_v2/squad_v2_dev.jsonl is not in the raw data", out)
+        self.assertIn("'sample-documents' stands in", out)
         names = [path.name for path in (self.folder / "out").glob("*.safetensors")]
-        self.assertEqual(names, ["sample.bert-base-uncased.safetensors"])
+        self.assertEqual(names, ["sample-documents.bert-base-uncased.safetensors"])
+        status, out, err = self.prepare("--only", "stsb", "--raw", raw, "--models", models)
+        self.assertEqual(status, 1)
+        self.assertIn("no sample is of its kind", out)
+        self.assertIn("run.sh data", err)
 
     def test_a_stand_in_keeps_the_name_of_the_tokenizer(self) -> None:
         """The benchmark finds token files by the tokenizer's name; without a hub and raw data GPT-2's is not there."""
@@ -323,8 +328,9 @@ class TrafficTest(ToolTest):
         front = ("First choice A\n", "Second choice D\n", "Why")
         self.assertEqual([s.pieces for s in request.sequences], [(*front, f" choice {label}") for label in "ABCD"])
         self.assertEqual([(s.scored, s.shorten, s.label) for s in request.sequences], [(3, 2, int(c == "C")) for c in "ABCD"])
-        self.assertEqual(with_shots(2).read(test, train), read_openbookqa(test, train, 2))
-        self.assertEqual((with_shots(2).name, with_shots(2).decoders_only), ("openbookqa-2shot", True))
+        self.assertEqual(with_shots(WORKLOADS["openbookqa"], 2).read(test, train), read_openbookqa(test, train, 2))
+        shots = with_shots(WORKLOADS["openbookqa"], 2)
+        self.assertEqual((shots.name, shots.decoders_only), ("openbookqa-2shot", True))
         self.assertEqual(read_openbookqa(test).requests[0].sequences[0].pieces, ("Why", " choice A"))
 
     def test_a_name_means_its_variants_too(self) -> None:
