@@ -8,6 +8,7 @@ namespace {
 
 constexpr double kShareSeconds = 30;      // of a cell of weight 1
 constexpr double kAllCellsSeconds = 360;  // loading and wrapping all models comes on top
+constexpr double kFirstRunSeconds = 300;  // which wraps each model in more ways
 
 }  // namespace
 
@@ -28,6 +29,7 @@ double cell_weight(const ModelFile& model, const TokenFile& tokens, bool probe) 
 
 double share_seconds(const Arguments& arguments, double weights) {
   if (arguments.limit) return std::numeric_limits<double>::infinity();
+  if (arguments.first_run) return kFirstRunSeconds / weights;
   return std::min(kShareSeconds, kAllCellsSeconds / weights);
 }
 

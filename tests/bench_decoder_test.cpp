@@ -66,7 +66,7 @@ class DecoderBenchTest : public ::testing::Test {
     file_.weights = "hub:test";
     model_ = std::make_unique<LoadedModel>(file_);
     const Setting setting = {.mode = "llmcache", .fidelity = "lossless", .capacity_mib = 64};
-    model_->wrap(cache_options(setting, arguments_, {}, 0), cache_name(setting));
+    model_->wrap(cache_options(setting, arguments_, {}, 0), cache_name(setting, arguments_));
   }
 
   /// A request of the file; `scored`: one range a row.
