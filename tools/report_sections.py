@@ -233,7 +233,7 @@ KINDS = (
         "Eviction policies",
         "A trace of requests without a model. The optimum knows the future (Belady 1966): no policy can be above it.",
         "eviction policies on a trace of requests",
-        "build/bin/llmcache-trace --trace FILE.jsonl --json build/trace.json",
+        "build/bin/llmcache-trace --json build/trace.json --trace FILE.jsonl",
         _eviction_charts,
     ),
 )

@@ -75,7 +75,7 @@ def glance(lines: list[Line], scenarios: list[Scenario], without: list[Scenario]
         Column(
             "traffic",
             lambda pair: text(
-                pair[0].traffic.words,
+                pair[0].words,
                 f"{pair[0].model} · {pair[0].rows[0].workload}",
                 setting_words(pair[1]) or "lossless",
                 f"{plain_number(pair[1].requests)} requests",
@@ -181,9 +181,9 @@ def _change_cell(pair: tuple[Scenario, Row]) -> Cell:
     if quality and quality.change is not None and not row.plain:
         ends = f", 95 %: {quality.interval_text}" if quality.ci95 else ""
         return text(quality.change_text, quality.metric + ends, quality.verdict, *small, css=quality.verdict)
-    if row.random and not row.plain:
-        return text("", "random weights", *small)
-    return text("", *small)
+    if quality and quality.change is None and not row.plain:
+        return text(quality.levels_text, f"95 %: {quality.interval_text}" if quality.ci95 else "", *small)
+    return text("", "random weights" if row.random and not row.plain else "", *small)
 
 
 def _observed_cell(pair: tuple[Scenario, Row]) -> Cell:
@@ -193,6 +193,8 @@ def _observed_cell(pair: tuple[Scenario, Row]) -> Cell:
 
 def _budget_cell(pair: tuple[Scenario, Row]) -> Cell:
     row = pair[1]
+    if not measured(row.budget_epsilon):
+        return Cell()
     delta = f"δ {percent(row.budget_delta)}" if measured(row.budget_delta) else ""
     return text(percent(row.budget_epsilon), row.budget_metric if isinstance(row.budget_metric, str) else "", delta)
 

@@ -77,6 +77,7 @@ class Scenario:
     """All runs of one model on one kind of traffic."""
 
     rows: list[Row]
+    apart: str = ""  # what sets it apart from others on this traffic
 
     @property
     def model(self) -> str:
@@ -92,7 +93,12 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.traffic.words}"
+        return f"{self.model}, {self.words}"
+
+    @property
+    def words(self) -> str:
+        """What kind of traffic it is."""
+        return self.traffic.words + (f", {self.apart}" if self.apart else "")
 
     @property
     def lossless(self) -> Row | None:
@@ -160,13 +166,45 @@ def _from_usual(row: Row) -> float:
 
 def scenarios_of(rows: list[Row]) -> list[Scenario]:
     """By model, weights and workload; of runs with equal settings the last one counts."""
-    latest = {row.key(): row for row in rows}
+    latest = {(*row.key(), _batch(row)): row for row in rows}
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in latest.values():
-        settings = (row.model, row.weights, row.workload, row.zipf, row.shuffle, row.threads)
+        settings = (row.model, row.weights, row.workload, row.zipf, row.shuffle, row.threads, _batch(row))
         found.setdefault(tuple(map(repr, settings)), []).append(row)
-    for several in found.values():
-        metrics = [row.budget_metric for row in several if isinstance(row.budget_metric, str)]
-        for row in several:
-            row.error_metric = row.budget_metric if isinstance(row.budget_metric, str) else next(iter(metrics), "")
-    return [Scenario(several) for several in found.values()]
+    scenarios = [Scenario(several) for several in found.values()]
+    for one in scenarios:
+        _know_errors(one.rows)
+        alike = [other for other in scenarios if (other.model, other.traffic) == (one.model, one.traffic)]
+        one.apart = _apart(one, alike)
+    return scenarios
+
+
+def _batch(row: Row) -> int:
+    """Sequences a request, of which conversations have as many as they have turns."""
+    if row.generates or not measured(row.sequences) or not measured(row.requests) or row.requests <= 0:
+        return 1
+    return max(1, round(row.sequences / row.requests))
+
+
+def _apart(one: Scenario, alike: list[Scenario]) -> str:
+    def differ(values: list[object]) -> bool:
+        return len(set(map(repr, values))) > 1
+
+    first, firsts = one.rows[0], [other.rows[0] for other in alike]
+    texts = []
+    if differ([_batch(row) for row in firsts]):
+        texts.append(f"{_batch(first)} at once" if _batch(first) > 1 else "one at a time")
+    if differ([row.threads for row in firsts]):
+        texts.append(f"threads: {first.threads}")
+    if differ([row.shuffle for row in firsts]):
+        texts.append(f"shuffled (seed {first.shuffle})" if measured(first.shuffle) else "in order")
+    if differ([row.weights for row in firsts]):
+        texts.append(str(first.weights))
+    return ", ".join(texts)
+
+
+def _know_errors(rows: list[Row]) -> None:
+    """What observed errors count: the metric of the budget that runs beside."""
+    metrics = [row.budget_metric for row in rows if isinstance(row.budget_metric, str)]
+    for row in rows:
+        row.error_metric = row.budget_metric if isinstance(row.budget_metric, str) else next(iter(metrics), "")

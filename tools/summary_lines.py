@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from outcomes import answers_text, loss_percent, over_budget
@@ -45,7 +46,7 @@ def summary_lines(scenarios: list[Scenario], traces: list[dict[str, Any]] | None
     trained, random = ([_gain_line(*pair) for pair in gains if pair[0].random == made] for made in (False, True))
     alone = [line for one in rest if not one.chosen and (line := _lonely_line(one))]
     lines = _fitting(trained, middle, random, losses, alone)
-    lines += [Line("eviction", text) for trace in traces or [] for text in best_policies(trace)[-1:]]
+    lines += [line for one in traces or [] if (line := _trace_line(one))]
     return lines[:MOST_LINES]
 
 
@@ -200,7 +201,7 @@ def _loss_line(scenarios: list[Scenario]) -> Line:
         ratio = fair(row)
         assert ratio is not None
         setting = setting_words(row)
-        words = f"{one.traffic.words} " if len(scenarios) > 1 else ""
+        words = f"{one.words} " if len(scenarios) > 1 else ""
         texts.append(f"{words}{ratio.text}{' ' + setting if setting else ''} ({reason(row, one)})")
         rows.append(row)
     answers = list(dict.fromkeys(answers_text(row) for row in rows))
@@ -216,3 +217,9 @@ def _lonely_line(scenario: Scenario) -> Line | None:
             text = f"{plain_number(float(mean))} ms a request ({row.kind}); nothing to compare it with"
             return Line(scenario.name, plain_ascii(text), [row])
     return None
+
+
+def _trace_line(document: dict[str, Any]) -> Line | None:
+    texts = best_policies(document)
+    name = Path(str(document["trace"])).stem
+    return Line(f"eviction on {name}", plain_ascii(texts[len(texts) // 2])) if texts else None

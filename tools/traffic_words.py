@@ -74,7 +74,7 @@ def traffic(workload: str, zipf: Any = None) -> Traffic:
     tokens = re.search(r"-(\d+)$", plain)
     if known and tokens and plain[: tokens.start()] in _TOKENS:
         words += f" ({tokens[1]} tokens)"
-    if shots:
+    if known and shots:
         words += f" behind {shots[1]} solved ones"
     if measured(zipf):
         words += f", drawn with repeats (Zipf {zipf:g})"
