@@ -53,5 +53,7 @@ def _generate(build: Path, model: str) -> str:
     command = [str(folder / "bin" / program.name), "--model", str(folder / "models" / f"{model}.pt"), "--threads", "1"]
     command += [*(["--chat"] if model == "smollm2" else []), "--prompt-file", PROMPT]
     command += [part for question in QUESTIONS for part in ("--question", question)]
-    first = "" if program.exists() else f"cmake --build {shlex.quote(str(folder / 'cmake'))} --target {program.name} && "
+    first = (
+        "" if program.exists() else f"cmake --build {shlex.quote(str(folder / 'cmake'))} --target {program.name} && "
+    )
     return first + shlex.join(command)

@@ -53,7 +53,7 @@ def greedy_share(row: Row) -> float | None:
 
 
 def loss_percent(row: Row) -> float | None:
-    """How much quality was lost: points of accuracy and the like, percent of perplexity and the like; below 0: gained."""
+    """How much quality was lost: points of accuracy and the like, else percent; below 0 it was gained."""
     found = row.quality
     if row.random or not found or not measured(found.change):
         return None
@@ -118,8 +118,12 @@ def _tokens(row: Row) -> str:
         return ""
     compared = row.greedy["compared"]
     if share == 0:
-        return f"the same {plain_ascii(plain_number(compared))} tokens"
-    return f"{plain_ascii(plain_number(round(share * compared)))} of {plain_ascii(plain_number(compared))} tokens differ"
+        ties = row.greedy["different"]
+        same = f"the same {plain_ascii(plain_number(compared))} tokens"
+        return same + (f" but for {ties} tie{'s' if ties > 1 else ''}" if ties else "")
+    return (
+        f"{plain_ascii(plain_number(round(share * compared)))} of {plain_ascii(plain_number(compared))} tokens differ"
+    )
 
 
 def _off(distance: float) -> str:

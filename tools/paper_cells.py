@@ -1,4 +1,4 @@
-"""The nine cells of the LLMCache paper (arXiv 2512.16843), three models on three data sets, and its figures beside ours."""
+"""The nine cells of the LLMCache paper (arXiv 2512.16843): three models on three data sets, its figures beside ours."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ def with_errors(scenarios: list[Scenario]) -> list[tuple[Scenario, Row]]:
         (scenario, row)
         for scenario in scenarios
         for row in sorted(scenario.rows, key=lambda row: row.budget_epsilon if measured(row.budget_epsilon) else 0)
-        if measured(row.budget_epsilon) and row.budget_epsilon > 0 and (_promised(row) is not None or _observed(row) is not None)
+        if measured(row.budget_epsilon)
+        and row.budget_epsilon > 0
+        and (_promised(row) is not None or _observed(row) is not None)
     ]
 
 

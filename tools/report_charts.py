@@ -130,8 +130,8 @@ def growth_text(rows: list[Row]) -> str:
     explained = together**2 / (spread_x * spread_y)
     return (
         f"a straight line on this axis (logarithmic growth) explains {percent(explained, 0)} of the variation; a "
-        f"doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points at the small end, {100 * (y3 - y2) / (x3 - x2):.1f} at "
-        "the large end"
+        f"doubling adds {100 * (y1 - y0) / (x1 - x0):.1f} points at the small end, "
+        f"{100 * (y3 - y2) / (x3 - x2):.1f} at the large end"
     )
 
 

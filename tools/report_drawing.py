@@ -84,7 +84,9 @@ def evenly(items: list[Any], count: int) -> list[Any]:
 def legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2)
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2
+    )
 
 
 def new_panels(count: int, lines: int, height: float) -> tuple[Any, list[Any]]:

@@ -35,7 +35,7 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def times(value: float) -> str:
-    """"2.7x"; below 1 with two places, so that a loss is not rounded away."""
+    """ "2.7x"; below 1 with two places, so that a loss is not rounded away."""
     rounded = round(value, 2)
     if rounded < 1:
         return f"{rounded:.2f}x"

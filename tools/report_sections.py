@@ -79,7 +79,7 @@ def _further(scenarios: list[Scenario]) -> list[tuple[str, str]]:
     if not any(row.weights_held in ("packed-fp32", "packed-fp16") for row in rows):
         lacking.append(("weights in other formats", f"{BENCH} --weights as-loaded,packed-fp32,packed-fp16"))
     if not scenarios or any(one.traffic.written for one in scenarios):
-        lacking.append(("real data in place of written samples", f"tools/run.sh data, then {BENCH}"))
+        lacking.append(("real data in place of written samples", f"{BENCH} --download"))
     lacking.append(("ONNX Runtime and transformers beside this library", "tools/run.sh peers"))
     return lacking
 
@@ -219,7 +219,8 @@ KINDS = (
         "Share of the sequences that went on from the kept output of this layer, so that all layers up to it were "
         "skipped. Layers are numbered from 0.",
         "hit rate by layer",
-        f"{BENCH} --model minilm --fidelity threshold --threshold 0.85 --fingerprint raw --centre off --cache-layers all",
+        f"{BENCH} --model minilm --fidelity threshold --threshold 0.85 --fingerprint raw --centre off "
+        "--cache-layers all",
         _layer_charts,
     ),
     Kind(

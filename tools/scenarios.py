@@ -1,4 +1,4 @@
-"""Records of one model on one kind of traffic: which setting a user would choose, and what it is fairly compared with."""
+"""Records of one model on one kind of traffic: which setting a user would choose, and its fair baseline."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ class Scenario:
 
     @property
     def paper(self) -> Row | None:
-        """The paper's mode at the threshold nearest the middle of what the paper chooses, not centred if there is one."""
+        """The paper's mode at the threshold nearest the middle of what the paper chooses."""
         return max(self.paper_rows, key=lambda row: -abs(row.threshold - sum(PAPER_BAND) / 2), default=None)
 
     @property
     def paper_rows(self) -> list[Row]:
-        """The paper's mode at all thresholds, by rising threshold; with fingerprints like the paper's if there are any."""
+        """The paper's mode by rising threshold; not centred, as the paper's, if there are such runs."""
         rows = [row for row in self.rows if row.kind == "threshold" and measured(row.threshold)]
         rows = [row for row in rows if measured(row.speedup_vs_nocache) and row.weights_held in (None, "as-loaded")]
         like = [row for row in rows if row.centring in (None, "off")]

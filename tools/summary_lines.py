@@ -79,7 +79,9 @@ def setting_words(row: Row) -> str:
     elif row.kind == "threshold":
         texts.append("in the paper's mode" + (f" at tau {row.threshold:.3g}" if measured(row.threshold) else ""))
     elif row.kind == "doccache":
-        texts.append("with a cache of whole answers" + (f" at tau {row.threshold:.3g}" if measured(row.threshold) else ""))
+        texts.append(
+            "with a cache of whole answers" + (f" at tau {row.threshold:.3g}" if measured(row.threshold) else "")
+        )
     elif row.kind == "identical":
         texts.append("by word-for-word repeats alone")
     elif row.kind == "lossless" and not row.decodes:
@@ -137,7 +139,9 @@ def _family_line(scenarios: list[Scenario]) -> Line:
         parts.append(", ".join(filter(None, (_lossless_text(scenarios), _packed_text(scenarios)))))
     if papers:
         values = [row.speedup_vs_nocache for row in papers]
-        parts.append(f"the paper's mode {span(values)} at tau {taus(papers)}, {loss_text(papers)}{_faithful(scenarios)}")
+        parts.append(
+            f"the paper's mode {span(values)} at tau {taus(papers)}, {loss_text(papers)}{_faithful(scenarios)}"
+        )
     else:
         parts.append(answers_text(lossless[0]))
     few = min((row.requests for one in scenarios for row in one.rows if measured(row.requests)), default=FEW)

@@ -34,28 +34,15 @@ _WORDS = (
     ("stsb", "pairs of sentences"),
     ("sample", "short texts of all kinds"),
 )
-_SETS = {
-    "banking77": "Banking77",
-    "clinc150": "CLINC150",
-    "clinc150-in-scope": "CLINC150",
-    "agnews": "AG News",
-    "sst2": "SST-2",
-    "squad": "SQuAD",
-    "openbookqa": "OpenBookQA",
-    "wikitext": "WikiText",
-    "qqp": "Quora",
-    "stsb": "STS-B",
-}
 _TOKENS = ("generate", "instruct", "edits", "small-edits")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A workload: `words` say what it is like, `source` whose text it is."""
+    """A workload, and what it is like in words."""
 
     name: str
     words: str
-    source: str
 
     @property
     def written(self) -> bool:
@@ -78,5 +65,4 @@ def traffic(workload: str, zipf: Any = None) -> Traffic:
         words += f" behind {shots[1]} solved ones"
     if measured(zipf):
         words += f", drawn with repeats (Zipf {zipf:g})"
-    source = "written sample" if known and (base != workload or base == "sample") else _SETS.get(plain, "")
-    return Traffic(workload, words, source)
+    return Traffic(workload, words)

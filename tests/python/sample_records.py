@@ -33,7 +33,9 @@ def document(records: list[Record], command: str = "llmcache-bench --seconds 20"
     return {"schema": 1, "machine": MACHINE, "command": command, "records": records}
 
 
-def record(model: str, workload: str, mode: str, *, speed: float | None = None, ms: float = 40.0, **changes: Any) -> Record:
+def record(
+    model: str, workload: str, mode: str, *, speed: float | None = None, ms: float = 40.0, **changes: Any
+) -> Record:
     """One record with all fields; those that do not apply are null, as the benchmark writes them."""
     weights = WEIGHTS.get(model.split("-")[0], RANDOM)
     made: Record = {
@@ -144,8 +146,14 @@ def threshold(model: str, workload: str, tau: float, speed: float, hits: float, 
 
 def doccache(model: str, workload: str, tau: float, speed: float, hits: float, off: float, **changes: Any) -> Record:
     made = threshold(model, workload, tau, speed, hits, off, **changes)
-    return {**made, "mode": "doccache", "fidelity": None, "cache_layers": None, "shadow_rate": None,
-            "hit_rate_by_layer": None}
+    return {
+        **made,
+        "mode": "doccache",
+        "fidelity": None,
+        "cache_layers": None,
+        "shadow_rate": None,
+        "hit_rate_by_layer": None,
+    }
 
 
 def budget(model: str, workload: str, epsilon: float, speed: float, observed: float, **changes: Any) -> Record:
@@ -159,8 +167,12 @@ def budget(model: str, workload: str, epsilon: float, speed: float, observed: fl
         "cache_free": False,
         "promised_error": 0.97 * epsilon,
         "calibration_requests": 110,
-        "share_reused": {"early_exit": round(sum(exits), 4), "cache_free_exit": 0.0, "token_reuse": 0.0,
-                         "segment_reuse": 0.0},
+        "share_reused": {
+            "early_exit": round(sum(exits), 4),
+            "cache_free_exit": 0.0,
+            "token_reuse": 0.0,
+            "segment_reuse": 0.0,
+        },
         "exits_by_layer": exits,
         "audits": 9,
         "gate_closings": 0,
@@ -174,8 +186,14 @@ def budget(model: str, workload: str, epsilon: float, speed: float, observed: fl
     return record(model, workload, "llmcache", speed=speed, **changes)
 
 
-def decoding(speed_vs_kv: float, speed_vs_plain: float, reused: float, output: str = "last+new", compared: int = 400,
-             **changes: Any) -> Record:
+def decoding(
+    speed_vs_kv: float,
+    speed_vs_plain: float,
+    reused: float,
+    output: str = "last+new",
+    compared: int = 400,
+    **changes: Any,
+) -> Record:
     """What decoders have beside."""
     return {
         "output": output,
@@ -194,8 +212,15 @@ def decoding(speed_vs_kv: float, speed_vs_plain: float, reused: float, output: s
     }
 
 
-def generating(speed_vs_kv: float, speed_vs_plain: float, prefill_kv: float, reused: float, turns: int = 0,
-               later: float = 0.0, **changes: Any) -> Record:
+def generating(
+    speed_vs_kv: float,
+    speed_vs_plain: float,
+    prefill_kv: float,
+    reused: float,
+    turns: int = 0,
+    later: float = 0.0,
+    **changes: Any,
+) -> Record:
     found = decoding(prefill_kv, prefill_kv * 1.02, reused, "last", compared=704)
     return {
         **found,
@@ -204,8 +229,15 @@ def generating(speed_vs_kv: float, speed_vs_plain: float, prefill_kv: float, reu
         "speedup_median": speed_vs_plain,
         "decode_ms": summary(41.5),
         "tokens_per_second": 19.5,
-        "later_turns": {"turns": turns, "prefill_ms": summary(60.0), "speedup_vs_nocache": 1.02 * later,
-                        "speedup_vs_kvcache": later, "tokens_reused_fraction": 0.9} if turns else None,
+        "later_turns": {
+            "turns": turns,
+            "prefill_ms": summary(60.0),
+            "speedup_vs_nocache": 1.02 * later,
+            "speedup_vs_kvcache": later,
+            "tokens_reused_fraction": 0.9,
+        }
+        if turns
+        else None,
         "requests": 12,
         "sequences": 12 + turns,
         **changes,
@@ -221,15 +253,39 @@ def _faq() -> list[Record]:
     quality = {"metric": "accuracy", "baseline": 0.912}
     return [
         plain(*name, ms=52, **batch, tokens_computed_fraction=1.6, task=task(change=0, half=0, **quality)),
-        lossless(*name, 1.9, ms=52, **batch, hit_rate=0.3, tokens_computed_fraction=0.7,
-                 task=task(change=0, half=0, **quality)),
-        lossless(*name, 2.1, ms=52, **batch, hit_rate=0.3, weights_held="packed-fp16",
-                 divergence={"mean": 1.9e-3, "p95": 3e-3, "max": 6e-3}, task=task(change=0.0, half=0.001, **quality)),
+        lossless(
+            *name,
+            1.9,
+            ms=52,
+            **batch,
+            hit_rate=0.3,
+            tokens_computed_fraction=0.7,
+            task=task(change=0, half=0, **quality),
+        ),
+        lossless(
+            *name,
+            2.1,
+            ms=52,
+            **batch,
+            hit_rate=0.3,
+            weights_held="packed-fp16",
+            divergence={"mean": 1.9e-3, "p95": 3e-3, "max": 6e-3},
+            task=task(change=0.0, half=0.001, **quality),
+        ),
         budget(*name, 0.01, 2.4, 0.006, ms=52, **batch, task=task(change=0.001, half=0.004, **quality)),
         budget(*name, 0.02, 2.7, 0.011, ms=52, **batch, task=task(change=-0.001, half=0.006, **quality)),
         *(
-            threshold(*name, tau, speed, hits, 0.4, ms=52, **batch, task=task(change=lost, half=0.013, **quality),
-                      observed_error={"value": -1.3 * lost, "low": -lost, "high": -1.8 * lost, "n": 720})
+            threshold(
+                *name,
+                tau,
+                speed,
+                hits,
+                0.4,
+                ms=52,
+                **batch,
+                task=task(change=lost, half=0.013, **quality),
+                observed_error={"value": -1.3 * lost, "low": -lost, "high": -1.8 * lost, "n": 720},
+            )
             for tau, speed, hits, lost in ((0.85, 2.5, 0.75, -0.046), (0.93, 1.6, 0.24, -0.004))
         ),
         doccache(*name, 0.85, 2.3, 0.75, 0.4, ms=52, **batch, task=task(change=-0.046, half=0.013, **quality)),
@@ -242,10 +298,28 @@ def _edits() -> list[Record]:
     return [
         plain(*name, ms=36, **some),
         lossless(*name, 0.97, ms=36, **some),
-        budget(*name, 0.1, 2.76, 0.061, ms=36, **some, budget_metric="relative", share_reused=shares, hit_rate=0.89,
-               exits_by_layer=None),
-        threshold(*name, 0.85, 9.5, 0.97, 0.35, ms=36, **some,
-                  observed_error={"value": 0.24, "low": 0.22, "high": 0.26, "n": 400}),
+        budget(
+            *name,
+            0.1,
+            2.76,
+            0.061,
+            ms=36,
+            **some,
+            budget_metric="relative",
+            share_reused=shares,
+            hit_rate=0.89,
+            exits_by_layer=None,
+        ),
+        threshold(
+            *name,
+            0.85,
+            9.5,
+            0.97,
+            0.35,
+            ms=36,
+            **some,
+            observed_error={"value": 0.24, "low": 0.22, "high": 0.26, "n": 400},
+        ),
     ]
 
 
@@ -294,11 +368,24 @@ def _cells(random: bool = True) -> list[Record]:
         some = {"ms": 250.0}
         found += [
             plain("gpt2", workload, **some, requests=60, sequences=60),
-            record("gpt2", workload, "kvcache", speed=no / kv, **some, fidelity="lossless",
-                   **decoding(1.0, no / kv, 0.0, output)),
+            record(
+                "gpt2",
+                workload,
+                "kvcache",
+                speed=no / kv,
+                **some,
+                fidelity="lossless",
+                **decoding(1.0, no / kv, 0.0, output),
+            ),
             lossless("gpt2", workload, no, **some, **decoding(kv, no, reused, output)),
-            lossless("gpt2", workload, 1.3 * no, **some, weights_held="packed-fp16",
-                     **decoding(1.1 * kv, 1.3 * no, reused, output)),
+            lossless(
+                "gpt2",
+                workload,
+                1.3 * no,
+                **some,
+                weights_held="packed-fp16",
+                **decoding(1.1 * kv, 1.3 * no, reused, output),
+            ),
             threshold("gpt2", workload, 0.85, 1.7, 0.4, 0.22, **some, requests=60, sequences=60),
         ]
     if not random:
@@ -320,19 +407,45 @@ def _smollm2() -> list[Record]:
     ):
         found += [
             plain("smollm2", workload, ms=310.0, requests=60, sequences=60, task={**scored, "change": 0.0}),
-            record("smollm2", workload, "kvcache", speed=no / kv, ms=310.0, fidelity="lossless", task=scored,
-                   **decoding(1.0, no / kv, 0.0, output)),
+            record(
+                "smollm2",
+                workload,
+                "kvcache",
+                speed=no / kv,
+                ms=310.0,
+                fidelity="lossless",
+                task=scored,
+                **decoding(1.0, no / kv, 0.0, output),
+            ),
             lossless("smollm2", workload, no, ms=310.0, task=scored, **decoding(kv, no, reused, output)),
-            lossless("smollm2", workload, 1.4 * no, ms=310.0, weights_held="packed-fp16", task=scored,
-                     **decoding(1.1 * kv, 1.4 * no, reused, output)),
+            lossless(
+                "smollm2",
+                workload,
+                1.4 * no,
+                ms=310.0,
+                weights_held="packed-fp16",
+                task=scored,
+                **decoding(1.1 * kv, 1.4 * no, reused, output),
+            ),
         ]
     chat = generating(1.4, 9.2, 2.9, 0.86, turns=31, later=3.6)
     alone = generating(0.98, 8.1, 0.99, 0.0)
     for workload, cached, kv in (("sample-chat", chat, 6.6), ("sample-generate-128", alone, 8.2)):
         bare = generating(1.0, kv, 1.0, 0.0, turns=31 if cached["later_turns"] else 0, later=1.0)
         found += [
-            plain("smollm2", workload, ms=9000.0, **{**bare, "greedy": None, "speedup_vs_nocache": 1.0,
-                  "prefill_speedup_vs_kvcache": 1.0, "speedup_vs_kvcache": 0.15, "output": "all"}),
+            plain(
+                "smollm2",
+                workload,
+                ms=9000.0,
+                **{
+                    **bare,
+                    "greedy": None,
+                    "speedup_vs_nocache": 1.0,
+                    "prefill_speedup_vs_kvcache": 1.0,
+                    "speedup_vs_kvcache": 0.15,
+                    "output": "all",
+                },
+            ),
             {**record("smollm2", workload, "kvcache", ms=9000.0 / kv, fidelity="lossless"), **bare},
             {**lossless("smollm2", workload, cached["speedup_vs_nocache"], ms=9000.0), **cached},
         ]

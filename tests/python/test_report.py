@@ -11,10 +11,10 @@ from typing import Any
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
+import outcomes
 import report
 import report_budget
 import report_charts
-from outcomes import change
 from report_map import marks
 from report_numbers import plain_ascii, quality, times
 from report_records import rows_of
@@ -159,7 +159,13 @@ class ReportTest(ToolTest):
         status, page, err = self.report(self.records({}))
         self.assertEqual(status, 0, err)
         more = section(page, "more")
-        for command in ("--threshold 0.80", "--cache-layers all", "--capacity-mib", "llmcache-trace --json", "run.sh data"):
+        for command in (
+            "--threshold 0.80",
+            "--cache-layers all",
+            "--capacity-mib",
+            "llmcache-trace --json",
+            "--download",
+        ):
             self.assertIn(command, more)
             self.assertEqual(page.count(command), 1)
         for title in ("threshold", "Promised", "Early exits", "Hit rate by layer", "size of the cache", "Eviction"):
@@ -550,7 +556,7 @@ class ReportTest(ToolTest):
             {"speedup_vs_nocache": None, "capacity_bytes": 6},
         ]
         scenarios = scenarios_of(rows_of([{"records": [{**REAL, **record} for record in records]}]))
-        found = [(round(mark.changed, 6), change(mark.row).of) for mark in marks(scenarios, [])]  # type: ignore[union-attr]
+        found = [(round(mark.changed, 6), outcomes.change(mark.row).of) for mark in marks(scenarios, [])]  # type: ignore[union-attr]
         self.assertEqual(
             found,
             [
@@ -593,7 +599,9 @@ class NumbersTest(ToolTest):
     def test_times(self) -> None:
         for value, text in ((0.966, "0.97x"), (0.996, "1.0x"), (2.71, "2.7x"), (99.96, "100.0x"), (912.3, "912x")):
             self.assertEqual(times(value), text)
-        self.assertEqual(plain_ascii("1\u202f540, 3.5\u202f%, \u22121, 2\u2009 → τ\u00a00.8"), "1,540, 3.5 %, -1, 2\u2009 -> tau 0.8")
+        self.assertEqual(
+            plain_ascii("1\u202f540, 3.5\u202f%, \u22121, 2\u2009 → τ\u00a00.8"), "1,540, 3.5 %, -1, 2\u2009 -> tau 0.8"
+        )
 
     def test_only_records_that_differ_in_nothing_else_make_a_line(self) -> None:
         changes = [
@@ -608,7 +616,9 @@ class NumbersTest(ToolTest):
         (found,) = sweeps(rows_of([{"records": [{**RECORD, **change} for change in changes]}]), "threshold")
         ((name, line),) = found.lines
         self.assertEqual((found.workload, name), ("sample", "lossless, raw"))
-        self.assertEqual([(row.threshold, row.speedup_vs_nocache) for row in line], [(0.8, 1.75), (0.85, 1.75), (0.9, 9)])
+        self.assertEqual(
+            [(row.threshold, row.speedup_vs_nocache) for row in line], [(0.8, 1.75), (0.85, 1.75), (0.9, 9)]
+        )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ PROBLEMS = """
     found.push(`the page is ${document.documentElement.scrollWidth} wide in a window of ${innerWidth}`);
     for (const element of document.querySelectorAll('body *')) {
       const box = element.getBoundingClientRect();
-      if (box.right > innerWidth + 1 && !element.closest('.scroll')) found.push(`${element.tagName}.${element.className}`);
+      const past = box.right > innerWidth + 1 && !element.closest('.scroll');
+      if (past) found.push(`${element.tagName}.${element.className}`);
     }
   }
   for (const section of document.querySelectorAll('section')) {
@@ -48,7 +49,8 @@ PROBLEMS = """
   }
   for (const element of document.querySelectorAll('svg text')) {
     const box = element.getBoundingClientRect(), whole = element.ownerSVGElement.getBoundingClientRect();
-    if (box.width && (box.right > whole.right + 2 || box.left < whole.left - 2)) found.push(`cut: ${element.textContent}`);
+    const cut = box.width && (box.right > whole.right + 2 || box.left < whole.left - 2);
+    if (cut) found.push(`cut: ${element.textContent}`);
   }
   return found;
 })()
@@ -97,7 +99,9 @@ class PageTest(ToolTest):
                     self.browser.open(page, width)
                     self.assertEqual(self.browser.evaluate("innerWidth"), width)
                     self.assertEqual(self.browser.evaluate(PROBLEMS), [])
-                    self.browser.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+                    self.browser.evaluate(
+                        "document.querySelectorAll('details').forEach((fold) => { fold.open = true; })"
+                    )
                     self.assertEqual(self.browser.evaluate(PROBLEMS), [])
             self.assertEqual(self.browser.errors, [])
             self.assertEqual(set(self.browser.requests), {page.resolve().as_uri()}, "it needs nothing beside itself")
@@ -134,7 +138,10 @@ class PageTest(ToolTest):
         self.browser.media("print")
         self.addCleanup(self.browser.media, "")
         self.assert_pictured(self.browser.picture(), 1000)
-        closed = "[...document.querySelectorAll('details table')].filter((one) => !one.offsetHeight).map((one) => one.innerText)"
+        closed = (
+            "[...document.querySelectorAll('details table')].filter((one) => !one.offsetHeight)"
+            ".map((one) => one.innerText)"
+        )
         folded = self.browser.evaluate(closed)
         self.assertLessEqual(len(folded), 1, "but for the first chart's table, whose figures stand in others")
 

@@ -67,8 +67,8 @@ class LinesTest(unittest.TestCase):
         )
         self.assertIn(
             "bert-base, the paper's cells (like SQuAD, OpenBookQA): 0.97x to 1.0x lossless (no text repeats or is "
-            "padded, so there is nothing to save), 1.2x with packed weights; the paper's mode 1.6x to 2.2x at tau 0.85, "
-            "outputs 14 % to 20 % off; random weights: no quality",
+            "padded, so there is nothing to save), 1.2x with packed weights; the paper's mode 1.6x to 2.2x at tau "
+            "0.85, outputs 14 % to 20 % off; random weights: no quality",
             found,
         )
         self.assertTrue(all(line.isascii() for line in found))
@@ -101,7 +101,9 @@ class LinesTest(unittest.TestCase):
 
     def test_one_record(self) -> None:
         (line,) = lines(lossless(*FAQ, 1.5, **FILL))
-        self.assertEqual(line, "minilm-pooled, help-desk questions: 1.5x lossless; the same answers up to rounding (1.3e-6)")
+        self.assertEqual(
+            line, "minilm-pooled, help-desk questions: 1.5x lossless; the same answers up to rounding (1.3e-6)"
+        )
         (line,) = lines(plain("minilm", "squad", ms=12.5))
         self.assertEqual(
             line, "minilm, questions about documents: 12.50 ms a request (no cache); nothing to compare it with"
@@ -114,8 +116,8 @@ class LinesTest(unittest.TestCase):
         (line,) = lines(threshold("bert-base", "banking77", 0.9, 3.0, 0.5, 0.25))
         self.assertEqual(
             line,
-            "bert-base, bank customers' questions: 3.0x in the paper's mode at tau 0.9; outputs 25 % off; random weights: "
-            "no quality",
+            "bert-base, bank customers' questions: 3.0x in the paper's mode at tau 0.9; outputs 25 % off; random "
+            "weights: no quality",
         )
 
     def test_missing_fields_and_odd_values(self) -> None:
@@ -156,8 +158,8 @@ class LinesTest(unittest.TestCase):
         self.assertEqual(
             line,
             "smollm2, text generation (512 tokens): answers 8.1x sooner than without a cache, answers 0.98x as fast as "
-            "with a KV cache per request (no text begins like an earlier one, so there is nothing to save); the same 704 "
-            "tokens",
+            "with a KV cache per request (no text begins like an earlier one, so there is nothing to save); the same "
+            "704 tokens",
         )
 
     def test_decoders_against_what_was_measured(self) -> None:
@@ -168,19 +170,31 @@ class LinesTest(unittest.TestCase):
         at_once = {**both, "output": "new"}
         self.assertIn("1.7x as fast as with a KV cache per request", lines(at_once)[0])
         few = {**both, "requests": 3, "greedy": {"compared": 50, "different": 3, "tied": 1, "differences": []}}
-        self.assertTrue(lines(few)[0].endswith("; 2 of 50 tokens differ (70 % of the prompts known before, only 3 requests)"))
+        self.assertTrue(
+            lines(few)[0].endswith("; 2 of 50 tokens differ (70 % of the prompts known before, only 3 requests)")
+        )
+        tied = {**both, "greedy": {"compared": 50, "different": 2, "tied": 2, "differences": []}}
+        self.assertIn("; the same 50 tokens but for 2 ties (", lines(tied)[0])
         packed = {**both, "weights_held": "packed-fp16", "task": task("answer_nll", 1.9, 0.02, 0.01)}
-        self.assertIn("request, weights packed in half precision; the same 400 tokens; answer nll +0.020", lines(packed)[0])
+        self.assertIn(
+            "request, weights packed in half precision; the same 400 tokens; answer nll +0.020", lines(packed)[0]
+        )
 
     def test_reasons(self) -> None:
         for made, text in (
             (lossless("minilm", "mine", 0.9, note=" the machine slept. "), "(the machine slept.)"),
             (threshold("minilm", "mine", 0.9, 0.9, 0.04, 0.1), "(only 4.0 % found a text that is similar enough"),
             (threshold("minilm", "mine", 0.9, 0.9, 0.6, 0.1), "(looking costs more than the hits save)"),
-            (record("gpt2", "mine", "kvcache", speed=0.9, **{**decoding(1, 0.9, 0.0), "greedy": None}), "(what it keeps"),
+            (
+                record("gpt2", "mine", "kvcache", speed=0.9, **{**decoding(1, 0.9, 0.0), "greedy": None}),
+                "(what it keeps",
+            ),
             (budget(*FAQ, 0.02, 0.9, 0, share_reused={"early_exit": 0.0}), "(calibration allowed hardly any reuse"),
             (lossless("minilm", "mine", 0.9, tokens_computed_fraction=0.6, tokens=600), "(texts of 5 tokens: the cost"),
-            (lossless("minilm", "mine", 0.9, tokens_computed_fraction=0.6, speedup_median=1.1), "(half of the requests"),
+            (
+                lossless("minilm", "mine", 0.9, tokens_computed_fraction=0.6, speedup_median=1.1),
+                "(half of the requests",
+            ),
             (lossless("minilm", "mine", 0.9, tokens_computed_fraction=0.6), "(finding and keeping cost more"),
             (lossless("minilm", "mine", 0.9, requests=4), "; only 4 requests)"),
         ):
@@ -196,7 +210,8 @@ class LinesTest(unittest.TestCase):
     def test_runs_apart(self) -> None:
         names = {one.name for one in scenarios(lossless(*FAQ, 1.5), lossless(*FAQ, 2.0, sequences=960))}
         self.assertEqual(
-            names, {"minilm-pooled, help-desk questions, one at a time", "minilm-pooled, help-desk questions, 8 at once"}
+            names,
+            {"minilm-pooled, help-desk questions, one at a time", "minilm-pooled, help-desk questions, 8 at once"},
         )
         (again,) = scenarios(lossless(*FAQ, 1.5), lossless(*FAQ, 1.6))
         self.assertEqual([row.speedup_vs_nocache for row in again.rows], [1.6])
