@@ -11,6 +11,7 @@ from scenarios import Scenario
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 3
 PROMPT = "data/sample/passage.txt"
+THRESHOLDS = "tools/run.sh bench --model minilm-pooled --fidelity threshold --threshold 0.80,0.85,0.90,0.95"
 QUESTIONS = ("How long does the crossing take?", "When is the honey market?")
 
 
@@ -24,7 +25,7 @@ def next_steps(scenarios: list[Scenario], build: Path) -> list[str]:
         f"tools/run.sh bench --model {budget[0]} --workload {budget[1]} --fidelity budget" if budget else "",
         "tools/run.sh data" if written or not scenarios else "",
         _generate(build, next((model for model in ("smollm2", "gpt2") if model in trained), "")),
-        "tools/run.sh bench --model minilm-pooled --fidelity threshold --threshold 0.80,0.85,0.90,0.95",
+        "" if any(len(one.paper_rows) > 2 for one in scenarios) else THRESHOLDS,
         "" if any(row.weights_held == "packed-fp16" for row in rows) else "tools/run.sh bench --weights packed-fp16",
         "tools/run.sh peers",
         "tools/run.sh bench --help",

@@ -8,7 +8,7 @@ from report_cells import Cell, Column, Table, table, text
 from report_map import Mark
 from report_numbers import DASH, measured, percent, plain_number, times
 from report_records import Row
-from scenarios import KV_CACHE, NO_CACHE, Ratio, Scenario, fair
+from scenarios import KV_CACHE, NO_CACHE, Ratio, Scenario, fair, lost
 
 BASELINES = {NO_CACHE: "against no cache", KV_CACHE: "against a KV cache"}
 
@@ -67,13 +67,14 @@ def runs_table(named: list[tuple[str, Row]], *columns: Column) -> Table:
 
 
 def speedup_cell(row: Row, scenario: Scenario | None = None) -> Cell:
-    """Against no cache; below 1 with the reason."""
-    if row.plain or not measured(row.speedup_vs_nocache):
-        why = reason(row, scenario)
-        return text(DASH, f"why: {why}" if why else "")
+    """Against no cache; what is below 1 has the reason beside it."""
     why = reason(row, scenario)
-    css = "best loses" if round(row.speedup_vs_nocache, 2) < 1 else "best"
-    return text(plain_number(row.speedup_vs_nocache), f"why: {why}" if why else "", css=css)
+    shown = "" if row.plain or not measured(row.speedup_vs_nocache) else plain_number(row.speedup_vs_nocache)
+    loses = bool(shown) and round(row.speedup_vs_nocache, 2) < 1
+    ratio = lost(row)
+    if why and ratio and not loses:
+        return text(shown, f"{times(ratio.value)} {BASELINES[ratio.against]}: {why}", css="best")
+    return text(shown, f"why: {why}" if why else "", css="best loses" if loses else "best")
 
 
 def layers_table(named: list[tuple[str, Row]], field: str) -> Table:
