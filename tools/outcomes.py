@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from report_numbers import error_number, interval, measured, percent, plain_ascii, plain_number
+from report_numbers import Quality, error_number, interval, measured, percent, plain_ascii, plain_number
 from report_records import Row
 
 ROUNDING = 1e-3  # divergence up to which outputs count as equal up to rounding
@@ -53,9 +53,14 @@ def greedy_share(row: Row) -> float | None:
 
 
 def loss_percent(row: Row) -> float | None:
-    """How much quality was lost: points of accuracy and the like, else percent; below 0 it was gained."""
-    found = row.quality
-    if row.random or not found or not measured(found.change):
+    """How much quality was lost: points of accuracy and the like, else percent; below 0 it was gained. Of choices that
+    are scored in two ways, the larger one."""
+    found = [] if row.random else [_loss(quality) for quality in (row.quality, row.per_byte) if quality]
+    return max((loss for loss in found if loss is not None), default=None)
+
+
+def _loss(found: Quality) -> float | None:
+    if not measured(found.change):
         return None
     worse = found.change if found.lower_is_better else -found.change
     if found.share:
@@ -82,12 +87,20 @@ def answers_text(row: Row) -> str:
 
 def quality_text(row: Row) -> str:
     """Accuracy, F1, perplexity: the change with its interval; empty where none was measured."""
-    found = row.quality
-    if not found:
-        return ""
+    sums, per_byte = row.quality, row.per_byte
+    if sums and per_byte and _same(sums) and _same(per_byte):
+        return f"{sums.metric} the same, by sums and per byte"
+    return "; ".join(_change_text(found) for found in (sums, per_byte) if found)
+
+
+def _same(found: Quality) -> bool:
+    return found.change is not None and not any(digit in found.signed(found.change) for digit in "123456789")
+
+
+def _change_text(found: Quality) -> str:
     if found.change is None:
         return plain_ascii(found.levels_text)
-    if not any(digit in found.signed(found.change) for digit in "123456789"):
+    if _same(found):
         return f"{PLAIN_METRICS.get(found.metric, found.metric)} the same"
     if not found.ci95:
         return plain_ascii(f"{found.metric} {found.change_text}")

@@ -21,6 +21,11 @@ def reason(row: Row, scenario: Scenario | None = None) -> str:
     return plain_ascii(text)
 
 
+def short_reason(row: Row, scenario: Scenario | None = None) -> str:
+    """Without the figures that a note has behind a colon."""
+    return reason(row, scenario).partition(": ")[0]
+
+
 def _of_figures(row: Row, scenario: Scenario | None) -> str:
     if row.similar:
         return _of_similarity(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from report_cells import Cell, Column, Table, table, text
-from report_numbers import DASH, error_number, interval, measured, mebibytes, percent, plain_number
+from report_numbers import DASH, Quality, error_number, interval, measured, mebibytes, percent, plain_number
 from report_records import Row
 from report_tables import speedup_cell
 from scenarios import Scenario
@@ -32,8 +32,12 @@ def _summary(name: str, part: str) -> Column:
 
 def _change_cell(pair: tuple[Scenario, Row]) -> Cell:
     row = pair[1]
-    quality = row.quality
+    quality, per_byte = row.quality, row.per_byte
+    both = per_byte is not None and per_byte.change is not None and not row.plain
     small = [
+        f"per byte {per_byte.change_text}{f', 95 %: {per_byte.interval_text}' if per_byte.ci95 else ''}"
+        if both
+        else "",
         f"wrongly served {rate(row.unsafe_served)}" if rate(row.unsafe_served) else "",
         f"same gold answer {rate(row.same_answer)}" if rate(row.same_answer) else "",
     ]
@@ -79,9 +83,12 @@ def _filled(row: Row) -> str:
     return f"{plain_number(row.filled)} of {plain_number(row.fill_available)}" if some else ""
 
 
-def _quality_level(row: Row, name: str) -> str:
-    quality = row.quality
-    return quality.level(getattr(quality, name)) if quality and measured(getattr(quality, name)) else ""
+def _quality_cell(row: Row, name: str) -> Cell:
+    def level(quality: Quality | None) -> str:
+        return quality.level(getattr(quality, name)) if quality and measured(getattr(quality, name)) else ""
+
+    per_byte = level(row.per_byte)
+    return text(level(row.quality), f"per byte {per_byte}" if per_byte else "")
 
 
 COLUMNS = [
@@ -94,8 +101,8 @@ COLUMNS = [
         "whose cached answer belongs to another question. Same gold answer: share of the served questions whose cached "
         "question has the same gold answer",
     ),
-    Column("value", lambda pair: text(_quality_level(pair[1], "value"))),
-    Column("baseline", lambda pair: text(_quality_level(pair[1], "baseline"))),
+    Column("value", lambda pair: _quality_cell(pair[1], "value")),
+    Column("baseline", lambda pair: _quality_cell(pair[1], "baseline")),
     Column(
         "budget",
         _budget_cell,

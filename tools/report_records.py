@@ -15,6 +15,7 @@ OBJECTS = (
     "latency_ms",
     "divergence",
     "task",
+    "task_per_byte",
     "unsafe_served",
     "same_answer",
     "versions",
@@ -86,6 +87,7 @@ class Row:
 
     record: dict[str, Any]
     label: str = ""  # what distinguishes it from the other records
+    document: int = 0  # which of the files it is from
     error_metric: str = ""  # what its observed error counts: its budget's metric, or that of a budget beside it
 
     @property
@@ -105,6 +107,11 @@ class Row:
     @property
     def quality(self) -> Quality | None:
         return quality(self.record.get("task"))
+
+    @property
+    def per_byte(self) -> Quality | None:
+        """Of choices: the same by likelihoods a byte."""
+        return quality(self.record.get("task_per_byte"))
 
     def key(self, *without: str) -> tuple[str, ...]:
         """Equal for records that differ in nothing but the named settings."""
@@ -233,7 +240,11 @@ def _check_trace(path: Path, document: dict[str, Any]) -> None:
 
 def rows_of(documents: list[dict[str, Any]]) -> list[Row]:
     """All records, each named by its kind, threshold, fingerprint and what else differs within model and workload."""
-    rows = [Row(record) for document in documents for record in document.get("records", [])]
+    rows = [
+        Row(record, document=number)
+        for number, document in enumerate(documents)
+        for record in document.get("records", [])
+    ]
     together: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         together.setdefault((row.model, row.weights, row.workload, row.kind), []).append(row)

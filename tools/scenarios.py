@@ -165,10 +165,14 @@ def _from_usual(row: Row) -> float:
 
 
 def scenarios_of(rows: list[Row]) -> list[Scenario]:
-    """By model, weights and workload; of runs with equal settings the last one counts."""
-    latest = {(*row.key(), _batch(row)): row for row in rows}
+    """By model, weights and workload; runs that a later file has again, with equal settings, count from there."""
+    latest: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        latest[*row.key(), _batch(row)] = row.document
     found: dict[tuple[str, ...], list[Row]] = {}
-    for row in latest.values():
+    for row in rows:
+        if row.document != latest[*row.key(), _batch(row)]:
+            continue
         settings = (row.model, row.weights, row.workload, row.zipf, row.shuffle, row.threads, _batch(row))
         found.setdefault(tuple(map(repr, settings)), []).append(row)
     scenarios = [Scenario(several) for several in found.values()]

@@ -9,7 +9,7 @@ from typing import Any
 
 from outcomes import answers_text, loss_percent, over_budget
 from paper_cells import DATA_SETS, MOST_LOSS, faithful_row, family_of, loss_text, lossless_rows, span, taus
-from reasons import FEW, reason
+from reasons import FEW, reason, short_reason
 from report_numbers import measured, percent, plain_ascii, plain_number, times
 from report_records import Row
 from scenarios import KV_CACHE, NO_CACHE, Ratio, Scenario, fair, ratios
@@ -184,7 +184,7 @@ def _packed_text(scenarios: list[Scenario]) -> str:
 
 
 def _why(scenarios: list[Scenario]) -> str:
-    texts = dict.fromkeys(reason(one.lossless, one) for one in scenarios if one.lossless)
+    texts = dict.fromkeys(short_reason(one.lossless, one) for one in scenarios if one.lossless)
     text = "; ".join(filter(None, texts))
     return f" ({text})" if text else ""
 
@@ -206,7 +206,8 @@ def _loss_line(scenarios: list[Scenario]) -> Line:
         assert ratio is not None
         setting = setting_words(row)
         words = f"{one.words} " if len(scenarios) > 1 else ""
-        texts.append(f"{words}{ratio.text}{' ' + setting if setting else ''} ({reason(row, one)})")
+        why = reason(row, one) if len(scenarios) == 1 else short_reason(row, one)
+        texts.append(f"{words}{ratio.text}{' ' + setting if setting else ''} ({why})")
         rows.append(row)
     answers = list(dict.fromkeys(answers_text(row) for row in rows))
     subject = scenarios[0].name if len(scenarios) == 1 else scenarios[0].model
