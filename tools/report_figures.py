@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reasons import reason
 from report_cells import Cell, Column, Table, table, text
 from report_numbers import DASH, Quality, error_number, interval, measured, mebibytes, percent, plain_number
 from report_records import Row
@@ -91,8 +92,13 @@ def _quality_cell(row: Row, name: str) -> Cell:
     return text(level(row.quality), f"per byte {per_byte}" if per_byte else "")
 
 
+def _note(pair: tuple[Scenario, Row]) -> str:
+    """A note that is not a reason, which stands beside the speed-up."""
+    return "" if reason(pair[1], pair[0]) else pair[1].note_text
+
+
 COLUMNS = [
-    Column("workload and run", lambda pair: text(pair[1].workload, pair[1].label, pair[1].note_text, css="what")),
+    Column("workload and run", lambda pair: text(pair[1].workload, pair[1].label, _note(pair), css="what")),
     Column("speed-up", lambda pair: speedup_cell(pair[1], pair[0]), "against no cache, over the same requests"),
     Column(
         "change of answers",

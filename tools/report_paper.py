@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from outcomes import answers_text
 from paper_cells import MOST_LOSS, Claim, cells, claims, faithful_row
 from paper_cells import Cell as PaperCell
-from reasons import reason
+from reasons import short_reason
 from report_cells import Cell, Column, Table, table, text
 from report_numbers import measured, percent, times
 from report_records import Row
@@ -55,7 +55,7 @@ def _table(there: list[PaperCell]) -> Table:
         if row is None or value is None:
             return Cell()
         ratio = Ratio(value, "", NO_CACHE)
-        why = reason(row, scenario) if ratio.loses else ""
+        why = short_reason(row, scenario) if ratio.loses else ""
         return ratio_cell(ratio, most, *small, f"why: {why}" if why else "")
 
     def lossless(cell: PaperCell) -> Cell:
@@ -102,6 +102,6 @@ def _name(cell: PaperCell) -> Cell:
 
 
 def _at(row: Row, scenario: Scenario | None) -> str:
-    why = reason(row, scenario)
+    why = short_reason(row, scenario)
     loss = f" ({why})" if why else ""
     return f"τ {row.threshold:.3g}: {times(row.speedup_vs_nocache)}{loss}, {answers_text(row)}"

@@ -69,8 +69,8 @@ class LinesTest(unittest.TestCase):
         )
         self.assertIn(
             "bert-base, the paper's cells (like WikiText, SQuAD, OpenBookQA): 0.97x to 1.0x lossless (nothing repeats, "
-            "so what is left is the cost of looking up and keeping), 1.2x with packed weights; the paper's mode 1.6x to "
-            "3.0x at tau 0.85, outputs 14 % to 25 % off; random weights: no quality",
+            "so what is left is the cost of looking up and keeping), 1.2x with packed weights; the paper's mode 1.6x "
+            "to 3.0x at tau 0.85, outputs 14 % to 25 % off; random weights: no quality",
             found,
         )
         self.assertTrue(all(line.isascii() for line in found))
