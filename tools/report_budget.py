@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
-from typing import Any
-
 from report_charts import chart_by_layer, speed_and_answers
-from report_drawing import (
-    COLOURS,
-    INK,
-    LABEL_WIDTH,
-    MARKERS,
-    MOST_LINES,
-    evenly,
-    legend,
-    log_axis,
-    new_panels,
-    plain,
-    svg_of,
-)
+from report_drawing import COLOURS, INK, above_bar, bars, legend, log_axis, svg_of
 from report_numbers import interval, measured
-from report_records import Row, Sweep, budget_of, sweeps
+from report_records import Row
+from report_sweeps import Sweep, sweeps
+from scenarios import Scenario
 
-SHIFT = 0.06  # between lines, as a part of an octave, so that their intervals stay apart
-
-
-def budget_sweeps(rows: list[Row], least: int = 2) -> list[Sweep]:
-    """Runs that differ in their error budget, `least` of them or more."""
-    return sweeps([row for row in rows if budget_of(row)], "budget_epsilon", least)
+MOST_ERRORS = 20
 
 
-def error_sweeps(rows: list[Row]) -> list[Sweep]:
-    """The same, of runs that promised or observed an error rate."""
-    return budget_sweeps([row for row in rows if _promised(row) is not None or _observed(row) is not None], least=1)
+def budget_sweeps(rows: list[Row]) -> list[Sweep]:
+    """Runs that differ in their error budget."""
+    return sweeps([row for row in rows if measured(row.budget_epsilon) and row.budget_epsilon > 0], "budget_epsilon")
+
+
+def with_errors(scenarios: list[Scenario]) -> list[tuple[Scenario, Row]]:
+    """Runs under a budget that promised or observed an error."""
+    return [
+        (scenario, row)
+        for scenario in scenarios
+        for row in sorted(scenario.rows, key=lambda row: row.budget_epsilon if measured(row.budget_epsilon) else 0)
+        if measured(row.budget_epsilon)
+        and row.budget_epsilon > 0
+        and (_promised(row) is not None or _observed(row) is not None)
+    ]
 
 
 def _percent_text(value: float) -> str:
@@ -41,64 +34,69 @@ def _percent_text(value: float) -> str:
 
 
 def _promised(row: Row) -> float | None:
-    return 100 * row.promised_error if measured(row.promised_error) else None
+    """As a part of the budget."""
+    return row.promised_error / row.budget_epsilon if measured(row.promised_error) else None
 
 
 def _observed(row: Row) -> float | None:
     found = (row.observed_error or {}).get("value")
-    return 100 * found if measured(found) else None
+    return found / row.budget_epsilon if measured(found) else None
 
 
 def interval_bars(row: Row) -> tuple[float, float]:
-    """Lengths of the interval's bars below and above the observed error."""
+    """Lengths of the interval's bars below and above the observed error, as parts of the budget."""
     found = row.observed_error or {}
     bounds, value = interval([found.get("low"), found.get("high")]), _observed(row)
     if bounds is None or value is None:
         return 0.0, 0.0
-    return max(0.0, value - 100 * bounds[0]), max(0.0, 100 * bounds[1] - value)
+    return max(0.0, value - bounds[0] / row.budget_epsilon), max(0.0, bounds[1] / row.budget_epsilon - value)
 
 
-def error_chart(sweep: Sweep, name: str) -> str:
-    """Over the budget: the promised error as a bar's end, the observed one as a marker with its interval."""
-    lines = evenly(sweep.lines, MOST_LINES)
-    figure, (axes,) = new_panels(1, len(lines) + 1, 2.8)
-    budgets = [row.budget_epsilon for _, rows in lines for row in rows]
-    for place, (label, rows) in enumerate(lines):
-        shift = 2 ** (SHIFT * (place - (len(lines) - 1) / 2))
-        _draw_errors(axes, place, [row.budget_epsilon * shift for row in rows], rows, label)
-    ends = sorted({min(budgets) / 1.15, *budgets, max(budgets) * 1.15})
-    axes.plot(ends, [100 * end for end in ends], color=INK, linewidth=1.2, linestyle="--", label="the budget")
-    log_axis(axes, budgets, _percent_text)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("error budget ε (% of sequences, log scale)")
-    axes.set_ylabel("error (% of sequences)")
+def error_chart(pairs: list[tuple[Scenario, Row]], name: str) -> str:
+    """One run a line: the observed error with its interval, and the promised one, as parts of the budget."""
+    pairs = pairs[:MOST_ERRORS]
+    figure, axes = bars(len(pairs) + 1.2)
+    for place, (scenario, row) in enumerate(pairs):
+        promised, observed = _promised(row), _observed(row)
+        label = f"{scenario.name}, ε {row.budget_epsilon:g}" + (", no neighbours" if row.cache_free is True else "")
+        above_bar(axes, place, label, fontsize=8)
+        if observed is not None:
+            low, high = interval_bars(row)
+            axes.errorbar(
+                [observed],
+                [place],
+                xerr=[[low], [high]],
+                color=COLOURS[0] if observed <= 1 else COLOURS[1],
+                marker="o",
+                markersize=5,
+                elinewidth=1.4,
+                capsize=3,
+                label="observed, with its 95 % interval",
+            )
+        if promised is not None:
+            axes.plot(
+                [promised],
+                [place],
+                marker="|",
+                markersize=11,
+                markeredgewidth=2,
+                color=COLOURS[2],
+                linestyle="none",
+                label="promised by calibration",
+            )
+    axes.axvline(1, color=INK, linewidth=1.2, linestyle="--")
+    axes.set_ylim(len(pairs) - 0.4, -0.8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("error as a part of the budget ε (dashed line: all of it)")
     legend(figure, axes)
-    return svg_of(figure, name, f"Promised and observed error, {sweep.model}, {sweep.workload}")
-
-
-def _draw_errors(axes: Any, place: int, xs: list[float], rows: list[Row], label: str) -> None:
-    colour = COLOURS[place]
-    promised, observed = ([math.nan if y is None else y for y in map(of, rows)] for of in (_promised, _observed))
-    axes.plot(xs, promised, color=colour, marker="_", markersize=13, markeredgewidth=2, linestyle=":", linewidth=1)
-    axes.errorbar(
-        xs,
-        observed,
-        yerr=list(zip(*map(interval_bars, rows), strict=True)),
-        color=colour,
-        marker=MARKERS[place],
-        markersize=5,
-        linestyle="none",
-        elinewidth=1.4,
-        capsize=3,
-        label=plain(textwrap.fill(label, LABEL_WIDTH - 8)),
-    )
+    return svg_of(figure, name, "Promised and observed error")
 
 
 def epsilon_chart(sweep: Sweep, name: str) -> str:
     figure, _, below, rows = speed_and_answers(sweep, "budget_epsilon")
     log_axis(below, [row.budget_epsilon for row in rows], _percent_text)
     below.set_xlabel("error budget ε (% of sequences, log scale)")
-    return svg_of(figure, name, f"Speed-up and quality over the error budget, {sweep.model}, {sweep.workload}")
+    return svg_of(figure, name, f"Speed-up and quality over the error budget, {sweep.title}")
 
 
 def exits_chart(sweep: Sweep, name: str) -> str:

@@ -18,6 +18,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MOST_LINES = len(COLOURS)
 INK = "#123456"  # stands for the page's text colour inside charts
 LABEL_WIDTH = 60  # characters that fit beside one another
+BAR_ROW = 0.36  # inches: a line of text and what it names
 
 
 def pyplot() -> Any:
@@ -82,7 +83,10 @@ def evenly(items: list[Any], count: int) -> list[Any]:
 
 def legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2)
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, handlelength=3.2
+    )
 
 
 def new_panels(count: int, lines: int, height: float) -> tuple[Any, list[Any]]:
@@ -99,3 +103,18 @@ def log_axis(axes: Any, values: list[float], text: Callable[[float], str]) -> No
     ticks = evenly(sorted(set(values)), 7)
     axes.set_xticks(ticks, [text(value) for value in ticks])
     axes.minorticks_off()
+
+
+def bars(places: float) -> tuple[Any, Any]:
+    """For lines below one another, each with its name above."""
+    figure, axes = pyplot().subplots(figsize=(WIDTH, 0.5 + BAR_ROW * places), layout="constrained")
+    quiet(axes, "x")
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    return figure, axes
+
+
+def above_bar(axes: Any, place: float, text: str, **how: Any) -> None:
+    """Text at the left edge, above what is at this place."""
+    how = {"va": "bottom", "linespacing": 1.0, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4}, **how}
+    axes.text(0, place - 0.24, plain(text), transform=axes.get_yaxis_transform(), **how).set_in_layout(False)

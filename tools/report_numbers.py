@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 DASH = "–"
-THIN = "\u2009"
+THIN = "\u202f"  # it does not break
 MINUS = "\u2212"
-_SHARES = ("accuracy", "precision", "recall", "f1", "rate", "share")
+_SHARES = ("accuracy", "precision", "recall", "f1", "exact", "rate", "share")
 _LOWER_IS_BETTER = ("perplexity", "nll", "loss", "likelihood", "rate")
 
 
@@ -31,6 +32,22 @@ def error_number(value: Any) -> str:
 
 def percent(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}{THIN}%".replace("-", MINUS) if measured(value) else DASH
+
+
+def times(value: float) -> str:
+    """ "2.7x"; below 1 with two places, so that a loss is not rounded away."""
+    rounded = round(value, 2)
+    if rounded < 1:
+        return f"{rounded:.2f}x"
+    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+
+
+def plain_ascii(text: str) -> str:
+    """For terminals: thin spaces between digits become commas, other special characters their plain likes."""
+    text = re.sub(rf"(?<=\d){THIN}(?=\d)", ",", text)
+    for special, ordinary in ((THIN, " "), ("\u00a0", " "), (MINUS, "-"), (DASH, "-"), ("→", "->"), ("τ", "tau")):
+        text = text.replace(special, ordinary)
+    return text
 
 
 def mebibytes(value: Any) -> str:
@@ -56,7 +73,7 @@ class Quality:
 
     @property
     def share(self) -> bool:
-        return any(word in self.metric for word in _SHARES)
+        return any(word in self.metric.lower() for word in _SHARES)
 
     @property
     def scale(self) -> float:
@@ -115,6 +132,5 @@ def quality(task: Any) -> Quality | None:
         change = value - baseline
     if value is None and change is None:
         return None
-    return Quality(
-        str(task.get("metric") or "quality").replace("_", " "), value, baseline, change, interval(task.get("ci95"))
-    )
+    metric = str(task.get("metric") or "quality").replace("_", " ")
+    return Quality("F1" if metric == "f1" else metric, value, baseline, change, interval(task.get("ci95")))

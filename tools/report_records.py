@@ -1,14 +1,13 @@
-"""What the report reads: benchmark records and trace results, and how records belong together."""
+"""What the report and the summary read: benchmark records and trace results."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_numbers import Quality, interval, measured, mebibytes, percent, plain_number, quality
+from report_numbers import Quality, interval, measured, percent, plain_number, quality
 
 SCHEMA = 1
 REQUIRED = ("model", "weights", "workload", "mode", "threads", "requests", "tokens", "latency_ms")
@@ -16,6 +15,7 @@ OBJECTS = (
     "latency_ms",
     "divergence",
     "task",
+    "task_per_byte",
     "unsafe_served",
     "same_answer",
     "versions",
@@ -28,8 +28,6 @@ OBJECTS = (
 )
 LISTS = ("hit_rate_by_layer", "exits_by_layer")
 PLAIN = "nocache"
-PAPER_BAND = (0.82, 0.88)  # similarity thresholds that the LLMCache paper calls best
-USUAL_EPSILON = 0.01  # the error budget that stands for the others where one must
 # What makes two records of one model and workload different runs, and how it is written.
 SETTINGS = (
     "weights_held",
@@ -65,7 +63,7 @@ def setting_text(name: str, value: Any) -> str:
     if name == "threshold":
         return f"τ\u00a0{value:g}" if measured(value) else f"τ\u00a0{value}"
     if name == "capacity_bytes":
-        return f"{mebibytes(value)} MiB"
+        return f"{value / 2**20:g} MiB" if measured(value) else f"{value} MiB"
     if name == "weights_held":
         return "" if value == "as-loaded" else str(value)
     if name == "fingerprint":
@@ -89,6 +87,8 @@ class Row:
 
     record: dict[str, Any]
     label: str = ""  # what distinguishes it from the other records
+    document: int = 0  # which of the files it is from
+    error_metric: str = ""  # what its observed error counts: its budget's metric, or that of a budget beside it
 
     @property
     def plain(self) -> bool:
@@ -108,6 +108,11 @@ class Row:
     def quality(self) -> Quality | None:
         return quality(self.record.get("task"))
 
+    @property
+    def per_byte(self) -> Quality | None:
+        """Of choices: the same by likelihoods a byte."""
+        return quality(self.record.get("task_per_byte"))
+
     def key(self, *without: str) -> tuple[str, ...]:
         """Equal for records that differ in nothing but the named settings."""
         names = (
@@ -126,13 +131,27 @@ class Row:
         return ", ".join([self.kind, *filter(None, texts)])
 
     @property
-    def against_kvcache(self) -> tuple[float, str] | None:
-        """How many times as fast the prefill is as kvcache's, and of what: later turns, where there are some."""
-        later = self.later_turns or {}
-        if measured(later.get("speedup_vs_kvcache")):
-            return later["speedup_vs_kvcache"], "later turns"
-        found = self.prefill_speedup_vs_kvcache
-        return (found, "prefill") if measured(found) else None
+    def exact(self) -> bool:
+        """Whether it promises what the model computes."""
+        return self.kind in ("lossless", "identical")
+
+    @property
+    def similar(self) -> bool:
+        """Whether answers of similar requests are taken for its own, without a promise."""
+        return self.kind in ("threshold", "doccache")
+
+    @property
+    def generates(self) -> bool:
+        return measured((self.decode_ms or {}).get("mean"))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is a decoder that reuses prefixes."""
+        return measured((self.prefill_ms or {}).get("mean")) or measured(self.prefill_speedup_vs_kvcache)
+
+    @property
+    def note_text(self) -> str:
+        return self.note.strip() if isinstance(self.note, str) else ""
 
     @property
     def observed_text(self) -> str:
@@ -175,18 +194,6 @@ class Row:
         if name == "record":
             raise AttributeError(name)
         return self.record.get(name)
-
-
-@dataclass
-class Model:
-    name: str
-    weights: str
-    rows: list[Row] = field(default_factory=list)
-    latency_chart: str = ""
-
-    @property
-    def random(self) -> bool:
-        return self.weights.startswith("random")
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -233,111 +240,25 @@ def _check_trace(path: Path, document: dict[str, Any]) -> None:
 
 def rows_of(documents: list[dict[str, Any]]) -> list[Row]:
     """All records, each named by its kind, threshold, fingerprint and what else differs within model and workload."""
-    rows = [Row(record) for document in documents for record in document.get("records", [])]
+    rows = [
+        Row(record, document=number)
+        for number, document in enumerate(documents)
+        for record in document.get("records", [])
+    ]
     together: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         together.setdefault((row.model, row.weights, row.workload, row.kind), []).append(row)
     for alike in together.values():
         for row in alike:
-            row.label = row.name(*_shown(alike))
+            row.label = row.name(*telling_settings(alike))
     return rows
 
 
-def _shown(rows: list[Row], without: str = "") -> list[str]:
+def telling_settings(rows: list[Row], without: str = "") -> list[str]:
     """The settings that name each of the rows: the main ones, and those in which the rows differ."""
     return [
         name
         for name in SETTINGS
         if name != without
         and (name in ALWAYS_SHOWN or len({json.dumps(row.record.get(name), sort_keys=True) for row in rows}) > 1)
-    ]
-
-
-def group(rows: list[Row]) -> list[Model]:
-    models: dict[tuple[str, str], Model] = {}
-    for row in rows:
-        key = (row.model, row.weights)
-        models.setdefault(key, Model(*key)).rows.append(row)
-    for model in models.values():
-        workloads = list(dict.fromkeys(row.workload for row in model.rows))
-        model.rows.sort(key=lambda row: (workloads.index(row.workload), not row.plain))
-    return list(models.values())
-
-
-def headline(rows: list[Row]) -> list[Row]:
-    """One cached run of each series: the threshold nearest the middle of the paper's band, the error budget nearest the
-    usual one, the largest capacity."""
-    middle = sum(PAPER_BAND) / 2
-    best: dict[tuple[str, ...], Row] = {}
-
-    def rank(row: Row) -> tuple[float, float, float]:
-        distance = abs(row.threshold - middle) if measured(row.threshold) else 0.0
-        ratio = budget_of(row) / USUAL_EPSILON if budget_of(row) else 1.0
-        return -round(distance, 9), -round(abs(math.log(ratio)), 9), capacity_of(row)
-
-    for row in rows:
-        if row.plain:
-            continue
-        key = row.key("threshold", "capacity_bytes", "budget_epsilon")
-        if key not in best or rank(row) > rank(best[key]):
-            best[key] = row
-    return list(best.values())
-
-
-def budget_of(row: Row) -> float:
-    """The error budget epsilon; 0 without one."""
-    return row.budget_epsilon if measured(row.budget_epsilon) and row.budget_epsilon > 0 else 0.0
-
-
-def capacity_of(row: Row) -> float:
-    return row.capacity_bytes if measured(row.capacity_bytes) else 0.0
-
-
-@dataclass
-class Sweep:
-    """Records of one model and workload that differ in one setting, as one or more lines of a chart."""
-
-    model: str
-    workload: str
-    random: bool
-    lines: list[tuple[str, list[Row]]]  # name, rows by rising value
-
-
-def sweeps(rows: list[Row], setting: str, least: int = 2) -> list[Sweep]:
-    """Lines of at least that many different values of the setting; of equal records the last one counts."""
-    lines: dict[tuple[str, ...], dict[float, Row]] = {}
-    for row in rows:
-        if not row.plain and measured(row.record.get(setting)):
-            lines.setdefault(row.key(setting), {})[row.record[setting]] = row
-    found: dict[tuple[str, str, str], list[list[Row]]] = {}
-    for line in lines.values():
-        if len(line) >= least:
-            ordered = [line[value] for value in sorted(line)]
-            first = ordered[0]
-            found.setdefault((first.model, first.weights, first.workload), []).append(ordered)
-    result = []
-    for (model, _, workload), several in found.items():
-        firsts = [line[0] for line in several]
-        shown = _shown(firsts, without=setting)
-        named = [(line[0].name(*shown), line) for line in several]
-        result.append(Sweep(model, workload, firsts[0].random, named))
-    return result
-
-
-def by_layer(rows: list[Row], field: str) -> list[Sweep]:
-    """Records with a number for each layer under `field`, by model and workload; each is a line of its own, headlines
-    first."""
-    first = headline(rows)
-    found: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if any(map(measured, row.record.get(field) or [])):
-            found.setdefault((row.model, row.weights, row.workload), []).append(row)
-    return [
-        Sweep(
-            model,
-            workload,
-            several[0].random,
-            [(row.label, [row]) for row in sorted(several, key=lambda row: row not in first)],
-        )
-        for (model, _, workload), several in found.items()
     ]

@@ -11,11 +11,17 @@ from typing import Any
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
+import outcomes
 import report
 import report_budget
 import report_charts
-from report_numbers import quality
-from report_records import headline, rows_of, sweeps
+from report_map import marks
+from report_numbers import plain_ascii, quality, times
+from report_records import rows_of
+from report_sweeps import sweeps
+from sample_records import document as document_of
+from sample_records import full_run, trace, trained_cells
+from scenarios import scenarios_of
 
 RECORD: dict[str, Any] = {
     "model": "tiny <model>",
@@ -72,6 +78,12 @@ DROPS = {0.8: 0.086, 0.85: 0.051, 0.9: 0.012, 0.95: 0.0}  # threshold -> lost ac
 def task(change: float) -> dict[str, Any]:
     interval = [change - 0.01, change + 0.01]
     return {"metric": "accuracy", "value": 0.929 + change, "baseline": 0.929, "change": change, "ci95": interval}
+
+
+def section(page: str, name: str) -> str:
+    """A section of the page by its id."""
+    found = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+    return found[0] if found else ""
 
 
 class ReportTest(ToolTest):
@@ -143,28 +155,40 @@ class ReportTest(ToolTest):
                 self.assertEqual(status, 1)
                 self.assertIn(f"record 1: {wanted}", err)
 
-    def test_old_records_say_how_to_get_each_chart(self) -> None:
+    def test_what_was_not_measured_is_one_list_at_the_end(self) -> None:
         status, page, err = self.report(self.records({}))
         self.assertEqual(status, 0, err)
-        self.assertEqual(page.count("Not shown:"), 7)
-        for command in ("--threshold 0.80", "--cache-layers all", "--capacity-mib", "llmcache-trace --json"):
-            self.assertIn(command, page)
+        more = section(page, "more")
+        for command in (
+            "--threshold 0.80",
+            "--cache-layers all",
+            "--capacity-mib",
+            "llmcache-trace --json",
+            "--download",
+        ):
+            self.assertIn(command, more)
+            self.assertEqual(page.count(command), 1)
+        for title in ("threshold", "Promised", "Early exits", "Hit rate by layer", "size of the cache", "Eviction"):
+            self.assertNotIn(f"<h2>{title}", page)
+        self.assertNotIn('id="paper"', page)
+        status, page, err = self.report(document_of(full_run()))
+        self.assertEqual(status, 0, err)
+        self.assertNotIn("--cache-layers all", section(page, "more"))
 
     def test_old_and_new_records_together(self) -> None:
         document = self.sweep()
         document["records"].append(RECORD)
         status, page, err = self.report(document)
         self.assertEqual(status, 0, err)
-        self.assertIn("Speed-up and quality over the threshold, minilm, banking77", page)
-        self.assertNotIn("no model and workload was run with several thresholds", page)
+        self.assertIn("Speed-up and quality over the threshold, minilm, bank customers&#x27; questions", page)
+        self.assertNotIn("speed and answers over the similarity threshold", section(page, "more"))
         self.assertIn("the paper's choice", page)
-        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
-        self.assertIn("\u22125.1 points", glance)  # at 0.85, beside the speed-up
-        self.assertNotIn("\u22128.6", glance)
-        self.assertIn("not judged: random weights", glance)
-        self.assertEqual(glance.count('class="badge"'), 1)
-        self.assertIn("tiny &lt;model&gt; (random weights)", page)  # in the bar chart too
-        tables = page[page.index("All figures of") :]
+        glance = section(page, "glance")
+        self.assertIn("accuracy -5.1 points", glance)  # at 0.85, beside the speed-up
+        self.assertNotIn("-8.6", glance)
+        self.assertIn("random weights: no quality", glance)
+        tables = section(page, "figures")
+        self.assertEqual(tables.count('class="badge"'), 1)
         for drop in ("\u22128.6", "\u22125.1", "0.0"):
             self.assertIn(drop, tables)
 
@@ -207,7 +231,6 @@ class ReportTest(ToolTest):
                 }
                 status, page, err = self.report(self.records(record, record))
                 self.assertEqual(status, 0, err)
-                self.assertIn("not measured", page)
                 self.assertIsNone(re.search(r">\s*(nan|inf|True|many)\b", page))
 
     def test_gaps_in_a_sweep(self) -> None:
@@ -221,6 +244,7 @@ class ReportTest(ToolTest):
     def test_what_was_served_and_filled(self) -> None:
         duplicates = {
             **THRESHOLD,
+            "workload": "qqp",
             "task": {"metric": "precision", "value": 0.71, "baseline": None, "change": None, "ci95": [None, None]},
             "recall": 0.625,
             "unsafe_served": {"rate": 0.29, "ci95": [0.27, 0.31], "served": 100, "unlabelled": 3},
@@ -234,8 +258,8 @@ class ReportTest(ToolTest):
             "precision 71.0",
             "62.5",
             "wrongly served 29.0",
-            "(27.0\u2009% to 31.0\u2009%)",
-            "300 of 5\u2009364",
+            "(27.0\u202f% to 31.0\u202f%)",
+            "300 of 5\u202f364",
             "same gold answer 25.6",
         ):
             self.assertIn(text, page)
@@ -257,18 +281,10 @@ class ReportTest(ToolTest):
         kvcache = {**DECODER, "mode": "kvcache", "prefill_speedup_vs_kvcache": 1.0, "tokens_reused_fraction": 0.0}
         status, page, err = self.report(self.records(kvcache, DECODER, generated))
         self.assertEqual(status, 0, err)
-        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
-        for text in (
-            "against kvcache",
-            "3.75",
-            "6.50",
-            "later turns",
-            "81.5\u2009%",
-            "1\u2009022 of 1\u2009024 (1 tied)",
-        ):
+        glance = section(page, "glance")
+        for text in ("first token, against a KV cache", "3.8x", "1 of 1,024 tokens differ"):
             self.assertIn(text, glance)
-        self.assertEqual(page.count('aria-label="Prefill against kvcache"'), 1)
-        tables = page[page.index("All figures of") :]
+        tables = section(page, "figures")
         for text in (
             "prefill ms",
             "12.50",
@@ -276,6 +292,8 @@ class ReportTest(ToolTest):
             "41.50",
             "19.2",
             "later turns 7.75",
+            "1\u202f022 of 1\u202f024 (1 tied)",
+            "81.5\u202f%",
             "sequence 3, token 77: 4.0e-5",
         ):
             self.assertIn(text, tables)
@@ -284,7 +302,7 @@ class ReportTest(ToolTest):
         status, page, err = self.report(self.records({}, REAL))
         self.assertEqual(status, 0, err)
         for text in ("kvcache", "prefill", "greedy", "tokens/s"):
-            self.assertNotIn(text, page)
+            self.assertNotIn(text, section(page, "figures"))
 
     def budgets(self) -> list[dict[str, Any]]:
         """Two lines of three budgets; one record was not audited, another has no interval."""
@@ -306,28 +324,22 @@ class ReportTest(ToolTest):
     def test_budgets(self) -> None:
         status, page, err = self.report(self.records(*self.budgets()))
         self.assertEqual(status, 0, err)
-        for chart in (
-            "Promised and observed error",
-            "Speed-up and quality over the error budget",
-            "Early exits by layer",
-        ):
-            self.assertEqual(page.count(f'aria-label="{chart}, minilm, banking77"'), 1, chart)
-        self.assertEqual(page.count("Not shown:"), 4)
-        self.assertIn("the budget", page)
-        glance = page[page.index("At a glance") : page.index("<h2>Speed-up by")]
-        self.assertEqual(glance.count("ε\u00a00.01"), 2)  # of three budgets the usual one, of both kinds of exits
-        self.assertNotIn("ε\u00a00.02", glance)
-        self.assertIn("budget, decision error, ε\u00a00.01, no neighbours", glance)
-        self.assertIn("error 0.6\u2009% (0.3\u2009% to 1.1\u2009%), promised 0.9\u2009%", glance)
-        tables = page[page.index("All figures of") :]
+        self.assertEqual(page.count('aria-label="Promised and observed error"'), 1)
+        where = "minilm, bank customers&#x27; questions"
+        for chart in ("Speed-up and quality over the error budget", "Early exits by layer"):
+            self.assertEqual(page.count(f'aria-label="{chart}, {where}"'), 1, chart)
+        glance = section(page, "glance")
+        self.assertIn("within an error budget of 0.02", glance)  # of three budgets the usual one
+        self.assertIn("measured 0.006 [0.003, 0.011]", glance)
+        tables = section(page, "figures")
         for text in (
-            "<th>promised</th>",
-            "0.5\u2009%<small>decision</small>",
-            "<small>δ 5.0\u2009%</small>",
-            "0.6\u2009% (0.3\u2009% to 1.1\u2009%)<small>of 1\u2009540</small>",
-            "<td>2.0\u2009%<small>of 100</small>",
-            "<small>early exit 75.0\u2009%</small><small>cache free exit 5.0\u2009%</small></td>",
-            "<td>1\u2009251</td>",
+            '<th scope="col">promised</th>',
+            "0.5\u202f%<small>decision</small>",
+            "<small>δ 5.0\u202f%</small>",
+            "0.6\u202f% (0.3\u202f% to 1.1\u202f%)<small>of 1\u202f540</small>",
+            ">2.0\u202f%<small>of 100</small>",
+            "<small>early exit 75.0\u202f%</small><small>cache free exit 5.0\u202f%</small></td>",
+            ">1\u202f251</td>",
             "closed 1, reopened 0",
         ):
             self.assertIn(text, tables)
@@ -336,27 +348,27 @@ class ReportTest(ToolTest):
         status, page, err = self.report(self.records(BUDGET))
         self.assertEqual(status, 0, err)
         self.assertEqual(page.count('aria-label="Promised and observed error'), 1)
-        self.assertIn("no model and workload was run with several error budgets", page)
+        self.assertIn("speed and answers over the error budget", section(page, "more"))
         nothing = {**BUDGET, **dict.fromkeys(name for name in BUDGET if name not in REAL or name == "task")}
         status, page, err = self.report(self.records({**nothing, "budget_epsilon": 0.01}))
         self.assertEqual(status, 0, err)
-        self.assertIn("no record has a promised or an observed error", page)
-        self.assertIn("no record has early exits", page)
+        self.assertIn("promised and observed", section(page, "more"))
+        self.assertIn("early exits by layer", section(page, "more"))
 
     def test_pages_without_budgets_have_no_columns_for_them(self) -> None:
         status, page, err = self.report(self.records({}, REAL))
         self.assertEqual(status, 0, err)
-        for text in ("<th>promised</th>", "<th>audits</th>", "calibration"):
-            self.assertNotIn(text, page)
+        for text in (">promised</th>", ">audits</th>", "calibration"):
+            self.assertNotIn(text, section(page, "figures"))
 
     def test_interval_of_the_observed_error(self) -> None:
-        """Bars reach from the marker to both ends of the interval, in percent."""
+        """Bars reach from the marker to both ends of the interval, in parts of the budget."""
         rows = rows_of([{"records": self.budgets()}])
         self.assertEqual(report_budget.interval_bars(rows[1]), (0.0, 0.0))
         below, above = report_budget.interval_bars(rows[2])
-        self.assertAlmostEqual(below, 0.28)
-        self.assertAlmostEqual(above, 0.51)
-        (sweep,) = report_budget.error_sweeps(rows)
+        self.assertAlmostEqual(below, 0.0028 / 0.02)
+        self.assertAlmostEqual(above, 0.0051 / 0.02)
+        (sweep,) = report_budget.budget_sweeps(rows)
         self.assertEqual([[row.budget_epsilon for row in line] for _, line in sweep.lines], [[0.005, 0.01, 0.02]] * 2)
         names = [name for name, _ in sweep.lines]
         self.assertEqual(names, ["budget, decision error", "budget, decision error, no neighbours"])
@@ -365,7 +377,6 @@ class ReportTest(ToolTest):
         changes = [{"weights_held": "as-loaded"}, {"weights_held": "packed-fp16"}]
         rows = rows_of([{"records": [{**DECODER, **change} for change in changes]}])
         self.assertEqual([row.label for row in rows], ["lossless", "lossless, packed-fp16"])
-        self.assertEqual(len(headline(rows)), 2)
         differences = {"greedy": {"compared": 9, "different": 1, "tied": 0, "differences": [{"sequence": 1}]}}
         first, second = rows_of([{"records": [{**DECODER, **differences, **change} for change in changes]}])
         self.assertEqual((len(first.greedy_differences), second.greedy_differences), (1, []))
@@ -388,11 +399,11 @@ class ReportTest(ToolTest):
         )
 
     def test_random_weights_show_divergence_over_the_threshold(self) -> None:
-        changes = [{"fidelity": "threshold", "threshold": tau} for tau in (0.8, 0.9)]
+        changes = [{"fidelity": "threshold", "threshold": tau} for tau in (0.8, 0.85, 0.9)]
         status, page, err = self.report(self.records(*changes))
         self.assertEqual(status, 0, err)
         self.assertIn("output divergence, mean", page)
-        self.assertIn('tiny &lt;model&gt;, sample<span class="badge">random weights</span>', page)
+        self.assertIn('tiny &lt;model&gt;, short texts of all kinds <span class="badge">random weights</span>', page)
 
     def test_layers(self) -> None:
         changes = [{**THRESHOLD, "threshold": t, "hit_rate_by_layer": [0.1, None, 0.3]} for t in (0.8, 0.9)]
@@ -409,7 +420,7 @@ class ReportTest(ToolTest):
         self.assertEqual(status, 0, err)
         self.assertEqual(page.count('aria-label="Hit rate over capacity'), 1)
         self.assertIn(
-            "explains 100\u2009% of the variation; a doubling adds 10.0 points at the small end, 10.0 at", page
+            "explains 100\u202f% of the variation; a doubling adds 10.0 points at the small end, 10.0 at", page
         )
 
     def test_growth_in_words(self) -> None:
@@ -426,7 +437,7 @@ class ReportTest(ToolTest):
         )
 
     def test_trace_beside_results(self) -> None:
-        trace = self.folder / "trace.json"
+        trace_file = self.folder / "trace.json"
         results = [
             {"policy": policy, "capacity": capacity, "hit_rate": rate, "evictions": 1}
             for policy, rate in (("belady", 0.4), ("lru", 0.2), ("s3fifo", 0.25))
@@ -435,17 +446,17 @@ class ReportTest(ToolTest):
         document = {"trace": "a/b.jsonl", "requests": 7000, "blocks": 9, "unbounded_hit_rate": 0.5, "results": results}
 
         def run() -> tuple[int, str, str]:
-            trace.write_text(json.dumps(document))
+            trace_file.write_text(json.dumps(document))
             other = self.folder / "results.json"
             other.write_text(json.dumps(self.records({})))
-            status, _, err = self.run_tool(report, other, trace, "-o", self.folder / "page.html")
+            status, _, err = self.run_tool(report, other, trace_file, "-o", self.folder / "page.html")
             return status, (self.folder / "page.html").read_text() if status == 0 else "", err
 
         status, page, err = run()
         self.assertEqual(status, 0, err)
-        self.assertIn("1\u2009000 blocks: s3fifo 25.0\u2009%, +5.0\u2009points against lru, optimum 40.0\u2009%", page)
+        self.assertIn("1\u202f000 blocks: s3fifo 25.0\u202f%, +5.0\u202fpoints against lru, optimum 40.0\u202f%", page)
         self.assertIn("belady (optimum)", page)
-        self.assertIn("b.jsonl: 7\u2009000 requests", page)
+        self.assertIn("b.jsonl: 7\u202f000 requests", page)
         results[0]["hit_rate"] = math.nan
         self.assertEqual(run()[0], 0)
         document["results"] = [{"policy": "lru", "capacity": 0, "hit_rate": 0.1}]
@@ -463,8 +474,9 @@ class ReportTest(ToolTest):
         ]
         status, page, err = self.report(self.records(*changes))
         self.assertEqual(status, 0, err)
-        self.assertIn("3 more of these runs are in the tables only", page)
-        self.assertEqual(page.count("aria-label"), 5)  # speed-up, threshold, layers, latency, table
+        self.assertIn("In the table only: 3 more.", page)
+        charts = re.findall(r'<svg role="img"[^>]* aria-label="([^",]*)', page.replace("&#x27;", ""))
+        self.assertEqual(len(charts), 4)  # the first one, wide and narrow, threshold, layers
         ids = re.findall(r'\bid="([^"]+)"', page)
         self.assertEqual(len(ids), len(set(ids)), "ids must differ between the charts of one page")
 
@@ -473,7 +485,91 @@ class ReportTest(ToolTest):
             self.records({"speedup_vs_nocache": 900.0}, {**REAL, "speedup_vs_nocache": 0.5})
         )
         self.assertEqual(status, 0, err)
-        self.assertIn("(log scale)", page)
+        self.assertIn(">512x</text>", section(page, "map"))
+        self.assertIn(">900x<", section(page, "glance"))
+
+    def test_a_whole_run(self) -> None:
+        """Summary, chart, cells, glance in this order; each figure has its table."""
+        trace_file, results, page_file = (self.folder / name for name in ("trace.json", "results.json", "page.html"))
+        trace_file.write_text(json.dumps(trace()))
+        results.write_text(json.dumps(document_of(full_run())))
+        status, _, err = self.run_tool(report, results, trace_file, "-o", page_file)
+        self.assertEqual(status, 0, err)
+        page = page_file.read_text(encoding="utf-8")
+        order = re.findall(r'<section id="([a-z]+)">', page)
+        self.assertEqual(order, ["summary", "map", "paper", "glance", "figures", "more", "where"])
+        self.assertLessEqual(len(re.findall('<li id="line-', page)), 12)
+        self.assertLessEqual(section(page, "glance").count("<tr"), 13)
+        figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+        self.assertGreater(len(figures), 6)
+        for figure in figures:
+            self.assertIn("<svg", figure)
+            self.assertRegex(figure, re.compile(r"<details><summary>.*<tbody>\s*<tr", re.DOTALL))
+        ids = re.findall(r'\bid="([^"]+)"', page)
+        self.assertEqual(len(ids), len(set(ids)))
+
+    def test_losses_say_why(self) -> None:
+        _, page, _ = self.report(document_of(full_run()))
+        cells = re.findall(r"<td class=\"best loses[^>]*>(.*?)</td>", page, re.DOTALL)
+        self.assertGreater(len(cells), 6)
+        for cell in cells:
+            self.assertIn("why: ", cell)
+
+    def test_a_note_says_why(self) -> None:
+        noted = {**REAL, "speedup_vs_nocache": 0.9, "note": "the probe ran beside it"}
+        _, page, _ = self.report(self.records(noted))
+        self.assertIn("why: the probe ran beside it", section(page, "glance"))
+        self.assertIn("the probe ran beside it", section(page, "summary"))
+
+    def test_the_papers_cells(self) -> None:
+        _, page, _ = self.report(document_of(full_run()))
+        paper = section(page, "paper")
+        for text in (
+            ">2.4x<",
+            ">3.1x<",
+            "under 0.5 %",
+            "tau 0.82 to 0.88",
+            "up to 92 %",
+            "1.6x to 3.0x at tau 0.85",
+            "sample-documents in place of SQuAD",
+            "bert-base, random weights",
+        ):
+            self.assertIn(text, paper)
+        self.assertNotIn("fastest under", paper)  # nothing can be judged
+        self.assertNotIn("Not measured", paper)
+        some = [one for one in full_run() if one["workload"] != "sample-articles" or one["model"] == "gpt2"]
+        _, page, _ = self.report(document_of(some))
+        self.assertIn("Not measured: BERT-base on WikiText, DistilBERT on WikiText.", section(page, "paper"))
+        _, page, _ = self.report(document_of(trained_cells()))
+        paper = section(page, "paper")
+        self.assertIn("fastest under 0.5 % loss", paper)
+        self.assertIn("F1 -3.0 points", paper)
+        self.assertNotIn("random weights", paper)
+
+    def test_marks_of_the_first_chart(self) -> None:
+        records = [
+            {"mode": "nocache", "fidelity": None},
+            {"mode": "kvcache"},
+            {"observed_error": {"value": 0.02}, "fidelity": "budget", "budget_epsilon": 0.05, "budget_metric": "token"},
+            {"greedy": {"compared": 100, "different": 4, "tied": 1, "differences": []}, "capacity_bytes": 1},
+            {"task": task(-0.05), "capacity_bytes": 2},
+            {"task": {"metric": "perplexity", "baseline": 20, "value": 21}, "capacity_bytes": 3},
+            {"divergence": {"mean": 0.1}, "capacity_bytes": 4},
+            {"divergence": None, "capacity_bytes": 5},
+            {"speedup_vs_nocache": None, "capacity_bytes": 6},
+        ]
+        scenarios = scenarios_of(rows_of([{"records": [{**REAL, **record} for record in records]}]))
+        found = [(round(mark.changed, 6), outcomes.change(mark.row).of) for mark in marks(scenarios, [])]  # type: ignore[union-attr]
+        self.assertEqual(
+            found,
+            [
+                (2, "tokens that differ"),
+                (3, "tokens that differ"),
+                (5, "points of accuracy"),
+                (5, "change of perplexity"),
+                (10, "distance of outputs"),
+            ],
+        )
 
 
 class NumbersTest(ToolTest):
@@ -483,7 +579,7 @@ class NumbersTest(ToolTest):
         )
         assert found is not None
         self.assertEqual((found.change_text, found.verdict), ("\u22125.1 points", "worse"))
-        self.assertEqual(found.levels_text, "accuracy 92.9\u2009% → 87.8\u2009%")
+        self.assertEqual(found.levels_text, "accuracy 92.9\u202f% → 87.8\u202f%")
         self.assertEqual(found.interval_text, "\u22126.0 to \u22124.0")
         lower = quality({"metric": "perplexity", "value": 16.0, "baseline": 15.0, "change": 1.0, "ci95": [0.5, 1.5]})
         assert lower is not None
@@ -498,20 +594,22 @@ class NumbersTest(ToolTest):
         assert alone is not None
         self.assertEqual(
             (alone.levels_text, alone.interval_text, alone.verdict),
-            ("precision 70.0\u2009%", "65.0\u2009% to 75.0\u2009%", ""),
+            ("precision 70.0\u202f%", "65.0\u202f% to 75.0\u202f%", ""),
         )
         for nothing in (None, {}, {"metric": "accuracy", "value": None}, {"value": math.nan}):
             self.assertIsNone(quality(nothing))
 
-    def test_headline_is_the_middle_of_the_papers_band_and_the_largest_cache(self) -> None:
-        changes = [{"threshold": t, "capacity_bytes": c} for t in (0.8, 0.86, 0.95) for c in (1, 2)]
-        rows = rows_of([{"records": [{**RECORD, **change} for change in (*changes, {"mode": "nocache"})]}])
-        (row,) = headline(rows)
-        self.assertEqual((row.threshold, row.capacity_bytes), (0.86, 2))
+    def test_times(self) -> None:
+        for value, text in ((0.966, "0.97x"), (0.996, "1.0x"), (2.71, "2.7x"), (99.96, "100.0x"), (912.3, "912x")):
+            self.assertEqual(times(value), text)
+        self.assertEqual(
+            plain_ascii("1\u202f540, 3.5\u202f%, \u22121, 2\u2009 → τ\u00a00.8"), "1,540, 3.5 %, -1, 2\u2009 -> tau 0.8"
+        )
 
     def test_only_records_that_differ_in_nothing_else_make_a_line(self) -> None:
         changes = [
             {"threshold": 0.8, "fingerprint": "raw"},
+            {"threshold": 0.85, "fingerprint": "raw"},
             {"threshold": 0.9, "fingerprint": "raw"},
             {"threshold": 0.9, "fingerprint": "raw", "speedup_vs_nocache": 9},  # measured again: the last one counts
             {"threshold": 0.9, "fingerprint": "pca"},
@@ -521,7 +619,9 @@ class NumbersTest(ToolTest):
         (found,) = sweeps(rows_of([{"records": [{**RECORD, **change} for change in changes]}]), "threshold")
         ((name, line),) = found.lines
         self.assertEqual((found.workload, name), ("sample", "lossless, raw"))
-        self.assertEqual([(row.threshold, row.speedup_vs_nocache) for row in line], [(0.8, 1.75), (0.9, 9)])
+        self.assertEqual(
+            [(row.threshold, row.speedup_vs_nocache) for row in line], [(0.8, 1.75), (0.85, 1.75), (0.9, 9)]
+        )
 
 
 if __name__ == "__main__":
