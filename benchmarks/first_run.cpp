@@ -13,6 +13,8 @@ Arguments with_modes(Arguments arguments, std::vector<std::string> modes, std::v
   arguments.modes = std::move(modes);
   arguments.fidelities = std::move(fidelities);
   arguments.thresholds = {0.85};
+  arguments.fingerprint = "raw";  // the cosine of mean states as they are, which the paper's thresholds are of
+  arguments.centre = false;
   return arguments;
 }
 
@@ -67,6 +69,7 @@ std::vector<Part> of_random_weights(const Arguments& arguments, const std::strin
       with_modes(arguments, {"nocache", "kvcache", "llmcache", "doccache"}, {"lossless", "threshold"});
   settings.threshold_asked = true;
   settings.doccache_asked = true;
+  settings.cache_layers = "all";
   return {{settings, 2.5}};
 }
 

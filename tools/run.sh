@@ -6,7 +6,7 @@ usage() {
   cat <<'HELP'
 usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, fuzz the readers of files
                                                        for a minute, then run some tests with sanitizers
-       tools/run.sh bench [llmcache-bench arguments]   build, measure, write an HTML report
+       tools/run.sh bench [llmcache-bench arguments]   build, measure, end in a summary and an HTML report
        tools/run.sh data  [--only NAME...]             download real data sets from the Hugging Face hub
        tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure side by side with ONNX Runtime and others
        tools/run.sh help
@@ -36,8 +36,9 @@ HELP
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-certificates libeigen3-dev libfmt-dev
-  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev
-  clang libclang-rt-14-dev)
+  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev)
+# Of the tests only: a compiler with libFuzzer, a browser that opens the report.
+readonly TEST_PACKAGES=(clang libclang-rt-14-dev chromium fonts-dejavu-core)
 
 BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"
@@ -79,18 +80,18 @@ die() {
 
 # --- steps ----------------------------------------------------------------------------------------
 
-install_packages() {
+install_packages() {  # packages
   step "Debian packages" "read apt's messages above; with a network problem, try again"
   if ! command -v dpkg-query >/dev/null; then
-    echo "not a Debian system: expecting the equivalents of ${PACKAGES[*]} to be installed"
+    echo "not a Debian system: expecting the equivalents of $* to be installed"
     return
   fi
   local package missing=()
-  for package in "${PACKAGES[@]}"; do
+  for package in "$@"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
   done
   if ((${#missing[@]} == 0)); then
-    echo "all ${#PACKAGES[@]} are installed, skipped"
+    echo "all $# are installed, skipped"
     return
   fi
   echo "missing: ${missing[*]}"
@@ -241,7 +242,7 @@ write_report() {
   local figures=("$BUILD/results.json")
   [[ ! -f $BUILD/trace.json ]] || figures+=("$BUILD/trace.json")
   "$VENV_PYTHON" "$ROOT/tools/report.py" "${figures[@]}" -o "$BUILD/report.html"
-  echo "report: $BUILD/report.html"
+  "$VENV_PYTHON" "$ROOT/tools/summary.py" "${figures[@]}" --report "$BUILD/report.html"
 }
 
 # --- commands -------------------------------------------------------------------------------------
@@ -259,14 +260,14 @@ values_of() {  # values_of --option ARGUMENTS...: the option's values, one a lin
   done
 }
 
-setup() {
+setup() {  # further Debian packages
   mkdir -p "$BUILD"
-  install_packages
+  install_packages "${PACKAGES[@]}" "$@"
   make_venv
 }
 
 main_test() {
-  setup
+  setup "${TEST_PACKAGES[@]}"
   export_models tiny zoo minilm
   prepare_data --only sample
   configure_release
