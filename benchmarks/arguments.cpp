@@ -53,7 +53,9 @@ Modes
 
 How it measures
   Each request runs in all settings, one after the other, in an order that turns from request to request. The first
-  requests are run beforehand to warm up, and the caches are emptied after that. Latency is wall time per request.
+  requests are run beforehand to warm up, and the caches are emptied after that. Latency is wall time per request, but
+  for comparing the first answer of each size with the plain model's, which a cache does once (verification_ms in
+  the results; Options::verify_rate).
   Some workloads have a fill part (banking77 and clinc150: the training queries; qqp: the first texts of the pairs).
   It is put into the caches before, untimed, in at most 60 % of the time budget, and every request of it is computed
   and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,
@@ -382,7 +384,8 @@ Arguments parse_arguments(int argc, const char* const* argv) {
     throw Failure(fmt::format("{}; llmcache-bench --help lists the options", error.what()));
   }
   static const std::set<std::string> kAnywhere = {"--models", "--data", "--json", "--threads", "--list"};
-  arguments.first_run = std::none_of(app.get_options().begin(), app.get_options().end(), [](const CLI::Option* one) {
+  const auto options = app.get_options();
+  arguments.first_run = std::none_of(options.begin(), options.end(), [](const CLI::Option* one) {
     return one->count() > 0 && kAnywhere.count(one->get_name()) == 0;
   });
   arguments.kvcache_asked = mode->count() > 0 && arguments.has_mode("kvcache");

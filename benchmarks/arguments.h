@@ -48,6 +48,7 @@ struct Arguments {
   std::filesystem::path models_folder;
   std::filesystem::path data_folder;
   std::optional<std::filesystem::path> json;
+  std::optional<std::int64_t> calibration_requests;  ///< at most, of a run without options; unset: all that fill
   bool list = false;
   bool first_run = false;  ///< nothing was asked for: what first_run() chooses
   std::string command;  ///< as typed, the program by its name only

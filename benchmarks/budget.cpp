@@ -8,7 +8,7 @@ namespace {
 
 constexpr double kShareSeconds = 30;      // of a cell of weight 1
 constexpr double kAllCellsSeconds = 360;  // loading and wrapping all models comes on top
-constexpr double kFirstRunSeconds = 300;  // which wraps each model in more ways
+constexpr double kFirstRunSeconds = 330;  // which wraps each model in more ways
 
 }  // namespace
 

@@ -67,7 +67,7 @@ std::filesystem::path Calibration::kept_path(const Setting& setting) const {
   std::error_code error;  // if there is none, saving says so
   std::filesystem::create_directories(folder, error);
   const auto bytes = [](const auto& values) { return values.size() * sizeof(values[0]); };
-  const std::uint64_t data = XXH3_64bits_withSeed(tokens_.tokens.data(), bytes(tokens_.tokens), probe_hash_);
+  const std::uint64_t data = XXH3_64bits_withSeed(tokens_.tokens.data(), bytes(tokens_.tokens), probe_hash_ + static_cast<std::uint64_t>(requests()));
   return folder / fmt::format("{}.{}.{}-{}-{}-{}.{:016x}.json", model_.cache().profile().digest.substr(0, 12),
                               tokens_.workload, to_string(metric_), *setting.epsilon, setting.early_exit,
                               setting.weights, data);
@@ -95,7 +95,7 @@ void Calibration::make(Cache& cache, const Setting& setting) {
   if (sample.exit == nullptr) {
     std::int64_t next = first_;
     sample = cache.run_sample([&]() -> std::optional<Inputs> {
-      if (next == tokens_.fill_requests) return std::nullopt;
+      if (next == first_ + requests()) return std::nullopt;
       const std::int64_t number = next++;
       return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
     });

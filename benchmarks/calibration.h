@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -42,8 +43,12 @@ class Calibration {
   [[nodiscard]] std::vector<double> errors(const Returned& answer, const Returned& plain) const;
   [[nodiscard]] BudgetMetric metric() const { return metric_; }
 
-  /// Requests that were calibrated on: those of the fill part that the probe was not fitted on, all if there are none.
-  [[nodiscard]] std::int64_t requests() const { return tokens_.fill_requests - first_; }
+  /// Requests that are calibrated on: those of the fill part that the probe was not fitted on, all if there are none.
+  [[nodiscard]] std::int64_t first_request() const { return first_; }
+  [[nodiscard]] std::int64_t requests() const {
+    const std::int64_t all = tokens_.fill_requests - first_;
+    return std::min(arguments_.calibration_requests.value_or(all), all);
+  }
 
  private:
   /// Where a run without options keeps a profile: its name tells model, data, probe and setting apart.

@@ -45,6 +45,7 @@ struct Lane {
   ServedCounts served;
   std::vector<double> latencies = {};    // ms, one a request
   std::vector<double> prefills = {};     // of these, until the first call was back
+  double verify_ms = 0;                  // beside the latencies
   double tokens_computed = 0;            // padding included where it was computed
   std::int64_t tokens_reused = 0;        // of prompts
   std::int64_t tokens_shared = 0;        // the same
@@ -356,6 +357,7 @@ class Cell {
   void count(const Request& request, const Run& run, Lane& lane) const {
     lane.latencies.push_back(run.total_ms());
     lane.prefills.push_back(run.ms.front());
+    lane.verify_ms += run.verify_ms;
     lane.tokens_computed += run.tokens_computed;
     lane.tokens_reused += run.tokens_reused;
     lane.tokens_shared += run.tokens_shared;
@@ -437,6 +439,7 @@ class Cell {
     r.tokens = real_tokens_;
     r.tokens_computed_fraction = lane.tokens_computed / static_cast<double>(real_tokens_);
     r.latency_ms = summarize(lane.latencies);
+    r.verification_ms = lane.verify_ms;
     const Lane* plain = plain_lane();
     if (plain != nullptr) {
       std::vector<double> ratios;

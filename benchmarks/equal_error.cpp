@@ -13,10 +13,10 @@ std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens
   options.threshold.layer_taus.clear();
   options.refresh.shadow_rate = 0;
   const auto cache = model.make_cache(options);
-  const std::int64_t first = tokens.fill_requests - calibration.requests();
+  const std::int64_t first = calibration.first_request();
   const std::int64_t filled = first + static_cast<std::int64_t>(kFilled * static_cast<double>(calibration.requests()));
   std::vector<Nearest> nearest;
-  for (std::int64_t number = first; number < tokens.fill_requests; ++number) {
+  for (std::int64_t number = first; number < first + calibration.requests(); ++number) {
     const Rows rows = tokens.request(number, cut);
     const Inputs inputs = model.inputs(rows, tokens.pools(number, cut));
     RequestOptions one;

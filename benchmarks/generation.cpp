@@ -57,6 +57,7 @@ struct Lane {
   double tokens = 0;                   // of all sequences of all turns
   double tokens_computed = 0;
   std::int64_t prompt_tokens = 0;
+  double verify_ms = 0;            // beside the latencies
   std::int64_t tokens_reused = 0;  // of prompts
   std::int64_t later_prompt_tokens = 0;
   std::int64_t later_tokens_reused = 0;
@@ -145,6 +146,7 @@ class Generation {
       lane.variant->clear();
       say(lane, stream_.requests.front(), warm_up_prompt(), kWarmUpTokens, {});
       lane.variant->clear();
+      lane.verify_ms = 0;
     }
     plain_seconds_ = 0;
   }
@@ -226,6 +228,7 @@ class Generation {
       const auto [begin, end] = call.tokens.at(0);
       turn.logits.push_back(tensor_of(call.output, model_.output_shape().logits_output)[0][end - 1 - begin].clone());
       turn.tokens_computed += done.tokens_computed;
+      lane.verify_ms += done.verify_ms;
       return done;
     };
     const Run prefill = run();
@@ -312,6 +315,7 @@ class Generation {
     const bool plain_itself = lane.setting.mode == "nocache";
     if (!plain_itself) r.output = "last";
     r.requests = done_;
+    r.verification_ms = lane.verify_ms;
     r.sequences = turns_;
     r.tokens = static_cast<std::int64_t>(lane.tokens);
     r.tokens_computed_fraction = lane.tokens_computed / lane.tokens;

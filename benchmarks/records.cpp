@@ -240,6 +240,7 @@ Json to_json(const Record& r, const Versions& versions) {
       {"tokens", r.tokens},
       {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
       {"latency_ms", summary(r.latency_ms)},
+      {"verification_ms", number(r.verification_ms)},
       {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
       {"speedup_median", number(r.speedup_median)},
       {"speedup_vs_kvcache", number(r.speedup_vs_kvcache)},
@@ -297,6 +298,7 @@ Record record_from_json(const Json& json) {
   r.tokens = json.at("tokens").get<std::int64_t>();
   r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
   r.latency_ms = summary_from(json.at("latency_ms"));
+  r.verification_ms = number_from(json.at("verification_ms"));
   r.speedup_vs_nocache = number_from(json.at("speedup_vs_nocache"));
   r.speedup_median = number_from(json.at("speedup_median"));
   read_decoding(json, r);

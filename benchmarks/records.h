@@ -115,6 +115,7 @@ struct Record {
   std::int64_t tokens = 0;  ///< real ones
   double tokens_computed_fraction = kNotMeasured;
   Summary latency_ms;                        ///< per request
+  double verification_ms = 0;                ///< in all, beside the latencies: comparing answers with the plain model
   double speedup_vs_nocache = kNotMeasured;  ///< of sums over the same requests
   double speedup_median = kNotMeasured;      ///< median of the ratios of single requests
   double speedup_vs_kvcache = kNotMeasured;  ///< as against nocache; kvcache with the same weights

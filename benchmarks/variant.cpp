@@ -85,6 +85,9 @@ ForwardReport forward(Cache& cache, const Call& call, RequestOptions options, bo
   Returned returned;
   returned.output = timed(result.ms, [&] { return cache.forward(call.inputs, options); });
   ForwardReport report = cache.last_report();
+  // The first answer of each size is compared with the plain model's: once in the life of a cache.
+  result.ms.back() -= report.verify_ms;
+  result.verify_ms += report.verify_ms;
   for (std::size_t row = 0; row < report.sequences.size(); ++row) {
     const auto tokens = static_cast<std::int64_t>(call.rows[row].size());
     const std::int64_t known = report.sequences[row].reused_tokens;

@@ -44,6 +44,7 @@ struct Request {
 struct Run {
   std::vector<Returned> returned;         ///< one a call
   std::vector<double> ms;                 ///< wall time, one a call
+  double verify_ms = 0;                   ///< comparing answers with the plain model: not in `ms`
   double tokens_computed = 0;             ///< padding included where it was computed
   std::int64_t tokens_reused = 0;         ///< of the first call, known from calls before
   std::int64_t tokens_shared = 0;         ///< of the first call, computed for several rows at once

@@ -69,6 +69,7 @@ def record(
         "tokens": 24000,
         "tokens_computed_fraction": 1.0,
         "latency_ms": summary(ms / (speed or 1.0)),
+        "verification_ms": 0.0,
         "speedup_vs_nocache": speed if mode != "nocache" else 1.0,
         "speedup_median": speed if mode != "nocache" else 1.0,
         "speedup_vs_kvcache": None,
