@@ -35,7 +35,7 @@ std::vector<Part> classification(const Arguments& arguments) {
   thresholds.cache_layers = "all";
   Arguments capacities = with_modes(arguments, {"llmcache"}, {"threshold"});
   capacities.capacities_mib = {1, 2, 4, 8};
-  return {{settings, 12}, {thresholds, 4}, {capacities, 3}};
+  return {{settings, 8}, {thresholds, 3}, {capacities, 2}};
 }
 
 std::vector<Part> of_encoder(const Arguments& arguments, const std::string& kind, bool probe) {
@@ -54,7 +54,7 @@ std::vector<Part> of_encoder(const Arguments& arguments, const std::string& kind
 
 std::vector<Part> of_decoder(const Arguments& arguments, const std::string& kind) {
   static const std::map<std::string, double> kWeights = {
-      {"chat", 10}, {"squad", 6}, {"openbookqa", 4}, {"wikitext", 6}, {"generate-128", 5}};
+      {"chat", 16}, {"squad", 6}, {"openbookqa", 4}, {"wikitext", 6}, {"generate-128", 9}};
   const auto weight = kWeights.find(kind);
   if (weight == kWeights.end()) return {};
   Arguments settings = with_modes(arguments, {"nocache", "kvcache", "llmcache"}, {"lossless"});

@@ -399,9 +399,13 @@ class Values : public ::testing::Test {
 };
 
 TEST_F(Values, MasksOfOtherNumbersRunPlainly) {
+  const std::vector<std::string> biases = {
+      "", "(attention_mask.unsqueeze(1) == 0).to(x.dtype) * -1.0e9",
+      "(attention_mask.unsqueeze(1) != attention_mask.unsqueeze(2)).to(x.dtype) * -1.0e9"};
   for (const std::int64_t number : {2, 3, -1, 1000}) {
-    SCOPED_TRACE(number);
-    wrap();
+    const std::string& bias = biases[static_cast<std::size_t>(std::abs(number)) % biases.size()];
+    SCOPED_TRACE(std::to_string(number) + " " + bias);
+    wrap(bias);
     auto request = right_padded(info_, {9, 5, 7}, 3);
     cache_->forward(right_padded(info_, {9, 5, 7}, 3).inputs);
     request.mask()[1].narrow(0, 2, 3).fill_(number);
