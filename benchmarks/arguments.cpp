@@ -57,8 +57,8 @@ Modes
 How it measures
   Each request runs in all settings, one after the other, in an order that turns from request to request. The first
   requests are run beforehand to warm up, and the caches are emptied after that. Latency is wall time per request, but
-  for comparing the first answer of each size with the plain model's, which a cache does once (verification_ms in
-  the results; Options::verify_rate).
+  for comparing answers with the plain model's: the first one of each size, and about 1 in 1,000 later (at most 1 % of
+  the time). verification_ms in the results says how long that took in all (Options::verify_rate).
   Some workloads have a fill part (banking77 and clinc150: the training queries; qqp: the first texts of the pairs).
   It is put into the caches before, untimed, in at most 60 % of the time budget, and every request of it is computed
   and kept, none is served. 'filled' says how many requests of how many that were. Where only identical requests count,

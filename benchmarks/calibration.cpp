@@ -32,7 +32,9 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Argu
   if (!probe) return;
   scores_ = scores_of(*probe);
   first_ = first_unfitted(*probe, tokens);
-  probe_hash_ = XXH3_64bits(probe->weight.data(), probe->weight.size() * sizeof(probe->weight[0]));
+  probe_hash_ = XXH3_64bits(probe->weight.data(), probe->weight.size() * sizeof(probe->weight[0])) +
+                XXH3_64bits(probe->bias.data(), probe->bias.size() * sizeof(probe->bias[0])) +
+                static_cast<std::uint64_t>(first_);
 }
 
 BudgetOptions Calibration::options(const Setting& setting) const {
@@ -54,7 +56,7 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
       cache.use_calibration(CalibrationProfile::load(path));
     } else if (!arguments_.first_run || !take_kept(cache, path)) {
       make(cache, setting);
-      if (!path.empty()) cache.calibration()->save(path);
+      if (!path.empty()) keep(cache, path);
     }
   } catch (const Error& error) {
     throw Failure(fmt::format("{}: {}", tokens_.workload, one_line(error)));
@@ -82,6 +84,15 @@ bool Calibration::take_kept(Cache& cache, const std::filesystem::path& path) {
   } catch (const Error& error) {
     progress_.note(fmt::format("note: {}: {}; calibrating again", path.string(), one_line(error)));
     return false;
+  }
+}
+
+void Calibration::keep(const Cache& cache, const std::filesystem::path& path) const {
+  try {
+    cache.calibration()->save(path);
+  } catch (const Error& error) {
+    if (!arguments_.first_run) throw;
+    progress_.note(fmt::format("note: the calibration is not kept: {}", one_line(error)));
   }
 }
 

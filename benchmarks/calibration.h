@@ -55,6 +55,7 @@ class Calibration {
   [[nodiscard]] std::filesystem::path kept_path(const Setting& setting) const;
   [[nodiscard]] bool take_kept(Cache& cache, const std::filesystem::path& path);
   void make(Cache& cache, const Setting& setting);
+  void keep(const Cache& cache, const std::filesystem::path& path) const;
   [[nodiscard]] at::Tensor pooled(const c10::IValue& output) const;
 
   LoadedModel& model_;

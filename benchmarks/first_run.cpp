@@ -31,7 +31,7 @@ std::vector<Part> classification(const Arguments& arguments) {
       with_modes(arguments, {"nocache", "llmcache", "doccache"}, {"lossless", "budget", "threshold"}), 0.02, "auto");
   settings.equal_error = true;
   Arguments thresholds = with_modes(arguments, {"nocache", "llmcache"}, {"threshold"});
-  thresholds.thresholds = {0.75, 0.80, 0.90, 0.95};  // 0.85 runs with the others
+  thresholds.thresholds = {0.75, 0.80, 0.85, 0.90, 0.95};
   thresholds.cache_layers = "all";
   Arguments capacities = with_modes(arguments, {"llmcache"}, {"threshold"});
   capacities.capacities_mib = {1, 2, 4, 8};

@@ -109,7 +109,7 @@ TEST(FirstRunTest, MeasuresWhatAUserWouldChoose) {
   EXPECT_THAT(fidelities(questions[0]), ElementsAre("lossless", "budget", "threshold"));
   EXPECT_THAT(questions[0].arguments.epsilons, ElementsAre(0.02));
   EXPECT_TRUE(questions[0].arguments.equal_error);
-  EXPECT_EQ(questions[1].arguments.thresholds.size(), 4U);
+  EXPECT_EQ(questions[1].arguments.thresholds.size(), 5U);
   EXPECT_EQ(questions[2].arguments.capacities_mib.size(), 4U);
   EXPECT_EQ(first_run(none, encoder, "banking77", true).size(), 3U) << "real data as the sample of their kind";
   EXPECT_TRUE(first_run(none, encoder, "sample-faq", false).empty()) << "no probe, nothing to judge answers by";

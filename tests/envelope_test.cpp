@@ -66,6 +66,19 @@ const std::vector<Case> kLengthCases{
      "    x = x + torch.relu((tokens.max() - 63).to(x.dtype)) * 0.01"},
 };
 
+// The same within branches, where shapes are not known.
+const std::vector<Case> kBranches{
+    {.name = "largest_place_in_a_branch",
+     .change = "    if attention_mask.dim() == 2:\n        far = torch.max(places, 1)[0]\n"
+               "        x = x * torch.where(far > 64, 0.5, 1.0).unsqueeze(1).unsqueeze(2)"},
+    {.name = "counts_in_a_branch",
+     .change = "    if attention_mask.dim() == 2:\n"
+               "        seen = torch.matmul(attention_mask.to(x.dtype), torch.ones_like(tokens).to(x.dtype))\n"
+               "        x = x * torch.where(seen > 64, 0.5, 1.0).unsqueeze(1).unsqueeze(2)"},
+    {.name = "rows_in_a_branch",
+     .change = "    if attention_mask.dim() == 2:\n        x = x * torch.where(attention_mask.sum(0).max() > 9, 0.5, 1.0)"},
+};
+
 // Attention that is opened by what tokens are.
 const std::vector<Case> kSeparators{
     {"before_a_separator", "torch.arange(input_ids.size(1)).unsqueeze(0)",
@@ -133,7 +146,7 @@ const std::vector<Case> kPlain{
 
 std::vector<Case> all_cases() {
   std::vector<Case> all;
-  for (const auto* group : {&kLengthCases, &kSeparators, &kTypes, &kCounts, &kRowCases, &kPlain}) {
+  for (const auto* group : {&kLengthCases, &kBranches, &kSeparators, &kTypes, &kCounts, &kRowCases, &kPlain}) {
     all.insert(all.end(), group->begin(), group->end());
   }
   for (const auto* group : {&kLengthCases, &kCounts, &kRowCases}) {

@@ -92,6 +92,20 @@ TEST_P(Identity, FollowsFromOneNumber) {
 INSTANTIATE_TEST_SUITE_P(All, Identity, ::testing::ValuesIn(places()),
                          [](const auto& param) { return param.param.name; });
 
+TEST(Identity, AListThatWasEmptyIsWatched) {
+  Script script;
+  script.forward = Script::with(script.forward, "x = self.l0", "for one in self.more:\n        x = x + one\n    x = self.l0");
+  script.attributes = [](Module& model) {
+    model.register_attribute("more", c10::ListType::ofTensors(), c10::List<at::Tensor>());
+  };
+  const auto module = make_module(script);
+  LayerCache<Module> cache(module);
+  const auto request = right_padded(script_info(Script{}), {9, 9}, 1);
+  cache.forward(request.inputs);
+  module.attr("more").toTensorList().push_back(at::ones({32}));
+  EXPECT_THAT([&] { cache.forward(request.inputs); }, ThrowsError(ErrorCode::kModelChanged, "more"));
+}
+
 /// In place of the attribute.
 void fold(Module& module, const at::Tensor& tensor) {
   auto graph = module.get_method("forward").graph();
@@ -229,7 +243,7 @@ TEST_P(Weights, AreHashedInFullNowAndThen) {
   const auto request = right_padded(script_info(Script{}), {9, 9}, 1);
   cache.forward(request.inputs);
   const auto held = held_in(module).tensor_data();
-  (held.dim() == 1 ? held : held.select(0, 2))[7] = 4.0;  // between the places that are compared for every request
+  (held.dim() == 1 ? held : held.select(0, 2))[25] = 4.0;  // between the places that are compared for every request
   int refused = 0;
   for (int i = 0; i < 6; ++i) {
     try {

@@ -22,6 +22,20 @@ const std::vector<State> kStates{
      "    self.table2.copy_(torch.full([32], 0.5))\n    if input_ids.size(1) > 5:\n        x = x * self.factor\n"
      "    x = x * self.table2"},
     {"copy_of_a_buffer", "    own = self.table2.clone()\n    own.add_(1.0)\n    x = x * own"},
+    {"source_that_changes_behind_the_copy",
+     "    new = torch.full([32], 0.5)\n    self.table2.copy_(new)\n    new.mul_(3.0)\n    x = x * self.table2"},
+    {"copy_of_a_list_of_numbers",
+     "    sizes = list(self.sizes)\n    sizes.append(1)\n    x = x * float(len(sizes)) + float(len(self.sizes + [1]))"},
+    {"list_that_holds_a_buffer", "    parts = [self.table2]\n    parts.append(self.factor)\n    x = x * parts[0]"},
+    {"element_of_a_tuple", "    self.duo[0].add_(1.0)\n    x = x * self.duo[0]", "duo"},
+    {"unpacked_tuple", "    a, b = self.duo\n    a.add_(1.0)\n    x = x * b * self.duo[0]", "duo"},
+    {"values_of_a_dictionary", "    for held in self.named.values():\n        held.add_(1.0)\n    x = x * self.named['a']",
+     "named"},
+    {"put_into_a_list_first", "    parts = [x[0, 0]]\n    parts.append(self.table2)\n    parts[1].add_(1.0)\n    x = x * self.table2",
+     "table2"},
+    {"carried_around_a_loop",
+     "    at = x[0, 0].clone()\n    for i in range(3):\n        at.add_(1.0)\n        at = self.table2\n    x = x * self.table2",
+     "table2"},
     {"counter_that_is_read", "    self.calls.add_(1)\n    x = x * self.calls", "calls"},
     {"written_after_it_is_read", "    x = x * self.table2\n    self.table2.copy_(torch.full([32], 0.5))", "table2"},
     {"mean_that_is_carried_on", "    self.table2.mul_(0.9).add_(x.mean([0, 1]), alpha=0.1)\n    x = x - self.table2",
@@ -55,6 +69,9 @@ Module module_of(const State& state) {
     c10::Dict<std::string, at::Tensor> named;
     named.insert("a", at::ones({32}));
     model.register_attribute("named", c10::DictType::create(c10::StringType::get(), c10::TensorType::get()), named);
+    model.register_attribute("duo", c10::TupleType::create({c10::TensorType::get(), c10::TensorType::get()}),
+                             c10::ivalue::Tuple::create({at::ones({32}), at::ones({32})}));
+    model.register_attribute("sizes", c10::ListType::ofInts(), c10::List<std::int64_t>({1, 2}));
     model.register_attribute("number", c10::IntType::get(), std::int64_t{0});
   };
   return make_module(script);

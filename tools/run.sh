@@ -292,6 +292,17 @@ main_data() {
   download_data "$@"
 }
 
+asks_for_something() {  # false: the arguments of llmcache-bench say where and how, not what
+  while (($# > 0)); do
+    case "$1" in
+      --models=* | --data=* | --json=* | --threads=*) shift ;;
+      --models | --data | --json | --threads) shift $(($# > 1 ? 2 : 1)) ;;
+      *) return 0 ;;
+    esac
+  done
+  return 1
+}
+
 main_bench() {
   local models workloads shots budgets argument arguments=() download=0
   for argument in "$@"; do
@@ -325,7 +336,7 @@ main_bench() {
   # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
   if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then
     mapfile -t budgets < <(values_of --fidelity "$@" | grep -x budget)
-    (($# > 0)) || budgets=(budget)  # a run without options has some
+    asks_for_something "$@" || budgets=(budget)  # a run without options has some
     fit_probes ${budgets[0]:+--fit-share "$PROBE_SHARE_FOR_BUDGETS"}
   fi
   run_benchmark "$@"

@@ -466,6 +466,18 @@ class Follower {
     return all;
   }
 
+  /// A product that sums over a dimension of two computed tensors, or a choice among the entries of one.
+  [[nodiscard]] static bool contracts(const Node* node, std::string_view name) {
+    static const Names kNames{"matmul", "bmm", "mm", "einsum", "addmm", "baddbmm", "index", "linear", "outer"};
+    if (!kNames.count(name)) return false;
+    const auto is_weight = [](const Value* value) {
+      return value->node()->kind() == prim::GetAttr || value->node()->kind() == prim::Constant;
+    };
+    std::size_t computed = 0;
+    for (const Value* input : node->inputs()) computed += is_tensor(input) && !is_weight(input) ? 1 : 0;
+    return computed > 1 || name == "einsum" || name == "index";
+  }
+
   /// True if the node puts together what has one entry a token, or a row.
   bool reduction(const Node* node, std::string_view name, Taint& all) {
     int tokens_in = 0;
@@ -481,14 +493,14 @@ class Follower {
     }
     const bool sums = (name == "sum" || name == "mean") && marks_only(all.inputs);
     const bool normalises = name == "softmax" || name == "log_softmax" || name == "_softmax";
-    const bool extreme = (name == "max" || name == "min") && node->inputs().size() == 1;
+    const bool extreme = (name == "max" || name == "min") && (node->inputs().size() == 1 || !is_tensor(node->input(1)));
     const bool unknown_kind = !is_structural(name) && !is_smooth(name) && (!is_elementwise(name) || extreme);
     bool reduces = false;
     for (const Value* output : node->outputs()) {
       const auto* info = tensor_info(output);
       if (is_structural(name) && (info == nullptr || info->count(Kind::kUnknown) > 0)) continue;
       // Inside a branch nothing is known of shapes; these keep them.
-      if (is_tensor(output) && info == nullptr && !unknown_kind && !normalises) continue;
+      if (is_tensor(output) && info == nullptr && !unknown_kind && !normalises && !contracts(node, name)) continue;
       if (info == nullptr && known && !is_tensor(output)) {
         // A number taken from a tensor: item(), Bool(), Int().
         if (tokens_in == 0 && rows_in == 0) continue;
@@ -502,7 +514,7 @@ class Follower {
         reduces = true;
       }
     }
-    if (!known && unknown_kind && !all.hidden) {
+    if (!known && (unknown_kind || contracts(node, name)) && !all.hidden) {
       mix_tokens(all, node, false);
       if (all.inputs != 0) all.set_rows(Way::kStepped, node);
     }

@@ -159,6 +159,11 @@ void add_object(Hasher& hasher, const c10::IValue& value) {
   if (auto* save = type->findMethod("__getstate__")) add_value(hasher, (*save)({value}));
 }
 
+/// Says what it holds by a method of its own, as the packed parameters of a quantized layer do.
+bool saves_itself(const c10::IValue& value) {
+  return value.isObject() && value.toObjectRef().type()->findMethod("__getstate__") != nullptr;
+}
+
 /// Without the numbers that tell classes of one name apart within a process.
 std::string without_mangling(const std::string& text) {
   static const std::string kMark = "___torch_mangle_";
@@ -238,6 +243,13 @@ const std::uint8_t* element(const at::Tensor& tensor, std::int64_t index) {
 
 }  // namespace
 
+WeightGuard::Hash WeightGuard::hash_of_saved(const c10::IValue& value) {
+  Hasher hasher;
+  add_object(hasher, value);
+  const auto sum = hasher.hash();
+  return {sum.low64, sum.high64};
+}
+
 void WeightGuard::Samples::add(const std::string& name, const at::Tensor& tensor) {
   if (!tensor.is_cpu() || !tensor.has_storage() || tensor.layout() != at::kStrided || tensor.numel() == 0) return;
   // Between the elements of a strided tensor lies what belongs to others.
@@ -284,7 +296,8 @@ WeightGuard::WeightGuard(const torch::jit::Module& module, std::unordered_set<st
         count(value.toTensor());
         continue;
       }
-      Held held{object, i, name, value, {}, {}, {}};
+      Held held{object, i, name, value, {}, {}, {}, {}};
+      if (saves_itself(value)) held.saved = hash_of_saved(value);
       flatten_into(value, held.parts);
       for (const c10::IValue& part : held.parts) {
         if (!part.isTensor() || !part.toTensor().defined()) continue;
@@ -345,7 +358,7 @@ void WeightGuard::check_attributes() const {
       changed(held.name == "training" || held.name.ends_with(".training") ? "the module was put into training mode"
                                                                           : "'" + held.name + "' was changed");
     }
-    if (held.parts.size() == 1 && held.states.empty()) continue;  // a number or text: compared
+    if (is_scalar(then)) continue;  // compared
     std::vector<c10::IValue> parts;
     flatten_into(now, parts);
     bool whole = parts.size() == held.parts.size();
@@ -387,6 +400,9 @@ void WeightGuard::check_every() const {
   for_each_tensor([](const std::string& name, const at::Tensor& tensor, const State&, const Hash& hash) {
     if (!(hash_of(tensor) == hash)) changed("'" + name + "' was written to");
   });
+  for (const Held& held : held_) {
+    if (held.saved && !(hash_of_saved(held.value) == *held.saved)) changed("'" + held.name + "' was written to");
+  }
 }
 
 void WeightGuard::retake() {
@@ -401,6 +417,7 @@ void WeightGuard::retake() {
   for (Held& held : held_) {
     held.states.clear();
     held.hashes.clear();
+    if (held.saved) held.saved = hash_of_saved(held.value);
     for (const c10::IValue& part : held.parts) {
       if (!part.isTensor() || !part.toTensor().defined()) continue;
       held.states.emplace_back(part.toTensor());

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -80,6 +81,7 @@ class WeightGuard {
     std::vector<c10::IValue> parts;  ///< tensors, numbers, texts; a scalar's own value
     std::vector<State> states;       ///< of the tensors among them
     std::vector<Hash> hashes;        ///< likewise
+    std::optional<Hash> saved;       ///< of an object that says what it holds by a method of its own
   };
   struct Loose {
     std::string name;
@@ -102,6 +104,7 @@ class WeightGuard {
   template <class Visit>
   void for_each_tensor(const Visit& visit) const;
   static Hash hash_of(const at::Tensor& tensor);
+  static Hash hash_of_saved(const c10::IValue& value);
 
   torch::jit::Module module_;
   std::vector<Slot> slots_;

@@ -22,6 +22,8 @@ bool is_mutable(const Value* value) {
     case c10::TypeKind::DictType:
     case c10::TypeKind::TupleType:
     case c10::TypeKind::OptionalType:
+    case c10::TypeKind::UnionType:
+    case c10::TypeKind::ClassType:
     case c10::TypeKind::AnyType:
       return true;
     default:
@@ -31,6 +33,21 @@ bool is_mutable(const Value* value) {
 
 bool is_container(const Value* value) {
   return is_mutable(value) && value->type()->kind() != c10::TypeKind::TensorType;
+}
+
+/// A list of numbers or texts: a copy of it has nothing in common with it.
+bool is_plain_list(const Value* value) {
+  if (value->type()->kind() != c10::TypeKind::ListType) return false;
+  const auto kind = value->type()->expectRef<c10::ListType>().getElementType()->kind();
+  return kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::BoolType ||
+         kind == c10::TypeKind::StringType || kind == c10::TypeKind::NumberType;
+}
+
+/// Gives the parts of its first input, or that itself, whatever its schema says.
+bool takes_apart(const Node* node) {
+  return node->kind() == prim::TupleIndex || node->kind() == prim::TupleUnpack || node->kind() == prim::TupleSlice ||
+         node->kind() == prim::unchecked_cast || node->kind() == prim::ListUnpack ||
+         node->kind() == aten::_unwrap_optional || node->kind() == prim::unchecked_unwrap_optional;
 }
 
 /// May it be anything, so an element of a list too?
@@ -75,52 +92,99 @@ class Finder {
       if (node->kind() == prim::GetAttr && is_mutable(node->output())) {
         if (const auto path = attribute_path(node->output(), graph_.inputs()[0])) {
           attributes_[node->output()].insert(*path);
-          reads_[*path].push_back(node->output());
+          add_once(reads_[*path], node->output());
         }
         continue;
       }
       if (node->kind() == prim::SetAttr) refuse_set(node);
+      if (node->kind() == prim::fork || node->kind() == prim::rpc_async) refuse_fork(node);
       for (std::size_t b = 0; b < node->blocks().size(); ++b) {
         auto* inner = node->blocks()[b];
         const std::size_t skip = node->kind() == prim::Loop ? 1 : 0;
         for (std::size_t i = skip; i < inner->inputs().size(); ++i) alias(inner->inputs()[i], node->input(i + 2 - skip));
         follow(inner);
         for (std::size_t i = 0; i < node->outputs().size(); ++i) alias(node->output(i), inner->outputs()[i + skip]);
+        if (node->kind() == prim::Loop) {  // what it carries comes back
+          for (std::size_t i = skip; i < inner->inputs().size(); ++i) alias(inner->inputs()[i], inner->outputs()[i]);
+          follow(inner);
+          for (std::size_t i = 0; i < node->outputs().size(); ++i) alias(node->output(i), inner->outputs()[i + skip]);
+        }
       }
-      look_at(node);
+      if (node->kind() != prim::If && node->kind() != prim::Loop) look_at(node);
     }
   }
 
+  /// `to` is `from`, or a view of it.
   void alias(const Value* to, const Value* from) {
-    const auto it = attributes_.find(from);
-    if (it == attributes_.end() || !is_mutable(to)) return;
+    add(attributes_, to, attributes_, from);
+    add(held_, to, held_, from);
+  }
+  /// `to` holds `from`.
+  void put_in(const Value* to, const Value* from) {
+    add(held_, to, attributes_, from);
+    add(held_, to, held_, from);
+  }
+  /// `to` is a part of `from`.
+  void take_out(const Value* to, const Value* from) {
+    add(attributes_, to, attributes_, from);
+    add(attributes_, to, held_, from);
+    add(held_, to, held_, from);
+  }
+
+  using Known = std::unordered_map<const Value*, Paths>;
+  static void add(Known& into, const Value* to, const Known& of, const Value* from) {
+    const auto it = of.find(from);
+    if (it == of.end() || !is_mutable(to)) return;
     const Paths paths = it->second;
-    attributes_[to].insert(paths.begin(), paths.end());
+    into[to].insert(paths.begin(), paths.end());
   }
 
   void look_at(Node* node) {
     const auto* schema = node->maybeSchema();
-    if (schema == nullptr) {  // lists and tuples
+    if (takes_apart(node)) {
+      for (const Value* output : node->outputs()) take_out(output, node->input(0));
+      return;
+    }
+    if (schema == nullptr) {  // lists, tuples and dictionaries are made
       for (const Value* input : node->inputs()) {
-        for (const Value* output : node->outputs()) alias(output, input);
+        for (const Value* output : node->outputs()) put_in(output, input);
       }
       return;
     }
     const auto& arguments = schema->arguments();
     for (std::size_t i = 0; i < node->inputs().size() && i < arguments.size(); ++i) {
+      const Value* input = node->input(i);
       const auto* info = arguments[i].alias_info();
-      const auto found = attributes_.find(node->input(i));
-      if (found == attributes_.end()) continue;
       if (info != nullptr && info->isWrite()) {
-        for (const auto& path : found->second) writers_[path].push_back(node);
+        const auto found = attributes_.find(input);
+        if (found != attributes_.end()) {
+          for (const auto& path : found->second) add_once(writers_[path], node);
+        }
       }
+      // Put into a list or dictionary.
+      if (i > 0 && is_anything(info) && is_container(node->input(0))) put_in(node->input(0), input);
       for (std::size_t j = 0; j < node->outputs().size() && j < schema->returns().size(); ++j) {
+        const Value* output = node->output(j);
         const auto* returned = schema->returns()[j].alias_info();
-        const bool holds = is_container(node->input(i));
-        const bool copied = holds && is_container(node->output(j));  // but not what it holds
-        if (copied || (holds && is_anything(returned)) || shares(info, returned)) alias(node->output(j), node->input(i));
+        if (shares(info, returned)) {
+          alias(output, input);
+        } else if (is_container(input) && is_container(output) && !is_plain_list(output)) {
+          put_in(output, input);  // a copy, but not of what it holds
+        } else if (is_container(input) && is_anything(returned)) {
+          take_out(output, input);
+        }
       }
     }
+  }
+
+  template <class T>
+  static void add_once(std::vector<T>& all, T one) {
+    if (std::find(all.begin(), all.end(), one) == all.end()) all.push_back(one);
+  }
+
+  [[noreturn]] static void refuse_fork(const Node* node) {
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("forward() starts tasks of its own ({}); run their code in place, and export again", where(node)));
   }
 
   [[noreturn]] static void refuse_set(const Node* node) {
@@ -153,12 +217,13 @@ class Finder {
     const torch::jit::WithInsertPoint guard(write);
     Value* buffer = write->input(0);
     Value* typed = graph_.insert(c10::Symbol::fromQualString("aten::type_as"), {write->input(1), buffer});
-    Value* value = graph_.insert(c10::Symbol::fromQualString("aten::expand_as"), {typed, buffer});
+    Value* expanded = graph_.insert(c10::Symbol::fromQualString("aten::expand_as"), {typed, buffer});
+    Value* value = graph_.insert(c10::Symbol::fromQualString("aten::clone"), {expanded});  // its source may change later
     write->output()->replaceAllUsesWith(value);
     for (Value* read : reads_.at(path)) {
       const auto uses = read->uses();
       for (const auto& use : uses) {
-        if (use.user != write && use.user != typed->node() && use.user != value->node()) {
+        if (use.user != write && use.user != typed->node() && use.user != expanded->node()) {
           use.user->replaceInput(use.offset, value);
         }
       }
@@ -236,7 +301,8 @@ class Finder {
 
   Graph& graph_;
   const Module& module_;
-  std::unordered_map<const Value*, Paths> attributes_;
+  Known attributes_;  ///< what a value may be, or be a view of
+  Known held_;        ///< what a list, tuple or dictionary may hold
   std::map<std::string, std::vector<Value*>> reads_;
   std::map<std::string, std::vector<Node*>> writers_;
   Writes made_;
