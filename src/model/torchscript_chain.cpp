@@ -213,9 +213,11 @@ bool ends_in_result(const Node* node) {
 /// A list that grows becomes a new list at each append, so that what is read from it depends on all that was put in
 /// (TorchScript's own pass does not move lists across the calls of layers). Only where nobody can hold the old list.
 void remove_appends(Graph& graph) {
-  const std::vector<Node*> nodes(graph.nodes().begin(), graph.nodes().end());
-  for (Node* first : nodes) {
-    if (first->kind() != prim::ListConstruct) continue;
+  std::vector<Node*> lists;  // none of them is removed below, as appends are
+  for (Node* node : graph.nodes()) {
+    if (node->kind() == prim::ListConstruct) lists.push_back(node);
+  }
+  for (Node* first : lists) {
     std::vector<Node*> appends;
     std::vector<Node*> keepers;
     bool plain = true;
