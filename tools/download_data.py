@@ -225,7 +225,7 @@ def run(names: list[str], out: Path) -> int:
     failed = False
     with folder_lock(out):
         entries = read_lock(out / LOCK_FILE)
-        todo: list[str] = []
+        missing: list[str] = []
         for name in names:
             source, entry = DATA_SETS[name], entries.get(name)
             current = (source.repo, source.revision, recipe, {file.path for file in source.sources})
@@ -233,10 +233,10 @@ def run(names: list[str], out: Path) -> int:
             if entry and known == current and whole(entry, out):
                 print(f"{name}: already there, skipped; licence: {source.licence}", flush=True)
             else:
-                todo.append(name)
-        if todo:
+                missing.append(name)
+        if missing:
             require_hub()
-        for name in todo:
+        for name in missing:
             try:
                 download(name, entries, recipe, out)
             except DataError as error:

@@ -333,7 +333,7 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
 
 
 def asked_for(options: argparse.Namespace) -> list[Workload]:
-    default = [name for name, workload in WORKLOADS.items() if not workload.on_request]
+    default = [name for name, workload in WORKLOADS.items() if not (workload.on_request or workload.of_sample)]
     names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
     if not options.shots:
         return [WORKLOADS[name] for name in names]

@@ -65,7 +65,7 @@ class Workload:
     new_tokens: int = 0  # task generation: that many are generated behind each sequence
     conversations: bool = False  # task generation: an answer ends where the model ends its turn
     examples: str = ""  # the file of solved examples that can stand in front
-    of_sample: bool = False  # its files are below data/sample, not below the raw folder
+    of_sample: bool = False  # its files are below data/sample, not below the raw folder; it stands in, or is named
     stands_in_for: tuple[str, ...] = ()  # the workloads whose place it takes where their raw data are missing
 
 
@@ -264,7 +264,6 @@ WORKLOADS: dict[str, Workload] = {
             partial(read_intents, repeats=REPEATS),
             task="classification",
             of_sample=True,
-            on_request=True,
             stands_in_for=("banking77", "clinc150", "clinc150-in-scope"),
         ),
         Workload(
@@ -276,7 +275,6 @@ WORKLOADS: dict[str, Workload] = {
             read_squad,
             task="answer",
             of_sample=True,
-            on_request=True,
             stands_in_for=("squad",),
         ),
         Workload(
@@ -291,7 +289,6 @@ WORKLOADS: dict[str, Workload] = {
             encoders_only=True,
             whole=True,
             of_sample=True,
-            on_request=True,
             stands_in_for=tuple(f"{name}edits-{tokens}" for name in ("", "small-") for tokens in EDIT_TOKENS),
         ),
         Workload(
@@ -305,7 +302,6 @@ WORKLOADS: dict[str, Workload] = {
             decoders_only=True,
             whole=True,
             of_sample=True,
-            on_request=True,
             stands_in_for=("passages",),
         ),
         Workload(
@@ -317,7 +313,6 @@ WORKLOADS: dict[str, Workload] = {
             task="choice",
             examples="choices/train.jsonl",
             of_sample=True,
-            on_request=True,
             stands_in_for=("openbookqa",),
         ),
         Workload(
@@ -330,7 +325,6 @@ WORKLOADS: dict[str, Workload] = {
             task="perplexity",
             growing=True,
             of_sample=True,
-            on_request=True,
             stands_in_for=("wikitext",),
         ),
         *(
@@ -345,7 +339,6 @@ WORKLOADS: dict[str, Workload] = {
                 prompt_tokens=tokens,
                 new_tokens=NEW_TOKENS,
                 of_sample=True,
-                on_request=True,
                 stands_in_for=(f"generate-{tokens}",),
             )
             for tokens in PROMPT_TOKENS
@@ -363,7 +356,6 @@ WORKLOADS: dict[str, Workload] = {
             new_tokens=NEW_TOKENS,
             conversations=True,
             of_sample=True,
-            on_request=True,
             stands_in_for=("chat",),
         ),
         Workload(
@@ -377,7 +369,6 @@ WORKLOADS: dict[str, Workload] = {
             decoders_only=True,
             whole=True,
             of_sample=True,
-            on_request=True,
             stands_in_for=("chat-edit",),
         ),
         Workload(
@@ -386,7 +377,6 @@ WORKLOADS: dict[str, Workload] = {
             "Short queries in batches of four, passages, edits and questions alone, all mixed: a quick trial",
             SHUFFLED,
             read_sample,
-            on_request=True,
             of_sample=True,
         ),
     )
