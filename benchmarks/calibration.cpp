@@ -6,27 +6,27 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <chrono>
 
+#include "clock.h"
 #include "failure.h"
 
 namespace llmcache::bench {
 
-ScoreFunction scores_of(const Probe& probe) {
+ScoreFunction scores_of(const LinearProbe& probe) {
   const auto classes = static_cast<std::int64_t>(probe.classes.size());
   const auto weight = at::tensor(probe.weight).view({classes, probe.dims}).t().contiguous();
   const auto bias = at::tensor(probe.bias);
   return [weight, bias](const at::Tensor& outputs) { return at::addmm(bias, outputs.to(at::kFloat), weight); };
 }
 
-Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Arguments& arguments,
-                         const std::optional<Probe>& probe, bool decoder, std::int64_t cut, Progress& progress)
+Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Settings& settings,
+                         const std::optional<LinearProbe>& probe, bool decoder, std::int64_t cut, Progress& progress)
     : model_(model),
       tokens_(tokens),
-      arguments_(arguments),
-      metric_(arguments.metric != "auto" ? budget_metric_from_string(arguments.metric)
-              : decoder                  ? BudgetMetric::kTokenAgreement
-                                         : BudgetMetric::kDecision),
+      settings_(settings),
+      metric_(settings.metric != "auto" ? budget_metric_from_string(settings.metric)
+              : decoder                 ? BudgetMetric::kTokenAgreement
+                                        : BudgetMetric::kDecision),
       cut_(cut),
       progress_(progress) {
   if (!probe) return;
@@ -37,25 +37,35 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Argu
                 static_cast<std::uint64_t>(first_);
 }
 
-BudgetOptions Calibration::options(const Setting& setting) const {
+BudgetOptions Calibration::options(const RunConfig& config) const {
   BudgetOptions options;
-  options.budget = {metric_, setting.epsilon.value(), arguments_.delta};
+  options.budget = {metric_, config.epsilon.value(), settings_.delta};
   options.scores = scores_;
-  options.early_exit = early_exit_from_string(setting.early_exit);
-  options.format = bank_format_from_string(arguments_.bank_format);
+  options.early_exit = early_exit_from_string(config.early_exit);
+  options.format = bank_format_from_string(settings_.bank_format);
   options.token_reuse = options.early_exit != EarlyExit::kCacheFree;  // a baseline that keeps nothing
   return options;
 }
 
-void Calibration::calibrate(Cache& cache, const Setting& setting) {
+RequestRange Calibration::requests(const RunConfig& config) const {
+  const std::int64_t all = tokens_.fill_requests - first_;
+  const std::int64_t size = std::min(settings_.calibration_requests.value_or(all), all) / settings_.calibration_parts;
+  const std::int64_t begin = first_ + (config.calibration_part.value_or(1) - 1) * size;
+  return {begin, begin + size};
+}
+
+void Calibration::calibrate(Cache& cache, const RunConfig& config) {
   std::filesystem::path path;
-  if (arguments_.calibration != "auto") path = arguments_.calibration;
-  if (arguments_.first_run) path = kept_path(setting);
+  if (settings_.calibration != "auto") path = settings_.calibration;
+  if (keeps()) {
+    path =
+        kept_path(fmt::format("{}-{}-{}-{}", to_string(metric_), *config.epsilon, config.early_exit, config.weights));
+  }
   try {
-    if (!arguments_.first_run && !path.empty() && std::filesystem::exists(path)) {
+    if (!keeps() && !path.empty() && std::filesystem::exists(path)) {
       cache.use_calibration(CalibrationProfile::load(path));
-    } else if (!arguments_.first_run || !take_kept(cache, path)) {
-      make(cache, setting);
+    } else if (!keeps() || !take_kept(cache, path)) {
+      make(cache, config);
       if (!path.empty()) keep(cache, path);
     }
   } catch (const Error& error) {
@@ -64,15 +74,15 @@ void Calibration::calibrate(Cache& cache, const Setting& setting) {
   typical_distance_ = cache.calibration()->typical_distance;
 }
 
-std::filesystem::path Calibration::kept_path(const Setting& setting) const {
-  const auto folder = arguments_.models_folder / "calibrations";
+std::filesystem::path Calibration::kept_path(const std::string& what) const {
+  const auto folder = settings_.models_folder / "calibrations";
   std::error_code error;  // if there is none, saving says so
   std::filesystem::create_directories(folder, error);
   const auto bytes = [](const auto& values) { return values.size() * sizeof(values[0]); };
-  const std::uint64_t data = XXH3_64bits_withSeed(tokens_.tokens.data(), bytes(tokens_.tokens), probe_hash_ + static_cast<std::uint64_t>(requests()));
-  return folder / fmt::format("{}.{}.{}-{}-{}-{}.{:016x}.json", model_.cache().profile().digest.substr(0, 12),
-                              tokens_.workload, to_string(metric_), *setting.epsilon, setting.early_exit,
-                              setting.weights, data);
+  const std::uint64_t data = XXH3_64bits_withSeed(tokens_.tokens.data(), bytes(tokens_.tokens),
+                                                  probe_hash_ + static_cast<std::uint64_t>(requests().count()));
+  return folder / fmt::format("{}.{}.{}.{:016x}.json", model_.cache().profile().digest.substr(0, 12), tokens_.workload,
+                              what, data);
 }
 
 /// A profile that another version wrote, or that is damaged, is made again.
@@ -91,33 +101,34 @@ void Calibration::keep(const Cache& cache, const std::filesystem::path& path) co
   try {
     cache.calibration()->save(path);
   } catch (const Error& error) {
-    if (!arguments_.first_run) throw;
+    if (!keeps()) throw;
     progress_.note(fmt::format("note: the calibration is not kept: {}", one_line(error)));
   }
 }
 
-void Calibration::make(Cache& cache, const Setting& setting) {
+void Calibration::make(Cache& cache, const RunConfig& config) {
   if (tokens_.fill_requests == 0) {
     throw Failure(
         fmt::format("{} has no training part to calibrate on; name a profile by --calibration FILE", tokens_.workload));
   }
-  const auto start = std::chrono::steady_clock::now();
-  auto& sample = samples_[setting.weights];
+  const auto start = Clock::now();
+  const RequestRange range = requests(config);
+  if (range.count() == 0) throw Failure(fmt::format("{} has fewer requests than parts", tokens_.workload));
+  auto& sample = samples_[fmt::format("{} {}", config.weights, range.begin)];
   if (sample.exit == nullptr) {
-    std::int64_t next = first_;
+    std::int64_t next = range.begin;
     sample = cache.run_sample([&]() -> std::optional<Inputs> {
-      if (next == first_ + requests()) return std::nullopt;
+      if (next == range.end) return std::nullopt;
       const std::int64_t number = next++;
-      return model_.inputs(tokens_.request(number, cut_), tokens_.pools(number, cut_));
+      return model_.inputs(tokens_.request(number, cut_), tokens_.marks(number, cut_));
     });
   }
   cache.calibrate(sample);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   progress_.note(
       fmt::format("note: {}: epsilon {}, early exit {}, weights {}: calibrated on {} requests of its training part "
                   "({} different sequences) in {:.0f} s, before the clock started",
-                  tokens_.workload, *setting.epsilon, setting.early_exit, setting.weights, requests(),
-                  sample.sequences, seconds.count()));
+                  tokens_.workload, *config.epsilon, config.early_exit, config.weights, range.count(), sample.sequences,
+                  seconds_since(start)));
 }
 
 at::Tensor Calibration::pooled(const c10::IValue& output) const {

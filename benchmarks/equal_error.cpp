@@ -1,7 +1,13 @@
 #include "equal_error.h"
 
 #include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <system_error>
+#include <utility>
 
+#include "llmcache/version.h"
 #include "outputs.h"
 
 namespace llmcache::bench {
@@ -11,14 +17,14 @@ std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens
   constexpr double kFilled = 0.7;
   options.threshold.tau = -1;
   options.threshold.layer_taus.clear();
-  options.refresh.shadow_rate = 0;
+  options.refresh.audit_rate = 0;
   const auto cache = model.make_cache(options);
-  const std::int64_t first = calibration.first_request();
-  const std::int64_t filled = first + static_cast<std::int64_t>(kFilled * static_cast<double>(calibration.requests()));
+  const RequestRange range = calibration.requests();
+  const std::int64_t filled = range.begin + static_cast<std::int64_t>(kFilled * static_cast<double>(range.count()));
   std::vector<Nearest> nearest;
-  for (std::int64_t number = first; number < first + calibration.requests(); ++number) {
+  for (std::int64_t number = range.begin; number < range.end; ++number) {
     const Rows rows = tokens.request(number, cut);
-    const Inputs inputs = model.inputs(rows, tokens.pools(number, cut));
+    const Inputs inputs = model.inputs(rows, tokens.marks(number, cut));
     RequestOptions one;
     one.look_up = number >= filled;
     const auto output = cache->forward(inputs, one);
@@ -26,6 +32,28 @@ std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens
     const auto errors = calibration.errors(all_of(output, rows), all_of(model.plain(inputs), rows));
     const auto& report = cache->last_report().sequences;
     for (std::size_t row = 0; row < errors.size(); ++row) nearest.push_back({report[row].similarity, errors[row]});
+  }
+  return nearest;
+}
+
+void save_nearest(const std::filesystem::path& path, const std::vector<Nearest>& nearest) {
+  nlohmann::json pairs = nlohmann::json::array();
+  for (const Nearest& one : nearest) pairs.push_back({one.similarity, one.error});
+  const std::string temporary = path.string() + ".new";
+  std::ofstream(temporary) << nlohmann::json{{"version", LLMCACHE_VERSION}, {"nearest", std::move(pairs)}};
+  std::error_code error;
+  std::filesystem::rename(temporary, path, error);
+}
+
+std::vector<Nearest> load_nearest(const std::filesystem::path& path) {
+  std::ifstream in(path);
+  const auto json = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || json.value("version", nlohmann::json()) != LLMCACHE_VERSION) return {};
+  std::vector<Nearest> nearest;
+  if (!json.contains("nearest") || !json["nearest"].is_array()) return {};
+  for (const auto& pair : json["nearest"]) {
+    if (!pair.is_array() || pair.size() != 2 || !pair[0].is_number() || !pair[1].is_number()) return {};
+    nearest.push_back({pair[0].get<double>(), pair[1].get<double>()});
   }
   return nearest;
 }

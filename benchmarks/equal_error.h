@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <vector>
 
 #include "calibration.h"
@@ -22,6 +23,12 @@ struct Nearest {
 /// similarity counts, whatever they say. Throws what the model throws.
 std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens, std::int64_t cut,
                                      const Calibration& calibration, Options options);
+
+/// Writes them for load_nearest(); where that fails, a later run finds them again.
+void save_nearest(const std::filesystem::path& path, const std::vector<Nearest>& nearest);
+
+/// What save_nearest() wrote with this version of the library; empty if there is nothing whole.
+std::vector<Nearest> load_nearest(const std::filesystem::path& path);
 
 /// The least similarity at which the mean error over all of these, 0 where nothing is as similar, is at most epsilon; 1
 /// if there is none.

@@ -65,7 +65,7 @@ void LoadedModel::find_inputs() {
     } else if (contains(name, "mask")) {
       inputs_.push_back(Input::kMask);
     } else if (contains(name, "token_type") || contains(name, "segment")) {
-      inputs_.push_back(Input::kZeros);
+      inputs_.push_back(Input::kTypes);
     } else if (arguments[i].default_value()) {
       break;  // the rest is optional
     } else {
@@ -79,17 +79,17 @@ void LoadedModel::find_inputs() {
 }
 
 void LoadedModel::find_token_outputs() {
-  // An output that is as wide as the input, for two widths, has one entry a token.
+  // An output that is as long as the input, for two lengths, has one entry a token.
   const std::vector<std::int32_t> ids(3, 0);
-  for (const std::size_t width : {std::size_t{2}, ids.size()}) {
-    const auto outputs = tensors_of(plain(inputs({std::span(ids).first(width)})));
+  for (const std::size_t length : {std::size_t{2}, ids.size()}) {
+    const auto outputs = tensors_of(plain(inputs({std::span(ids).first(length)})));
     if (token_output_.empty()) token_output_.assign(outputs.size(), true);
     if (outputs.size() != token_output_.size()) throw Failure("it returns a varying number of tensors");
     for (std::size_t i = 0; i < outputs.size(); ++i) {
-      const bool as_wide = outputs[i].dim() >= 2 && outputs[i].size(1) == static_cast<std::int64_t>(width);
-      token_output_[i] = token_output_[i] && as_wide;
+      const bool as_long = outputs[i].dim() >= 2 && outputs[i].size(1) == static_cast<std::int64_t>(length);
+      token_output_[i] = token_output_[i] && as_long;
     }
-    if (width != ids.size()) continue;
+    if (length != ids.size()) continue;
     for (std::size_t i = outputs.size(); i-- > 0;) {  // the first of its kind comes last, and stays
       if (!outputs[i].is_floating_point()) continue;
       if (outputs[i].dim() == 2 && !token_output_[i]) {
@@ -100,12 +100,18 @@ void LoadedModel::find_token_outputs() {
         shape_.logits_dims = outputs[i].size(2);
       }
     }
+    const auto marks_tokens = [&](std::size_t i) {
+      return i < outputs.size() && outputs[i].is_floating_point() && outputs[i].dim() == 2 && token_output_[i];
+    };
+    shape_.answer_span = outputs.size() == 2 && marks_tokens(0) && marks_tokens(1);
   }
 }
 
-std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) const {
+std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) {
   try {
-    return std::make_shared<Cache>(module_, options);
+    auto& first = wrapped_[options.weights];
+    if (first) return std::make_shared<Cache>(first->with_options(options));
+    return first = std::make_shared<Cache>(module_, options);
   } catch (const std::exception& error) {
     throw Failure(
         fmt::format("model {}: cannot be wrapped ({}); --mode nocache runs it plain", file_.name, one_line(error)));
@@ -135,10 +141,10 @@ std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const O
   return cache;
 }
 
-Inputs LoadedModel::inputs(const Rows& rows, const std::vector<std::span<const std::int64_t>>& pools) const {
-  std::size_t width = 0;
-  for (const auto& row : rows) width = std::max(width, row.size());
-  const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != width; });
+Inputs LoadedModel::inputs(const Rows& rows, const std::vector<RowMarks>& marks) const {
+  std::size_t longest = 0;
+  for (const auto& row : rows) longest = std::max(longest, row.size());
+  const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != longest; });
   const bool masked = std::find(inputs_.begin(), inputs_.end(), Input::kMask) != inputs_.end();
   if (padded && !masked) {
     throw Failure(
@@ -147,18 +153,19 @@ Inputs LoadedModel::inputs(const Rows& rows, const std::vector<std::span<const s
                     file_.name));
   }
   const auto batch = static_cast<std::int64_t>(rows.size());
-  const at::Tensor ids = at::zeros({batch, static_cast<std::int64_t>(width)}, at::kLong);
+  const at::Tensor ids = at::zeros({batch, static_cast<std::int64_t>(longest)}, at::kLong);
   const at::Tensor mask = at::zeros_like(ids);
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * width);
-    std::fill_n(mask.data_ptr<std::int64_t>() + row * width, rows[row].size(), std::int64_t{1});
+    std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * longest);
+    std::fill_n(mask.data_ptr<std::int64_t>() + row * longest, rows[row].size(), std::int64_t{1});
   }
-  at::Tensor pool = mask;
-  if (!pools.empty()) {
-    pool = at::zeros_like(ids);
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      std::copy(pools[row].begin(), pools[row].end(), pool.data_ptr<std::int64_t>() + row * width);
-    }
+  const at::Tensor pool = mask.clone();
+  const at::Tensor types = at::zeros_like(ids);
+  for (std::size_t row = 0; row < marks.size(); ++row) {
+    std::copy(marks[row].pool.begin(), marks[row].pool.end(), pool.data_ptr<std::int64_t>() + row * longest);
+    const auto length = static_cast<std::int64_t>(rows[row].size());
+    const std::int64_t begin = marks[row].second_text;
+    if (begin >= 0 && begin < length) types[static_cast<std::int64_t>(row)].slice(0, begin, length).fill_(1);
   }
   Inputs values;
   for (const Input input : inputs_) {
@@ -170,10 +177,10 @@ Inputs LoadedModel::inputs(const Rows& rows, const std::vector<std::span<const s
         values.emplace_back(mask);
         break;
       case Input::kPool:
-        values.emplace_back(pool.clone());
+        values.emplace_back(pool);
         break;
-      case Input::kZeros:
-        values.emplace_back(at::zeros_like(ids));
+      case Input::kTypes:
+        values.emplace_back(types);
         break;
     }
   }

@@ -34,9 +34,9 @@ class LoadedModel {
   /// knows it by `name`. Throws Failure.
   WrapCost wrap(const Options& options, const std::string& name = {});
 
-  /// The module's inputs for a request: padded on the right to its longest sequence. Ids and masks
-  /// by position and name; token types are 0. A pooling mask is `pools`, all ones without it.
-  [[nodiscard]] Inputs inputs(const Rows& rows, const std::vector<std::span<const std::int64_t>>& pools = {}) const;
+  /// The module's inputs for a request: padded on the right to its longest sequence. Ids and masks by position and
+  /// name. `marks`: one for each row, or none: then all tokens are of type 0, and all are to be pooled.
+  [[nodiscard]] Inputs inputs(const Rows& rows, const std::vector<RowMarks>& marks = {}) const;
 
   /// The plain module, without gradients.
   c10::IValue plain(const Inputs& inputs);
@@ -45,9 +45,9 @@ class LoadedModel {
   [[nodiscard]] Cache& cache() { return *cache_; }
   [[nodiscard]] bool wrapped() const { return cache_ != nullptr; }
 
-  /// Another cache around the same module. Throws Failure.
-  [[nodiscard]] std::shared_ptr<Cache> make_cache(const Options& options) const;
-  /// The same, made once for each `name`, since wrapping takes seconds; the caller clears it.
+  /// Another cache around the module, which is wrapped once for each way to hold its weights. Throws Failure.
+  [[nodiscard]] std::shared_ptr<Cache> make_cache(const Options& options);
+  /// The same, made once for each `name`; the caller clears it.
   [[nodiscard]] std::shared_ptr<Cache> cache_named(const std::string& name, const Options& options);
 
   /// One an output: true if its second dimension is the token.
@@ -60,7 +60,7 @@ class LoadedModel {
   [[nodiscard]] double divergence(const c10::IValue& reference, const std::vector<Returned>& others) const;
 
  private:
-  enum class Input { kIds, kMask, kPool, kZeros };
+  enum class Input { kIds, kMask, kPool, kTypes };
 
   void find_inputs();
   void find_token_outputs();
@@ -72,6 +72,7 @@ class LoadedModel {
   OutputShape shape_;
   std::shared_ptr<Cache> cache_;
   std::map<std::string, std::shared_ptr<Cache>> named_;
+  std::map<Weights, std::shared_ptr<Cache>> wrapped_;  // the first one of each
 };
 
 }  // namespace llmcache::bench

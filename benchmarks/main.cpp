@@ -1,4 +1,4 @@
-// llmcache-bench: see arguments.cpp for what it does, or --help.
+// llmcache-bench: see README.md for what it does, or --help.
 #include <fmt/format.h>
 
 #include <cstdio>
@@ -7,8 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "arguments.h"
+#include "config.h"
 #include "failure.h"
+#include "files.h"
 #include "runner.h"
 #include "selection.h"
 #include "table.h"
@@ -31,31 +32,35 @@ void check_target(const std::filesystem::path& path) {
   }
 }
 
+void print_results(const Results& results, const Machine& machine, const Settings& settings) {
+  const Versions& versions = results.records.front().versions;
+  const std::string batch = settings.batch ? fmt::format(" batches of {};", *settings.batch) : "";
+  print(fmt::format("{}, {} cores, {:.1f} GiB; {} {};{} LibTorch {}, {}, LLMCache {}\n\n", machine.cpu, machine.cores,
+                    machine.memory_gib, settings.threads, settings.threads == 1 ? "thread" : "threads", batch,
+                    versions.torch, versions.compiler, versions.llmcache));
+  print(results_table(results.records));
+  if (const std::string list = greedy_list(results.records); !list.empty()) {
+    print(fmt::format("\nTokens that do not come out on top as in nocache:\n{}", list));
+  }
+  if (!results.wraps.empty()) print(fmt::format("\n{}", wrap_table(results.wraps)));
+  std::fflush(stdout);
+}
+
 int bench(int argc, char** argv) {
-  const Arguments arguments = parse_arguments(argc, argv);
-  if (arguments.list) {
-    print(list_files(arguments));
+  const Command command = parse_command(argc, argv);
+  const Settings& settings = command.configuration.settings;
+  if (command.list || command.schema || command.needs) {
+    print(command.list     ? list_files(settings)
+          : command.schema ? results_schema().dump(1) + "\n"
+                           : needs_text(command.configuration));
     return 0;
   }
-  if (arguments.json) check_target(*arguments.json);
-  const auto selected = select(arguments);
-  const Results results = run(arguments, selected);
-  const Machine machine = this_machine();
+  if (settings.json) check_target(*settings.json);
+  const Results results = run(command.configuration, select(command.configuration));
   if (!results.records.empty()) {
-    const std::string batch = arguments.batch ? fmt::format(" batches of {};", *arguments.batch) : "";
-    print(fmt::format("{}, {} cores, {:.1f} GiB; {} {};{} LibTorch {}, {}, LLMCache {}\n\n", machine.cpu, machine.cores,
-                      machine.memory_gib, arguments.threads, arguments.threads == 1 ? "thread" : "threads", batch,
-                      versions().torch, versions().compiler, versions().llmcache));
-    print(results_table(results.records));
-    if (const std::string list = greedy_list(results.records); !list.empty()) {
-      print(fmt::format("\nTokens that do not come out on top as in nocache:\n{}", list));
-    }
-    if (!results.wraps.empty()) print(fmt::format("\n{}", wrap_table(results.wraps)));
-    std::fflush(stdout);
-  }
-  if (arguments.json && !results.records.empty()) {
-    const auto document = results_json(machine, versions(), arguments.command, results.records);
-    write_atomically(*arguments.json, document.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+    const Machine machine = this_machine();
+    print_results(results, machine, settings);
+    if (settings.json) write_json(*settings.json, results_json(machine, command.text, results.records));
   }
   for (const std::string& failure : results.failures) complain(failure);
   return results.failures.empty() ? 0 : kFailed;

@@ -1,119 +1,74 @@
-// llmcache-microbench: what single things cost, each against the plain module in the same loop.
-//
-// Every benchmark runs pairs: the plain module and the cache, in an order that alternates from pair
-// to pair. The reported time is the cache's; the counters are medians over the pairs.
+// llmcache-microbench: what single things cost. README.md explains the benchmarks.
+#include "microbench.h"
+
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <chrono>
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
-#include <filesystem>
+#include <functional>
 #include <future>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "clock.h"
 #include "failure.h"
 #include "loaded_model.h"
 #include "model_files.h"
+#include "settings.h"
 #include "statistics.h"
 
 namespace llmcache::bench {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr std::int64_t kTokens = 128;
+constexpr std::int64_t kFirstId = 10;  // leaves special tokens out
 constexpr int kWarmUp = 3;
-constexpr const char* kUsage =
-    R"(llmcache-microbench: what single things cost, against the plain module in the same loop
-
-  --models DIR   folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's folder]
-  --model NAME   which model [$LLMCACHE_MODEL, or bert-base]
-  --weights KIND how the cache holds weights: as-loaded, packed-fp32, packed-fp16 [as-loaded]; plain is as loaded
-  --pairs N      pairs of plain and cached runs of each benchmark [15]; miss runs four times as many
-
-miss          128 fresh tokens, bank on: ratio = time of cache / time of plain (the overhead of a miss)
-packed        64/17/5/33 fresh tokens: ratio = plain, padded / packed; ideal = padded tokens / real tokens
-last/A        the last A of 128 tokens recomputed from a captured donor: ratio = plain, all 128 / cache
-decode/N      causal models: one token behind N known ones, last logits only: ratio = plain, all N + 1 / cache
-threads       eight requests of 32 fresh tokens, one after the other / each in a thread of its own (operators use one
-              thread each): ratio = time in turn / time at once
-identical     128 tokens that are known: ratio = plain / cache
-threshold_miss 128 fresh tokens, fidelity threshold, nothing similar: ratio = time of cache / time of plain (the
-              overhead of fingerprint, look-up and insertion)
-threshold_hit 128 tokens, fidelity threshold, another request is similar: ratio = plain / cache
-
-Options of Google Benchmark, which follow, work too; times are milliseconds, one thread. Its warning that the library
-was built as DEBUG is about Debian's package of Google Benchmark, which only runs the loop: the clock is our own.
-
-)";
-
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
-
-bool failed = false;  // a benchmark threw: the exit status says so
-
-void fail(benchmark::State& state, const std::exception& error) {
-  failed = true;
-  state.SkipWithError(one_line(error).c_str());
-}
-
 /// The model under test, and ids for it that were never used before.
-class Bed {
+class Fixture {
  public:
-  Bed(const ModelFile& file, Weights weights) : model_(file), weights_(weights), vocabulary_(file.vocabulary) {
+  Fixture(const ModelFile& file, Weights weights) : model_(file), weights_(weights), vocabulary_(file.vocabulary) {
     if (vocabulary_ <= kFirstId) throw Failure(fmt::format("model {}: its sidecar gives no vocabulary", file.name));
     Options options;
     options.weights = weights_;
-    options.capacity_bytes = kCapacity;
+    options.capacity_bytes = std::size_t{1} << 30;
     model_.wrap(options);
   }
 
   LoadedModel& model() { return model_; }
+  Cache& cache() { return model_.cache(); }
 
-  /// Around the same module; made when first asked for. Default fingerprint, of the embedding output.
+  /// Around the same module, after so many requests that its running mean state, taken over at 16 and 32, is there.
   Cache& threshold_cache() {
     if (!threshold_cache_) {
       Options options;
       options.fidelity = Fidelity::kThreshold;
       options.weights = weights_;
-      options.threshold.tau = kTau;
+      options.threshold.tau = 0.9;
       threshold_cache_ = model_.make_cache(options);
     }
+    threshold_cache_->clear();
+    for (int i = 0; i < 40; ++i) threshold_cache_->forward(fresh({kTokens}));
     return *threshold_cache_;
   }
 
-  /// Enough requests for the running mean state to be there: it is taken over at 16 and 32 states.
-  void settle(Cache& cache, const std::vector<std::int64_t>& lengths) {
-    for (int i = 0; i < kSettle; ++i) cache.forward(fresh(lengths));
-  }
-
   Inputs fresh(const std::vector<std::int64_t>& lengths) {
+    std::uniform_int_distribution<std::int32_t> id(kFirstId, static_cast<std::int32_t>(vocabulary_) - 1);
     std::vector<std::vector<std::int32_t>> ids;
     for (const std::int64_t length : lengths) {
       auto& row = ids.emplace_back(static_cast<std::size_t>(length));
-      for (std::int32_t& id : row) {
-        id = static_cast<std::int32_t>(
-            kFirstId + static_cast<std::int64_t>(generator_() % static_cast<std::uint64_t>(vocabulary_ - kFirstId)));
-      }
+      for (std::int32_t& one : row) one = id(generator_);
     }
     return model_.inputs(Rows(ids.begin(), ids.end()));
   }
 
  private:
-  static constexpr std::int64_t kFirstId = 10;  // leaves special tokens out
-  static constexpr double kTau = 0.9;
-  static constexpr int kSettle = 40;
-  static constexpr std::size_t kCapacity = std::size_t{1} << 30;
   LoadedModel model_;
   const Weights weights_;
   std::shared_ptr<Cache> threshold_cache_;
@@ -121,15 +76,16 @@ class Bed {
   std::mt19937_64 generator_{0};
 };
 
-/// Runs both functions as pairs for the iterations of `state`. Each is called with the inputs that
-/// `prepare`, which is not timed, makes for the pair.
-template <class Prepare, class Plain, class Cached>
-void run_pairs(benchmark::State& state, const Prepare& prepare, const Plain& plain, const Cached& cached,
-               bool overhead) {
-  std::vector<double> plain_ms;
-  std::vector<double> cached_ms;
-  std::vector<double> ratios;
-  const auto timed = [](const auto& function, const Inputs& inputs) {
+using Prepare = std::function<Inputs()>;
+using Forward = std::function<c10::IValue(const Inputs&)>;
+enum class Ratio { kSpeedup, kOverhead };
+
+/// Runs both functions as pairs for the iterations of `state`, each with the inputs that `prepare`, which is not timed,
+/// makes for the pair.
+void run_pairs(benchmark::State& state, Ratio kind, const Prepare& prepare, const Forward& plain,
+               const Forward& cached) {
+  std::vector<double> plain_ms, cached_ms, ratios;
+  const auto timed = [](const Forward& function, const Inputs& inputs) {
     const auto start = Clock::now();
     const c10::IValue output = function(inputs);
     return ms_since(start);
@@ -141,260 +97,203 @@ void run_pairs(benchmark::State& state, const Prepare& prepare, const Plain& pla
     if (!plain_first) p = timed(plain, inputs);
     return std::pair(p, c);
   };
-  try {
-    for (int i = 0; i < kWarmUp; ++i) pair(i % 2 == 0);
-    for (auto _ : state) {
-      const auto [p, c] = pair(ratios.size() % 2 == 0);
-      plain_ms.push_back(p);
-      cached_ms.push_back(c);
-      ratios.push_back(overhead ? c / p : p / c);
-      state.SetIterationTime(c / 1000);
-    }
-  } catch (const std::exception& error) {
-    fail(state, error);
-    return;
+  for (int i = 0; i < kWarmUp; ++i) pair(i % 2 == 0);
+  for ([[maybe_unused]] auto _ : state) {
+    const auto [p, c] = pair(ratios.size() % 2 == 0);
+    plain_ms.push_back(p);
+    cached_ms.push_back(c);
+    ratios.push_back(kind == Ratio::kOverhead ? c / p : p / c);
+    state.SetIterationTime(c / 1000);
   }
   state.counters["plain_ms"] = median(plain_ms);
   state.counters["cache_ms"] = median(cached_ms);
   state.counters["ratio"] = median(ratios);
 }
 
-void miss(benchmark::State& state, Bed& bed) {
-  LoadedModel& model = bed.model();
-  model.cache().clear();
+/// The same for `cache` and the plain module.
+void run_cache(benchmark::State& state, Fixture& fixture, Cache& cache, Ratio kind, const Prepare& prepare,
+               const RequestOptions& options = {}) {
   run_pairs(
-      state, [&] { return bed.fresh({kTokens}); }, [&](const Inputs& in) { return model.plain(in); },
-      [&](const Inputs& in) { return model.cache().forward(in); }, /*overhead=*/true);
+      state, kind, prepare, [&](const Inputs& in) { return fixture.model().plain(in); },
+      [&](const Inputs& in) { return cache.forward(in, options); });
 }
 
-void packed(benchmark::State& state, Bed& bed) {
-  LoadedModel& model = bed.model();
-  model.cache().clear();
-  const std::vector<std::int64_t> lengths = {64, 17, 5, 33};
-  if (model.cache().profile().granularity == Granularity::kWholeLayers) {
-    state.SkipWithError("the model cannot be packed");
-    return;
+void miss(benchmark::State& state, Fixture& fixture) {
+  fixture.cache().clear();
+  run_cache(state, fixture, fixture.cache(), Ratio::kOverhead, [&] { return fixture.fresh({kTokens}); });
+}
+
+void packed(benchmark::State& state, Fixture& fixture) {
+  fixture.cache().clear();
+  if (fixture.cache().profile().granularity == Granularity::kWholeLayers) {
+    return state.SkipWithError("the model cannot be packed");
   }
-  run_pairs(
-      state, [&] { return bed.fresh(lengths); }, [&](const Inputs& in) { return model.plain(in); },
-      [&](const Inputs& in) { return model.cache().forward(in); }, /*overhead=*/false);
+  run_cache(state, fixture, fixture.cache(), Ratio::kSpeedup, [&] { return fixture.fresh({64, 17, 5, 33}); });
   state.counters["ideal"] = 4 * 64.0 / (64 + 17 + 5 + 33);
 }
 
-void last(benchmark::State& state, Bed& bed) {
-  LoadedModel& model = bed.model();
-  Cache& cache = model.cache();
+void last(benchmark::State& state, Fixture& fixture) {
+  Cache& cache = fixture.cache();
   if (cache.profile().granularity != Granularity::kTokens) {
-    state.SkipWithError("the model cannot run on some of a sequence's tokens");
-    return;
+    return state.SkipWithError("the model cannot run on some of a sequence's tokens");
   }
-  try {
-    const Inputs inputs = bed.fresh({kTokens});
-    std::vector<std::shared_ptr<const SequenceState>> donors;
-    const Plan full = cache.full_plan(inputs);
-    cache.forward_plan(inputs, full, {}, &donors);
-    std::vector<std::int64_t> active;
-    for (std::int64_t token = kTokens - state.range(0); token < kTokens; ++token) active.push_back(token);
-    Plan partial = full;
-    partial.sequences = {compute_some(0, 0, kTokens, full.layers, active, 0)};
-    run_pairs(
-        state, [&] { return inputs; }, [&](const Inputs& in) { return model.plain(in); },
-        [&](const Inputs& in) { return cache.forward_plan(in, partial, donors); }, /*overhead=*/false);
-  } catch (const std::exception& error) {
-    fail(state, error);
-  }
+  const Inputs inputs = fixture.fresh({kTokens});
+  std::vector<std::shared_ptr<const SequenceState>> donors;
+  Plan plan = cache.full_plan(inputs);
+  cache.forward_plan(inputs, plan, {}, &donors);
+  std::vector<std::int64_t> active;
+  for (std::int64_t token = kTokens - state.range(0); token < kTokens; ++token) active.push_back(token);
+  plan.sequences = {compute_some(0, 0, kTokens, plan.layers, active, 0)};
+  run_pairs(
+      state, Ratio::kSpeedup, [&] { return inputs; }, [&](const Inputs& in) { return fixture.model().plain(in); },
+      [&](const Inputs& in) { return cache.forward_plan(in, plan, donors); });
 }
 
-void decode(benchmark::State& state, Bed& bed) {
-  LoadedModel& model = bed.model();
-  Cache& cache = model.cache();
-  if (!cache.profile().prefix_reuse) {
-    state.SkipWithError("the model has no prefix reuse");
-    return;
-  }
-  try {
-    cache.clear();
-    Inputs inputs = bed.fresh({state.range(0)});
-    cache.forward(inputs, {.output = Output::kLastToken});
-    const auto grow = [&] {
-      const Inputs one = bed.fresh({1});
-      for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] = at::cat({inputs[i].toTensor(), one[i].toTensor()}, 1);
-      return inputs;
-    };
-    run_pairs(
-        state, grow, [&](const Inputs& in) { return model.plain(in); },
-        [&](const Inputs& in) { return cache.forward(in, {.output = Output::kLastToken}); }, /*overhead=*/false);
-    const ForwardReport report = cache.last_report();
-    if (report.sequences[0].reused_tokens + 1 != report.sequences[0].tokens) throw Failure("the context was not known");
-    state.counters["embed_ms"] = report.embed_ms;
-    state.counters["head_ms"] = report.head_ms;
-    state.counters["lookup_ms"] = report.lookup_ms;
-    state.counters["store_ms"] = report.store_ms;
-  } catch (const std::exception& error) {
-    fail(state, error);
-  }
+void decode(benchmark::State& state, Fixture& fixture) {
+  Cache& cache = fixture.cache();
+  const RequestOptions last_token = {.output = Output::kLastToken};
+  cache.clear();
+  Inputs inputs = fixture.fresh({state.range(0)});
+  cache.forward(inputs, last_token);
+  const auto grow = [&] {
+    const Inputs one = fixture.fresh({1});
+    for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] = at::cat({inputs[i].toTensor(), one[i].toTensor()}, 1);
+    return inputs;
+  };
+  run_cache(state, fixture, cache, Ratio::kSpeedup, grow, last_token);
+  const ForwardReport report = cache.last_report();
+  if (report.sequences[0].reused_tokens + 1 != report.sequences[0].tokens) throw Failure("the context was not known");
+  state.counters["embed_ms"] = report.embed_ms;
+  state.counters["head_ms"] = report.head_ms;
+  state.counters["lookup_ms"] = report.lookup_ms;
+  state.counters["store_ms"] = report.store_ms;
 }
 
 /// "plain" is the same cache, called in turn.
-void threads(benchmark::State& state, Bed& bed) {
-  Cache& cache = bed.model().cache();
-  constexpr std::size_t kRequests = 8;
-  std::vector<Inputs> requests(kRequests);
+void threads(benchmark::State& state, Fixture& fixture) {
+  Cache& cache = fixture.cache();
   const auto prepare = [&] {
     cache.clear();
-    return bed.fresh({1});
+    return Inputs();
   };
-  const auto fill = [&] {
-    for (Inputs& request : requests) request = bed.fresh({32});
+  const auto run = [&](std::launch how) {
+    return [&, how](const Inputs&) {
+      std::vector<Inputs> requests(8);
+      for (Inputs& request : requests) request = fixture.fresh({32});
+      std::vector<std::future<void>> running;
+      for (const Inputs& request : requests) {
+        running.push_back(std::async(how, [&] { cache.forward(request); }));
+      }
+      for (std::future<void>& one : running) one.get();
+      return c10::IValue();
+    };
   };
-  run_pairs(
-      state, prepare,
-      [&](const Inputs&) {
-        fill();
-        for (const Inputs& request : requests) cache.forward(request);
-        return c10::IValue();
-      },
-      [&](const Inputs&) {
-        fill();
-        std::vector<std::future<void>> running;
-        for (const Inputs& request : requests) {
-          running.push_back(std::async(std::launch::async, [&] { cache.forward(request); }));
-        }
-        for (std::future<void>& one : running) one.get();
-        return c10::IValue();
-      },
-      /*overhead=*/false);
+  run_pairs(state, Ratio::kSpeedup, prepare, run(std::launch::deferred), run(std::launch::async));
 }
 
-void identical(benchmark::State& state, Bed& bed) {
-  LoadedModel& model = bed.model();
-  model.cache().clear();
-  const Inputs inputs = bed.fresh({kTokens});  // the warm-up makes it known
-  run_pairs(
-      state, [&] { return inputs; }, [&](const Inputs& in) { return model.plain(in); },
-      [&](const Inputs& in) { return model.cache().forward(in); }, /*overhead=*/false);
+void identical(benchmark::State& state, Fixture& fixture) {
+  fixture.cache().clear();
+  const Inputs inputs = fixture.fresh({kTokens});  // the warm-up makes it known
+  run_cache(state, fixture, fixture.cache(), Ratio::kSpeedup, [&] { return inputs; });
 }
 
 /// Random ids are not similar to one another once their mean is taken off.
-void threshold_miss(benchmark::State& state, Bed& bed) {
-  try {
-    Cache& cache = bed.threshold_cache();
-    cache.clear();
-    bed.settle(cache, {kTokens});
-    const Stats before = cache.stats();
-    run_pairs(
-        state, [&] { return bed.fresh({kTokens}); }, [&](const Inputs& in) { return bed.model().plain(in); },
-        [&](const Inputs& in) { return cache.forward(in); }, /*overhead=*/true);
-    if (cache.stats().similar_hits != before.similar_hits) throw Failure("fresh ids were hits: this is no miss");
-  } catch (const std::exception& error) {
-    fail(state, error);
-  }
+void threshold_miss(benchmark::State& state, Fixture& fixture) {
+  Cache& cache = fixture.threshold_cache();
+  const Stats before = cache.stats();
+  run_cache(state, fixture, cache, Ratio::kOverhead, [&] { return fixture.fresh({kTokens}); });
+  if (cache.stats().similar_hits != before.similar_hits) throw Failure("fresh ids were hits: this is no miss");
 }
 
 /// A request in which one token of a known one is changed, another one each time.
-void threshold_hit(benchmark::State& state, Bed& bed) {
-  try {
-    Cache& cache = bed.threshold_cache();
-    cache.clear();
-    bed.settle(cache, {kTokens});
-    const Inputs known = bed.fresh({kTokens});
-    cache.forward(known);
-    const Stats before = cache.stats();
-    std::int64_t changes = 0;
-    const auto similar = [&] {
-      Inputs inputs = known;
-      const at::Tensor ids = known[0].toTensor().clone();
-      ids[0][kTokens / 2] = 10 + ++changes;  // 10: behind the special tokens
-      inputs[0] = ids;
-      return inputs;
-    };
-    run_pairs(
-        state, similar, [&](const Inputs& in) { return bed.model().plain(in); },
-        [&](const Inputs& in) { return cache.forward(in); }, /*overhead=*/false);
-    const Stats after = cache.stats();
-    if (after.similar_hits - before.similar_hits != after.sequences - before.sequences) {
-      throw Failure("some requests were no hits");
-    }
-  } catch (const std::exception& error) {
-    fail(state, error);
+void threshold_hit(benchmark::State& state, Fixture& fixture) {
+  Cache& cache = fixture.threshold_cache();
+  const Inputs known = fixture.fresh({kTokens});
+  cache.forward(known);
+  const Stats before = cache.stats();
+  std::int64_t changes = 0;
+  run_cache(state, fixture, cache, Ratio::kSpeedup, [&] {
+    Inputs inputs = known;
+    const at::Tensor ids = known[0].toTensor().clone();
+    ids[0][kTokens / 2] = kFirstId + ++changes;
+    inputs[0] = ids;
+    return inputs;
+  });
+  const Stats after = cache.stats();
+  if (after.similar_hits - before.similar_hits != after.sequences - before.sequences) {
+    throw Failure("some requests were no hits");
   }
 }
 
-/// Our own options, taken out of argv.
-struct Settings {
-  std::filesystem::path models = (program_folder() / ".." / "models").lexically_normal();
-  std::string model = "bert-base";
-  Weights weights = Weights::kAsLoaded;
-  int pairs = 15;
-};
+bool failed = false;  // a benchmark threw: the exit status says so
 
-Settings take_settings(int& argc, char** argv) {
-  Settings settings;
-  if (const char* models = std::getenv("LLMCACHE_MODELS_DIR")) settings.models = models;
-  if (const char* model = std::getenv("LLMCACHE_MODEL")) settings.model = model;
-  const auto value = [&](int& i, const std::string& name) -> const char* {
-    const std::string argument = argv[i];
-    if (argument.starts_with(name + "=")) return argv[i] + name.size() + 1;
-    if (argument != name) return nullptr;
-    if (i + 1 >= argc) throw Failure(fmt::format("{} needs a value; see --help", name));
-    return argv[++i];
-  };
-  int kept = 1;
-  for (int i = 1; i < argc; ++i) {
-    if (const char* models = value(i, "--models")) {
-      settings.models = models;
-    } else if (const char* model = value(i, "--model")) {
-      settings.model = model;
-    } else if (const char* weights = value(i, "--weights")) {
-      settings.weights = weights_from_string(weights);
-    } else if (const char* pairs = value(i, "--pairs")) {
-      char* end = nullptr;
-      const long number = std::strtol(pairs, &end, 10);
-      if (end == pairs || *end != '\0' || number < 1 || number > 100000) {
-        throw Failure(fmt::format("--pairs {}: expected a number from 1 to 100000", pairs));
+void add_all(const std::string& model, int pairs, std::int64_t max_tokens, Fixture& fixture) {
+  const auto add = [&](const char* name, int iterations, void (*function)(benchmark::State&, Fixture&)) {
+    const auto guarded = [&fixture, function](benchmark::State& state) {
+      try {
+        function(state, fixture);
+      } catch (const std::exception& error) {
+        failed = true;
+        state.SkipWithError(one_line(error).c_str());
       }
-      settings.pairs = static_cast<int>(number);
-    } else {
-      if (std::strcmp(argv[i], "--help") == 0) std::fputs(kUsage, stdout);
-      argv[kept++] = argv[i];
+    };
+    return benchmark::RegisterBenchmark((model + "/" + name).c_str(), guarded)
+        ->UseManualTime()
+        ->Unit(benchmark::kMillisecond)
+        ->Iterations(iterations);
+  };
+  add("miss", 4 * pairs, miss);
+  add("packed", pairs, packed);
+  add("last", pairs, last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
+  if (fixture.cache().profile().prefix_reuse) {
+    auto* benchmark = add("decode", pairs, decode);
+    for (const std::int64_t context : {128, 512, 1000}) {
+      if (max_tokens == 0 || context + pairs + kWarmUp < max_tokens) benchmark->Arg(context);
     }
   }
-  argc = kept;
-  return settings;
+  add("threads", pairs, threads);
+  add("identical", pairs, identical);
+  add("threshold_miss", 4 * pairs, threshold_miss);
+  add("threshold_hit", pairs, threshold_hit);
 }
 
 int run(int argc, char** argv) {
-  const Settings settings = take_settings(argc, argv);
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  const auto variable = [](const char* name, const std::string& standard) {
+    const char* value = std::getenv(name);
+    return value == nullptr ? standard : std::string(value);
+  };
+  std::string models = variable("LLMCACHE_MODELS_DIR", (program_folder() / "../models").lexically_normal().string());
+  std::string model = variable("LLMCACHE_MODEL", "bert-base");
+  std::string weights = "as-loaded";
+  int pairs = 15;
+  CLI::App app("llmcache-microbench: what single things cost, against the plain module in the same loop");
+  app.footer("\nOptions of Google Benchmark work too. benchmarks/README.md explains the benchmarks.");
+  app.allow_extras();
+  app.add_option("--models", models, "folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's]");
+  app.add_option("--model", model, "which one [$LLMCACHE_MODEL, or bert-base]");
+  app.add_option("--weights", weights, "how the cache holds them; plain is as loaded")
+      ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16"}));
+  app.add_option("--pairs", pairs, "of each benchmark [15]; four times as many of misses")
+      ->check(CLI::Range(1, 100000));
+  CLI11_PARSE(app, argc, argv);
+  std::vector<std::string> extras = app.remaining();
+  std::vector<char*> others = {argv[0]};
+  for (std::string& extra : extras) others.push_back(extra.data());
+  auto count = static_cast<int>(others.size());
+  benchmark::Initialize(&count, others.data());
+  if (benchmark::ReportUnrecognizedArguments(count, others.data())) return 2;
   at::set_num_interop_threads(1);
   at::set_num_threads(1);
-  const ModelFile file = read_model_file(settings.models / (settings.model + ".pt"));
-  Bed bed(file, settings.weights);
-  const auto add = [&](const char* name, void (*function)(benchmark::State&, Bed&)) {
-    return benchmark::RegisterBenchmark((settings.model + "/" + name).c_str(),
-                                        [&bed, function](benchmark::State& state) { function(state, bed); })
-        ->UseManualTime()
-        ->Unit(benchmark::kMillisecond)
-        ->Iterations(settings.pairs);
-  };
-  add("miss", miss)->Iterations(4 * settings.pairs);
-  add("packed", packed);
-  add("last", last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
-  if (bed.model().cache().profile().prefix_reuse) {
-    auto* benchmark = add("decode", decode);
-    for (const std::int64_t context : {128, 512, 1000}) {
-      if (file.max_tokens == 0 || context + settings.pairs + kWarmUp < file.max_tokens) benchmark->Arg(context);
-    }
+  std::optional<Fixture> fixture;
+  if (model != "none") {
+    const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
+    fixture.emplace(file, weights_from_string(weights));
+    add_all(model, pairs, file.max_tokens, *fixture);
+    benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
   }
-  add("threads", threads);
-  add("identical", identical);
-  add("threshold_miss", threshold_miss)->Iterations(4 * settings.pairs);
-  add("threshold_hit", threshold_hit);
-  benchmark::AddCustomContext("model", settings.model);
-  benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
-  benchmark::AddCustomContext("held_weights", to_string(settings.weights));
-  benchmark::AddCustomContext("torch_threads", "1");
+  add_index_benchmarks();
+  benchmark::AddCustomContext("model", model);
+  benchmark::AddCustomContext("held_weights", weights);
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   return failed ? 2 : 0;

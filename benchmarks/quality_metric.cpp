@@ -28,6 +28,10 @@ const char* to_string(Metric metric) noexcept {
       return "answer_nll";
     case Metric::kSpearman:
       return "spearman";
+    case Metric::kF1:
+      return "f1";
+    case Metric::kExactMatch:
+      return "exact_match";
   }
   return "unknown";
 }

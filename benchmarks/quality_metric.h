@@ -10,19 +10,22 @@
 namespace llmcache::bench {
 
 enum class Metric {
-  kAccuracy,        ///< share of sequences whose class the probe names right
-  kChoiceAccuracy,  ///< share of requests whose right choice has the largest summed log-likelihood
+  kAccuracy,               ///< share of sequences whose class the probe names right
+  kChoiceAccuracy,         ///< share of requests whose right choice has the largest summed log-likelihood
   kChoiceAccuracyPerByte,  ///< the same, of sums divided by the choices' lengths in bytes
-  kPerplexity,      ///< exp(negative log-likelihood a token)
-  kAnswerNll,       ///< negative log-likelihood of the gold answers, nats a token
-  kSpearman,        ///< rank correlation of predicted and gold similarity
+  kPerplexity,             ///< exp(negative log-likelihood a token)
+  kAnswerNll,              ///< negative log-likelihood of the gold answers, nats a token
+  kSpearman,               ///< rank correlation of predicted and gold similarity
+  kF1,                     ///< mean F1 of the words of answers that are found in a passage
+  kExactMatch,             ///< share of these answers that are a gold answer
 };
 
-/// "accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "spearman".
+/// "accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "spearman", "f1",
+/// "exact_match".
 const char* to_string(Metric metric) noexcept;
 
-/// What one request contributes. Accuracies: number right, number scored. Perplexity and answer NLL:
-/// negative log-likelihood, tokens. Spearman: predicted, gold.
+/// What one request contributes. Accuracies and exact match: number right, number scored. F1: F1, 1. Perplexity and
+/// answer NLL: negative log-likelihood, tokens. Spearman: predicted, gold.
 struct Sample {
   double value = 0;
   double weight = 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "answer_span.h"
 #include "failure.h"
 #include "outputs.h"
 
@@ -28,6 +29,7 @@ std::optional<Metric> find_metric(const TokenFile& file, const OutputShape& shap
     case Task::kPerplexity:
       return logits ? std::optional(Metric::kPerplexity) : std::nullopt;
     case Task::kAnswer:
+      if (shape.answer_span && !file.passage.empty()) return Metric::kF1;
       return logits ? std::optional(Metric::kAnswerNll) : std::nullopt;
     case Task::kDuplicates:
     case Task::kGeneration:
@@ -68,7 +70,8 @@ void keep_common(const std::vector<TokenScores*>& scores) {
   }
 }
 
-Scorer::Scorer(const TokenFile& file, const OutputShape& shape, std::int64_t vocabulary, std::optional<Probe> probe)
+Scorer::Scorer(const TokenFile& file, const OutputShape& shape, std::int64_t vocabulary,
+               std::optional<LinearProbe> probe)
     : file_(file),
       shape_(shape),
       probe_(std::move(probe)),
@@ -81,6 +84,12 @@ Scorer::Scorer(const TokenFile& file, const OutputShape& shape, std::int64_t voc
 
 bool Scorer::reads_logits() const {
   return metric_ == Metric::kChoiceAccuracy || metric_ == Metric::kPerplexity || metric_ == Metric::kAnswerNll;
+}
+
+std::optional<Metric> Scorer::second_metric() const {
+  if (metric_ == Metric::kF1) return Metric::kExactMatch;
+  if (metric_ == Metric::kChoiceAccuracy && !file_.scored_bytes.empty()) return Metric::kChoiceAccuracyPerByte;
+  return std::nullopt;
 }
 
 /// What is scored of a row that was cut to `length` tokens.
@@ -116,6 +125,12 @@ TokenScores Scorer::token_scores(std::int64_t request, const Rows& rows, const s
     values.front() = log_likelihoods(before->logits.unsqueeze(0), range.begin - 1, rows[row], first).item<double>();
   }
   return scores;
+}
+
+Scores Scorer::scores(std::int64_t request, const Rows& rows, const TokenScores& scores) const {
+  Scores found{.first = sample(request, rows, scores), .second = {}};
+  if (found.first) found.second = sample_per_byte(request, scores);
+  return found;
 }
 
 std::optional<Sample> Scorer::sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const {
@@ -170,15 +185,21 @@ std::optional<Sample> Scorer::sample_per_byte(std::int64_t request, const TokenS
   return Sample{best && file_.labels[first + best_row] == 1 ? 1.0 : 0.0, 1};
 }
 
-std::optional<Sample> Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
-  if (!metric_) return std::nullopt;
-  if (reads_logits()) return sample(request, rows, token_scores(request, rows, {all_of(output, rows)}, nullptr));
+Scores Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
+  if (!metric_) return {};
+  if (reads_logits()) return scores(request, rows, token_scores(request, rows, {all_of(output, rows)}, nullptr));
   const at::NoGradGuard no_grad;
+  if (metric_ == Metric::kF1) return answers(request, rows, output);
   if (metric_ == Metric::kSpearman) {
     const at::Tensor pair = tensor_of(output, shape_.pooled_output).to(at::kDouble);
-    return Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(),
-                  static_cast<double>(file_.pair_score[static_cast<std::size_t>(request)])};
+    return {.first = Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(),
+                            static_cast<double>(file_.pair_score[static_cast<std::size_t>(request)])},
+            .second = {}};
   }
+  return {.first = classes(request, rows, output), .second = {}};
+}
+
+Sample Scorer::classes(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
   const std::int64_t first = file_.first_sequence(request);
   const at::Tensor pooled = tensor_of(output, shape_.pooled_output).to(at::kCPU, at::kFloat).contiguous();
   const auto dims = static_cast<std::size_t>(pooled.size(1));
@@ -189,6 +210,21 @@ std::optional<Sample> Scorer::score(std::int64_t request, const Rows& rows, cons
     sample.weight += 1;
   }
   return sample;
+}
+
+/// A request is one question.
+Scores Scorer::answers(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
+  const std::int64_t sequence = file_.first_sequence(request);
+  const auto logits = [&](std::int64_t number) {
+    return tensor_of(output, number)[0].to(at::kCPU, at::kFloat).contiguous();
+  };
+  const at::Tensor start = logits(0);
+  const at::Tensor end = logits(1);
+  const std::size_t length = rows.front().size();
+  const TokenRange span = answer_span({start.const_data_ptr<float>(), length}, {end.const_data_ptr<float>(), length},
+                                      file_.passage[static_cast<std::size_t>(sequence)]);
+  const AnswerScore score = score_answer(file_.text(sequence, span), file_.gold_answers(request));
+  return {.first = Sample{score.f1, 1}, .second = Sample{score.exact_match, 1}};
 }
 
 }  // namespace llmcache::bench

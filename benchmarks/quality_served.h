@@ -8,13 +8,6 @@
 
 namespace llmcache::bench {
 
-/// A rate with its 95 % interval (Wilson); NaN where nothing was counted.
-struct Rate {
-  double rate = 0;
-  Interval ci95;
-  std::int64_t of = 0;  ///< cases that the rate is over
-};
-
 /// Counts served sequences of one mode on one workload.
 ///
 /// Duplicates: a sequence that was served from its pair's other text is right where the pair is

@@ -1,351 +1,374 @@
 #include "records.h"
 
-#include <fmt/format.h>
-#include <unistd.h>
-
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <system_error>
-
-#include "failure.h"
+#include <type_traits>
 
 namespace llmcache::bench {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
-Json text(const std::string& value) { return value.empty() ? Json(nullptr) : Json(value); }
-
 template <class T>
-Json maybe(const std::optional<T>& value) {
-  return value ? Json(*value) : Json(nullptr);
-}
-
-Json interval(const Interval& value) { return Json::array({number(value.low), number(value.high)}); }
-
-Json task(const std::optional<TaskResult>& value) {
-  if (!value) return nullptr;
-  return {{"metric", value->metric},
-          {"value", number(value->value)},
-          {"baseline", number(value->baseline)},
-          {"change", number(value->change)},
-          {"ci95", interval(value->ci95)}};
-}
-
-Json unsafe_served(const std::optional<UnsafeServed>& value) {
-  if (!value) return nullptr;
-  return {{"rate", number(value->rate.rate)},
-          {"ci95", interval(value->rate.ci95)},
-          {"served", value->rate.of},
-          {"unlabelled", value->unlabelled}};
-}
-
-Json same_answer(const std::optional<Rate>& value) {
-  if (!value) return nullptr;
-  return {{"rate", number(value->rate)}, {"ci95", interval(value->ci95)}, {"served", value->of}};
-}
-
-Json summary(const Summary& value) {
-  return {
-      {"mean", number(value.mean)}, {"p50", number(value.p50)}, {"p95", number(value.p95)}, {"p99", number(value.p99)}};
-}
-
-Json maybe_summary(const std::optional<Summary>& value) { return value ? summary(*value) : Json(nullptr); }
-
-Json greedy(const std::optional<GreedyResult>& value) {
-  if (!value) return nullptr;
-  Json list = Json::array();
-  for (const GreedyDifference& d : value->differences) {
-    list.push_back({{"sequence", d.sequence}, {"token", d.token}, {"gap", number(d.gap)}});
-  }
-  return {{"compared", value->compared},
-          {"different", value->different},
-          {"tied", value->tied},
-          {"differences", std::move(list)}};
-}
-
-Json later_turns(const std::optional<LaterTurns>& value) {
-  if (!value) return nullptr;
-  return {{"turns", value->turns},
-          {"prefill_ms", summary(value->prefill_ms)},
-          {"speedup_vs_nocache", number(value->speedup_vs_nocache)},
-          {"speedup_vs_kvcache", number(value->speedup_vs_kvcache)},
-          {"tokens_reused_fraction", number(value->tokens_reused_fraction)}};
-}
-
-Json observed_error(const std::optional<ObservedError>& value) {
-  if (!value) return nullptr;
-  return {{"value", number(value->value)},
-          {"low", number(value->ci95.low)},
-          {"high", number(value->ci95.high)},
-          {"n", value->of}};
-}
-
-/// The fields of a budget, all null where there is none.
-void write_budget(const std::optional<BudgetResult>& b, Json& json) {
-  const auto set = [&](const char* name, Json value) { json[name] = b ? std::move(value) : Json(nullptr); };
-  const BudgetResult r = b.value_or(BudgetResult{});
-  set("budget_metric", r.metric);
-  set("budget_epsilon", r.epsilon);
-  set("budget_delta", r.delta);
-  set("cache_free", r.cache_free);
-  set("promised_error", number(r.promised));
-  set("calibration_requests", r.calibration_requests);
-  set("share_reused", {{"early_exit", r.early_exit},
-                       {"cache_free_exit", r.cache_free_exit},
-                       {"token_reuse", r.token_reuse},
-                       {"segment_reuse", r.segment_reuse}});
-  set("exits_by_layer", r.exits_by_layer.empty() ? Json(nullptr) : Json(r.exits_by_layer));
-  set("audits", r.audits);
-  set("gate_closings", r.closings);
-  set("gate_reopenings", r.reopenings);
-}
-
-double number_from(const Json& json) { return json.is_null() ? kNotMeasured : json.get<double>(); }
-std::string text_from(const Json& json) { return json.is_null() ? std::string() : json.get<std::string>(); }
-
+inline constexpr bool is_optional = false;
 template <class T>
-void read_maybe(const Json& json, std::optional<T>& value) {
-  if (!json.is_null()) value = json.get<T>();
+inline constexpr bool is_optional<std::optional<T>> = true;
+template <class T>
+inline constexpr bool is_list = false;
+template <class T>
+inline constexpr bool is_list<std::vector<T>> = true;
+
+std::optional<std::string> maybe(const std::string& text) { return text.empty() ? std::nullopt : std::optional(text); }
+template <class T>
+std::optional<std::vector<T>> maybe(const std::vector<T>& values) {
+  return values.empty() ? std::nullopt : std::optional(values);
 }
 
-Interval interval_from(const Json& json) { return {number_from(json.at(0)), number_from(json.at(1))}; }
+// What the schema says of a field beside its type, which follows from that of the value.
+const Json kShare = {{"minimum", 0}, {"maximum", 1}};
+const Json kAny = {{"minimum", nullptr}};  // of numbers, which otherwise are 0 or more
+const Json kAtLeast1 = {{"minimum", 1}};
+const Json kFilled = {{"minLength", 1}};
+constexpr const char* kLeftOut = "left out";  // of results that were written before there was such a field
+Json one_of(std::initializer_list<const char*> words) { return {{"enum", words}}; }
 
-Rate rate_from(const Json& json) {
-  return {number_from(json.at("rate")), interval_from(json.at("ci95")), json.at("served").get<std::int64_t>()};
+// The list of fields: each calls `field`(name, value, rules of the schema, description) for all of a struct.
+
+template <class Visitor>
+void fields(const Summary& s, const Visitor& field) {
+  field("mean", s.mean);
+  field("p50", s.p50);
+  field("p95", s.p95);
+  field("p99", s.p99);
 }
 
-Summary summary_from(const Json& json) {
-  return {.mean = number_from(json.at("mean")),
-          .p50 = number_from(json.at("p50")),
-          .p95 = number_from(json.at("p95")),
-          .p99 = number_from(json.at("p99")),
-          .max = kNotMeasured};
+template <class Visitor>
+void fields(const Divergence& d, const Visitor& field) {
+  field("mean", d.mean);
+  field("p95", d.p95);
+  field("max", d.max);
 }
 
-/// Older results have no budgets.
-std::optional<TaskResult> task_from(const Json& json) {
-  if (json.is_null()) return std::nullopt;
-  return TaskResult{.metric = json.at("metric").get<std::string>(),
-                    .value = number_from(json.at("value")),
-                    .baseline = number_from(json.at("baseline")),
-                    .change = number_from(json.at("change")),
-                    .ci95 = interval_from(json.at("ci95"))};
+template <class Visitor>
+void fields(const TaskResult& t, const Visitor& field) {
+  field("metric", t.metric,
+        one_of({"accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "f1",
+                "exact_match", "spearman", "precision"}),
+        "precision (duplicates): served from the pair's text and labelled a duplicate / labelled");
+  field("value", t.value, kAny);
+  field("baseline", t.baseline, kAny, "of nocache, over the same requests");
+  field("change", t.change, kAny, "value - baseline, in the metric's unit");
+  field("ci95", t.ci95, {}, "of the change: paired bootstrap over requests");
 }
 
-void read_budget(const Json& json, Record& r) {
-  if (const Json error = json.value("observed_error", Json(nullptr)); !error.is_null()) {
-    r.observed_error = {.value = number_from(error.at("value")),
-                        .ci95 = {number_from(error.at("low")), number_from(error.at("high"))},
-                        .of = error.at("n").get<std::int64_t>()};
-  }
-  if (json.value("budget_metric", Json(nullptr)).is_null()) return;
-  const Json& share = json.at("share_reused");
-  const Json& exits = json.at("exits_by_layer");
-  r.budget = {.metric = json.at("budget_metric").get<std::string>(),
-              .epsilon = number_from(json.at("budget_epsilon")),
-              .delta = number_from(json.at("budget_delta")),
-              .cache_free = json.at("cache_free").get<bool>(),
-              .promised = number_from(json.at("promised_error")),
-              .calibration_requests = json.at("calibration_requests").get<std::int64_t>(),
-              .early_exit = number_from(share.at("early_exit")),
-              .cache_free_exit = number_from(share.at("cache_free_exit")),
-              .token_reuse = number_from(share.at("token_reuse")),
-              .segment_reuse = number_from(share.at("segment_reuse")),
-              .exits_by_layer = exits.is_null() ? std::vector<double>{} : exits.get<std::vector<double>>(),
-              .audits = json.at("audits").get<std::int64_t>(),
-              .closings = json.at("gate_closings").get<std::int64_t>(),
-              .reopenings = json.at("gate_reopenings").get<std::int64_t>()};
+template <class Visitor>
+void fields(const Rate& r, const Visitor& field) {
+  field("rate", r.rate);
+  field("ci95", r.ci95, {}, "Wilson's");
+  field("served", r.of);
 }
 
-/// What only decoders have.
-void read_decoding(const Json& json, Record& r) {
-  r.speedup_vs_kvcache = number_from(json.at("speedup_vs_kvcache"));
-  if (!json.at("prefill_ms").is_null()) r.prefill_ms = summary_from(json["prefill_ms"]);
-  r.prefill_speedup_vs_nocache = number_from(json.at("prefill_speedup_vs_nocache"));
-  r.prefill_speedup_vs_kvcache = number_from(json.at("prefill_speedup_vs_kvcache"));
-  r.tokens_reused_fraction = number_from(json.at("tokens_reused_fraction"));
-  r.tokens_shared_fraction = number_from(json.at("tokens_shared_fraction"));
-  if (!json.at("decode_ms").is_null()) r.decode_ms = summary_from(json["decode_ms"]);
-  r.tokens_per_second = number_from(json.at("tokens_per_second"));
-  if (const Json& t = json.at("later_turns"); !t.is_null()) {
-    r.later_turns = {.turns = t.at("turns").get<std::int64_t>(),
-                     .prefill_ms = summary_from(t.at("prefill_ms")),
-                     .speedup_vs_nocache = number_from(t.at("speedup_vs_nocache")),
-                     .speedup_vs_kvcache = number_from(t.at("speedup_vs_kvcache")),
-                     .tokens_reused_fraction = number_from(t.at("tokens_reused_fraction"))};
-  }
-  if (const Json& g = json.at("greedy"); !g.is_null()) {
-    r.greedy = {.compared = g.at("compared").get<std::int64_t>(),
-                .different = g.at("different").get<std::int64_t>(),
-                .tied = g.at("tied").get<std::int64_t>(),
-                .differences = {}};
-    for (const Json& d : g.at("differences")) {
-      r.greedy->differences.push_back(
-          {d.at("sequence").get<std::int64_t>(), d.at("token").get<std::int64_t>(), number_from(d.at("gap"))});
+template <class Visitor>
+void fields(const UnsafeServed& u, const Visitor& field) {
+  fields(u.rate, field);
+  field("unlabelled", u.unlabelled, {}, "served from a text of another pair");
+}
+
+template <class Visitor>
+void fields(const GreedyDifference& d, const Visitor& field) {
+  field("sequence", d.sequence, {}, "of the token file");
+  field("token", d.token, {}, "place in it that is predicted");
+  field("gap", d.gap, {}, "nocache's best logit - its logit of this token");
+}
+
+template <class Visitor>
+void fields(const GreedyResult& g, const Visitor& field) {
+  field("compared", g.compared);
+  field("different", g.different);
+  field("tied", g.tied, {}, "Different, but within 1e-4 of nocache's best");
+  field("differences", g.differences, {{"maxItems", GreedyResult::kListed}}, "The first hundred");
+}
+
+template <class Visitor>
+void fields(const LaterTurns& t, const Visitor& field) {
+  field("turns", t.turns, kAtLeast1);
+  field("prefill_ms", t.prefill_ms);
+  field("speedup_vs_nocache", t.speedup_vs_nocache);
+  field("speedup_vs_kvcache", t.speedup_vs_kvcache);
+  field("tokens_reused_fraction", t.tokens_reused_fraction, kShare);
+}
+
+template <class Visitor>
+void fields(const ObservedError& e, const Visitor& field) {
+  field("value", e.value, kShare);
+  field("low", e.ci95.low, kShare, "of the 95 % interval");
+  field("high", e.ci95.high, kShare, "of the 95 % interval");
+  field("n", e.of, {}, "Sequences (metric token: tokens) compared");
+}
+
+template <class Visitor>
+void fields(const ReuseShares& s, const Visitor& field) {
+  field("early_exit", s.early_exit, kShare, "At a layer, corrected by a cached neighbour");
+  field("cache_free_exit", s.cache_free_exit, kShare, "At a layer, by regression, without a neighbour");
+  field("token_reuse", s.token_reuse, kShare, "States of a near-identical request's tokens");
+  field("segment_reuse", s.segment_reuse, kShare, "A decoder's keys and values of moved segments");
+}
+
+template <class Visitor>
+void fields(const Versions& v, const Visitor& field) {
+  field("llmcache", v.llmcache);
+  field("torch", v.torch);
+  field("compiler", v.compiler);
+  field("model_torch", maybe(v.model_torch), {}, "that exported the model");
+  field("model_transformers", maybe(v.model_transformers));
+}
+
+/// Of records of fidelity budget; null elsewhere.
+template <class Visitor>
+void budget_fields(const std::optional<BudgetResult>& budget, const Visitor& field) {
+  const BudgetResult b = budget.value_or(BudgetResult{});
+  const auto set = [&](const char* name, const auto& value, Json rules, const char* about) {
+    using Value = std::decay_t<decltype(value)>;
+    rules[kLeftOut] = true;
+    if constexpr (is_optional<Value>) {
+      field(name, budget ? value : Value(), rules, about);
+    } else {
+      field(name, budget ? std::optional(value) : std::nullopt, rules, about);
+    }
+  };
+  set("budget_metric", b.metric, one_of({"decision", "relative", "token"}),
+      "Error against nocache: another decision, too large a relative distance, or another top token");
+  set("budget_epsilon", b.epsilon, {{"minimum", nullptr}, {"exclusiveMinimum", 0}, {"maximum", 1}},
+      "Share of all asked sequences that may be in error");
+  set("budget_delta", b.delta, {{"minimum", nullptr}, {"exclusiveMinimum", 0}, {"exclusiveMaximum", 1}},
+      "The budget is kept with probability 1 - delta or more");
+  set("cache_free", b.cache_free, Json::object(), "Early exits by regression only, without cached neighbours");
+  set("promised_error", b.promised, kShare,
+      "Upper bound of the error rate from calibration alone, at confidence 1 - delta");
+  set("calibration_requests", b.calibration_requests, Json::object(),
+      "Requests of the fill part that the budget was calibrated on");
+  set("calibration_part", b.calibration_part, kAtLeast1,
+      "Which of several parts without a common text these are; null: there is one");
+  set("share_reused", b.share_reused, Json::object(),
+      "Shares of the asked sequences that were answered in each way; the rest was computed in full");
+  set("exits_by_layer", maybe(b.exits_by_layer), {{"minItems", 1}, {"items", kShare}},
+      "Per layer: sequences answered from the state in front of it, it and all above skipped / all asked");
+  set("audits", b.audits, Json::object(),
+      "Asked sequences that were served and also computed in full, to check the budget");
+  set("gate_closings", b.closings, Json::object(), "How often audits stopped a kind of reuse");
+  set("gate_reopenings", b.reopenings, Json::object(), "How often audits let a stopped kind of reuse go on");
+}
+
+/// How similar requests were found; null where only identical ones count.
+template <class Visitor>
+void similarity_fields(const Record& r, const Visitor& field) {
+  field("threshold", r.threshold, {{"minimum", -1}, {"maximum", 1}},
+        "Similarity from which on an earlier request counts; null where only identical ones do");
+  field("fingerprint", maybe(r.fingerprint),
+        one_of({"raw", "pca", "simhash64", "simhash128", "simhash256", "jaccard"}));
+  field("fingerprint_layer", r.fingerprint_layer, {},
+        "State whose mean is fingerprinted: 0 the embedding output, k the state after k layers");
+  field("centring", maybe(r.centring), one_of({"off", "running", "fitted"}), "What is subtracted from that mean");
+  field("cache_layers", maybe(r.cache_layers), {{"pattern", "^(all|last|[0-9]+(,[0-9]+)*)$"}},
+        "Layers whose output is kept; null where whole outputs are");
+  field("eviction", maybe(r.eviction), one_of({"lru", "decay", "s3fifo", "gdsf"}));
+  field("ttl_seconds", r.ttl_seconds, {{"minimum", nullptr}, {"exclusiveMinimum", 0}}, "null: entries do not expire");
+  field("audit_rate", r.audit_rate, kShare);
+}
+
+/// Only of decoders.
+template <class Visitor>
+void decoder_fields(const Record& r, const Visitor& field) {
+  field("prefill_ms", r.prefill_ms, {},
+        "Time of the first call of a request, or of each turn of a conversation; null unless a decoder");
+  field("prefill_speedup_vs_nocache", r.prefill_speedup_vs_nocache, {}, "Of sums over the same requests");
+  field("prefill_speedup_vs_kvcache", r.prefill_speedup_vs_kvcache, {}, "Of sums over the same requests");
+  field("tokens_reused_fraction", r.tokens_reused_fraction, kShare,
+        "Tokens of prompts that were known from earlier requests");
+  field("tokens_shared_fraction", r.tokens_shared_fraction, kShare,
+        "Tokens of prompts that were computed once for several rows of a batch");
+  field("decode_ms", r.decode_ms, {}, "Time of each generated token but the first; null unless text was generated");
+  field("tokens_per_second", r.tokens_per_second, {}, "Generated tokens / all time");
+  field("later_turns", r.later_turns, {}, "Prefill of all turns of conversations but the first");
+  field("greedy", r.greedy, {},
+        "Tokens that come out on top of the logits, against nocache; null where that was not compared");
+}
+
+template <class Visitor>
+void quality_fields(const Record& r, const Visitor& field) {
+  field("task", r.task, {}, "Quality of the outputs; null where it was not or cannot be measured");
+  field(
+      "second_task", r.second_task, {},
+      "By the task's second metric: of choices by log-likelihoods divided by the lengths in bytes, of answers found in "
+      "a passage by exact match; null elsewhere");
+  field("recall", r.recall, kShare, "Duplicates: served rightly / sequences whose pair is labelled a duplicate");
+  field("unsafe_served", r.unsafe_served, {},
+        "Duplicates: served from the pair's text though labelled no duplicate / all served");
+  field("same_answer", r.same_answer, {}, "Answers: served from a request with the same gold answer / all served");
+  field("divergence", r.divergence, {}, "Relative L2 distance of a request's outputs at real tokens from nocache's");
+}
+
+template <class Visitor>
+void fields(const Record& r, const Visitor& field) {
+  field("model", r.model, kFilled);
+  field("weights", r.weights, {{"pattern", "^(hub:.+|pypi:.+|random \\(seed [0-9]+\\)|unknown)$"}},
+        "Where the weights came from");
+  field("workload", r.workload, kFilled);
+  field("mode", r.mode, one_of({"nocache", "kvcache", "llmcache", "semantic-cache"}));
+  field("fidelity", maybe(r.fidelity), one_of({"identical", "lossless", "budget", "threshold"}),
+        "null unless llmcache or kvcache");
+  field("weights_held", r.weights_held, one_of({"as-loaded", "packed-fp32", "packed-fp16"}),
+        "How the weights of linear layers were held");
+  field("output", r.output, one_of({"all", "last", "new", "last+new"}),
+        "Tokens whose outputs were asked for: last+new in two calls, the prompt and then the whole");
+  similarity_fields(r, field);
+  field("capacity_bytes", r.capacity_bytes, {}, "null for nocache and kvcache");
+  field("threads", r.threads, kAtLeast1, "within an operator; between operators 1");
+  field("requests", r.requests, kAtLeast1, "timed");
+  field("requests_available", r.requests_available, kAtLeast1, "in the stream that was to be sent");
+  field("filled", r.filled, {}, "Requests that were only kept, before timing");
+  field("fill_available", r.fill_available, {}, "Requests of the workload that only fill");
+  field("sequences", r.sequences, kAtLeast1);
+  field("tokens", r.tokens, kAtLeast1, "real ones, padding excluded");
+  field("tokens_computed_fraction", r.tokens_computed_fraction, {},
+        "Tokens that went through the layers, padding included, divided by `tokens`");
+  field("latency_ms", r.latency_ms, {}, "Wall time of a request");
+  field("verification_ms", r.verification_ms, kAny,
+        "In all, beside the latencies: comparing the first answer of each size, and samples, with the plain model");
+  field("speedup_vs_nocache", r.speedup_vs_nocache, {},
+        "Sum of nocache latencies divided by the sum of this mode's, over the same requests");
+  field("speedup_median", r.speedup_median, {}, "Median of the ratios of single requests");
+  field("speedup_vs_kvcache", r.speedup_vs_kvcache, {},
+        "Sum of kvcache latencies, weights held alike, divided by the sum of this mode's");
+  decoder_fields(r, field);
+  field("hit_rate", r.hit_rate, kShare,
+        "Sequences answered from an earlier request: an identical one, or a similar one");
+  field("hit_rate_by_layer", maybe(r.hit_rate_by_layer), {{"minItems", 1}, {"items", kShare}},
+        "Per layer: sequences that went on from the kept output of that layer / all sequences");
+  quality_fields(r, field);
+  field("cache_bytes", r.cache_bytes, {}, "Held by the cache at the end");
+  field("zipf", r.zipf, {}, "Exponent; null: each request once");
+  field("shuffle", r.shuffle, {}, "Seed; null: the order of the file");
+  field("note", maybe(r.note), {}, "Why it is slower than nocache; null where it is not");
+  field("source", r.source, {}, "What the token file was made from");
+  field("versions", r.versions);
+  field("observed_error", r.observed_error, {{kLeftOut, true}},
+        "Sequences of the asking part in error / all compared with nocache");
+  budget_fields(r.budget, field);
+}
+
+/// Writes a value, or all fields of a struct.
+struct Writer {
+  template <class T>
+  static Json json(const T& value) {
+    if constexpr (is_optional<T>) {
+      return value ? json(*value) : Json(nullptr);
+    } else if constexpr (std::is_floating_point_v<T>) {
+      return std::isfinite(value) ? Json(value) : Json(nullptr);
+    } else if constexpr (is_list<T>) {
+      Json list = Json::array();
+      for (const auto& element : value) list.push_back(json(element));
+      return list;
+    } else if constexpr (std::is_same_v<T, Interval>) {
+      return Json::array({json(value.low), json(value.high)});
+    } else if constexpr (std::is_arithmetic_v<T> || std::is_same_v<T, std::string>) {
+      return value;
+    } else {
+      Json object = Json::object();
+      fields(value, [&](const char* name, const auto& field, const Json& = {}, const char* = "") {
+        object[name] = json(field);
+      });
+      return object;
     }
   }
-}
+};
 
-/// The fields that say how similar requests were found, and what that did to quality.
-void read_similarity(const Json& json, Record& r) {
-  read_maybe(json.at("threshold"), r.threshold);
-  r.fingerprint = text_from(json.at("fingerprint"));
-  read_maybe(json.at("fingerprint_layer"), r.fingerprint_layer);
-  r.centring = text_from(json.at("centring"));
-  r.cache_layers = text_from(json.at("cache_layers"));
-  r.eviction = text_from(json.at("eviction"));
-  read_maybe(json.at("ttl_seconds"), r.ttl_seconds);
-  read_maybe(json.at("shadow_rate"), r.shadow_rate);
-  read_maybe(json.at("capacity_bytes"), r.capacity_bytes);
-  if (!json.at("hit_rate_by_layer").is_null())
-    r.hit_rate_by_layer = json["hit_rate_by_layer"].get<std::vector<double>>();
-  r.task = task_from(json.at("task"));
-  r.task_per_byte = task_from(json.at("task_per_byte"));
-  r.recall = number_from(json.at("recall"));
-  if (const Json& u = json.at("unsafe_served"); !u.is_null()) {
-    r.unsafe_served = {.rate = rate_from(u), .unlabelled = u.at("unlabelled").get<std::int64_t>()};
+/// The schema of a value's type.
+struct Schema {
+  template <class T>
+  static Json json(const T& value) {
+    if constexpr (is_optional<T>) {
+      Json schema = json(typename T::value_type{});
+      const Json type = schema["type"];
+      if (!type.is_array()) schema["type"] = {type, "null"};
+      return schema;
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return {{"type", "boolean"}};
+    } else if constexpr (std::is_same_v<T, std::string>) {
+      return {{"type", "string"}};
+    } else if constexpr (std::is_floating_point_v<T>) {
+      return {{"type", {"number", "null"}}, {"minimum", 0}};
+    } else if constexpr (std::is_integral_v<T>) {
+      return {{"type", "integer"}, {"minimum", 0}};
+    } else if constexpr (is_list<T>) {
+      return {{"type", "array"}, {"items", json(typename T::value_type{})}};
+    } else if constexpr (std::is_same_v<T, Interval>) {
+      return {{"type", "array"}, {"minItems", 2}, {"maxItems", 2}, {"items", {{"type", {"number", "null"}}}}};
+    } else {
+      Json schema = {{"type", "object"}, {"required", Json::array()}, {"additionalProperties", false}};
+      fields(value, [&](const char* name, const auto& field, const Json& rules = {}, const char* about = "") {
+        if (!rules.contains(kLeftOut)) schema["required"].push_back(name);
+        Json& property = schema["properties"][name];
+        property = json(field);
+        ruled(rules, property);
+        if (*about != '\0') property["description"] = about;
+      });
+      return schema;
+    }
   }
-  if (!json.at("same_answer").is_null()) r.same_answer = rate_from(json["same_answer"]);
-}
+
+ private:
+  static void ruled(const Json& rules, Json& schema) {
+    for (const auto& [key, value] : rules.items()) {
+      if (key == kLeftOut) continue;
+      if (value.is_null()) {
+        schema.erase(key);
+      } else if (key == "items") {
+        schema[key].update(value);
+      } else {
+        schema[key] = value;
+      }
+    }
+    if (schema.contains("enum") && schema["type"].is_array()) schema["enum"].push_back(nullptr);
+  }
+};
 
 }  // namespace
 
-Json to_json(const Record& r, const Versions& versions) {
-  Json json = {
-      {"model", r.model},
-      {"weights", r.weights},
-      {"workload", r.workload},
-      {"mode", r.mode},
-      {"fidelity", text(r.fidelity)},
-      {"weights_held", r.weights_held},
-      {"output", r.output},
-      {"threshold", maybe(r.threshold)},
-      {"fingerprint", text(r.fingerprint)},
-      {"fingerprint_layer", maybe(r.fingerprint_layer)},
-      {"centring", text(r.centring)},
-      {"cache_layers", text(r.cache_layers)},
-      {"eviction", text(r.eviction)},
-      {"ttl_seconds", maybe(r.ttl_seconds)},
-      {"shadow_rate", maybe(r.shadow_rate)},
-      {"capacity_bytes", maybe(r.capacity_bytes)},
-      {"threads", r.threads},
-      {"requests", r.requests},
-      {"requests_available", r.requests_available},
-      {"filled", r.filled},
-      {"fill_available", r.fill_available},
-      {"sequences", r.sequences},
-      {"tokens", r.tokens},
-      {"tokens_computed_fraction", number(r.tokens_computed_fraction)},
-      {"latency_ms", summary(r.latency_ms)},
-      {"verification_ms", number(r.verification_ms)},
-      {"speedup_vs_nocache", number(r.speedup_vs_nocache)},
-      {"speedup_median", number(r.speedup_median)},
-      {"speedup_vs_kvcache", number(r.speedup_vs_kvcache)},
-      {"prefill_ms", maybe_summary(r.prefill_ms)},
-      {"prefill_speedup_vs_nocache", number(r.prefill_speedup_vs_nocache)},
-      {"prefill_speedup_vs_kvcache", number(r.prefill_speedup_vs_kvcache)},
-      {"tokens_reused_fraction", number(r.tokens_reused_fraction)},
-      {"tokens_shared_fraction", number(r.tokens_shared_fraction)},
-      {"decode_ms", maybe_summary(r.decode_ms)},
-      {"tokens_per_second", number(r.tokens_per_second)},
-      {"later_turns", later_turns(r.later_turns)},
-      {"greedy", greedy(r.greedy)},
-      {"hit_rate", number(r.hit_rate)},
-      {"hit_rate_by_layer", r.hit_rate_by_layer.empty() ? Json(nullptr) : Json(r.hit_rate_by_layer)},
-      {"task", task(r.task)},
-      {"task_per_byte", task(r.task_per_byte)},
-      {"recall", number(r.recall)},
-      {"unsafe_served", unsafe_served(r.unsafe_served)},
-      {"same_answer", same_answer(r.same_answer)},
-      {"divergence",
-       {{"mean", number(r.divergence.mean)}, {"p95", number(r.divergence.p95)}, {"max", number(r.divergence.max)}}},
-      {"cache_bytes", r.cache_bytes},
-      {"zipf", maybe(r.zipf)},
-      {"shuffle", maybe(r.shuffle)},
-      {"note", text(r.note)},
-      {"source", r.source},
-      {"versions",
-       {{"llmcache", versions.llmcache},
-        {"torch", versions.torch},
-        {"compiler", versions.compiler},
-        {"model_torch", text(r.model_torch)},
-        {"model_transformers", text(r.model_transformers)}}}};
-  json["observed_error"] = observed_error(r.observed_error);
-  write_budget(r.budget, json);
-  return json;
+Json to_json(const Record& record) { return Writer::json(record); }
+
+Json results_json(const Machine& machine, const std::string& command, const std::vector<Record>& records) {
+  return {
+      {"schema", 1},
+      {"machine", {{"cpu", machine.cpu}, {"cores", machine.cores}, {"memory_gib", Writer::json(machine.memory_gib)}}},
+      {"command", command},
+      {"records", Writer::json(records)}};
 }
 
-Record record_from_json(const Json& json) {
-  Record r;
-  r.model = json.at("model").get<std::string>();
-  r.weights = json.at("weights").get<std::string>();
-  r.workload = json.at("workload").get<std::string>();
-  r.mode = json.at("mode").get<std::string>();
-  r.fidelity = text_from(json.at("fidelity"));
-  r.weights_held = json.at("weights_held").get<std::string>();
-  r.output = json.at("output").get<std::string>();
-  r.threads = json.at("threads").get<int>();
-  r.requests = json.at("requests").get<std::int64_t>();
-  r.requests_available = json.at("requests_available").get<std::int64_t>();
-  r.filled = json.at("filled").get<std::int64_t>();
-  r.fill_available = json.at("fill_available").get<std::int64_t>();
-  r.sequences = json.at("sequences").get<std::int64_t>();
-  read_similarity(json, r);
-  read_budget(json, r);
-  r.tokens = json.at("tokens").get<std::int64_t>();
-  r.tokens_computed_fraction = number_from(json.at("tokens_computed_fraction"));
-  r.latency_ms = summary_from(json.at("latency_ms"));
-  r.verification_ms = number_from(json.at("verification_ms"));
-  r.speedup_vs_nocache = number_from(json.at("speedup_vs_nocache"));
-  r.speedup_median = number_from(json.at("speedup_median"));
-  read_decoding(json, r);
-  r.hit_rate = number_from(json.at("hit_rate"));
-  const Json& divergence = json.at("divergence");
-  r.divergence = {.mean = number_from(divergence.at("mean")),
-                  .p95 = number_from(divergence.at("p95")),
-                  .max = number_from(divergence.at("max"))};
-  r.cache_bytes = json.at("cache_bytes").get<std::int64_t>();
-  if (!json.at("zipf").is_null()) r.zipf = json.at("zipf").get<double>();
-  if (!json.at("shuffle").is_null()) r.shuffle = json.at("shuffle").get<std::uint64_t>();
-  r.note = text_from(json.at("note"));
-  r.source = json.at("source").get<std::string>();
-  r.model_torch = text_from(json.at("versions").at("model_torch"));
-  r.model_transformers = text_from(json.at("versions").at("model_transformers"));
-  return r;
-}
-
-Json results_json(const Machine& machine, const Versions& versions, const std::string& command,
-                  const std::vector<Record>& records) {
-  Json list = Json::array();
-  for (const Record& record : records) list.push_back(to_json(record, versions));
-  return {{"schema", 1},
-          {"machine", {{"cpu", machine.cpu}, {"cores", machine.cores}, {"memory_gib", number(machine.memory_gib)}}},
-          {"command", command},
-          {"records", std::move(list)}};
-}
-
-void write_atomically(const std::filesystem::path& path, const std::string& content) {
-  std::filesystem::path temporary = path;
-  temporary += fmt::format(".{}.tmp", ::getpid());
-  std::error_code error;
-  {
-    std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
-    out << content;
-    out.flush();
-    if (!out) {
-      std::filesystem::remove(temporary, error);
-      throw Failure(fmt::format("{}: cannot be written; check folder, permissions and space", path.string()));
-    }
-  }
-  std::filesystem::rename(temporary, path, error);
-  if (error) {
-    const std::string reason = error.message();
-    std::filesystem::remove(temporary, error);
-    throw Failure(fmt::format("{}: cannot be written ({})", path.string(), reason));
-  }
+Json results_schema() {
+  Json record = Schema::json(Record{});
+  record["description"] = "One model on one workload in one mode";
+  const Json machine = {{"type", "object"},
+                        {"required", {"cpu", "cores", "memory_gib"}},
+                        {"additionalProperties", false},
+                        {"properties",
+                         {{"cpu", {{"type", "string"}, {"minLength", 1}}},
+                          {"cores", {{"type", "integer"}, {"minimum", 0}}},
+                          {"memory_gib", {{"type", "number"}, {"minimum", 0}}}}}};
+  return {{"$schema", "https://json-schema.org/draft/2020-12/schema"},
+          {"title", "Results of llmcache-bench"},
+          {"description",
+           "Written by llmcache-bench --json FILE. A number that was not measured, or is not finite, is null. Made by "
+           "llmcache-bench --schema"},
+          {"type", "object"},
+          {"required", {"schema", "machine", "command", "records"}},
+          {"additionalProperties", false},
+          {"properties",
+           {{"schema", {{"const", 1}}},
+            {"machine", machine},
+            {"command", {{"type", "string"}, {"description", "The command line, the program by its name only"}}},
+            {"records", {{"type", "array"}, {"minItems", 1}, {"items", {{"$ref", "#/$defs/record"}}}}}}},
+          {"$defs", {{"record", std::move(record)}}}};
 }
 
 }  // namespace llmcache::bench

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "config.h"
 #include "records.h"
 #include "selection.h"
 
@@ -16,11 +16,8 @@ struct Results {
   std::vector<std::string> failures;  ///< one line each; what was measured before is in `records`
 };
 
-/// Sets the number of threads of the process and runs everything, a model at a time. A model that
-/// fails is reported and the others go on. Shows progress on stderr.
-Results run(const Arguments& arguments, const std::vector<Selected>& selected);
-
-/// Versions of library, LibTorch and compiler.
-Versions versions();
+/// Sets the number of threads of the process and runs everything, a model at a time. A model that fails is reported and
+/// the others go on. Shows progress on stderr.
+Results run(const Configuration& configuration, const std::vector<Selected>& selected);
 
 }  // namespace llmcache::bench

@@ -4,36 +4,40 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <set>
 #include <system_error>
 
 #include "failure.h"
-#include "first_run.h"
-#include "probe.h"
+#include "linear_probe.h"
 #include "table.h"
 
 namespace llmcache::bench {
 namespace {
 
 namespace fs = std::filesystem;
+using Names = std::set<std::string>;
+
 constexpr const char* kTinyTokenizer = "tiny";  // of models that tests use; no text is made for it
 constexpr const char* kSample = "sample";
 /// Made for sentence embeddings: other models run them only if asked to, so that their time goes to what tells more.
-const std::set<std::string> kForEmbeddings = {"clinc150", "qqp", "stsb"};
+const Names kForEmbeddings = {"clinc150", "qqp", "stsb"};
 /// Made for reuse within an error budget: they run only if asked for.
-const std::vector<std::string> kForBudgets = {"agnews",   "chat-edit", "clinc150-in-scope", "edits",
-                                              "instruct", "passages",  "small-edits",       "sst2"};
+const Names kForBudgets = {"agnews",   "chat-edit", "clinc150-in-scope", "edits",
+                           "instruct", "passages",  "small-edits",       "sst2"};
 /// Long, and no more telling with random weights than generate-128: such models run them only if asked to.
-const std::set<std::string> kForRealWeights = {"chat", "generate-512"};
-constexpr const char* kSuffix = ".safetensors";
-constexpr const char* kProbeSuffix = ".probe.safetensors";  // no token files, see probe.h
+const Names kForRealWeights = {"chat", "generate-512"};
+constexpr std::string_view kSuffix = ".safetensors";
+constexpr std::string_view kProbeSuffix = ".probe.safetensors";  // no token files, see linear_probe.h
 
-std::string joined(const std::set<std::string>& names) {
-  return names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "));
+std::string joined(const Names& names) { return names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", ")); }
+
+Names names_of(const std::vector<WorkloadFile>& files) {
+  Names names;
+  for (const WorkloadFile& file : files) names.insert(file.workload);
+  return names;
 }
-
-bool is_path(const std::string& model) { return model.find('/') != std::string::npos || model.ends_with(".pt"); }
 
 /// True if `workload` is the one called `name`, or is it with a number behind it: "generate" means "generate-128" too.
 bool is_named(const std::string& workload, const std::string& name) {
@@ -51,15 +55,18 @@ std::string shots_of(const std::string& workload) {
   return number.find_first_not_of("0123456789") == std::string::npos ? workload.substr(dash) : std::string();
 }
 
+bool has_linear_probe(const Settings& settings, const std::string& workload, const ModelFile& model) {
+  std::error_code error;
+  return fs::exists(linear_probe_path(settings.data_folder, workload, model.name), error);
+}
+
 /// What runs if no workload is named, of the files for the model's tokenizer.
-void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vector<WorkloadFile>& files) {
-  const std::string shots = arguments.shots > 0 ? fmt::format("-{}shot", arguments.shots) : "";
-  std::set<std::string> names;
-  for (const WorkloadFile& file : files) names.insert(file.workload);
+void keep_defaults(const Settings& settings, const ModelFile& model, std::vector<WorkloadFile>& files) {
+  const std::string shots = settings.shots > 0 ? fmt::format("-{}shot", settings.shots) : "";
+  const Names names = names_of(files);
   std::erase_if(files, [&](const WorkloadFile& file) {
     if (model.output != "sentence_embedding" && kForEmbeddings.contains(file.workload)) return true;
-    const auto named = [&](const std::string& name) { return is_named(file.workload, name); };
-    if (std::any_of(kForBudgets.begin(), kForBudgets.end(), named)) return true;
+    if (std::ranges::any_of(kForBudgets, [&](const auto& name) { return is_named(file.workload, name); })) return true;
     if (model.random_weights() && kForRealWeights.contains(file.workload)) return true;
     if (!shots.empty() && names.contains(file.workload + shots)) return true;
     return !shots_of(file.workload).empty() && shots_of(file.workload) != shots;
@@ -67,92 +74,102 @@ void keep_defaults(const Arguments& arguments, const ModelFile& model, std::vect
   if (files.size() > 1) std::erase_if(files, [](const WorkloadFile& file) { return file.workload == kSample; });
 }
 
-/// What a run without options measures: real data where both they and a sample of their kind are there.
-void keep_first_run(const Arguments& arguments, const ModelFile& model, std::vector<WorkloadFile>& files) {
-  std::set<std::string> names;
-  for (const WorkloadFile& file : files) names.insert(file.workload);
+/// Real data where both they and a sample of their kind are there, and an experiment is for them.
+void keep_experiments(const Configuration& configuration, const ModelFile& model, std::vector<WorkloadFile>& files) {
+  const Names names = names_of(files);
   std::erase_if(files, [&](const WorkloadFile& file) {
-    const std::string kind = kind_of(file.workload);
+    const std::string kind = configuration.kind_of(file.workload);
     if (kind != file.workload && names.contains(kind)) return true;
-    std::error_code error;
-    const bool probe = fs::exists(probe_path(arguments.data_folder, file.workload, model.name), error);
-    return first_run(arguments, model, file.workload, probe).empty();
+    const bool probe = has_linear_probe(configuration.settings, file.workload, model);
+    return configuration.experiments_for(model, file.workload, probe).empty();
   });
 }
 
-std::vector<ModelFile> chosen_models(const Arguments& arguments) {
+std::vector<ModelFile> all_models(const fs::path& folder) {
   std::vector<ModelFile> models;
-  const auto add = [&](const fs::path& path) {
-    ModelFile model = read_model_file(path);
-    if (model.tokenizer.empty()) model.tokenizer = arguments.tokenizer;
-    models.push_back(std::move(model));
-  };
-  const auto in_folder = [&](const std::string& name) { return arguments.models_folder / (name + ".pt"); };
-  if (arguments.models.empty()) {
-    for (const std::string& name : model_names(arguments.models_folder)) {
-      add(in_folder(name));
-      if (models.back().tokenizer.empty() || models.back().tokenizer == kTinyTokenizer) models.pop_back();
-    }
-    if (models.empty()) {
-      throw Failure(
-          fmt::format("no full-size model in {}; export one (tools/export_models.py), or name one with "
-                      "--model",
-                      arguments.models_folder.string()));
-    }
-    return models;
-  }
-  for (const std::string& name : arguments.models) {
-    if (is_path(name)) {
-      add(name);
-    } else {
-      const auto names = model_names(arguments.models_folder);
-      if (std::find(names.begin(), names.end(), name) == names.end()) {
-        throw Failure(fmt::format("no model '{}' in {}; found: {}", name, arguments.models_folder.string(),
+  for (const std::string& name : model_names(folder)) models.push_back(read_model_file(folder / (name + ".pt")));
+  std::erase_if(models, [](const ModelFile& m) { return m.tokenizer.empty() || m.tokenizer == kTinyTokenizer; });
+  if (!models.empty()) return models;
+  throw Failure(
+      fmt::format("no full-size model in {}; export one (tools/models/export_models.py), or name one with --model",
+                  folder.string()));
+}
+
+std::vector<ModelFile> chosen_models(const Settings& settings) {
+  if (settings.models.empty()) return all_models(settings.models_folder);
+  std::vector<ModelFile> models;
+  for (const std::string& name : settings.models) {
+    fs::path path = name;
+    if (name.find('/') == std::string::npos && !name.ends_with(".pt")) {
+      const auto names = model_names(settings.models_folder);
+      if (std::ranges::find(names, name) == names.end()) {
+        throw Failure(fmt::format("no model '{}' in {}; found: {}", name, settings.models_folder.string(),
                                   joined({names.begin(), names.end()})));
       }
-      add(in_folder(name));
+      path = settings.models_folder / (name + ".pt");
     }
-    if (models.back().tokenizer.empty()) {
-      throw Failure(fmt::format("model {} has no sidecar {}.json that names its tokenizer; give --tokenizer NAME", name,
-                                fs::path(models.back().path).replace_extension().string()));
+    ModelFile& model = models.emplace_back(read_model_file(path));
+    if (model.tokenizer.empty()) model.tokenizer = settings.tokenizer;
+    if (model.tokenizer.empty()) {
+      throw Failure(fmt::format("model {} has no sidecar {} that names its tokenizer; give --tokenizer NAME", name,
+                                path.replace_extension(".json").string()));
     }
   }
   return models;
 }
 
-/// Workloads for one tokenizer, in the order asked for.
-std::vector<WorkloadFile> matching(const Arguments& arguments, const std::vector<WorkloadFile>& all,
-                                   const ModelFile& model) {
-  std::vector<WorkloadFile> fitting;
-  std::copy_if(all.begin(), all.end(), std::back_inserter(fitting),
-               [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
-  if (arguments.first_run) {
-    keep_first_run(arguments, model, fitting);
-    return fitting;
-  }
-  if (arguments.workloads.empty()) {
-    keep_defaults(arguments, model, fitting);
-    if (fitting.empty() && !arguments.models.empty()) {
-      throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
-                                model.tokenizer, kSuffix, arguments.data_folder.string()));
-    }
-    return fitting;
-  }
+/// Those of the names asked for, in their order.
+std::vector<WorkloadFile> named(const Settings& settings, const std::vector<WorkloadFile>& files,
+                                const ModelFile& model) {
   std::vector<WorkloadFile> wanted;
-  for (const std::string& name : arguments.workloads) {
+  for (const std::string& name : settings.workloads) {
     const auto before = wanted.size();
-    std::copy_if(fitting.begin(), fitting.end(), std::back_inserter(wanted),
-                 [&](const WorkloadFile& file) { return is_named(file.workload, name); });
-    if (wanted.size() > before) continue;
-    if (!arguments.models.empty()) {
-      std::set<std::string> names;
-      for (const WorkloadFile& file : fitting) names.insert(file.workload);
-      throw Failure(fmt::format("no workload '{}' for model {}: expected {}/{}.{}{}; found for that tokenizer: {}",
-                                name, model.name, arguments.data_folder.string(), name, model.tokenizer, kSuffix,
-                                joined(names)));
-    }
+    std::ranges::copy_if(files, std::back_inserter(wanted), [&](const auto& f) { return is_named(f.workload, name); });
+    if (wanted.size() > before || settings.models.empty()) continue;
+    throw Failure(fmt::format("no workload '{}' for model {}: expected {}/{}.{}{}; found for that tokenizer: {}", name,
+                              model.name, settings.data_folder.string(), name, model.tokenizer, kSuffix,
+                              joined(names_of(files))));
   }
   return wanted;
+}
+
+/// Workloads for one tokenizer, in the order asked for.
+std::vector<WorkloadFile> matching(const Configuration& configuration, const std::vector<WorkloadFile>& all,
+                                   const ModelFile& model) {
+  const Settings& settings = configuration.settings;
+  std::vector<WorkloadFile> files;
+  std::ranges::copy_if(all, std::back_inserter(files),
+                       [&](const WorkloadFile& file) { return file.tokenizer == model.tokenizer; });
+  if (!settings.workloads.empty()) files = named(settings, files, model);
+  if (!configuration.experiments.empty()) {
+    keep_experiments(configuration, model, files);
+  } else if (settings.workloads.empty()) {
+    keep_defaults(settings, model, files);
+    if (files.empty() && !settings.models.empty()) {
+      throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
+                                model.tokenizer, kSuffix, settings.data_folder.string()));
+    }
+  }
+  return files;
+}
+
+std::shared_ptr<const TokenFile> read_tokens(const WorkloadFile& file, const Settings& settings) {
+  TokenFile tokens = read_token_file(file.path);
+  if (tokens.tokenizer != file.tokenizer || tokens.workload != file.workload) {
+    throw Failure(
+        fmt::format("{}: its metadata says workload '{}' and tokenizer '{}', unlike its name; prepare the data again",
+                    file.path.string(), tokens.workload, tokens.tokenizer));
+  }
+  if (settings.batch) tokens = in_batches_of(std::move(tokens), *settings.batch);
+  return std::make_shared<const TokenFile>(std::move(tokens));
+}
+
+void check_workloads(const Settings& settings, const std::vector<WorkloadFile>& all) {
+  const Names names = names_of(all);
+  for (const std::string& name : settings.workloads) {
+    if (std::ranges::any_of(names, [&](const auto& known) { return is_named(known, name); })) continue;
+    throw Failure(fmt::format("no workload '{}' in {}; found: {}", name, settings.data_folder.string(), joined(names)));
+  }
 }
 
 }  // namespace
@@ -165,77 +182,77 @@ std::vector<WorkloadFile> workload_files(const fs::path& folder) {
     const auto dot = name.find('.');
     const std::string rest = dot == std::string::npos ? "" : name.substr(dot + 1);
     if (!rest.ends_with(kSuffix) || rest.ends_with(kProbeSuffix)) continue;
-    files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - std::string(kSuffix).size()), entry->path()});
+    files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - kSuffix.size()), entry->path()});
   }
   if (error) {
     throw Failure(fmt::format("data folder {}: {}; prepare the data there, or name another with --data",
                               folder.string(), error.message()));
   }
-  std::sort(files.begin(), files.end(), [](const auto& a, const auto& b) { return a.path < b.path; });
+  std::ranges::sort(files, {}, &WorkloadFile::path);
   return files;
 }
 
-std::vector<Selected> select(const Arguments& arguments) {
-  const std::vector<WorkloadFile> all = workload_files(arguments.data_folder);
-  for (const std::string& name : arguments.workloads) {
-    std::set<std::string> names;
-    for (const WorkloadFile& file : all) names.insert(file.workload);
-    if (std::none_of(names.begin(), names.end(), [&](const auto& known) { return is_named(known, name); })) {
-      throw Failure(
-          fmt::format("no workload '{}' in {}; found: {}", name, arguments.data_folder.string(), joined(names)));
-    }
-  }
+std::vector<Selected> select(const Configuration& configuration) {
+  const Settings& settings = configuration.settings;
+  const std::vector<WorkloadFile> all = workload_files(settings.data_folder);
+  check_workloads(settings, all);
   std::map<fs::path, std::shared_ptr<const TokenFile>> read;
   std::vector<Selected> selected;
-  for (ModelFile& model : chosen_models(arguments)) {
-    Selected one{.model = std::move(model), .workloads = {}};
-    for (const WorkloadFile& file : matching(arguments, all, one.model)) {
+  for (ModelFile& model : chosen_models(settings)) {
+    Selected one{.model = std::move(model), .experiments = {}};
+    for (const WorkloadFile& file : matching(configuration, all, one.model)) {
       auto& tokens = read[file.path];
-      if (!tokens) {
-        TokenFile own = read_token_file(file.path);
-        tokens = std::make_shared<const TokenFile>(arguments.batch ? in_batches_of(std::move(own), *arguments.batch)
-                                                                   : std::move(own));
-      }
-      if (tokens->tokenizer != one.model.tokenizer || tokens->workload != file.workload) {
-        throw Failure(
-            fmt::format("{}: its metadata says workload '{}' and tokenizer '{}', unlike its name; prepare "
-                        "the data again",
-                        file.path.string(), tokens->workload, tokens->tokenizer));
-      }
+      if (!tokens) tokens = read_tokens(file, settings);
       if (one.model.vocabulary > 0) check_vocabulary(*tokens, one.model.vocabulary, file.path.string());
-      one.workloads.push_back(tokens);
+      const bool probe = has_linear_probe(settings, file.workload, one.model);
+      auto experiments = configuration.experiments_for(one.model, file.workload, probe);
+      if (configuration.experiments.empty()) experiments = {{settings, default_share(one.model, *tokens, probe)}};
+      for (Experiment& experiment : experiments) one.experiments.push_back({std::move(experiment), tokens});
     }
-    if (!one.workloads.empty()) selected.push_back(std::move(one));
+    if (!one.experiments.empty()) selected.push_back(std::move(one));
   }
-  if (selected.empty()) {
-    std::set<std::string> names;
-    for (const WorkloadFile& file : all) names.insert(file.path.filename().string());
-    throw Failure(fmt::format("no token file in {} fits a model in {}; found: {}; prepare the data",
-                              arguments.data_folder.string(), arguments.models_folder.string(), joined(names)));
-  }
-  return selected;
+  if (!selected.empty()) return selected;
+  Names names;
+  for (const WorkloadFile& file : all) names.insert(file.path.filename().string());
+  throw Failure(fmt::format("no token file in {} fits a model in {}; found: {}; prepare the data",
+                            settings.data_folder.string(), settings.models_folder.string(), joined(names)));
 }
 
-std::string list_files(const Arguments& arguments) {
+double default_share(const ModelFile& model, const TokenFile& tokens, bool linear_probe) {
+  constexpr double kSpeedOnly = 0.5;
+  if (model.random_weights() || tokens.task == Task::kNone) return kSpeedOnly;
+  if (tokens.task == Task::kClassification) return linear_probe ? 12 : kSpeedOnly;
+  return tokens.task == Task::kDuplicates || !tokens.scored.empty() ? 2 : 1;
+}
+
+double seconds_per_share(const Configuration& configuration, double shares) {
+  constexpr double kMostSeconds = 30;
+  constexpr double kSecondsInAll = 360;  // loading and wrapping all models comes on top
+  if (configuration.settings.limit) return std::numeric_limits<double>::infinity();
+  if (configuration.seconds_in_all) return *configuration.seconds_in_all / shares;
+  return std::min(kMostSeconds, kSecondsInAll / shares);
+}
+
+std::string list_files(const Settings& settings) {
   Table models({"model", "weights", "tokenizer", "dtype", "max tokens"}, 4);
-  for (const std::string& name : model_names(arguments.models_folder)) {
+  for (const std::string& name : model_names(settings.models_folder)) {
     try {
-      const ModelFile model = read_model_file(arguments.models_folder / (name + ".pt"));
+      const ModelFile model = read_model_file(settings.models_folder / (name + ".pt"));
       models.add({name, model.weights, model.tokenizer.empty() ? "unknown" : model.tokenizer, model.dtype,
                   fmt::format("{}", model.max_tokens)});
     } catch (const Failure& failure) {
-      models.add({name, failure.what(), "", "", ""});
+      models.add({name, failure.what()});
     }
   }
   Table workloads({"workload", "tokenizer", "source", "order", "task", "fill", "requests", "sequences", "tokens"}, 5);
-  for (const WorkloadFile& file : workload_files(arguments.data_folder)) {
+  for (const WorkloadFile& file : workload_files(settings.data_folder)) {
     try {
       const TokenFile tokens = read_token_file(file.path);
       workloads.add({file.workload, file.tokenizer, tokens.source, tokens.order, to_string(tokens.task),
                      fmt::format("{}", tokens.fill_requests), fmt::format("{}", tokens.requests()),
                      fmt::format("{}", tokens.sequences()), fmt::format("{}", tokens.tokens.size())});
     } catch (const Failure& failure) {
-      workloads.add({file.workload, file.tokenizer, failure.what(), "", "", "", "", "", ""});
+      workloads.add({file.workload, file.tokenizer, failure.what()});
     }
   }
   return fmt::format("{}\n{}", models.text(), workloads.text());

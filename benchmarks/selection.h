@@ -1,4 +1,4 @@
-// Which models run on which workloads.
+// Which models run on which workloads, and how the time is divided among them.
 #pragma once
 
 #include <filesystem>
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "config.h"
 #include "model_files.h"
 #include "token_file.h"
 
@@ -22,16 +22,30 @@ struct WorkloadFile {
 /// Sorted by name. Throws Failure if there is no such folder.
 std::vector<WorkloadFile> workload_files(const std::filesystem::path& folder);
 
-/// A model and what it shall run on.
+/// An experiment, and the requests that it sends: read, and checked against the model's vocabulary.
+struct SelectedExperiment : Experiment {
+  std::shared_ptr<const TokenFile> tokens;
+};
+
+/// A model and what it shall run.
 struct Selected {
   ModelFile model;
-  std::vector<std::shared_ptr<const TokenFile>> workloads;  ///< read, checked against the model's vocabulary
+  std::vector<SelectedExperiment> experiments;
 };
 
 /// Throws Failure for names that are not there, files that are damaged, or if nothing is left to do.
-std::vector<Selected> select(const Arguments& arguments);
+std::vector<Selected> select(const Configuration& configuration);
+
+/// How much of the time a model gets on a workload, in proportion to the others, where no configuration says so. Most
+/// goes to where quality can be measured and reuse comes only with the requests behind the first ones: 12 for classes
+/// with a linear probe, whose training queries fill the caches; 2 where log-likelihoods are scored, and for duplicates;
+/// 1 for other tasks; 0.5 for speed alone (random weights, no task, classes without a probe).
+double default_share(const ModelFile& model, const TokenFile& tokens, bool linear_probe);
+
+/// Seconds for a share of 1, where all experiments together have `shares`; infinite with a limit of requests.
+double seconds_per_share(const Configuration& configuration, double shares);
 
 /// What --list prints.
-std::string list_files(const Arguments& arguments);
+std::string list_files(const Settings& settings);
 
 }  // namespace llmcache::bench

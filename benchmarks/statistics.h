@@ -36,6 +36,13 @@ struct Interval {
 /// [NaN, NaN] for no trials.
 Interval wilson(std::int64_t successes, std::int64_t trials);
 
+/// A rate with its 95 % interval (Wilson); NaN where nothing was counted.
+struct Rate {
+  double rate = 0;
+  Interval ci95;
+  std::int64_t of = 0;  ///< cases that the rate is over
+};
+
 /// Rank of each value, the smallest has 1; equal values share the mean of their ranks.
 std::vector<double> average_ranks(const std::vector<double>& values);
 

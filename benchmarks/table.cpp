@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <optional>
 #include <set>
 #include <utility>
@@ -21,12 +22,13 @@ std::string small(double value) {
   return value == 0 ? "0" : fmt::format("{:.1e}", value);
 }
 
-/// "llmcache/threshold 0.90", "doccache 0.90", "llmcache/lossless packed-fp16", "kvcache", and the capacity in MiB if
-/// there are several in one table.
+/// "llmcache/threshold 0.90", "semantic-cache 0.90", "llmcache/lossless packed-fp16", "kvcache", and the capacity in
+/// MiB if there are several in one table.
 std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
   std::string name = r.fidelity.empty() || r.mode == "kvcache" ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
   if (r.weights_held != "as-loaded") name += " " + r.weights_held;
   if (r.budget) name += fmt::format(" {:g}{}", r.budget->epsilon, r.budget->cache_free ? " cache-free" : "");
+  if (r.budget && r.budget->calibration_part) name += fmt::format(" part {}", *r.budget->calibration_part);
   if (r.threshold) name += fmt::format(" {:.2f}", *r.threshold);
   if (with_eviction && !r.eviction.empty()) name += " " + r.eviction;
   if (with_capacity && r.capacity_bytes) {
@@ -49,13 +51,15 @@ bool varies(const std::vector<Record>& records, const Field& field) {
 std::string quality(const Record& r) {
   if (r.weights.starts_with("random")) return "divergence only";
   std::string text;
-  for (const auto& result : {r.task, r.task_per_byte}) {
+  for (const auto& result : {r.task, r.second_task}) {
     if (!result) continue;
     const TaskResult& t = *result;
-    const bool percent = t.metric.find("accuracy") != std::string::npos || t.metric == "precision";
+    const bool percent = t.metric.find("accuracy") != std::string::npos || t.metric == "precision" ||
+                         t.metric == "f1" || t.metric == "exact_match";
     const double scale = percent ? 100 : 1;
     const int digits = percent ? 1 : 3;
-    text += fmt::format("{}{} {}{}", text.empty() ? "" : "; ", t.metric, number(scale * t.value, digits), percent ? "%" : "");
+    text += fmt::format("{}{} {}{}", text.empty() ? "" : "; ", t.metric, number(scale * t.value, digits),
+                        percent ? "%" : "");
     if (r.mode != "nocache" && !std::isnan(t.change)) {
       text += fmt::format(", {:+.{}f} [{:+.{}f}, {:+.{}f}]", scale * t.change, digits, scale * t.ci95.low, digits,
                           scale * t.ci95.high, digits);
@@ -87,6 +91,69 @@ std::string greedy_text(const std::optional<GreedyResult>& result) {
   std::string text = fmt::format("{}/{}", result->compared - result->different, result->compared);
   if (result->tied > 0) text += fmt::format(" ({} tied)", result->tied);
   return text;
+}
+
+/// "0.0104 [0.0064, 0.0168]"
+std::string error(const std::optional<ObservedError>& e) {
+  if (!e) return "-";
+  return fmt::format("{} [{}, {}]", number(e->value, 4), number(e->ci95.low, 4), number(e->ci95.high, 4));
+}
+
+std::string ms(const std::optional<Summary>& times) { return number(times ? times->mean : kNotMeasured, 2); }
+
+constexpr std::size_t kLeftColumns = 5;
+
+struct Column {
+  const char* header;
+  std::function<std::string(const Record&)> cell;
+  bool may_be_empty = false;  ///< then it is left out
+};
+
+/// Of what only some records have.
+std::vector<Column> optional_columns() {
+  const LaterTurns none = {.prefill_ms = {.mean = kNotMeasured}};
+  return {
+      {"prefill ms", [](const Record& r) { return ms(r.prefill_ms); }, true},
+      {"vs nocache", [](const Record& r) { return number(r.prefill_speedup_vs_nocache, 2); }, true},
+      {"vs kvcache", [](const Record& r) { return number(r.prefill_speedup_vs_kvcache, 2); }, true},
+      {"reused", [](const Record& r) { return percent(r.tokens_reused_fraction); }, true},
+      {"shared", [](const Record& r) { return percent(r.tokens_shared_fraction); }, true},
+      {"decode ms", [](const Record& r) { return ms(r.decode_ms); }, true},
+      {"tokens/s", [](const Record& r) { return number(r.tokens_per_second, 1); }, true},
+      {"later turns: ms", [=](const Record& r) { return ms(r.later_turns.value_or(none).prefill_ms); }, true},
+      {"vs kvcache ", [=](const Record& r) { return number(r.later_turns.value_or(none).speedup_vs_kvcache, 2); },
+       true},
+      {"greedy", [](const Record& r) { return greedy_text(r.greedy); }, true},
+  };
+}
+
+std::vector<Column> columns_of(bool capacities, bool evictions) {
+  std::vector<Column> columns = {
+      {"model", [](const Record& r) { return r.model; }},
+      {"weights", [](const Record& r) { return random_weights(r.weights) ? "random weights" : r.weights; }},
+      {"workload", workload_name},
+      {"mode", [=](const Record& r) { return mode_name(r, capacities, evictions); }},
+      {"quality", quality},
+      {"speedup", [](const Record& r) { return number(r.speedup_vs_nocache, 2); }},
+      {"promised", [](const Record& r) { return number(r.budget ? r.budget->promised : kNotMeasured, 4); }, true},
+      {"error", [](const Record& r) { return error(r.observed_error); }, true},
+      {"hits", [](const Record& r) { return number(100 * r.hit_rate, 1) + "%"; }},
+      {"requests", [](const Record& r) { return fmt::format("{}/{}", r.requests, r.requests_available); }},
+      {"filled",
+       [](const Record& r) { return r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available); }},
+      {"sequences", [](const Record& r) { return fmt::format("{}", r.sequences); }},
+      {"computed", [](const Record& r) { return number(r.tokens_computed_fraction, 3); }},
+      {"mean ms", [](const Record& r) { return number(r.latency_ms.mean, 2); }},
+      {"p50", [](const Record& r) { return number(r.latency_ms.p50, 2); }},
+      {"p95", [](const Record& r) { return number(r.latency_ms.p95, 2); }},
+      {"p99", [](const Record& r) { return number(r.latency_ms.p99, 2); }},
+  };
+  for (Column& column : optional_columns()) columns.push_back(std::move(column));
+  columns.push_back({"divergence", [](const Record& r) { return small(r.divergence.mean); }});
+  columns.push_back({"largest", [](const Record& r) { return small(r.divergence.max); }});
+  columns.push_back(
+      {"cache MiB", [](const Record& r) { return number(static_cast<double>(r.cache_bytes) / kMiB, 1); }});
+  return columns;
 }
 
 }  // namespace
@@ -128,59 +195,22 @@ std::string Table::text() const {
   return text;
 }
 
-/// "0.0104 [0.0064, 0.0168]"
-std::string error(const std::optional<ObservedError>& e) {
-  if (!e) return "-";
-  return fmt::format("{} [{}, {}]", number(e->value, 4), number(e->ci95.low, 4), number(e->ci95.high, 4));
-}
-
 std::string results_table(const std::vector<Record>& records) {
-  const std::vector<std::string> decoding = {"prefill ms", "vs nocache", "vs kvcache",      "reused",      "shared",
-                                             "decode ms",  "tokens/s",   "later turns: ms", "vs kvcache ", "greedy"};
-  std::vector<std::string> headers = {"model",    "weights", "workload", "mode",     "quality", "speedup",
-                                      "promised", "error",   "hits",     "requests", "filled",  "sequences",
-                                      "computed", "mean ms", "p50",      "p95",      "p99"};
-  headers.insert(headers.end(), decoding.begin(), decoding.end());
-  headers.insert(headers.end(), {"divergence", "largest", "cache MiB"});
-  Table table(std::move(headers), 5);
   const bool capacities =
       varies(records, [](const Record& r) { return r.capacity_bytes ? std::to_string(*r.capacity_bytes) : ""; });
   const bool evictions = varies(records, [](const Record& r) { return r.eviction; });
+  const auto columns = columns_of(capacities, evictions);
+  std::vector<std::string> headers;
+  for (const Column& column : columns) headers.emplace_back(column.header);
+  Table table(headers, kLeftColumns);
   for (const Record& r : records) {
-    const auto later = r.later_turns.value_or(LaterTurns{.prefill_ms = {.mean = kNotMeasured}});
-    table.add({r.model,
-               random_weights(r.weights) ? "random weights" : r.weights,
-               workload_name(r),
-               mode_name(r, capacities, evictions),
-               quality(r),
-               number(r.speedup_vs_nocache, 2),
-               number(r.budget ? r.budget->promised : kNotMeasured, 4),
-               error(r.observed_error),
-               number(100 * r.hit_rate, 1) + "%",
-               fmt::format("{}/{}", r.requests, r.requests_available),
-               r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available),
-               fmt::format("{}", r.sequences),
-               number(r.tokens_computed_fraction, 3),
-               number(r.latency_ms.mean, 2),
-               number(r.latency_ms.p50, 2),
-               number(r.latency_ms.p95, 2),
-               number(r.latency_ms.p99, 2),
-               number(r.prefill_ms ? r.prefill_ms->mean : kNotMeasured, 2),
-               number(r.prefill_speedup_vs_nocache, 2),
-               number(r.prefill_speedup_vs_kvcache, 2),
-               percent(r.tokens_reused_fraction),
-               percent(r.tokens_shared_fraction),
-               number(r.decode_ms ? r.decode_ms->mean : kNotMeasured, 2),
-               number(r.tokens_per_second, 1),
-               number(later.prefill_ms.mean, 2),
-               number(later.speedup_vs_kvcache, 2),
-               greedy_text(r.greedy),
-               small(r.divergence.mean),
-               small(r.divergence.max),
-               number(static_cast<double>(r.cache_bytes) / kMiB, 1)});
+    std::vector<std::string> cells;
+    for (const Column& column : columns) cells.push_back(column.cell(r));
+    table.add(std::move(cells));
   }
-  for (const std::string& header : decoding) table.drop_if_empty(header);
-  for (const char* header : {"promised", "error"}) table.drop_if_empty(header);
+  for (const Column& column : columns) {
+    if (column.may_be_empty) table.drop_if_empty(column.header);
+  }
   return table.text();
 }
 

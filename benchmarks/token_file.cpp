@@ -1,13 +1,17 @@
 #include "token_file.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
 
-#include "data_file.h"
 #include "failure.h"
+#include "files.h"
 #include "store/damaged_data.h"
 #include "store/safetensors.h"
 
@@ -31,18 +35,14 @@ void check_offsets(const std::vector<std::int64_t>& offsets, std::size_t total, 
   }
 }
 
-constexpr std::array kTasks = {Task::kNone,   Task::kClassification, Task::kChoice,     Task::kPerplexity,
-                               Task::kAnswer, Task::kSimilarity,     Task::kDuplicates, Task::kGeneration};
+/// By Task, as in the metadata.
+constexpr std::array<const char*, 8> kTasks = {"",       "classification", "choice",     "perplexity",
+                                               "answer", "similarity",     "duplicates", "generation"};
 
 Task task_from(const std::string& text, const Safetensors& in) {
-  const auto found = std::ranges::find_if(kTasks, [&](Task task) { return to_string(task) == text; });
-  if (found == kTasks.end()) {
-    in.damaged(
-        fmt::format("its task is '{}', expected classification, choice, perplexity, answer, similarity, "
-                    "duplicates, generation or nothing",
-                    text));
-  }
-  return *found;
+  const auto found = std::ranges::find(kTasks, text);
+  if (found != kTasks.end()) return static_cast<Task>(found - kTasks.begin());
+  in.damaged(fmt::format("its task is '{}', expected one of{}", text, fmt::join(kTasks, " ")));
 }
 
 /// Every value must lie in [low, high].
@@ -55,6 +55,40 @@ void check_range(const std::vector<std::int64_t>& values, std::int64_t low, std:
   }
 }
 
+/// An optional tensor of whole numbers: one for each of what `unit` says, from `low` to `high`.
+struct NumberTensor {
+  const char* tensor;
+  std::vector<std::int64_t> TokenFile::*field;
+  const char* unit;
+  std::int64_t low = std::numeric_limits<std::int64_t>::min();
+  std::int64_t high = std::numeric_limits<std::int64_t>::max();
+};
+constexpr std::int64_t kMost = std::int64_t{1} << 40;
+constexpr NumberTensor kNumberTensors[] = {
+    {"labels", &TokenFile::labels, "sequence"},  {"group", &TokenFile::group, "request", -1, kMost},
+    {"partner", &TokenFile::partner, "request"}, {"pair_label", &TokenFile::pair_label, "request"},
+    {"pool", &TokenFile::pool, "token", 0, 1},   {"scored_bytes", &TokenFile::scored_bytes, "sequence", 1, kMost}};
+
+/// What a task needs.
+struct Need {
+  Task task;
+  const char* what;
+  bool (*there)(const TokenFile&);
+};
+constexpr Need kNeeds[] = {
+    {Task::kClassification, "labels", [](const TokenFile& f) { return !f.labels.empty(); }},
+    {Task::kClassification, "label_names", [](const TokenFile& f) { return !f.label_names.empty(); }},
+    {Task::kChoice, "labels", [](const TokenFile& f) { return !f.labels.empty(); }},
+    {Task::kChoice, "scored", [](const TokenFile& f) { return !f.scored.empty(); }},
+    {Task::kPerplexity, "scored", [](const TokenFile& f) { return !f.scored.empty(); }},
+    {Task::kAnswer, "group", [](const TokenFile& f) { return !f.group.empty(); }},
+    {Task::kSimilarity, "pair_score", [](const TokenFile& f) { return !f.pair_score.empty(); }},
+    {Task::kDuplicates, "partner", [](const TokenFile& f) { return !f.partner.empty(); }},
+    {Task::kDuplicates, "pair_label", [](const TokenFile& f) { return !f.pair_label.empty(); }},
+    {Task::kDuplicates, "fill_requests", [](const TokenFile& f) { return f.fill_requests > 0; }},
+    {Task::kGeneration, "new_tokens", [](const TokenFile& f) { return f.new_tokens > 0; }},
+};
+
 /// Reads the optional tensors of version "2" and checks them against the sequences, which are read.
 class TaskReader {
  public:
@@ -62,37 +96,46 @@ class TaskReader {
 
   void read() {
     file_.task = task_from(in_.optional_text("task").value_or(""), in_);
-    if (in_.optional_text("fill_requests")) file_.fill_requests = in_.whole_number("fill_requests");
+    number("fill_requests", file_.fill_requests);
+    number("new_tokens", file_.new_tokens);
+    number("stop_token", file_.stop_token);
     if (file_.fill_requests >= file_.requests()) {
       in_.damaged(fmt::format("its fill_requests is {} of {} requests: none is left to ask", file_.fill_requests,
                               file_.requests()));
     }
-    if (in_.optional_text("new_tokens")) file_.new_tokens = in_.whole_number("new_tokens");
-    if (in_.optional_text("stop_token")) file_.stop_token = in_.whole_number("stop_token");
     if (in_.optional_text("label_names")) file_.label_names = in_.text_list("label_names");
-    file_.labels = optional("labels", file_.sequences(), "sequence");
-    file_.group = optional("group", file_.requests(), "request");
-    file_.partner = optional("partner", file_.requests(), "request");
-    file_.pair_label = optional("pair_label", file_.requests(), "request");
-    file_.pool = optional("pool", static_cast<std::int64_t>(file_.tokens.size()), "token");
-    file_.scored_bytes = optional("scored_bytes", file_.sequences(), "sequence");
-    check_range(file_.scored_bytes, 1, std::int64_t{1} << 40, "scored_bytes", in_);
-    for (const std::int64_t mark : file_.pool) {
-      if (mark != 0 && mark != 1) in_.damaged(fmt::format("pool has the value {}, expected 0 or 1", mark));
-    }
-    read_scored();
+    for (const NumberTensor& one : kNumberTensors) read_numbers(one);
+    file_.scored = ranges("scored");
+    file_.passage = ranges("passage");
+    read_answer_texts();
     read_pair_scores();
-    check_range(file_.group, -1, std::int64_t{1} << 40, "group", in_);
-    check_pairs();
+    check_range(file_.partner, -1, file_.fill_requests - 1, "partner", in_);
+    check_range(file_.pair_label, -1, 1, "pair_label", in_);
+    check_fill(file_.partner, "partner");
+    check_fill(file_.pair_label, "pair_label");
+    for (const Need& need : kNeeds) {
+      if (need.task == file_.task && !need.there(file_)) {
+        in_.damaged(fmt::format("its task is '{}' and it has no {}", to_string(file_.task), need.what));
+      }
+    }
     check_task();
   }
 
  private:
-  std::vector<std::int64_t> optional(const std::string& tensor, std::int64_t count, const std::string& unit) const {
-    if (!in_.has(tensor)) return {};
-    auto values = in_.values<std::int64_t>(tensor);
-    check_count(tensor, static_cast<std::int64_t>(values.size()), count, unit);
-    return values;
+  void number(const char* key, std::int64_t& value) const {
+    if (in_.optional_text(key)) value = in_.whole_number(key);
+  }
+
+  void read_numbers(const NumberTensor& one) {
+    if (!in_.has(one.tensor)) return;
+    auto& values = file_.*one.field;
+    values = in_.values<std::int64_t>(one.tensor);
+    const std::string unit = one.unit;
+    const std::int64_t count = unit == "token"      ? static_cast<std::int64_t>(file_.tokens.size())
+                               : unit == "sequence" ? file_.sequences()
+                                                    : file_.requests();
+    check_count(one.tensor, static_cast<std::int64_t>(values.size()), count, unit);
+    check_range(values, one.low, one.high, one.tensor, in_);
   }
 
   void check_count(const std::string& tensor, std::int64_t found, std::int64_t expected,
@@ -102,22 +145,53 @@ class TaskReader {
     }
   }
 
-  void read_scored() {
-    if (!in_.has("scored")) return;
+  /// One range of tokens for each sequence, behind its first token; empty without the tensor.
+  [[nodiscard]] std::vector<TokenRange> ranges(const std::string& tensor) const {
+    if (!in_.has(tensor)) return {};
     std::vector<std::int64_t> shape;
-    const auto values = in_.values<std::int64_t>("scored", 2, &shape);
-    check_count("scored", shape[0], file_.sequences(), "sequence");
-    if (shape[1] != 2) in_.damaged(fmt::format("scored has {} columns, expected begin and end", shape[1]));
+    const auto values = in_.values<std::int64_t>(tensor, 2, &shape);
+    check_count(tensor, shape[0], file_.sequences(), "sequence");
+    if (shape[1] != 2) in_.damaged(fmt::format("{} has {} columns, expected begin and end", tensor, shape[1]));
+    std::vector<TokenRange> found;
     for (std::int64_t i = 0; i < shape[0]; ++i) {
       const auto at = static_cast<std::size_t>(2 * i);
       const TokenRange range{values[at], values[at + 1]};
       const auto length = static_cast<std::int64_t>(file_.sequence(i).size());
       if (range.begin < 1 || range.end < range.begin || range.end > length) {
-        in_.damaged(fmt::format("scored[{}] is tokens {} to {}, expected a part of 1 to {}", i, range.begin, range.end,
-                                length));
+        in_.damaged(fmt::format("{}[{}] is tokens {} to {}, expected a part of 1 to {}", tensor, i, range.begin,
+                                range.end, length));
       }
-      file_.scored.push_back(range);
+      found.push_back(range);
     }
+    return found;
+  }
+
+  void read_answer_texts() {
+    if (file_.passage.empty()) return;
+    std::tie(file_.token_text, file_.token_text_offsets) = texts("token_text", file_.tokens.size());
+    std::tie(file_.gold, file_.gold_offsets) = texts("gold", static_cast<std::size_t>(file_.requests()));
+    for (std::size_t i = 0; i + 1 < file_.gold_offsets.size(); ++i) {
+      const auto end = static_cast<std::size_t>(file_.gold_offsets[i + 1]);
+      if (file_.gold_offsets[i] < file_.gold_offsets[i + 1] && file_.gold[end - 1] != '\n') {
+        in_.damaged(fmt::format("gold of request {} does not end in a newline", i));
+      }
+    }
+    // Each request is one question.
+    if (file_.sequences() != file_.requests()) in_.damaged("it has passages, and requests of several sequences");
+  }
+
+  /// Bytes, and where each of `count` texts is in them.
+  [[nodiscard]] std::pair<std::string, std::vector<std::int64_t>> texts(const std::string& tensor,
+                                                                        std::size_t count) const {
+    const std::string_view bytes = in_.tensor(tensor, "U8", 1).bytes;
+    auto offsets = in_.values<std::int64_t>(tensor + "_offsets");
+    check_count(tensor + "_offsets", static_cast<std::int64_t>(offsets.size()), static_cast<std::int64_t>(count) + 1,
+                "text and one more");
+    const bool rise = std::ranges::is_sorted(offsets);
+    if (!rise || offsets.front() != 0 || static_cast<std::uint64_t>(offsets.back()) != bytes.size()) {
+      in_.damaged(fmt::format("{}_offsets do not rise from 0 to the {} bytes of {}", tensor, bytes.size(), tensor));
+    }
+    return {std::string(bytes), std::move(offsets)};
   }
 
   void read_pair_scores() {
@@ -129,66 +203,35 @@ class TaskReader {
     }
   }
 
-  void check_pairs() const {
-    check_range(file_.partner, -1, file_.fill_requests - 1, "partner", in_);
-    check_range(file_.pair_label, -1, 1, "pair_label", in_);
-    const auto fill = static_cast<std::size_t>(file_.fill_requests);
-    for (const auto* values : {&file_.partner, &file_.pair_label}) {
-      const char* tensor = values == &file_.partner ? "partner" : "pair_label";
-      for (std::size_t i = 0; i < values->size(); ++i) {
-        if (i < fill ? (*values)[i] != -1 : (*values)[i] < 0) {
-          in_.damaged(fmt::format("{}[{}] is {}, expected {}", tensor, i, (*values)[i],
-                                  i < fill ? "-1 in the fill part" : "0 or more behind the fill part"));
-        }
-      }
+  void check_fill(const std::vector<std::int64_t>& values, const char* tensor) const {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const bool fill = static_cast<std::int64_t>(i) < file_.fill_requests;
+      if (fill ? values[i] == -1 : values[i] >= 0) continue;
+      in_.damaged(fmt::format("{}[{}] is {}, expected {}", tensor, i, values[i],
+                              fill ? "-1 in the fill part" : "0 or more behind the fill part"));
     }
   }
 
-  void need(bool there, const char* what) const {
-    if (!there) in_.damaged(fmt::format("its task is '{}' and it has no {}", in_.text("task"), what));
+  /// Requests [begin, end) must have `count` sequences.
+  void check_rows(std::int64_t begin, std::int64_t count, const char* expected) const {
+    for (std::int64_t r = begin; r < file_.requests(); ++r) {
+      const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
+      if (rows != count) in_.damaged(fmt::format("request {} has {} sequences, expected {}", r, rows, expected));
+    }
   }
 
   void check_task() const {
-    switch (file_.task) {
-      case Task::kNone:
-        break;
-      case Task::kClassification:
-        need(!file_.labels.empty(), "labels");
-        need(!file_.label_names.empty(), "label_names");
-        check_range(file_.labels, 0, static_cast<std::int64_t>(file_.label_names.size()) - 1, "labels", in_);
-        break;
-      case Task::kChoice:
-        need(!file_.labels.empty(), "labels");
-        need(!file_.scored.empty(), "scored");
-        check_range(file_.labels, 0, 1, "labels", in_);
-        for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) check_choices(r);
-        break;
-      case Task::kPerplexity:
-        need(!file_.scored.empty(), "scored");
-        break;
-      case Task::kAnswer:
-        need(!file_.group.empty(), "group");
-        break;
-      case Task::kSimilarity:
-        need(!file_.pair_score.empty(), "pair_score");
-        for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) {
-          const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
-          if (rows != 2) in_.damaged(fmt::format("request {} has {} sequences, expected the two of a pair", r, rows));
-        }
-        break;
-      case Task::kDuplicates:
-        need(!file_.partner.empty(), "partner");
-        need(!file_.pair_label.empty(), "pair_label");
-        need(file_.fill_requests > 0, "fill_requests");
-        for (std::int64_t r = 0; r < file_.requests(); ++r) {
-          const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
-          if (rows != 1) in_.damaged(fmt::format("request {} has {} sequences, expected one of a pair", r, rows));
-        }
-        break;
-      case Task::kGeneration:
-        need(file_.new_tokens > 0, "new_tokens");
-        if (file_.fill_requests > 0) in_.damaged("its task is 'generation', and it has requests that only fill");
-        break;
+    if (file_.task == Task::kClassification) {
+      check_range(file_.labels, 0, static_cast<std::int64_t>(file_.label_names.size()) - 1, "labels", in_);
+    } else if (file_.task == Task::kChoice) {
+      check_range(file_.labels, 0, 1, "labels", in_);
+      for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) check_choices(r);
+    } else if (file_.task == Task::kSimilarity) {
+      check_rows(file_.fill_requests, 2, "the two of a pair");
+    } else if (file_.task == Task::kDuplicates) {
+      check_rows(0, 1, "one of a pair");
+    } else if (file_.task == Task::kGeneration && file_.fill_requests > 0) {
+      in_.damaged("its task is 'generation', and it has requests that only fill");
     }
   }
 
@@ -231,27 +274,7 @@ TokenFile parse(const Safetensors& in) {
 
 }  // namespace
 
-const char* to_string(Task task) noexcept {
-  switch (task) {
-    case Task::kNone:
-      return "";
-    case Task::kClassification:
-      return "classification";
-    case Task::kChoice:
-      return "choice";
-    case Task::kPerplexity:
-      return "perplexity";
-    case Task::kAnswer:
-      return "answer";
-    case Task::kSimilarity:
-      return "similarity";
-    case Task::kDuplicates:
-      return "duplicates";
-    case Task::kGeneration:
-      return "generation";
-  }
-  return "";
-}
+const char* to_string(Task task) noexcept { return kTasks[static_cast<std::size_t>(task)]; }
 
 std::span<const std::int32_t> TokenFile::sequence(std::int64_t i) const {
   const auto index = static_cast<std::size_t>(i);
@@ -269,17 +292,33 @@ std::vector<std::span<const std::int32_t>> TokenFile::request(std::int64_t i, st
   return rows;
 }
 
-std::vector<std::span<const std::int64_t>> TokenFile::pools(std::int64_t i, std::int64_t limit) const {
-  std::vector<std::span<const std::int64_t>> rows;
-  if (pool.empty()) return rows;
+std::vector<RowMarks> TokenFile::marks(std::int64_t i, std::int64_t limit) const {
+  std::vector<RowMarks> rows;
+  if (pool.empty() && passage.empty()) return rows;
   const auto index = static_cast<std::size_t>(i);
   for (auto s = static_cast<std::size_t>(request_offsets[index]);
        s < static_cast<std::size_t>(request_offsets[index + 1]); ++s) {
+    RowMarks& row = rows.emplace_back();
     const auto begin = static_cast<std::size_t>(sequence_offsets[s]);
-    const auto tokens_of = static_cast<std::size_t>(sequence_offsets[s + 1]) - begin;
-    rows.push_back(std::span(pool).subspan(begin, std::min(tokens_of, static_cast<std::size_t>(limit))));
+    const auto length =
+        std::min(static_cast<std::size_t>(sequence_offsets[s + 1]) - begin, static_cast<std::size_t>(limit));
+    if (!pool.empty()) row.pool = std::span(pool).subspan(begin, length);
+    if (!passage.empty()) row.second_text = passage[s].begin;
   }
   return rows;
+}
+
+std::string_view TokenFile::text(std::int64_t i, TokenRange range) const {
+  const std::int64_t first = sequence_offsets[static_cast<std::size_t>(i)];
+  const auto begin = token_text_offsets[static_cast<std::size_t>(first + range.begin)];
+  const auto end = token_text_offsets[static_cast<std::size_t>(first + range.end)];
+  return std::string_view(token_text).substr(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+}
+
+std::string_view TokenFile::gold_answers(std::int64_t i) const {
+  const auto begin = static_cast<std::size_t>(gold_offsets[static_cast<std::size_t>(i)]);
+  const auto end = static_cast<std::size_t>(gold_offsets[static_cast<std::size_t>(i) + 1]);
+  return std::string_view(gold).substr(begin, end - begin);
 }
 
 std::int64_t TokenFile::first_request_from(std::int64_t sequence) const {

@@ -19,6 +19,13 @@
 //   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
 //   pair_score  float32 [requests]      similarity: gold score of the request's two sequences
 //   pool        int64   [total]         1 at the tokens that a model with a pooling mask is to pool, else 0
+//   passage     int64   [sequences, 2]  answer: tokens [begin, end) of the passage that is asked about. From `begin` on
+//                                       the token type is 1
+//   token_text          uint8 [bytes]         answer, with passage: the text of each token by SQuAD's rule for equal
+//                                             answers (lower case, no punctuation), with the white space before it
+//   token_text_offsets  int64 [total + 1]     into token_text
+//   gold                uint8 [bytes]         answer, with passage: gold answers by the same rule, each ended by a
+//   newline gold_offsets        int64 [requests + 1]  into gold; nothing for a request: it cannot be answered
 //
 // Where text is generated, a request is a conversation: its sequences are the user's parts of it, the model's
 // answers come between them.
@@ -45,6 +52,12 @@ struct TokenRange {
   std::int64_t end = 0;
 };
 
+/// What some models take of a sequence beside its ids.
+struct RowMarks {
+  std::span<const std::int64_t> pool;  ///< 1 at the tokens to pool, else 0; empty: all are to be
+  std::int64_t second_text = -1;       ///< the first token of type 1; -1: none is
+};
+
 struct TokenFile {
   std::string workload;
   std::string tokenizer;
@@ -61,14 +74,19 @@ struct TokenFile {
   std::int64_t new_tokens = 0;   ///< 0 unless text is generated
   std::int64_t stop_token = -1;  ///< -1: none
   std::vector<std::string> label_names;
-  std::vector<std::int64_t> labels;      ///< empty, or one a sequence
-  std::vector<TokenRange> scored;        ///< empty, or one a sequence
+  std::vector<std::int64_t> labels;        ///< empty, or one a sequence
+  std::vector<TokenRange> scored;          ///< empty, or one a sequence
   std::vector<std::int64_t> scored_bytes;  ///< empty, or one a sequence: length of the scored text
-  std::vector<std::int64_t> group;       ///< empty, or one a request
-  std::vector<std::int64_t> partner;     ///< empty, or one a request
-  std::vector<std::int64_t> pair_label;  ///< empty, or one a request
-  std::vector<float> pair_score;         ///< empty, or one a request
-  std::vector<std::int64_t> pool;        ///< empty, or one a token
+  std::vector<std::int64_t> group;         ///< empty, or one a request
+  std::vector<std::int64_t> partner;       ///< empty, or one a request
+  std::vector<std::int64_t> pair_label;    ///< empty, or one a request
+  std::vector<float> pair_score;           ///< empty, or one a request
+  std::vector<std::int64_t> pool;          ///< empty, or one a token
+  std::vector<TokenRange> passage;         ///< empty, or one a sequence; then the texts below are there too
+  std::string token_text;
+  std::vector<std::int64_t> token_text_offsets;
+  std::string gold;
+  std::vector<std::int64_t> gold_offsets;
 
   [[nodiscard]] std::int64_t sequences() const { return static_cast<std::int64_t>(sequence_offsets.size()) - 1; }
   [[nodiscard]] std::int64_t requests() const { return static_cast<std::int64_t>(request_offsets.size()) - 1; }
@@ -76,8 +94,12 @@ struct TokenFile {
   [[nodiscard]] std::span<const std::int32_t> sequence(std::int64_t i) const;
   /// Ids of each sequence of request `i`, 0 <= i < requests(), cut to `max_tokens` ids.
   [[nodiscard]] std::vector<std::span<const std::int32_t>> request(std::int64_t i, std::int64_t max_tokens) const;
-  /// The same of `pool`; empty where there is none.
-  [[nodiscard]] std::vector<std::span<const std::int64_t>> pools(std::int64_t i, std::int64_t max_tokens) const;
+  /// What stands beside these ids; empty where nothing does.
+  [[nodiscard]] std::vector<RowMarks> marks(std::int64_t i, std::int64_t max_tokens) const;
+  /// Text of tokens [range.begin, range.end) of sequence `i`; `passage` must be there.
+  [[nodiscard]] std::string_view text(std::int64_t i, TokenRange range) const;
+  /// Gold answers of request `i`, each ended by a newline; `passage` must be there.
+  [[nodiscard]] std::string_view gold_answers(std::int64_t i) const;
   /// Number of the first sequence of request `i`; the others follow it.
   [[nodiscard]] std::int64_t first_sequence(std::int64_t i) const {
     return request_offsets[static_cast<std::size_t>(i)];

@@ -233,16 +233,6 @@ Replay replay_belady(const Trace& trace, std::uint64_t capacity) {
   return result;
 }
 
-Replay replay_unbounded(const Trace& trace) {
-  Replay result;
-  std::vector<bool> seen(trace.distinct, false);
-  for (const TraceRequest& request : trace.requests) {
-    const auto is_new =
-        std::find_if(request.blocks.begin(), request.blocks.end(), [&](auto block) { return !seen[block]; });
-    count(result, request.blocks.size(), static_cast<std::size_t>(is_new - request.blocks.begin()));
-    for (const std::uint32_t block : request.blocks) seen[block] = true;
-  }
-  return result;
-}
+Replay replay_unbounded(const Trace& trace) { return replay(trace, trace.distinct, {}); }
 
 }  // namespace llmcache::bench

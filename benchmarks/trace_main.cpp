@@ -1,13 +1,12 @@
-// llmcache-trace: see trace_arguments.cpp for what it does, or --help.
+// llmcache-trace: see trace_report.cpp for what it does, or --help.
 #include <fmt/format.h>
 
 #include <cstdio>
 #include <exception>
 #include <nlohmann/json.hpp>
 
-#include "records.h"
+#include "files.h"
 #include "trace.h"
-#include "trace_arguments.h"
 #include "trace_report.h"
 
 namespace {
@@ -20,10 +19,7 @@ int trace_main(int argc, char** argv) {
   const auto results = replay_all(trace, arguments);
   std::fputs(trace_text(trace, arguments, results).c_str(), stdout);
   std::fflush(stdout);
-  if (arguments.json) {
-    const auto document = trace_json(trace, arguments, results);
-    write_atomically(*arguments.json, document.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
-  }
+  if (arguments.json) write_json(*arguments.json, trace_json(trace, arguments, results));
   return 0;
 }
 

@@ -117,30 +117,17 @@ class Embedder {
       rows.push_back(tokenizer_.encode(text, max_tokens_));
       if (rows.back().empty()) throw std::runtime_error("'" + text + "' has no tokens");
     }
-    const auto longest = [](const Ids& a, const Ids& b) { return a.size() < b.size(); };
-    const auto width = static_cast<std::int64_t>(std::max_element(rows.begin(), rows.end(), longest)->size());
-    const at::Tensor ids = at::zeros({static_cast<std::int64_t>(rows.size()), width}, at::kLong);
-    const at::Tensor mask = at::zeros_like(ids);
-    const auto vocabulary = cache_.profile().vocabulary;
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      if (vocabulary > 0 && *std::max_element(rows[row].begin(), rows[row].end()) >= vocabulary) {
-        throw std::runtime_error("the tokenizer gives ids beyond the model's vocabulary of " +
-                                 std::to_string(vocabulary) + ": it is another model's");
-      }
-      const auto tokens = static_cast<std::int64_t>(rows[row].size());
-      ids[static_cast<std::int64_t>(row)].narrow(0, 0, tokens).copy_(at::tensor(rows[row], at::kLong));
-      mask[static_cast<std::int64_t>(row)].narrow(0, 0, tokens).fill_(1);
-      sums.real += tokens;
-    }
-    const auto inputs = inputs_for(cache_.profile(), ids, mask);
+    for (const Ids& row : rows) sums.real += static_cast<std::int64_t>(row.size());
+    const auto batch = llmcache::pad(rows);
+    const auto inputs = batch.inputs(cache_.profile());
     const auto start = Clock::now();
     const auto result = cache_.forward(inputs);
     sums.ms += ms_since(start);
     ++sums.batches;
-    sums.padded += ids.numel();
-    sums.computed += computed(ids.numel());
-    const at::Tensor vectors = pooled(first_tensor(result), mask);
-    if (plain_ != nullptr) compare(inputs, mask, vectors);
+    sums.padded += batch.ids.numel();
+    sums.computed += computed(batch.ids.numel());
+    const at::Tensor vectors = pooled(first_tensor(result), batch.mask);
+    if (plain_ != nullptr) compare(inputs, batch.mask, vectors);
     return vectors;
   }
 
@@ -214,9 +201,7 @@ void run(const Arguments& arguments) {
   if (lines.empty()) throw std::runtime_error("there is no text to label; give some by --text or --texts");
 
   auto module = load_module(model);
-  Tokenizer tokenizer(
-      arguments.python, arguments.helper,
-      arguments.tokenizer.empty() ? tokenizer_beside(model) : std::filesystem::path(arguments.tokenizer));
+  Tokenizer tokenizer(arguments.python, arguments.helper, tokenizer_for(model, arguments.tokenizer));
   Cache cache(module, {.weights = llmcache::weights_from_string(arguments.weights)});
   if (cache.profile().causal) throw std::runtime_error("the model is a causal one, expected an encoder");
   const auto max_tokens =

@@ -8,26 +8,22 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <fstream>
-#include <random>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "model.h"
-#include "sampling.h"
 #include "sidecar.h"
 #include "tokenizer.h"
 
 namespace {
 
 using namespace llmcache::examples;
-using Clock = std::chrono::steady_clock;
 using Ids = std::vector<std::int64_t>;
 
 struct Arguments {
@@ -39,8 +35,7 @@ struct Arguments {
   bool chat = false;
   std::int64_t max_tokens = 64;
   std::vector<std::string> end_tokens;
-  Sampling sampling;
-  std::uint64_t seed = 0;
+  llmcache::Sampling sampling;
   std::string weights = "as-loaded";
   std::size_t capacity_mib = 512;
   int threads = 0;
@@ -67,7 +62,7 @@ void declare(CLI::App& app, Arguments& arguments) {
   app.add_option("--top-k", arguments.sampling.top_k, "sample from the K most probable tokens only; 0: all");
   app.add_option("--top-p", arguments.sampling.top_p,
                  "sample from the most probable tokens that have probability P together");
-  app.add_option("--seed", arguments.seed, "of the sampling: equal seeds give equal text");
+  app.add_option("--seed", arguments.sampling.seed, "of the sampling: equal seeds give equal text");
   app.add_option("--weights", arguments.weights, "as-loaded, packed-fp32 or packed-fp16");
   app.add_option("--capacity-mib", arguments.capacity_mib, "room for what the cache keeps")
       ->check(CLI::Range(0, 1 << 20));
@@ -84,10 +79,6 @@ std::string read_text(const std::string& path) {
   return text.str();
 }
 
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
-
 double percent(std::int64_t part, std::int64_t whole) {
   return whole == 0 ? 0 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
 }
@@ -97,122 +88,38 @@ void show(const std::string& text) {
   std::fflush(stdout);  // streamed: each piece as it comes
 }
 
-/// What one answer cost.
-struct Turn {
-  std::int64_t prompt_tokens = 0;
-  std::int64_t prompt_reused = 0;
-  double prefill_ms = 0;
-  std::int64_t generated = 0;     // tokens of the answer, the end token not counted
-  std::int64_t steps = 0;         // passes behind the first one
-  std::int64_t step_tokens = 0;   // of the sequences that these passes were asked about
-  std::int64_t steps_reused = 0;  // of these, known
-  double decode_ms = 0;           // passes, sampling and text
-  const char* stopped = "";
-};
-
-class Generator {
- public:
-  Generator(Cache& cache, Tokenizer& tokenizer, const Arguments& arguments, std::int64_t context)
-      : cache_(cache), tokenizer_(tokenizer), arguments_(arguments), context_(context) {
-    if (!cache.profile().causal) {
-      throw std::runtime_error("the model is no causal language model: it cannot continue a text");
-    }
-    ends_ = tokenizer.end_tokens();
-    for (const std::string& token : arguments.end_tokens) {
-      ends_.push_back(tokenizer.id_of(token));
-      if (ends_.back() < 0) throw std::runtime_error("--end-token: the vocabulary has no token '" + token + "'");
-    }
+/// Ids at which an answer ends: the tokenizer's own, and those asked for.
+Ids end_tokens(Tokenizer& tokenizer, const Arguments& arguments) {
+  Ids ends = tokenizer.end_tokens();
+  for (const std::string& token : arguments.end_tokens) {
+    ends.push_back(tokenizer.id_of(token));
+    if (ends.back() < 0) throw std::runtime_error("--end-token: the vocabulary has no token '" + token + "'");
   }
+  return ends;
+}
 
-  /// Prints the answer while it is made.
-  Turn answer(Ids ids) {
-    check(ids);
-    Turn turn;
-    turn.prompt_tokens = static_cast<std::int64_t>(ids.size());
-    std::mt19937_64 generator(arguments_.seed);
-    auto start = Clock::now();
-    at::Tensor logits = forward(ids);
-    turn.prefill_ms = ms_since(start);
-    turn.prompt_reused = cache_.last_report().sequences.at(0).reused_tokens;
-    start = Clock::now();
-    for (;;) {
-      const std::int64_t next = choose(logits, generator);
-      if (std::find(ends_.begin(), ends_.end(), next) != ends_.end()) {
-        turn.stopped = "end token";
-        break;
-      }
-      show(tokenizer_.stream(next));
-      ids.push_back(next);
-      if (++turn.generated == arguments_.max_tokens) {
-        turn.stopped = "--max-tokens";
-        break;
-      }
-      if (context_ > 0 && static_cast<std::int64_t>(ids.size()) > context_) {
-        turn.stopped = "the model takes no longer sequence";
-        break;
-      }
-      logits = forward(ids);
-      const auto report = cache_.last_report();
-      turn.step_tokens += report.sequences.at(0).tokens;
-      turn.steps_reused += report.sequences.at(0).reused_tokens;
-      ++turn.steps;
-    }
-    show(tokenizer_.finish());
-    turn.decode_ms = ms_since(start);
-    return turn;
-  }
-
- private:
-  void check(const Ids& ids) const {
-    if (ids.empty()) throw std::runtime_error("the prompt has no tokens");
-    if (context_ > 0 && static_cast<std::int64_t>(ids.size()) > context_) {
-      throw std::runtime_error("the prompt has " + std::to_string(ids.size()) + " tokens, the model takes " +
-                               std::to_string(context_));
-    }
-    const auto vocabulary = cache_.profile().vocabulary;
-    if (vocabulary > 0 && *std::max_element(ids.begin(), ids.end()) >= vocabulary) {
-      throw std::runtime_error("the tokenizer gives ids beyond the model's vocabulary of " +
-                               std::to_string(vocabulary) + ": it is another model's");
-    }
-  }
-
-  /// Logits behind the last token.
-  at::Tensor forward(const Ids& ids) {
-    const at::Tensor row = at::tensor(ids, at::kLong).unsqueeze(0);
-    const auto result =
-        cache_.forward(inputs_for(cache_.profile(), row, at::ones_like(row)), {.output = llmcache::Output::kLastToken});
-    const at::Tensor logits = first_tensor(result);
-    if (logits.dim() != 3 || !logits.is_floating_point()) {
-      throw std::runtime_error("the model returns no logits [batch, tokens, vocabulary]");
-    }
-    return logits.select(1, -1)[0].to(at::kFloat).contiguous();
-  }
-
-  std::int64_t choose(const at::Tensor& logits, std::mt19937_64& generator) const {
-    return sample({logits.const_data_ptr<float>(), static_cast<std::size_t>(logits.numel())}, arguments_.sampling,
-                  next_draw(generator));
-  }
-
-  Cache& cache_;
-  Tokenizer& tokenizer_;
-  const Arguments& arguments_;
-  std::int64_t context_;
-  Ids ends_;
-};
-
-void print(const Turn& turn) {
+/// Prints the answer while it is made, and then what it cost.
+void answer(Cache& cache, Tokenizer& tokenizer, const llmcache::GenerateOptions& options, const Ids& prompt) {
+  const auto result = llmcache::generate(cache, prompt, options, [&](std::int64_t token) {
+    show(tokenizer.stream(token));
+    return true;
+  });
+  show(tokenizer.finish());
   std::printf("\n\nprefill: %lld tokens, %lld of them known (%.1f %% reused), %.1f ms, %.1f tokens/s\n",
-              static_cast<long long>(turn.prompt_tokens), static_cast<long long>(turn.prompt_reused),
-              percent(turn.prompt_reused, turn.prompt_tokens), turn.prefill_ms,
-              static_cast<double>(turn.prompt_tokens) / turn.prefill_ms * 1000);
-  if (turn.steps > 0) {
-    std::printf("decode:  %lld tokens, %.1f ms a token, %.1f tokens/s, %.1f %% reused\n",
-                static_cast<long long>(turn.steps), turn.decode_ms / static_cast<double>(turn.steps),
-                static_cast<double>(turn.steps) / turn.decode_ms * 1000, percent(turn.steps_reused, turn.step_tokens));
+              static_cast<long long>(result.prompt_tokens), static_cast<long long>(result.prompt_reused),
+              percent(result.prompt_reused, result.prompt_tokens), result.prefill_ms,
+              static_cast<double>(result.prompt_tokens) / result.prefill_ms * 1000);
+  if (result.steps > 0) {
+    std::printf("decode:  %lld tokens, %.1f ms a token, %.1f tokens/s\n", static_cast<long long>(result.steps),
+                result.decode_ms / static_cast<double>(result.steps),
+                static_cast<double>(result.steps) / result.decode_ms * 1000);
   } else {
     std::printf("decode:  none\n");
   }
-  std::printf("stopped: %s, after %lld tokens\n", turn.stopped, static_cast<long long>(turn.generated));
+  const char* stopped = result.stopped == llmcache::StopReason::kMaxNewTokens ? "--max-tokens"
+                        : result.stopped == llmcache::StopReason::kMaxTokens  ? "the model takes no longer sequence"
+                                                                              : "end token";
+  std::printf("stopped: %s, after %zu tokens\n", stopped, result.tokens.size());
   std::fflush(stdout);
 }
 
@@ -225,15 +132,19 @@ void run(const Arguments& arguments) {
     throw std::runtime_error("nothing to go on from: give --prompt, --prompt-file or --question");
   }
   auto module = load_module(model);
-  Tokenizer tokenizer(
-      arguments.python, arguments.helper,
-      arguments.tokenizer.empty() ? tokenizer_beside(model) : std::filesystem::path(arguments.tokenizer));
+  Tokenizer tokenizer(arguments.python, arguments.helper, tokenizer_for(model, arguments.tokenizer));
   if (arguments.chat && !tokenizer.has_chat_template()) {
     throw std::runtime_error("--chat: this tokenizer has no chat template");
   }
-  Cache cache(std::move(module), {.capacity_bytes = arguments.capacity_mib << 20,
-                                  .weights = llmcache::weights_from_string(arguments.weights)});
-  Generator generator(cache, tokenizer, arguments, sidecar.max_tokens);
+  const llmcache::GenerateOptions options = {.max_new_tokens = arguments.max_tokens,
+                                             .stop_tokens = end_tokens(tokenizer, arguments),
+                                             .sampling = arguments.sampling,
+                                             .max_tokens = sidecar.max_tokens};
+  llmcache::Options chosen;
+  chosen.capacity_bytes = arguments.capacity_mib << 20;
+  chosen.weights = llmcache::weights_from_string(arguments.weights);
+  chosen.progress = progress_on_terminal();
+  Cache cache(std::move(module), chosen);
 
   std::printf("%s (weights: %s), held %s; threads: %d%s\n", model.filename().c_str(),
               sidecar.weights.empty() ? "unknown" : sidecar.weights.c_str(), arguments.weights.c_str(),
@@ -244,7 +155,7 @@ void run(const Arguments& arguments) {
     if (!questions[i].empty()) std::printf("\n== %zu. %s\n", i + 1, questions[i].c_str());
     std::string text = passage;
     if (!questions[i].empty()) text += (passage.empty() ? "" : "\n\n") + questions[i];
-    print(generator.answer(arguments.chat ? tokenizer.chat({{"user", text}}) : tokenizer.encode(text)));
+    answer(cache, tokenizer, options, arguments.chat ? tokenizer.chat({{"user", text}}) : tokenizer.encode(text));
   }
 }
 

@@ -1,14 +1,16 @@
 #include "model.h"
 
 #include <torch/csrc/jit/serialization/import.h>
+#include <unistd.h>
 
+#include <cstdio>
 #include <stdexcept>
 
 namespace llmcache::examples {
 
 torch::jit::Module load_module(const std::filesystem::path& path) {
   if (!std::filesystem::is_regular_file(path)) {
-    throw std::runtime_error("there is no model " + path.string() + "; tools/export_models.py makes some");
+    throw std::runtime_error("there is no model " + path.string() + "; tools/models/export_models.py makes some");
   }
   try {
     return torch::jit::load(path.string(), at::kCPU);
@@ -17,20 +19,25 @@ torch::jit::Module load_module(const std::filesystem::path& path) {
   }
 }
 
-Inputs inputs_for(const ModelProfile& profile, const at::Tensor& ids, const at::Tensor& mask) {
-  Inputs inputs;
-  for (int i = 0; i < static_cast<int>(profile.inputs.size()); ++i) {
-    inputs.emplace_back(i == profile.ids_argument ? ids : i == profile.mask_argument ? mask : at::zeros_like(ids));
-  }
-  return inputs;
-}
-
 at::Tensor first_tensor(const c10::IValue& result) {
   if (result.isTensor()) return result.toTensor();
   if (result.isTuple() && !result.toTupleRef().elements().empty()) {
     return first_tensor(result.toTupleRef().elements()[0]);
   }
   throw std::runtime_error("the model returns no tensor");
+}
+
+ProgressFunction progress_on_terminal() {
+  if (isatty(STDERR_FILENO) == 0) return {};
+  return [](const Progress& progress) {
+    std::fprintf(stderr, "\r\033[K");
+    if (progress.step != "done") std::fprintf(stderr, "%s", progress.step.c_str());
+    if (progress.step != "done" && progress.total > 0) {
+      std::fprintf(stderr, ": %lld of %lld", static_cast<long long>(progress.done),
+                   static_cast<long long>(progress.total));
+    }
+    std::fflush(stderr);
+  };
 }
 
 std::string one_line(const std::exception& error) {

@@ -11,16 +11,17 @@
 
 namespace llmcache::examples {
 
-using Cache = LayerCache<torch::jit::Module>;
+using Cache = TorchScriptCache;
 
 /// Throws std::runtime_error if there is no such file or it holds no TorchScript module.
 torch::jit::Module load_module(const std::filesystem::path& path);
 
-/// The model's inputs for a batch: ids and mask where it takes them, zeros elsewhere (token types).
-Inputs inputs_for(const ModelProfile& profile, const at::Tensor& ids, const at::Tensor& mask);
-
 /// The tensor in a result; of a tuple, the first.
 at::Tensor first_tensor(const c10::IValue& result);
+
+/// For Options::progress: steps on one line of the standard error output, which is wiped at the end; nothing where that
+/// is no terminal.
+ProgressFunction progress_on_terminal();
 
 /// The first line of an error, without LibTorch's backtrace.
 std::string one_line(const std::exception& error);

@@ -33,4 +33,8 @@ fs::path tokenizer_beside(const fs::path& model) {
   return model.parent_path() / "tokenizers" / name;
 }
 
+std::filesystem::path tokenizer_for(const std::filesystem::path& model, const std::string& chosen) {
+  return chosen.empty() ? tokenizer_beside(model) : std::filesystem::path(chosen);
+}
+
 }  // namespace llmcache::examples

@@ -49,7 +49,8 @@ Tokenizer::Tokenizer(const std::string& python, const fs::path& helper, const fs
     fail("the helper " + helper.string() + " is not there; name tokenizer_helper.py by --helper");
   if (!fs::exists(tokenizer)) {
     fail(tokenizer.string() +
-         " is not there; give a tokenizer.json or its folder by --tokenizer (tools/export_models.py makes them)");
+         " is not there; give a tokenizer.json or its folder by --tokenizer "
+         "(tools/models/export_models.py makes them)");
   }
   try {
     start(python, helper, tokenizer);

@@ -14,6 +14,8 @@ const char* to_string(ErrorCode code) noexcept {
       return "model changed";
     case ErrorCode::kModelFailed:
       return "model failed";
+    case ErrorCode::kInvalidFile:
+      return "invalid file";
     case ErrorCode::kNotAvailable:
       return "not available";
   }

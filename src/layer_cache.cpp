@@ -5,10 +5,12 @@
 
 #include <algorithm>
 
+#include "caller_failed.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
 #include "execute/plan_check.h"
 #include "execute/pooled_states.h"
+#include "execute/run_model.h"
 #include "layer_cache_impl.h"
 
 namespace llmcache {
@@ -54,9 +56,26 @@ ThreadReports& thread_reports() {
 
 }  // namespace
 
-LayerCacheBase::LayerCacheBase(std::unique_ptr<Model> model, Options options)
-    : impl_(std::make_unique<Impl>(std::move(model), std::move(options))) {}
+LayerCacheBase::LayerCacheBase(const std::function<std::unique_ptr<Model>(const Options&)>& wrap, Options options)
+    : impl_(as_the_caller_threw([&] {
+        const c10::NoGradGuard no_grad;
+        options.validate();
+        Stopwatch clock;
+        auto model = wrap(options);
+        auto impl = std::make_unique<Impl>(std::move(model), options);
+        impl->wrapped.profile.wrap_ms = clock.lap();
+        tell(impl->options.progress, "done");
+        return impl;
+      })) {}
 
+LayerCacheBase::LayerCacheBase(const LayerCacheBase& wrapped, Options options)
+    : impl_([&] {
+        const c10::NoGradGuard no_grad;
+        return std::make_unique<Impl>(*wrapped.impl_, options);
+      }()) {}
+
+LayerCacheBase::LayerCacheBase(LayerCacheBase&&) noexcept = default;
+LayerCacheBase& LayerCacheBase::operator=(LayerCacheBase&&) noexcept = default;
 LayerCacheBase::~LayerCacheBase() = default;
 
 c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& options) {
@@ -64,7 +83,7 @@ c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& 
   Stopwatch clock;
   ForwardReport report;
   thread_reports().prepare(impl_->identity);
-  auto result = impl_->forward(inputs, options, report);
+  auto result = as_the_caller_threw([&] { return impl_->forward(inputs, options, report); });
   report.total_ms = clock.lap();
   impl_->verification.add_time(report.total_ms - report.verify_ms, 0);
   thread_reports().set(impl_->identity, std::move(report));
@@ -75,10 +94,10 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
                                          Donors* capture) {
   const c10::NoGradGuard no_grad;
   Stopwatch clock;
-  const Model& model = *impl_->model;
-  const ModelProfile& profile = impl_->profile;
+  const Model& model = *impl_->wrapped.model;
+  const ModelProfile& profile = impl_->wrapped.profile;
   model.check_unchanged();
-  const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
+  const Batch batch = check_batch(inputs, impl_->wrapped.inputs, profile, model.device());
   check_plan(plan, batch, model, profile, donors);
   ForwardReport report;
   thread_reports().prepare(impl_->identity);
@@ -89,36 +108,37 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
 }
 
 Plan LayerCacheBase::full_plan(const Inputs& inputs) const {
-  const Batch batch = check_batch(inputs, impl_->inputs, impl_->profile, impl_->model->device());
+  const Batch batch =
+      check_batch(inputs, impl_->wrapped.inputs, impl_->wrapped.profile, impl_->wrapped.model->device());
   if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
-  return batch.full_plan(static_cast<std::int32_t>(impl_->model->layers()));
+  return batch.full_plan(static_cast<std::int32_t>(impl_->wrapped.model->layers()));
 }
 
 std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& inputs, std::int64_t layer) const {
   const c10::NoGradGuard no_grad;
-  const Model& model = *impl_->model;
-  const ModelProfile& profile = impl_->profile;
+  const Model& model = *impl_->wrapped.model;
+  const ModelProfile& profile = impl_->wrapped.profile;
   if (layer < 0 || layer > model.layers()) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("pooled_state: layer {}; 0 to {} is expected", layer, model.layers()));
   }
   model.check_unchanged();
-  const Batch batch = check_batch(inputs, impl_->inputs, profile, model.device());
+  const Batch batch = check_batch(inputs, impl_->wrapped.inputs, profile, model.device());
   check_packable(batch, model, profile);
   return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
 }
 
 CalibrationSample LayerCacheBase::run_sample(const std::function<std::optional<Inputs>()>& sample) const {
   const c10::NoGradGuard no_grad;
-  impl_->check_made_for_budget();
-  impl_->model->check_unchanged();
-  return impl_->budget->run_sample(sample);
+  RiskController& budget = impl_->budget();
+  impl_->wrapped.model->check_unchanged();
+  return as_the_caller_threw([&] { return budget.run_sample(sample, 0); });
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {
   const c10::NoGradGuard no_grad;
-  impl_->check_made_for_budget();
-  CalibrationProfile profile = impl_->budget->calibrate(sample);
+  RiskController& budget = impl_->budget();
+  CalibrationProfile profile = as_the_caller_threw([&] { return budget.calibrate(sample); });
   profile.verified = impl_->verification.envelope().plain();
   return profile;
 }
@@ -128,22 +148,27 @@ CalibrationProfile LayerCacheBase::calibrate(const std::function<std::optional<I
 }
 
 CalibrationProfile LayerCacheBase::calibrate(const std::vector<Inputs>& sample) {
+  const c10::NoGradGuard no_grad;
+  RiskController& budget = impl_->budget();
+  impl_->wrapped.model->check_unchanged();
   std::size_t next = 0;
-  return calibrate([&]() -> std::optional<Inputs> {
+  const auto one = [&]() -> std::optional<Inputs> {
     if (next == sample.size()) return std::nullopt;
     return sample[next++];
-  });
+  };
+  return calibrate(as_the_caller_threw([&] { return budget.run_sample(one, sample.size()); }));
 }
 
 void LayerCacheBase::use_calibration(const CalibrationProfile& profile) {
   const c10::NoGradGuard no_grad;
-  impl_->check_made_for_budget();
-  impl_->budget->use(profile);
+  RiskController& budget = impl_->budget();
+  as_the_caller_threw([&] { budget.use(profile); });
   impl_->verification.envelope().take(profile.verified);  // the same model: its digest was compared
 }
 
 std::optional<CalibrationProfile> LayerCacheBase::calibration() const {
-  auto profile = impl_->budget ? impl_->budget->profile() : std::nullopt;
+  const auto* budget = impl_->strategies.find<RiskController>();
+  auto profile = budget != nullptr ? budget->profile() : std::nullopt;
   if (profile) profile->verified = impl_->verification.envelope().plain();
   return profile;
 }
@@ -152,9 +177,11 @@ ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(
 
 Stats LayerCacheBase::stats() const { return impl_->stats(); }
 
-const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->profile; }
+const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->wrapped.profile; }
 const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
 void LayerCacheBase::clear() { impl_->drop(); }
+void LayerCacheBase::add_hook(std::shared_ptr<LayerHook> hook) { impl_->add_hook(std::move(hook)); }
+void LayerCacheBase::remove_hook(const std::shared_ptr<LayerHook>& hook) { impl_->remove_hook(hook); }
 void LayerCacheBase::weights_changed() {
   const c10::NoGradGuard no_grad;
   impl_->weights_changed();

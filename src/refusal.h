@@ -8,6 +8,9 @@
 namespace llmcache {
 
 [[noreturn]] inline void refuse_input(const std::string& message) { throw Error(ErrorCode::kInvalidInput, message); }
-[[noreturn]] inline void refuse_options(const std::string& message) { throw Error(ErrorCode::kInvalidOptions, message); }
+[[noreturn]] inline void refuse_file(const std::string& message) { throw Error(ErrorCode::kInvalidFile, message); }
+[[noreturn]] inline void refuse_options(const std::string& message) {
+  throw Error(ErrorCode::kInvalidOptions, message);
+}
 
 }  // namespace llmcache

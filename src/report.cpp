@@ -2,6 +2,14 @@
 
 #include <fmt/core.h>
 
+#include <map>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "units.h"
+
 namespace llmcache {
 
 const char* to_string(Source source) noexcept {
@@ -46,37 +54,98 @@ double ForwardReport::computed_fraction() const noexcept {
   return all == 0 ? 0 : computed / all;
 }
 
+namespace {
+
+/// Token-layers of a sequence, or of layer `l` of all.
+LayerTokens sum_of(const std::vector<LayerTokens>& layers) {
+  LayerTokens sum;
+  for (const LayerTokens& layer : layers) {
+    sum.computed += layer.computed;
+    sum.reused += layer.reused;
+  }
+  return sum;
+}
+
+/// Groups what follows one another and is alike.
+template <class Item, class Alike>
+std::vector<std::pair<std::size_t, std::size_t>> runs_of(const std::vector<Item>& items, const Alike& alike) {
+  std::vector<std::pair<std::size_t, std::size_t>> runs;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    if (!runs.empty() && alike(items[runs.back().first], items[i])) {
+      runs.back().second = i;
+    } else {
+      runs.emplace_back(i, i);
+    }
+  }
+  return runs;
+}
+
+/// "layer 3" or "layers 3 to 7".
+std::string numbers_text(const char* what, std::pair<std::size_t, std::size_t> run) {
+  if (run.first == run.second) return fmt::format("{} {}", what, run.first);
+  return fmt::format("{}s {} to {}", what, run.first, run.second);
+}
+
+}  // namespace
+
+std::string ForwardReport::summary() const {
+  std::int64_t tokens = 0;
+  std::int64_t known = 0;
+  std::map<std::string, std::size_t> sources;
+  for (const SequenceReport& sequence : sequences) {
+    tokens += sequence.tokens;
+    known += sequence.reused_tokens;
+    ++sources[llmcache::to_string(sequence.source)];
+  }
+  std::string rows;
+  for (const auto& [source, count] : sources) rows += fmt::format("{}{} {}", rows.empty() ? "" : ", ", count, source);
+  auto text = fmt::format("{} row{} ({}), {} tokens, {} known, {:.0f} % of the work computed {}; {:.2f} ms",
+                          sequences.size(), sequences.size() == 1 ? "" : "s", rows, tokens, known,
+                          100 * computed_fraction(), llmcache::to_string(execution), total_ms);
+  if (execution == Execution::kNone) {
+    text = fmt::format("{} row{} ({}), {} tokens, nothing computed; {:.2f} ms", sequences.size(),
+                       sequences.size() == 1 ? "" : "s", rows, tokens, total_ms);
+  }
+  if (verified) text += fmt::format(" ({:.2f} ms of it to verify)", verify_ms);
+  if (!fallback.empty()) text += "; fallback: " + fallback;
+  return text;
+}
+
 std::string ForwardReport::to_string() const {
-  std::string text = fmt::format(
-      "{} execution, {:.2f} ms: look-up {:.3f}, embed {:.2f}, head {:.2f}, store {:.3f}; {:.1f} % of token-layers "
-      "computed\n",
-      llmcache::to_string(execution), total_ms, lookup_ms, embed_ms, head_ms, store_ms, 100 * computed_fraction());
+  const double layers_ms = std::accumulate(layer_ms.begin(), layer_ms.end(), 0.0);
+  std::string text = summary() + "\n";
+  text += fmt::format(
+      "  time: look-up {:.3f} ms, before the layers {:.2f} ms, layers {:.2f} ms, after them {:.2f} ms, storing {:.3f} "
+      "ms\n",
+      lookup_ms, embed_ms, layers_ms, head_ms, store_ms);
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const SequenceReport& sequence = sequences[i];
-    std::int64_t computed = 0;
-    std::int64_t reused = 0;
-    for (const LayerTokens& layer : sequence.layers) {
-      computed += layer.computed;
-      reused += layer.reused;
-    }
-    text += fmt::format("  sequence {}: {} tokens, {}, token-layers computed {}, reused {}", i, sequence.tokens,
-                        llmcache::to_string(sequence.source), computed, reused);
+    const LayerTokens sum = sum_of(sequence.layers);
+    text += fmt::format("  row {}: {} tokens, {}; computed in {} token-layers of {}", i, sequence.tokens,
+                        llmcache::to_string(sequence.source), sum.computed, sum.computed + sum.reused);
     if (sequence.source == Source::kSimilar) {
       text += fmt::format("; similarity {:.4f} to sequence number {}, went on at layer {}", sequence.similarity,
                           sequence.entry, sequence.resumed_layer);
     }
     if (sequence.source == Source::kPrefix) {
-      text += fmt::format("; {} tokens known, which go on at layer {}", sequence.reused_tokens, sequence.resumed_layer);
+      text += fmt::format("; {} tokens known", sequence.reused_tokens);
+      if (sequence.resumed_layer > 0)
+        text += fmt::format(", which run through layers below {} again", sequence.resumed_layer);
     }
     if (sequence.source == Source::kEarlyExit) {
       text += fmt::format("; left in front of layer {}, expected error {:.4f}", sequence.resumed_layer,
                           sequence.expected_error);
     }
     if (sequence.shared_tokens > 0) text += fmt::format("; {} shared with another row", sequence.shared_tokens);
-    if (sequence.shadowed) text += fmt::format("; checked, drift {:.4f}", sequence.drift);
+    if (sequence.audited) text += fmt::format("; audited, error {:.4f}", sequence.error);
     text += "\n";
   }
-  for (std::size_t l = 0; l < layer_ms.size(); ++l) text += fmt::format("  layer {}: {:.3f} ms\n", l, layer_ms[l]);
+  for (const auto& run : runs_of(layer_ms, [](double a, double b) { return (a == 0) == (b == 0); })) {
+    const double ms = std::accumulate(layer_ms.begin() + static_cast<std::ptrdiff_t>(run.first),
+                                      layer_ms.begin() + static_cast<std::ptrdiff_t>(run.second) + 1, 0.0);
+    text +=
+        "  " + numbers_text("layer", run) + (ms == 0 ? std::string(": not run\n") : fmt::format(": {:.3f} ms\n", ms));
+  }
   return text;
 }
 
@@ -86,37 +155,64 @@ double Stats::hit_rate() const noexcept {
   return sequences == 0 ? 0 : static_cast<double>(hits) / static_cast<double>(sequences);
 }
 
-std::string Stats::to_string() const {
-  auto text = fmt::format(
-      "{} requests, {} sequences, {} identical, {} prefix and {} similar hits ({:.1f} %); {} tokens, {} reused, {} "
-      "computed, {} of padding "
-      "skipped; "
-      "{} entries in {} bytes (peak {}), {} insertions, {} evictions, {} rejected",
-      requests, sequences, identical_hits, prefix_hits, similar_hits, 100 * hit_rate(), tokens, tokens_reused,
-      tokens_computed, padding_skipped, entries, bytes, peak_bytes, insertions, evictions, rejected);
-  if (unusable_states > 0) text += fmt::format("; {} sequences with unusable states", unusable_states);
-  if (budget) {
-    text += fmt::format(
-        "\n  budget: {}; {} early exits, {} token and {} segment reuses; level {} of {}, {} audits with {} errors, {} "
-        "closings, {} reopenings, banks "
-        "of {} "
-        "bytes",
-        budget->calibrated ? "calibrated" : "not calibrated", budget->early_exits, budget->token_reuses,
-        budget->segment_reuses, budget->level, budget->levels, budget->audits, budget->audit_errors, budget->closings,
-        budget->reopenings, budget->bytes);
-    if (budget->audits_failed > 0) {
-      text += fmt::format("; {} audits failed, the latest: {}", budget->audits_failed, budget->audit_failure);
-    }
-    if (budget->audits_dropped > 0) text += fmt::format("; {} audits dropped", budget->audits_dropped);
-    if (budget->calibrating_bytes > 0) text += fmt::format("; calibrating in {} bytes", budget->calibrating_bytes);
+namespace {
+
+void add_budget(const BudgetStats& budget, std::uint64_t sequences, std::string& text) {
+  text +=
+      fmt::format("budget: {}; {} early exits, {} token and {} segment reuses of {} sequences; {} in banks\n",
+                  budget.calibrated ? "calibrated" : "not calibrated, so nothing is reused within it",
+                  budget.early_exits, budget.token_reuses, budget.segment_reuses, sequences, size_text(budget.bytes));
+  text += fmt::format(
+      "  supervision: threshold {} of {}, {} audits with {:g} errors, closed {} and opened again {} times\n",
+      budget.threshold_index, budget.thresholds, budget.audits, budget.audit_errors, budget.closings,
+      budget.reopenings);
+  if (budget.audits_failed > 0) {
+    text += fmt::format("  {} audits failed, the latest: {}\n", budget.audits_failed, budget.audit_failure);
   }
-  for (const LayerStats& l : layers) {
-    text += fmt::format(
-        "\n  layer {}: tau {:.4f}, {} hits, {} entries in {} bytes, {} insertions, {} evictions, {} rejected, {} "
-        "expired, "
-        "{} decayed; {} checks, {} dropped, {} other decisions, drift mean {:.4f} max {:.4f}",
-        l.layer, l.tau, l.hits, l.entries, l.bytes, l.insertions, l.evictions, l.rejected, l.expired, l.decayed,
-        l.checks, l.dropped, l.decision_changes, l.relative_drift_mean, l.relative_drift_max);
+  if (budget.audits_dropped > 0) text += fmt::format("  {} audits dropped\n", budget.audits_dropped);
+  if (budget.calibrating_bytes > 0) text += fmt::format("  calibrating in {}\n", size_text(budget.calibrating_bytes));
+}
+
+std::string layer_line(const LayerStats& l) {
+  return fmt::format(
+      "tau {:.4f}, {} hits, {} entries in {}, {} insertions, {} evictions, {} rejected, {} expired, {} decayed; {} "
+      "audits, {} dropped, {} other decisions, error mean {:.4f}, largest {:.4f}",
+      l.tau, l.hits, l.entries, size_text(l.bytes), l.insertions, l.evictions, l.rejected, l.expired, l.decayed,
+      l.audits, l.dropped, l.decision_changes, l.relative_error_mean, l.relative_error_max);
+}
+
+}  // namespace
+
+std::string Stats::to_string() const {
+  std::uint64_t hits = identical_hits + prefix_hits + similar_hits;
+  if (budget) hits += budget->early_exits + budget->token_reuses + budget->segment_reuses;
+  auto text = fmt::format("requests:  {}, of {} sequences\n", requests, sequences);
+  text += fmt::format("hits:      {}: {} identical, {} prefix, {} similar", share_text(hits, sequences), identical_hits,
+                      prefix_hits, similar_hits);
+  text += budget ? fmt::format(", {} within the budget\n",
+                               budget->early_exits + budget->token_reuses + budget->segment_reuses)
+                 : std::string("\n");
+  text += fmt::format("tokens:    {}; known {}, computed {}; {} of padding not computed\n", tokens,
+                      share_text(tokens_reused, tokens), tokens_computed, padding_skipped);
+  text += fmt::format(
+      "memory:    {} in {} entries, at most {} so far; {} insertions, {} evictions, {} not kept for want of room\n",
+      size_text(bytes), entries, size_text(peak_bytes), insertions, evictions, rejected);
+  if (unusable_states > 0) text += fmt::format("not kept:  {} sequences with unusable states\n", unusable_states);
+  if (budget) add_budget(*budget, sequences, text);
+  for (const auto& run :
+       runs_of(layers, [](const LayerStats&a, const LayerStats&b) { return layer_line(a) == layer_line(b); })) {
+    const auto number = [&](std::size_t i) { return static_cast<std::size_t>(layers[i].layer); };
+    text +=
+        numbers_text("layer", {number(run.first), number(run.second)}) + ": " + layer_line(layers[run.first]) + "\n";
+  }
+  for (const FallbackStats& fallback : fallbacks) {
+    text += fmt::format("fallback:  {}: {} requests were served in a plainer way, the latest because {}\n",
+                        fallback.mechanism, fallback.count, fallback.last_reason);
+  }
+  if (verification.checks > 0 || !verification.closed.empty()) {
+    text += fmt::format("verified:  {} answers compared with the plain model, {} differed\n", verification.checks,
+                        verification.mismatches);
+    for (const std::string& closed : verification.closed) text += "  closed: " + closed + "\n";
   }
   return text;
 }

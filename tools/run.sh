@@ -8,15 +8,15 @@ usage: tools/run.sh test  [ctest arguments]            build everything, run all
                                                        for a minute, then run some tests with sanitizers
        tools/run.sh bench [llmcache-bench arguments]   build, measure, end in a summary and an HTML report
        tools/run.sh data  [--only NAME...]             download real data sets from the Hugging Face hub
-       tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure side by side with ONNX Runtime and others
+       tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure beside ONNX Runtime, llama.cpp and others
        tools/run.sh help
 
 All install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
 the models, prepare the data, configure and build. A second call does only what is missing.
-`bench --model NAME...` and `bench --workload NAME...` export and prepare only those. `bench --workload openbookqa
---shots 5` puts five solved examples in front of each question, the same for all. `bench --fidelity budget` fits probes
-on a part of the training text, the rest of which calibrates. `bench --download` is `data`, then `bench`; where the hub
-cannot be reached it goes on with what is there.
+`bench --config NAME` runs a configuration of benchmarks/configs. `bench --model NAME...` and `bench --workload NAME...`
+export and prepare only those. `bench --workload openbookqa --shots 5` puts five solved examples in front of each
+question, the same for all. `bench --fidelity budget` fits probes on a part of the training text, the rest of which
+calibrates. `bench --download` is `data`, then `bench`; where the hub cannot be reached it goes on with what is there.
 
 Environment:
   LLMCACHE_BUILD_DIR   where everything goes (default: build, in the repository)
@@ -37,8 +37,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-certificates libeigen3-dev libfmt-dev
   libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev)
-# Of the tests only: a compiler with libFuzzer, a browser that opens the report.
-readonly TEST_PACKAGES=(clang libclang-rt-14-dev chromium fonts-dejavu-core)
+# Of the tests only: a compiler with libFuzzer, a formatter, a browser that opens the report.
+readonly TEST_PACKAGES=(clang clang-format libclang-rt-14-dev chromium fonts-dejavu-core)
 
 BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"
@@ -135,15 +135,15 @@ make_venv() {
 }
 
 export_models() {  # names or groups
-  step "models: $*" "the names are shown by: $VENV_PYTHON tools/export_models.py --list"
-  "$VENV_PYTHON" "$ROOT/tools/export_models.py" --out "$MODELS" --only "$@"
+  step "models: $*" "the names are shown by: $VENV_PYTHON tools/models/export_models.py --list"
+  "$VENV_PYTHON" "$ROOT/tools/models/export_models.py" --out "$MODELS" --only "$@"
 }
 
 # Fails with HUB_UNREACHABLE, and nothing else to say, where there is no hub.
 download_data() {  # arguments for download_data.py
   step "download" "see the message above; a next call goes on with what is missing"
   local status=0
-  "$VENV_PYTHON" "$ROOT/tools/download_data.py" --out "$RAW" "$@" || status=$?
+  "$VENV_PYTHON" "$ROOT/tools/data/download_data.py" --out "$RAW" "$@" || status=$?
   if ((status == HUB_UNREACHABLE)); then
     STEP=""
   fi
@@ -152,12 +152,12 @@ download_data() {  # arguments for download_data.py
 
 prepare_data() {  # arguments for prepare_data.py
   step "data" "see the message above; LLMCACHE_RAW_DATA names the folder with the raw data sets"
-  "$VENV_PYTHON" "$ROOT/tools/prepare_data.py" --downloaded "$RAW" --out "$DATA" "$@"
+  "$VENV_PYTHON" "$ROOT/tools/data/prepare_data.py" --downloaded "$RAW" --out "$DATA" "$@"
 }
 
 fit_probes() {  # arguments for fit_probe.py
   step "probes" "see the message above; they are fitted on the token files in $DATA"
-  "$VENV_PYTHON" "$ROOT/tools/fit_probe.py" --models "$MODELS" --data "$DATA" "$@"
+  "$VENV_PYTHON" "$ROOT/tools/models/fit_probe.py" --models "$MODELS" --data "$DATA" "$@"
 }
 
 compile_jobs() {
@@ -199,10 +199,6 @@ build() {  # folder, target
 }
 
 run_tests() {  # arguments for ctest
-  if (($# == 0)); then
-    step "tests of the Python tools" "run one alone: cd tests/python && $VENV_PYTHON -m unittest -k NAME"
-    (cd "$ROOT/tests/python" && "$VENV_PYTHON" -m unittest)
-  fi
   step "tests" "run one alone: tools/run.sh test -R NAME"
   ctest --test-dir "$CMAKE_DIR" --parallel "$(compile_jobs)" --output-on-failure "$@"
 }
@@ -241,8 +237,8 @@ write_report() {
   step "report" "the figures are in $BUILD/results.json"
   local figures=("$BUILD/results.json")
   [[ ! -f $BUILD/trace.json ]] || figures+=("$BUILD/trace.json")
-  "$VENV_PYTHON" "$ROOT/tools/report.py" "${figures[@]}" -o "$BUILD/report.html"
-  "$VENV_PYTHON" "$ROOT/tools/summary.py" "${figures[@]}" --report "$BUILD/report.html"
+  "$VENV_PYTHON" "$ROOT/tools/report/report.py" "${figures[@]}" -o "$BUILD/report.html"
+  "$VENV_PYTHON" "$ROOT/tools/report/summary.py" "${figures[@]}" --report "$BUILD/report.html"
 }
 
 # --- commands -------------------------------------------------------------------------------------
@@ -292,17 +288,6 @@ main_data() {
   download_data "$@"
 }
 
-asks_for_something() {  # false: the arguments of llmcache-bench say where and how, not what
-  while (($# > 0)); do
-    case "$1" in
-      --models=* | --data=* | --json=* | --threads=*) shift ;;
-      --models | --data | --json | --threads) shift $(($# > 1 ? 2 : 1)) ;;
-      *) return 0 ;;
-    esac
-  done
-  return 1
-}
-
 main_bench() {
   local models workloads shots budgets argument arguments=() download=0
   for argument in "$@"; do
@@ -312,11 +297,6 @@ main_bench() {
     esac
   done
   set -- "${arguments[@]}"
-  # A .pt file of the user's own needs no export.
-  mapfile -t models < <(values_of --model "$@" | grep -v '\.pt$')
-  mapfile -t workloads < <(values_of --workload "$@")
-  mapfile -t shots < <(values_of --shots "$@")
-  [[ " $* " == *" --model"[\ =]* ]] || models=(bench)
   setup
   if ((download)); then
     local status=0
@@ -326,25 +306,31 @@ main_bench() {
   configure_release
   build "$CMAKE_DIR" llmcache-bench
   build "$CMAKE_DIR" llmcache-trace
-  if [[ " $* " =~ \ (-h|--help|--list|--version)\  ]]; then
+  if [[ " $* " =~ \ (-h|--help|--list|--schema|--version)\  ]]; then
     "$BIN/llmcache-bench" --models "$MODELS" --data "$DATA" "$@"
     return
   fi
+  step "what the run needs" "see the message above; the arguments are shown by: $BIN/llmcache-bench --help"
+  local needs
+  needs="$("$BIN/llmcache-bench" --needs "$@")"
+  echo "$needs"
+  read -ra models < <(sed -n 's/^models //p' <<<"$needs")
+  read -ra workloads < <(sed -n 's/^workloads //p' <<<"$needs")
+  read -r shots < <(sed -n 's/^shots //p' <<<"$needs")
+  read -r budgets < <(sed -n 's/^budgets //p' <<<"$needs")
   ((${#models[@]} == 0)) || export_models "${models[@]}"
-  prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots[0]:+--shots "${shots[0]}"}
+  prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots:+--shots "$shots"}
   # The probes judge what a cache does to the answers on labelled workloads; they need one of these models.
   # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
   if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then
-    mapfile -t budgets < <(values_of --fidelity "$@" | grep -x budget)
-    asks_for_something "$@" || budgets=(budget)  # a run without options has some
-    fit_probes ${budgets[0]:+--fit-share "$PROBE_SHARE_FOR_BUDGETS"}
+    fit_probes ${budgets:+--fit-share "$PROBE_SHARE_FOR_BUDGETS"}
   fi
   run_benchmark "$@"
   replay_trace
   write_report
 }
 
-# A virtual environment of its own, which sees the packages of the other: onnxruntime is for this comparison only.
+# A virtual environment of its own, which sees the packages of the other: the peers are for this comparison only.
 make_peers_venv() {
   step "Python packages of the comparison" "read pip's messages above"
   local wanted
@@ -356,23 +342,30 @@ make_peers_venv() {
   "$VENV_PYTHON" -m venv "$PEERS_VENV"
   "$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$(
     "$PEERS_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tools.pth"
-  # shellcheck disable=SC2086
-  "$PEERS_VENV/bin/python" -m pip install ${LLMCACHE_PIP_ARGS:-} -r "$ROOT/benchmarks/peers/requirements.txt"
-  echo "$wanted" >"$PEERS_VENV/.requirements"
+  local package missing=0
+  while read -r package; do
+    # shellcheck disable=SC2086
+    "$PEERS_VENV/bin/python" -m pip install ${LLMCACHE_PIP_ARGS:-} "$package" </dev/null ||
+      { echo "left out: $package"; missing=1; }
+  done < <(grep -v '^#' "$ROOT/benchmarks/peers/requirements.txt")
+  ((missing)) || echo "$wanted" >"$PEERS_VENV/.requirements"
 }
 
 main_peers() {
-  local models
+  local models workloads
   mapfile -t models < <(values_of --model "$@")
   ((${#models[@]} > 0)) || models=(minilm bert-base gpt2 smollm2)
+  mapfile -t workloads < <(values_of --workload "$@")
+  ((${#workloads[@]} > 0)) || workloads=(squad chat banking77)
   setup
   make_peers_venv
   configure_release
   build "$CMAKE_DIR" llmcache-peer
   export_models "${models[@]}"
+  prepare_data --only "${workloads[@]}"
   step "comparison" "see the message above; the arguments are shown by: benchmarks/peers/compare.py --help"
-  "$PEERS_VENV/bin/python" "$ROOT/benchmarks/peers/compare.py" --models "$MODELS" --bin "$BIN" --onnx "$BUILD/onnx" \
-    --json "$BUILD/peers.json" --markdown "$BUILD/peers.md" "$@"
+  "$PEERS_VENV/bin/python" "$ROOT/benchmarks/peers/compare.py" --models "$MODELS" --bin "$BIN" --data "$DATA" \
+    --onnx "$BUILD/onnx" --json "$BUILD/peers.json" --markdown "$BUILD/peers.md" "$@"
 }
 
 case "${1:-help}" in

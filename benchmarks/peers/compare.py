@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Runs LLMCache and what else there is for the same purpose side by side: see README.md in this folder.
 
-Each lane is a process of its own with the same weights and number of threads. One computes at a time: every
-measurement goes through all lanes, in an order that turns, before the next one begins.
+Each backend is a process of its own with the same weights and number of threads. One computes at a time: every
+measurement goes through all backends, in an order that turns, before the next one begins.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -23,17 +23,23 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT / "tools")]
+sys.path[:0] = [str(HERE), str(ROOT)]
 
-import onnx_export
-from lanes import LANES, Lane, LaneError, LaneSpec
-from model_list import MODELS
-from table import Quality, Times, markdown_report, paired_ratio, summary, text_report
+import convert
+from backends import BACKENDS, TOLERANCES, Backend, BackendError, BackendSpec, Unavailable
+from table import Quality, Times, log_softmax, markdown_report, paired_ratio, state, summary, text_report
+
+from tools.data.token_file import load
+from tools.data.workloads import WORKLOADS, stand_in_for
+from tools.models.model_list import MODELS
+
+Shares = dict[str, dict[str, int]]  # backend -> tokens, and how many of them were known
 
 DEFAULT_MODELS = ("minilm", "bert-base", "gpt2", "smollm2")
 FIRST_ID = 10  # leaves special tokens out
 SETTLE = 2  # steps of a decoder, and three passes of an encoder, before the first that counts
-TOLERANCE = 0.03  # of the scale: half precision stays far below, a wrong model does not
+LARGE = 256  # tokens: a pass of more is measured less often, at least
+FEWEST = 3  # times
 CAPACITY_MIB = 512
 
 
@@ -45,61 +51,80 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     build = Path(os.environ.get("LLMCACHE_BUILD_DIR", ROOT / "build"))
     parser.add_argument("--model", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME", help="%(default)s")
-    parser.add_argument("--lane", nargs="+", metavar="NAME", help="only these (and the reference)")
-    parser.add_argument("--threads", type=int, default=1, help="of each lane (%(default)s)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 128], help="encoders (%(default)s)")
+    parser.add_argument("--backend", nargs="+", metavar="NAME", help="only these (and the reference)")
+    parser.add_argument("--threads", type=int, default=1, help="of each backend (%(default)s)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 128, 512], help="encoders (%(default)s)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences a pass, encoders (%(default)s)")
     parser.add_argument("--context", nargs="+", type=int, default=[128, 512, 1000], help="decoders (%(default)s)")
-    parser.add_argument("--passes", type=int, default=21, help="of an encoder (%(default)s)")
+    parser.add_argument("--passes", type=int, default=21, help="of an encoder; fewer if long (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="sequences of a decoder (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of each of them (%(default)s)")
+    parser.add_argument(
+        "--workload", nargs="*", default=["squad", "chat", "banking77"], metavar="NAME", help="%(default)s"
+    )
+    parser.add_argument("--requests", type=int, default=24, help="of each workload (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few and short measurements: to see that it runs")
     parser.add_argument("--models", type=Path, default=build / "models", help="exported models (%(default)s)")
     parser.add_argument("--bin", type=Path, default=build / "bin", help="where llmcache-peer is (%(default)s)")
-    parser.add_argument("--onnx", type=Path, default=build / "onnx", help="where ONNX files go (%(default)s)")
+    parser.add_argument("--data", type=Path, default=build / "data", help="prepared workloads (%(default)s)")
+    parser.add_argument("--onnx", type=Path, default=build / "onnx", help="where converted models go (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one answer (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, for a README")
-    parser.add_argument("--list", action="store_true", help="print the lanes and stop")
+    parser.add_argument("--list", action="store_true", help="print the backends and stop")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.tokens, options.context = [16], [32]
-        options.passes, options.rounds, options.steps = 3, 1, 3
+        options.tokens, options.batch, options.context = [16], [1], [32]
+        options.passes, options.rounds, options.steps, options.requests = 3, 1, 3, 3
     for name in options.model:
         if name not in MODELS:
-            parser.error(f"--model: no model is called '{name}'; tools/export_models.py --list shows the names")
-    known = {spec.name for specs in LANES.values() for spec in specs}
-    for name in options.lane or []:
+            parser.error(f"--model: no model is called '{name}'; tools/models/export_models.py --list shows the names")
+    known = {spec.name for specs in BACKENDS.values() for spec in specs}
+    for name in options.backend or []:
         if name not in known:
-            parser.error(f"--lane: no lane is called '{name}'; --list shows the names")
-    numbers = ("threads", "passes", "rounds", "steps")
-    if min(getattr(options, name) for name in numbers) < 1 or min(options.tokens + options.context) < 1:
+            parser.error(f"--backend: no backend is called '{name}'; --list shows the names")
+    for name in options.workload:
+        if name not in WORKLOADS:
+            parser.error(f"--workload: no workload is called '{name}'; those of prepare_data.py are known")
+    numbers = ("threads", "passes", "rounds", "steps", "requests")
+    lengths = options.tokens + options.batch + options.context
+    if min(getattr(options, name) for name in numbers) < 1 or min(lengths) < 1:
         parser.error("numbers of threads, tokens and measurements must be above 0")
     return options
 
 
-def chosen_lanes(family: str, names: list[str] | None, onnx: bool) -> list[LaneSpec]:
-    specs = LANES[family]
-    wanted = [spec for i, spec in enumerate(specs) if i == 0 or not names or spec.name in names]
-    return [spec for spec in wanted if onnx or not spec.onnx]
+def chosen_backends(family: str, names: list[str] | None) -> list[BackendSpec]:
+    return [spec for i, spec in enumerate(BACKENDS[family]) if i == 0 or not names or spec.name in names]
 
 
-def export_onnx(name: str, file: Path, sidecar: Path, past: bool) -> None:
-    if onnx_export.present(file, sidecar):
-        return
+def converted(name: str, kind: str, folder: Path, sidecar: Path) -> Path:
+    file = convert.path_of(name, kind, folder)
+    if convert.present(file, sidecar):
+        return file
     started = time.monotonic()
-    print(f"exporting {file.name} ...", flush=True)
-    command = [sys.executable, HERE / "onnx_export.py", name, file, "--sidecar", sidecar]
-    done = subprocess.run(
-        [*map(str, command), *(["--past"] if past else [])], capture_output=True, text=True, check=False
-    )
+    print(f"  making {file.name} ...", flush=True)
+    command = [sys.executable, HERE / "convert.py", name, kind, folder, "--sidecar", sidecar]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LaneError(f"{file.name} cannot be exported: {reason}")
-    print(f"exporting {file.name}: {time.monotonic() - started:.0f} s", flush=True)
+        raise Unavailable(f"{file.name} cannot be made: {reason}")
+    print(f"  making {file.name}: {time.monotonic() - started:.0f} s", flush=True)
+    return file
+
+
+def rows_of(file: Path) -> tuple[list[list[list[int]]], int, dict[str, str]] | None:
+    """The requests of a workload, each a batch of sequences; how many of them fill; what the file says of itself."""
+    known = load(file) if file.exists() else None
+    if known is None:
+        return None
+    arrays, metadata = known
+    sequences = [part.tolist() for part in np.split(arrays["tokens"], arrays["sequence_offsets"][1:-1])]
+    bounds = arrays["request_offsets"].tolist()
+    return [sequences[a:b] for a, b in itertools.pairwise(bounds)], int(metadata["fill_requests"]), metadata
 
 
 class Comparison:
-    """One model: its lanes, and what they did."""
+    """One model: its backends, and what they did."""
 
     def __init__(self, name: str, options: argparse.Namespace, scratch: Path) -> None:
         self.name, self.options, self.scratch = name, options, scratch
@@ -108,113 +133,137 @@ class Comparison:
             self.known = json.loads(self.sidecar.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CompareError(
-                f"{self.sidecar} is missing or damaged: run tools/export_models.py --only {name}"
+                f"{self.sidecar} is missing or damaged: run tools/models/export_models.py --only {name}"
             ) from error
         self.decoder = self.known["family"] == "decoder"
         self.generator = np.random.default_rng(0)
-        self.running: list[Lane] = []
+        self.running: list[Backend] = []
         self.records: dict[str, dict[str, Any]] = {}
         self.quality: dict[str, Quality] = {}
         self.versions: dict[str, str] = {}
+        self.steps: Shares = {}
         self.turn = 0
 
-    def failed(self, spec: LaneSpec, error: Exception) -> None:
-        print(f"  {error}", file=sys.stderr, flush=True)
-        self.records[spec.name]["failed"] = str(error).removeprefix(f"{spec.name}: ")
-        for lane in [lane for lane in self.running if lane.spec is spec]:
-            lane.close()
-            self.running.remove(lane)
+    def failed(self, spec: BackendSpec, error: Exception) -> None:
+        absent = isinstance(error, Unavailable)
+        reason = str(error).removeprefix(f"{spec.name}: ")
+        print(f"  {spec.name}: {'not available: ' if absent else ''}{reason}", file=sys.stderr, flush=True)
+        self.records[spec.name]["unavailable" if absent else "failed"] = reason
+        for backend in [backend for backend in self.running if backend.spec is spec]:
+            backend.close()
+            self.running.remove(backend)
 
     def start(self) -> None:
-        onnx = importlib.util.find_spec("onnxruntime") is not None
-        for spec in chosen_lanes(self.known["family"], self.options.lane, onnx):
-            self.records[spec.name] = {"lane": spec.name, "title": spec.title, "ours": spec.ours}
+        for spec in chosen_backends(self.known["family"], self.options.backend):
+            self.records[spec.name] = {
+                "backend": spec.name,
+                "title": spec.title,
+                "ours": spec.ours,
+                "keeps": spec.keeps,
+                "precision": spec.precision,
+            }
             self.quality[spec.name] = Quality()
             try:
                 self.load(spec)
-            except LaneError as error:
+            except BackendError as error:
                 self.failed(spec, error)
-        reference = LANES[self.known["family"]][0]
+        reference = BACKENDS[self.known["family"]][0]
         self.records[reference.name]["reference"] = True
-        if not any(lane.spec is reference for lane in self.running):
-            raise CompareError(f"{self.name}: without the lane {reference.name} there is nothing to compare with")
+        if not any(backend.spec is reference for backend in self.running):
+            raise CompareError(f"{self.name}: without the backend {reference.name} there is nothing to compare with")
 
-    def load(self, spec: LaneSpec) -> None:
+    def load(self, spec: BackendSpec) -> None:
+        backend = Backend(spec, self.options.bin / "llmcache-peer", self.options.threads, self.options.timeout)
+        self.running.append(backend)
         settings: dict[str, Any] = {**spec.settings, "threads": self.options.threads, "capacity_mib": CAPACITY_MIB}
+        settings |= {name: self.known[name] for name in ("family", "vocab", "max_tokens")}
         settings["model"] = str(self.options.models / f"{self.name}.pt") if spec.program == "peer" else self.name
-        if spec.onnx:
-            past = spec.settings["cache"]
-            file = self.options.onnx / f"{self.name}{'-past' if past else ''}.onnx"
-            export_onnx(self.name, file, self.sidecar, past)
-            settings["model"] = str(file)
-        lane = Lane(spec, self.options.bin / "llmcache-peer", self.options.threads, self.options.timeout)
-        self.running.append(lane)
-        answer = lane.ask(op="load", **settings)
+        if spec.kind:
+            settings["model"] = str(converted(self.name, spec.kind, self.options.onnx, self.sidecar))
+        answer = backend.ask(op="load", **settings)
         weights = answer.get("weights", self.known["weights"])
         if weights != self.known["weights"]:
-            raise LaneError(
+            raise BackendError(
                 f"{spec.name}: its weights are {weights}, those of {self.name}.pt are {self.known['weights']}"
             )
-        self.versions |= lane.versions
+        self.versions |= backend.versions
         record = self.records[spec.name]
         record["load_ms"], record["note"] = answer["load_ms"], answer["note"]
         print(f"  {spec.name}: loaded in {answer['load_ms'] / 1000:.1f} s", flush=True)
 
-    def in_turn(self, lanes: list[Lane]) -> list[Lane]:
+    def in_turn(self, backends: list[Backend]) -> list[Backend]:
         self.turn += 1
-        at = self.turn % max(1, len(lanes))
-        return lanes[at:] + lanes[:at]
+        at = self.turn % max(1, len(backends))
+        return backends[at:] + backends[:at]
 
     def ids(self, count: int) -> list[int]:
         return self.generator.integers(FIRST_ID, self.known["vocab"], count).tolist()
 
     def measure(
-        self, lanes: list[Lane], times: dict[str, Times] | None, number: int, compare: bool, **request: Any
-    ) -> None:
-        """Asks all lanes the same, one after the other. Without `times` it only warms up."""
+        self,
+        backends: list[Backend],
+        times: dict[str, Times] | None,
+        number: int,
+        compare: bool,
+        shares: Shares | None = None,
+        mask: np.ndarray | None = None,
+        **request: Any,
+    ) -> np.ndarray | None:
+        """Asks all backends the same, one after the other, and adds their times to those of this number. Without
+        `times` it only warms up. `mask`: which tokens of the outputs are compared. Returns the reference's output."""
         outputs: dict[str, np.ndarray] = {}
-        for lane in self.in_turn(lanes):
+        for backend in self.in_turn(backends):
             file = self.scratch / "output"
             saving = {"save": str(file)} if compare else {}
             try:
-                answer = lane.ask(**request, **saving)
+                answer = backend.ask(**request, **saving)
                 if times is not None and answer["ms"] > 0:
-                    times.setdefault(lane.spec.name, {})[number] = answer["ms"]
-                    if request["op"] == "step":
-                        share = self.records[lane.spec.name].setdefault("steps", {"tokens": 0, "reused": 0})
+                    known = times.setdefault(backend.spec.name, {})
+                    known[number] = known.get(number, 0) + answer["ms"]
+                    if shares is not None:
+                        share = shares.setdefault(backend.spec.name, {"tokens": 0, "reused": 0})
                         share["tokens"] += answer["tokens"]
                         share["reused"] += answer["reused"]
                 if compare:
-                    outputs[lane.spec.name] = np.fromfile(file, np.float32)
+                    outputs[backend.spec.name] = np.fromfile(file, np.float32)
                     file.unlink()
-            except (LaneError, OSError) as error:
-                self.failed(lane.spec, error)
+            except (BackendError, OSError) as error:
+                self.failed(backend.spec, error)
             if self.options.threads > 1:
-                time.sleep(0.02)  # threads that wait by spinning have gone to sleep before the next lane's turn
-        reference = outputs.pop(LANES[self.known["family"]][0].name, None)
-        if compare and reference is None:
-            raise CompareError(f"{self.name}: the reference lane failed")
-        for name, output in outputs.items():
+                time.sleep(0.02)  # threads that wait by spinning have gone to sleep before the next backend's turn
+        if not compare:
+            return None
+        reference = outputs.pop(BACKENDS[self.known["family"]][0].name, None)
+        if reference is None:
+            raise CompareError(f"{self.name}: the reference backend failed")
+        for backend in [backend for backend in self.running if backend.spec.name in outputs]:
+            output = outputs[backend.spec.name]
+            expected = log_softmax(reference) if backend.spec.log_probabilities else reference
             try:
-                self.quality[name].add(output, reference)
+                if mask is not None and output.size == expected.size:
+                    output, expected = (one.reshape(mask.size, -1)[mask.ravel()] for one in (output, expected))
+                self.quality[backend.spec.name].add(output, expected)
             except ValueError as error:
-                self.failed(next(lane.spec for lane in self.running if lane.spec.name == name), error)
+                self.failed(backend.spec, error)
+        return reference
 
-    def encode(self, tokens: int) -> dict[str, Any]:
+    def encode(self, tokens: int, rows: int) -> dict[str, Any]:
         times: dict[str, Times] = {}
-        for number in range(-SETTLE - 1, self.options.passes):
+        passes = min(self.options.passes, max(FEWEST, self.options.passes * LARGE // max(LARGE, rows * tokens)))
+        for number in range(-SETTLE - 1, passes):
             measured = times if number >= 0 else None
-            # Nothing comes twice: no lane of ours finds a whole output known.
-            self.measure(self.running, measured, number, number >= 0, op="pass", ids=[self.ids(tokens)])
-        return self.case(tokens, times)
+            # Nothing comes twice: no backend of ours finds a whole output known.
+            batch = [self.ids(tokens) for _ in range(rows)]
+            self.measure(self.running, measured, number, number >= 0, op="pass", ids=batch)
+        return self.case(tokens, times) | {"rows": rows}
 
     def decode(self, context: int) -> dict[str, Any]:
         times: dict[str, Times] = {}
         prefill: dict[str, Times] = {}
         for round_ in range(-1, self.options.rounds):  # the first only warms up
             warm_up = round_ < 0
-            keeping = [lane for lane in self.running if lane.spec.keeps]
-            others = [lane for lane in self.running if not lane.spec.keeps]
+            keeping = [one for one in self.running if one.spec.keeps]
+            others = [one for one in self.running if not one.spec.keeps]
             sequence = self.ids(context)
             self.measure(keeping, None if warm_up else prefill, round_, False, op="start", ids=sequence, run=True)
             self.measure(others, None, round_, False, op="start", ids=sequence, run=False)
@@ -222,20 +271,70 @@ class Comparison:
             for step, token in enumerate(self.ids(steps)):
                 number = round_ * self.options.steps + step - SETTLE
                 counts = not warm_up and step >= SETTLE
-                # A lane that computes the whole sequence each time is asked twice in a round; the token is known to all.
+                # One that computes the whole sequence each time is asked twice in a round; the token is known to all.
                 all_take_part = warm_up or step in (SETTLE, SETTLE + self.options.steps // 2)
-                lanes = [lane for lane in self.running if lane.spec.keeps or all_take_part]
+                backends = [one for one in self.running if one.spec.keeps or all_take_part]
                 if not all_take_part:
-                    self.note_token(token)
-                self.measure(lanes, times if counts else None, number, counts, op="step", id=token, run=True)
+                    others = [one for one in self.running if not one.spec.keeps]
+                    self.measure(others, None, number, False, op="step", id=token, run=False)
+                measured = times if counts else None
+                self.measure(backends, measured, number, counts, self.steps, op="step", id=token, run=True)
         return self.case(context, times) | {"prefill": {name: summary(values) for name, values in prefill.items()}}
 
-    def note_token(self, token: int) -> None:
-        for lane in [lane for lane in self.running if not lane.spec.keeps]:
-            try:
-                lane.ask(op="step", id=token, run=False)
-            except LaneError as error:
-                self.failed(lane.spec, error)
+    def workload(self, name: str) -> dict[str, Any] | None:
+        """The first requests of a workload, or of the sample of its kind. What fills goes to our backends only, as the
+        others keep nothing of it: the last of it, as many as are measured."""
+        if WORKLOADS[name].decoders_only and not self.decoder:
+            return None
+        instead = stand_in_for(WORKLOADS[name])
+        for known in (name, *([instead.name] if instead else [])):
+            found = rows_of(self.options.data / f"{known}.{self.known['tokenizer']}.safetensors")
+            if found:
+                break
+        else:
+            print(f"  {name}: left out, not in {self.options.data}", flush=True)
+            return None
+        requests, fill, metadata = found
+        conversations = metadata["task"] == "generation"
+        times: dict[str, Times] = {}
+        shares: Shares = {}
+        sent = 0
+        for number, rows in enumerate(
+            requests[max(0, fill - self.options.requests) :], -min(fill, self.options.requests)
+        ):
+            if sent >= self.options.requests:
+                break
+            backends = [one for one in self.running if number >= 0 or one.spec.ours]
+            measured = times if number >= 0 else None
+            if conversations:
+                keeping = [one for one in backends if one.spec.keeps]
+                sent += self.converse(keeping, rows, times, shares, sent)
+                continue
+            if not self.decoder:
+                mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
+                self.measure(backends, measured, number, number >= 0, shares, mask, op="pass", ids=rows)
+            for row in rows if self.decoder else []:
+                self.measure(backends, measured, number, number >= 0, shares, op="start", ids=row, run=True)
+            sent += number >= 0
+        print(f"  {metadata['workload']}: done", flush=True)
+        means = {name: sum(values.values()) / len(values) for name, values in times.items()}
+        return {"workload": metadata["workload"], "requests": sent, "means": means, "shares": shares}
+
+    def converse(
+        self, backends: list[Backend], turns: list[list[int]], times: dict[str, Times], shares: Shares, first: int
+    ) -> int:
+        """A request is a turn and the first tokens of its answer, those that the reference finds the most probable."""
+        sequence: list[int] = []
+        for number, turn in enumerate(turns, first):
+            sequence = sequence + turn
+            if number >= self.options.requests or len(sequence) + self.options.steps > self.known["max_tokens"]:
+                return number - first
+            output = self.measure(backends, times, number, True, shares, op="start", ids=sequence, run=True)
+            for _ in range(self.options.steps):
+                token = int(output.argmax())
+                sequence.append(token)
+                output = self.measure(backends, times, number, True, shares, op="step", id=token, run=True)
+        return len(turns)
 
     def case(self, tokens: int, times: dict[str, Times]) -> dict[str, Any]:
         ours = [name for name in times if self.records[name]["ours"]]
@@ -256,23 +355,31 @@ class Comparison:
             self.start()
             limit = self.known["max_tokens"] - (SETTLE + self.options.steps if self.decoder else 0)
             cases = []
-            for tokens in self.options.context if self.decoder else self.options.tokens:
+            sizes = itertools.product(
+                [1] if self.decoder else self.options.batch,
+                self.options.context if self.decoder else self.options.tokens,
+            )
+            for rows, tokens in sizes:
                 if tokens > limit:
                     print(f"  {tokens} tokens: left out, the model takes {self.known['max_tokens']}", flush=True)
                     continue
-                cases.append(self.decode(tokens) if self.decoder else self.encode(tokens))
-                print(f"  {tokens} tokens: done", flush=True)
-            for lane in self.running:
-                self.records[lane.spec.name]["memory"] = lane.memory() | {"before": lane.memory_before["resident"]}
+                cases.append(self.decode(tokens) if self.decoder else self.encode(tokens, rows))
+                print(f"  {rows} x {tokens} tokens: done", flush=True)
+            workloads = [done for name in self.options.workload if (done := self.workload(name))]
+            for backend in self.running:
+                before = {"before": backend.memory_before["resident"]}
+                self.records[backend.spec.name]["memory"] = backend.memory() | before
         finally:
-            for lane in self.running:
-                lane.close()
-        reference = LANES[self.known["family"]][0].name
+            for backend in self.running:
+                backend.close()
+        reference = BACKENDS[self.known["family"]][0].name
         for name, record in self.records.items():
             record["quality"] = self.quality[name].record(argmax=self.decoder)
+            if name in self.steps:
+                record["steps"] = self.steps[name]
             if name == reference:
                 record["quality"]["argmax_agreement"] = 1.0 if self.decoder else None
-            elif "failed" not in record and self.quality[name].wrong(TOLERANCE):
+            elif state(record) == "ran" and self.quality[name].wrong(TOLERANCES[record["precision"]]):
                 record["failed"] = f"its results are not those of {reference}: {record['quality']}"
                 print(f"  {name}: {record['failed']}", file=sys.stderr, flush=True)
         return {
@@ -281,23 +388,39 @@ class Comparison:
             "weights": self.known["weights"],
             "sha256": self.known["sha256"],
             "cases": cases,
-            "lanes": list(self.records.values()),
+            "workloads": workloads,
+            "backends": list(self.records.values()),
         }
 
 
 def machine() -> dict[str, Any]:
-    cpu = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpu.splitlines())}
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": pages / 2**30}
+    return {
+        "cpu": known.get("model name", "unknown"),
+        "isa": instruction_sets(known.get("flags", "")),
+        "cores": os.cpu_count(),
+        "memory_gib": pages / 2**30,
+    }
+
+
+def instruction_sets(flags: str) -> list[str]:
+    """Those that decide how fast a matrix product is in the types of the lanes."""
+    sets = {
+        "avx2": "AVX2",
+        "avx512f": "AVX-512",
+        "avx512_vnni": "AVX-512 VNNI",
+        "avx512_bf16": "AVX-512 BF16",
+        "amx_bf16": "AMX BF16",
+        "amx_int8": "AMX INT8",
+    }
+    return [title for flag, title in sets.items() if flag in flags.split()]
 
 
 def command(arguments: list[str]) -> str:
     """To be shown: without the options that name files and folders."""
-    shown, folders = [], ("--models", "--bin", "--onnx", "--json", "--markdown")
+    shown, folders = [], ("--models", "--bin", "--data", "--onnx", "--json", "--markdown")
     skip = False
     for argument in arguments:
         if not skip and argument.partition("=")[0] not in folders:
@@ -309,12 +432,10 @@ def command(arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
-        for family, specs in LANES.items():
+        for family, specs in BACKENDS.items():
             for spec in specs:
                 print(f"{family:8} {spec.name:22} {spec.title}")
         return 0
-    if importlib.util.find_spec("onnxruntime") is None:
-        print("onnxruntime is not installed: its lanes are left out (benchmarks/peers/requirements.txt)", flush=True)
     models, versions = [], {}
     try:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
@@ -338,7 +459,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(markdown_report(document), encoding="utf-8")
-    return 1 if any("failed" in lane for model in models for lane in model["lanes"]) else 0
+    return 1 if any("failed" in backend for model in models for backend in model["backends"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-// llmcache-peer: a lane of compare.py: the TorchScript module plain, frozen, or wrapped in a LayerCache. One JSON
+// llmcache-peer: a backend of compare.py: the TorchScript module plain, frozen, or wrapped in a LayerCache. One JSON
 // object a line in, one a line out; a request that fails is answered by {"error": TEXT}. The clock runs here, around
 // the call of the module only.
 //
 //   first line out                                           {"ready": true, "versions": {...}}
-//   {"op": "load", "lane": "plain" | "frozen" | "ours", "model": FILE, "threads": N, "weights": W, "capacity_mib": N}
-//                                                            {"load_ms": T, "note": TEXT}
-//   {"op": "pass", "ids": [row, ...], "save": FILE}          {"ms": T}   whole output
+//   {"op": "load", "backend": "plain" | "frozen" | "ours", "model": FILE, "threads": N, "weights": W, "capacity_mib":
+//   N}
+//                                                            {"load_ms": T, "note": TEXT}, or {"unavailable": TEXT}
+//   {"op": "pass", "ids": [row, ...], "save": FILE}          {"ms": T}   whole output; shorter rows are padded
 //   {"op": "start", "ids": [...], "run": BOOL, "save": FILE} {"ms": T}   a sequence: logits of its last token
 //   {"op": "step", "id": N, "run": BOOL, "save": FILE}       {"ms": T}   the same with one more token
 // "run": false only takes note of the tokens ({"ms": 0}). "save" (may be left out): the output goes there as float32,
@@ -46,17 +47,19 @@ double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-class Lane {
+class Backend {
  public:
   Json answer(const Json& request) {
     const std::string operation = request.at("op");
     if (operation == "load") return load(request);
     if (!cache_ && !module_) throw std::runtime_error("nothing is loaded");
     if (operation == "pass") {
-      const auto rows = request.at("ids").get<std::vector<Ids>>();
-      std::vector<at::Tensor> tensors;
-      for (const Ids& row : rows) tensors.push_back(at::tensor(row, at::kLong));
-      return run(at::stack(tensors), /*last=*/false, request);
+      std::vector<at::Tensor> rows, marks;
+      for (const Ids& row : request.at("ids").get<std::vector<Ids>>()) {
+        rows.push_back(at::tensor(row, at::kLong));
+        marks.push_back(at::ones_like(rows.back()));
+      }
+      return run(at::pad_sequence(rows, /*batch_first=*/true), at::pad_sequence(marks, true), /*last=*/false, request);
     }
     if (operation == "start") {
       sequence_ = request.at("ids").get<Ids>();
@@ -66,7 +69,8 @@ class Lane {
       throw std::runtime_error("no operation is called " + operation);
     }
     if (!request.at("run").get<bool>()) return {{"ms", 0}};
-    return run(at::tensor(sequence_, at::kLong).unsqueeze(0), /*last=*/true, request);
+    const at::Tensor ids = at::tensor(sequence_, at::kLong).unsqueeze(0);
+    return run(ids, at::ones_like(ids), /*last=*/true, request);
   }
 
  private:
@@ -74,23 +78,27 @@ class Lane {
     at::set_num_interop_threads(1);
     at::set_num_threads(request.at("threads").get<int>());
     const auto start = Clock::now();
-    const std::string lane = request.at("lane");
+    const std::string backend = request.at("backend");
     auto module = torch::jit::load(request.at("model").get<std::string>(), at::kCPU);
     std::string note;
-    if (lane == "plain") {
+    if (backend == "plain") {
       module_ = std::make_unique<torch::jit::Module>(module);
-    } else if (lane == "frozen") {
+    } else if (backend == "frozen") {
       module.eval();
       auto frozen = torch::jit::freeze(module);
       module_ = std::make_unique<torch::jit::Module>(torch::jit::optimize_for_inference(frozen));
-    } else if (lane == "ours") {
+    } else if (backend == "ours") {
       llmcache::Options options;
-      options.weights = llmcache::weights_from_string(request.at("weights"));
+      try {
+        options.weights = llmcache::weights_from_string(request.at("weights"));
+      } catch (const std::exception& error) {  // a build that does not know this way to hold weights
+        return {{"unavailable", one_line(error)}};
+      }
       options.capacity_bytes = request.at("capacity_mib").get<std::size_t>() << 20;
       cache_ = std::make_unique<Cache>(std::move(module), options);
       note = note_on(cache_->profile(), options);
     } else {
-      throw std::runtime_error("no lane is called " + lane);
+      throw std::runtime_error("no backend is called " + backend);
     }
     return {{"load_ms", ms_since(start)}, {"note", note}};
   }
@@ -103,9 +111,9 @@ class Lane {
     return profile.causal && !profile.prefix_reuse ? "prefixes are not reused" : "";
   }
 
-  Json run(const at::Tensor& ids, bool last, const Json& request) {
+  Json run(const at::Tensor& ids, const at::Tensor& mask, bool last, const Json& request) {
     const at::NoGradGuard no_grad;
-    const llmcache::Inputs inputs = {ids, at::ones_like(ids)};
+    const llmcache::Inputs inputs = {ids, mask};
     const llmcache::RequestOptions options{.output = last ? llmcache::Output::kLastToken : llmcache::Output::kAll};
     const auto start = Clock::now();
     const c10::IValue result = cache_ ? cache_->forward(inputs, options) : module_->forward(inputs);
@@ -139,10 +147,10 @@ int main() {
   say({{"ready", true},
        {"versions",
         {{"LibTorch", TORCH_VERSION}, {"LLMCache", LLMCACHE_VERSION}, {"compiler", llmcache::bench::compiler()}}}});
-  Lane lane;
+  Backend backend;
   for (std::string line; std::getline(std::cin, line);) {
     try {
-      say(lane.answer(Json::parse(line)));
+      say(backend.answer(Json::parse(line)));
     } catch (const std::exception& error) {
       say({{"error", one_line(error)}});
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Times = dict[int, float]  # number of the measurement -> milliseconds; a lane may lack some
+Times = dict[int, float]  # number of the measurement -> milliseconds; a backend may lack some
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -36,7 +36,7 @@ def paired_ratio(times: Times, base: Times) -> float | None:
 
 
 class Quality:
-    """How far a lane's outputs are from the reference lane's."""
+    """How far a backend's outputs are from the reference backend's."""
 
     def __init__(self) -> None:
         self.compared = 0
@@ -47,7 +47,7 @@ class Quality:
 
     def add(self, output: np.ndarray, reference: np.ndarray) -> None:
         if output.shape != reference.shape:
-            raise ValueError(f"the output has {output.size} numbers, the reference lane's {reference.size}")
+            raise ValueError(f"the output has {output.size} numbers, the reference backend's {reference.size}")
         self.compared += 1
         self.finite = self.finite and bool(np.isfinite(output).all())
         self.largest = max(self.largest, float(np.abs(output - reference).max()))
@@ -63,6 +63,11 @@ class Quality:
     def wrong(self, tolerance: float) -> bool:
         """True also where there is nothing to compare, or NaN."""
         return not (self.compared and self.finite and self.largest <= tolerance * self.scale)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max()
+    return (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
 
 
 def mib(kilobytes: int | None) -> str:
@@ -95,44 +100,65 @@ def _quality_cells(quality: dict[str, Any], reference: bool) -> list[str]:
     return ["0" if exact else f"{quality['max_difference']:.1e}", *agreement]
 
 
+def state(backend: dict[str, Any]) -> str:
+    return next((word for word in ("failed", "unavailable") if word in backend), "ran")
+
+
+def label(case: dict[str, Any]) -> str:
+    rows = case.get("rows", 1)
+    return f"{rows} x {case['tokens']}" if rows > 1 else f"{case['tokens']}"
+
+
 def model_rows(model: dict[str, Any], spread: bool) -> list[list[str]]:
-    """One row a lane: a column for each case, memory, quality. `spread`: the quartiles too."""
+    """One row a backend: a column for each case, memory, quality. `spread`: the quartiles too."""
     decoder = model["family"] == "decoder"
     what = "ms a token at context" if decoder else "ms,"
-    head = ["lane", *(f"{what} {case['tokens']}" + ("" if decoder else " tokens") for case in model["cases"])]
+    head = ["backend", *(f"{what} {label(case)}" + ("" if decoder else " tokens") for case in model["cases"])]
     head += ["MiB", "before loading", "peak", "max diff", *(["argmax"] if decoder else [])]
     rows = [head]
-    for lane in model["lanes"]:
-        if "failed" in lane:
+    for backend in model["backends"]:
+        if state(backend) == "unavailable":
+            continue  # named below the table
+        if state(backend) == "failed":
             rows.append(
-                [lane["title"], *["failed"] * len(model["cases"]), *["-"] * (len(head) - 1 - len(model["cases"]))]
+                [backend["title"], *["failed"] * len(model["cases"]), *["-"] * (len(head) - 1 - len(model["cases"]))]
             )
             continue
         cells = []
         for case in model["cases"]:
-            times = case["times"].get(lane["lane"])
+            times = case["times"].get(backend["backend"])
             cell = milliseconds(times["median"]) if times else "-"
             if times and spread:
                 cell += f" ({milliseconds(times['p25'])}-{milliseconds(times['p75'])})"
             cells.append(cell)
-        memory = lane["memory"]
+        memory = backend["memory"]
         cells += [mib(memory["resident"]), mib(memory["before"]), mib(memory["peak"])]
-        rows.append([lane["title"], *cells, *_quality_cells(lane["quality"], lane.get("reference", False))])
+        rows.append([backend["title"], *cells, *_quality_cells(backend["quality"], backend.get("reference", False))])
     return rows
 
 
-def ratio_rows(model: dict[str, Any]) -> list[list[str]]:
-    """How many times as long the peers take as each lane of ours, case by case."""
-    ours = [lane for lane in model["lanes"] if lane["ours"] and "failed" not in lane]
-    peers = [lane for lane in model["lanes"] if not lane["ours"] and "failed" not in lane]
-    columns = [(case, lane) for case in model["cases"] for lane in ours]
-    if not columns or not peers:
+def ran(model: dict[str, Any], ours: bool) -> list[dict[str, Any]]:
+    return [backend for backend in model["backends"] if backend["ours"] == ours and state(backend) == "ran"]
+
+
+def ratio_rows(model: dict[str, Any], case: dict[str, Any]) -> list[list[str]]:
+    """How many times as long the peers take as each backend of ours."""
+    ours = [backend["backend"] for backend in ran(model, ours=True)]
+    peers = ran(model, ours=False)
+    if not ours or not peers:
         return []
-    rows = [["time / ours", *(f"{case['tokens']}: {lane['lane']}" for case, lane in columns)]]
+    rows = [["time / ours", *(f"{label(case)}: {name}" for name in ours)]]
     for peer in peers:
-        ratios = [case["ratios"].get(peer["lane"], {}).get(lane["lane"]) for case, lane in columns]
+        ratios = [case["ratios"].get(peer["backend"], {}).get(name) for name in ours]
         rows.append([peer["title"], *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     return rows
+
+
+def prefill_of(case: dict[str, Any], backend: dict[str, Any]) -> dict[str, Any] | None:
+    """One that keeps nothing computes the whole sequence in each step."""
+    return case["prefill"].get(backend["backend"]) or (
+        None if backend.get("keeps", True) else case["times"].get(backend["backend"])
+    )
 
 
 def prefill_rows(model: dict[str, Any]) -> list[list[str]]:
@@ -140,24 +166,86 @@ def prefill_rows(model: dict[str, Any]) -> list[list[str]]:
     if not cases:
         return []
     rows = [["prefill", *(f"ms, {case['tokens']} tokens" for case in cases)]]
-    for lane in model["lanes"]:
-        medians = [case["prefill"].get(lane["lane"]) for case in cases]
+    for backend in model["backends"]:
+        medians = [prefill_of(case, backend) for case in cases] if state(backend) == "ran" else []
         if any(medians):
-            rows.append([lane["title"], *(milliseconds(m["median"]) if m else "-" for m in medians)])
+            rows.append([backend["title"], *(milliseconds(m["median"]) if m else "-" for m in medians)])
     return rows
 
 
+def fastest(backends: list[dict[str, Any]], ms: dict[str, float], float32: bool = False) -> dict[str, Any] | None:
+    known = [one for one in backends if one["backend"] in ms]
+    if float32:
+        known = [one for one in known if one.get("precision", "float32") == "float32"]
+    return min(known, key=lambda one: ms[one["backend"]], default=None)
+
+
+BEST = ["best float32 peer", "ours in float32", "ratio", "best peer of any precision", "ours of any precision", "ratio"]
+
+
+def best_cells(model: dict[str, Any], ms: dict[str, float]) -> list[str]:
+    """The fastest peer beside the fastest of ours, in float32 and of all; the ratio is peer / ours."""
+    cells = []
+    for float32 in (True, False):
+        peer, own = (fastest(ran(model, ours=ours), ms, float32) for ours in (False, True))
+        cells += [f"{one['title']}: {milliseconds(ms[one['backend']])}" if one else "-" for one in (peer, own)]
+        cells.append(f"{ms[peer['backend']] / ms[own['backend']]:.2f}" if peer and own else "-")
+    return cells
+
+
+def best_rows(model: dict[str, Any]) -> list[list[str]]:
+    """One row a case, by the medians."""
+    decoder = model["family"] == "decoder"
+    found: list[tuple[str, dict[str, float]]] = []
+    for case in model["cases"]:
+        if case.get("prefill"):
+            prefill = {one["backend"]: prefill_of(case, one) for one in model["backends"]}
+            found.append((f"prefill of {label(case)}", {name: at["median"] for name, at in prefill.items() if at}))
+        medians = {name: times["median"] for name, times in case["times"].items()}
+        found.append(((f"step at {label(case)}" if decoder else f"{label(case)} tokens"), medians))
+    return [["fastest, ms", *BEST], *([name, *best_cells(model, ms)] for name, ms in found)]
+
+
+def workload_rows(document: dict[str, Any]) -> list[list[str]]:
+    """One row a model and workload: the mean of a request, as ours are either known or new."""
+    rows = [["workload, ms a request", *BEST, "known to ours"]]
+    for model in document["models"]:
+        for workload in model.get("workloads", []):
+            own = fastest(ran(model, ours=True), workload["means"])
+            share = workload["shares"].get(own["backend"]) if own else None
+            known = f"{100 * share['reused'] / share['tokens']:.0f} %" if share else "-"
+            name = f"{workload['workload']}, {model['model']} ({workload['requests']})"
+            rows.append([name, *best_cells(model, workload["means"]), known])
+    return rows if len(rows) > 1 else []
+
+
+def workload_lane_rows(model: dict[str, Any]) -> list[list[str]]:
+    """The same of each backend that took part."""
+    workloads = model.get("workloads", [])
+    rows = [["ms a request", *(workload["workload"] for workload in workloads)]]
+    for backend in [*ran(model, ours=False), *ran(model, ours=True)]:
+        means = [workload["means"].get(backend["backend"]) for workload in workloads]
+        if any(means):
+            rows.append([backend["title"], *(milliseconds(mean) if mean else "-" for mean in means)])
+    return rows if len(rows) > 1 else []
+
+
 def notes(model: dict[str, Any]) -> list[str]:
-    """What a reader of the figures must know, one line a lane."""
+    """What a reader of the figures must know, one line a backend."""
     lines = []
-    for lane in model["lanes"]:
-        known = lane.get("failed") or lane.get("note")
-        steps = lane.get("steps")
+    scale = max((backend["quality"]["scale"] for backend in ran(model, False)), default=0)
+    if scale:
+        lines.append(f"Largest magnitude of the outputs that differences are of: {scale:.3g}")
+    for backend in model["backends"]:
+        known = backend.get("failed") or backend.get("note")
+        if "unavailable" in backend:
+            known = f"not available: {backend['unavailable']}"
+        steps = backend.get("steps")
         if known:
-            lines.append(f"{lane['title']}: {known}")
-        elif lane["ours"] and steps:
+            lines.append(f"{backend['title']}: {known}")
+        elif backend["ours"] and steps:
             share = 100 * steps["reused"] / steps["tokens"]
-            lines.append(f"{lane['title']}: {share:.1f} % of the tokens of its steps were known")
+            lines.append(f"{backend['title']}: {share:.1f} % of the tokens of its steps were known")
     return lines
 
 
@@ -166,13 +254,20 @@ def heading(model: dict[str, Any]) -> str:
     return f"{model['model']} ({kind}; weights: {model['weights']})"
 
 
+def tables_of(model: dict[str, Any]) -> list[list[list[str]]]:
+    ratios = [ratio_rows(model, case) for case in model["cases"]]
+    return [prefill_rows(model), *ratios, best_rows(model), workload_lane_rows(model)]
+
+
 def text_report(document: dict[str, Any]) -> str:
     lines = []
     for model in document["models"]:
         lines += [heading(model), "", *grid(model_rows(model, spread=True)), ""]
-        for rows in (ratio_rows(model), prefill_rows(model)):
+        for rows in tables_of(model):
             lines += [*grid(rows), ""] if rows else []
         lines += [*notes(model), ""]
+    rows = workload_rows(document)
+    lines += [*grid(rows), ""] if rows else []
     lines.append(setting(document))
     return "\n".join(lines) + "\n"
 
@@ -181,10 +276,12 @@ def markdown_report(document: dict[str, Any]) -> str:
     lines = [setting(document), ""]
     for model in document["models"]:
         lines += [f"**{heading(model)}**", "", *markdown(model_rows(model, spread=False)), ""]
-        rows = prefill_rows(model)
-        lines += [*markdown(rows), ""] if rows else []
+        for rows in tables_of(model):
+            lines += [*markdown(rows), ""] if rows else []
         for note in notes(model):
             lines += [note, ""]
+    rows = workload_rows(document)
+    lines += [*markdown(rows), ""] if rows else []
     lines.append(f"Command: `{document['command']}`")
     return "\n".join(lines) + "\n"
 
@@ -192,7 +289,8 @@ def markdown_report(document: dict[str, Any]) -> str:
 def setting(document: dict[str, Any]) -> str:
     machine, threads = document["machine"], document["threads"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    isa = f" ({', '.join(machine['isa'])})" if machine.get("isa") else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB; "
-        f"{threads} {'thread' if threads == 1 else 'threads'} a lane; {versions}"
+        f"{machine['cpu']}{isa}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB; "
+        f"{threads} {'thread' if threads == 1 else 'threads'} a backend; {versions}"
     )

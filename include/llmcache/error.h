@@ -14,6 +14,7 @@ enum class ErrorCode {
   kModelChanged,      ///< weights, dtype, device or mode changed after wrapping
   kModelFailed,       ///< the model itself raised an error; it is nested in this one
   kNotAvailable,      ///< asked for something that this model or version does not offer
+  kInvalidFile,       ///< a file is missing, cannot be read, or is not what is expected
 };
 
 const char* to_string(ErrorCode code) noexcept;

@@ -12,6 +12,7 @@
 
 #include "llmcache/error.h"
 #include "llmcache/execute/sequence_state.h"
+#include "llmcache/layer_hook.h"
 #include "llmcache/match/plan.h"
 #include "llmcache/model/layered_model.h"
 #include "llmcache/model/profile.h"
@@ -29,6 +30,10 @@ class LayerCacheBase {
  public:
   LayerCacheBase(const LayerCacheBase&) = delete;
   LayerCacheBase& operator=(const LayerCacheBase&) = delete;
+  /// Moves the cache with all that it keeps. No call may be running on either. A cache that was moved from can only be
+  /// destroyed or assigned to.
+  LayerCacheBase(LayerCacheBase&&) noexcept;
+  LayerCacheBase& operator=(LayerCacheBase&&) noexcept;
 
   /// Runs the model on `inputs` and returns what the model itself would return, within the
   /// request's fidelity. Runs without gradients. Inputs are not modified; nothing returned aliases
@@ -80,11 +85,11 @@ class LayerCacheBase {
   /// compare with, at most as large as that bank or 256 MiB; BudgetStats::calibrating_bytes has the sum while it runs.
   /// Of several at once one runs after the other.
   ///
-  /// What `sample` throws passes through unchanged. All else is Error: kInvalidInput for a bad batch, or a sample that
-  /// is too small (the message says how many sequences are needed at least and how many came); kModelFailed with what
-  /// the model raised nested; kInvalidOptions if the cache was made for another fidelity, or with what
-  /// BudgetOptions::scores raised nested; kNotAvailable with the reason where the model offers nothing to reuse, or
-  /// where the fit cannot be made; kModelChanged. What was in force stays in force then.
+  /// What `sample` and BudgetOptions::scores throw passes through unchanged. All else is Error: kInvalidInput for a bad
+  /// batch, or a sample that is too small (the message says how many sequences are needed at least and how many came);
+  /// kModelFailed with what the model raised nested; kInvalidOptions if the cache was made for another fidelity, or the
+  /// metric of the budget cannot work for this model; kNotAvailable with the reason where the model offers nothing to
+  /// reuse, or where the fit cannot be made; kModelChanged. What was in force stays in force then.
   CalibrationProfile calibrate(const std::function<std::optional<Inputs>()>& sample);
   CalibrationProfile calibrate(const std::vector<Inputs>& sample);
   /// The two steps of it: running the sample, and fitting and certifying, which may be repeated for other budgets.
@@ -103,11 +108,18 @@ class LayerCacheBase {
   [[nodiscard]] const ModelProfile& profile() const noexcept;
   [[nodiscard]] const Options& options() const noexcept;
 
+  /// Calls `hook` in every forward() that begins from now on (LayerHook tells what that means for these calls). Throws
+  /// Error(kInvalidOptions) for a null pointer.
+  void add_hook(std::shared_ptr<LayerHook> hook);
+  /// Calls it no more in calls that begin later. One that was not added is ignored.
+  void remove_hook(const std::shared_ptr<LayerHook>& hook);
+
   /// To be called after weights were changed in place. Every entry is dropped, and a calibration with it; calls that
   /// begin later run on the weights as they are now, and profile().digest is theirs. Calls that are running keep
   /// nothing; profile() must not be read meanwhile. What the library notices by itself is in docs/correctness.md.
-  /// Throws Error(kNotAvailable) where the library works on copies of the weights (Options::weights): construct a new
-  /// LayerCache; Error(kModelChanged) if more than values was changed (a type, a place in memory, a mode).
+  /// Throws Error(kNotAvailable) where the library works on copies of the weights (Options::weights), or other caches
+  /// are around the same wrapped model (LayerCache::with_options()): construct a new LayerCache; Error(kModelChanged)
+  /// if more than values was changed (a type, a place in memory, a mode).
   void weights_changed();
 
   /// Drops every entry of every tenant, and forgets the running mean of fingerprints. A calibration stays in force.
@@ -115,7 +127,10 @@ class LayerCacheBase {
   void clear();
 
  protected:
-  LayerCacheBase(std::unique_ptr<Model> model, Options options);
+  /// `wrap` makes the model, with these options.
+  LayerCacheBase(const std::function<std::unique_ptr<Model>(const Options&)>& wrap, Options options);
+  /// See LayerCache::with_options().
+  LayerCacheBase(const LayerCacheBase& wrapped, Options options);
   ~LayerCacheBase();
 
  private:
@@ -140,16 +155,28 @@ struct ModelTraits {
 ///
 /// The model is wrapped, not copied: weights are shared with the caller's object, which keeps
 /// working by itself. Constructing finds the chain of layers, probes it with a few tiny forwards and
-/// checks the result (profile() tells); it throws Error(kUnsupportedModel) with the reason where the
-/// model cannot be wrapped, and Error(kInvalidOptions).
+/// checks the result (profile() tells). It throws Error(kUnsupportedModel) with the reason where the
+/// model cannot be wrapped, Error(kNotAvailable) where it does not allow the fidelity or the weights that
+/// `options` ask for, and Error(kInvalidOptions).
 ///
-///     llmcache::LayerCache cache(torch::jit::load("gpt2.pt"), {.capacity_bytes = 512u << 20});
+///     llmcache::LayerCache cache(torch::jit::load("gpt2.pt"), {.capacity_bytes = std::size_t{512} << 20});
 ///     torch::IValue out = cache.forward({input_ids, attention_mask});
 template <class M>
 class LayerCache : public LayerCacheBase {
  public:
   explicit LayerCache(M model, Options options = {})
-      : LayerCacheBase((options.validate(), ModelTraits<M>::wrap(std::move(model), options)), options) {}
+      : LayerCacheBase([&](const Options& chosen) { return ModelTraits<M>::wrap(std::move(model), chosen); },
+                       std::move(options)) {}
+
+  /// A further cache around the model that is wrapped already, with options of its own (what is not set has its
+  /// default; start from options() to keep the rest): nothing is probed or packed again, and weights are held once. The
+  /// two keep nothing in common. `layers`, `mask_argument` and `weights` of the options must be those of this cache.
+  /// May be called while calls are running. Throws Error(kInvalidOptions), and Error(kNotAvailable) where the model
+  /// does not allow the fidelity.
+  [[nodiscard]] LayerCache with_options(Options options) const { return LayerCache(*this, std::move(options)); }
+
+ private:
+  LayerCache(const LayerCache& wrapped, Options options) : LayerCacheBase(wrapped, std::move(options)) {}
 };
 
 }  // namespace llmcache

@@ -1,16 +1,23 @@
-// LLMCache: run a transformer's layers only on the tokens that need it.
+// LLMCache: run a transformer's layers only on the tokens that need it. This header is enough for a program:
 //
-// Start with layer_cache.h (LayerCache, what you wrap a model with), options.h (what you choose)
-// and report.h (what it did). model/torchscript.h makes LayerCache take a torch::jit::Module;
-// model/layered_model.h says what a model of your own must offer.
+//     llmcache::TorchScriptCache cache = llmcache::load("bert.pt", {.capacity_bytes = std::size_t{512} << 20});
+//     torch::IValue out = cache.forward({input_ids, attention_mask});
+//
+// model/torchscript.h loads and wraps a module; layer_cache.h is what it can do then; options.h is what you choose;
+// report.h is what it did; padding.h makes batches of token ids; generate.h generates text; layer_hook.h sees and
+// changes states between layers. Beyond the first page:
+// threshold.h (the mode of the LLMCache paper), refresh/budget.h and refresh/calibration.h (error budgets),
+// model/layered_model.h (models that are no TorchScript), match/plan.h (forced plans).
 #pragma once
 
+#include <torch/script.h>
+
 #include "llmcache/error.h"
+#include "llmcache/generate.h"
 #include "llmcache/layer_cache.h"
-#include "llmcache/match/plan.h"
-#include "llmcache/model/layered_model.h"
-#include "llmcache/model/profile.h"
+#include "llmcache/layer_hook.h"
 #include "llmcache/model/torchscript.h"
 #include "llmcache/options.h"
+#include "llmcache/padding.h"
 #include "llmcache/report.h"
 #include "llmcache/version.h"

@@ -3,17 +3,20 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "llmcache/bank/eviction.h"
-#include "llmcache/fingerprint/options.h"
 #include "llmcache/refresh/budget.h"
 #include "llmcache/refresh/options.h"
+#include "llmcache/threshold.h"
 
 namespace llmcache {
+
+class LayerHook;
 
 /// How much may be reused, and what is promised in return.
 enum class Fidelity {
@@ -63,13 +66,14 @@ Output output_from_string(const std::string& text);
 
 /// How the weights of linear layers are held: aten::linear, aten::addmm as in GPT-2, and products with a weight. Packed
 /// ones are copies in the order in which a CPU reads them. The library then lets go of what it no longer needs: memory
-/// is freed as soon as the caller drops his module (or hands it over: LayerCache(torch::jit::load(...), ...)).
+/// is freed as soon as the caller drops the module (or hands it over: LayerCache(torch::jit::load(...), ...)).
 enum class Weights {
   /// The module's own tensors. Bit-identical to the module.
   kAsLoaded,
   /// Packed for the CPU's matrix product by oneDNN. Equal up to floating-point rounding.
   kPackedFp32,
-  /// Rounded to half precision and packed by FBGEMM: half the memory, fastest for few tokens. Sums stay float32,
+  /// Rounded to half precision and packed by FBGEMM: fastest for few tokens. Rows are padded to 512, so that it takes
+  /// 0.7 to 1.0 times the memory of the weights as loaded (docs/memory.md). Sums stay float32,
   /// results move by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
   kPackedFp16,
 };
@@ -99,57 +103,13 @@ struct PrefixOptions {
   void validate(std::int64_t model_layers = 0) const;
 };
 
-/// Settings of Fidelity::kThreshold, the mode of the LLMCache paper (arXiv 2512.16843).
-///
-/// For each cached layer there is a bank of (fingerprint, output of that layer for all tokens). A
-/// sequence that is not known is fingerprinted at each of `fingerprint_layers` as its pass reaches
-/// it, and the banks of the layers that have not run yet are asked, the deepest first. The first
-/// entry with a similarity of at least tau takes the sequence's place: the remaining layers and the
-/// head run on the entry's state, with the entry's inputs and length. A sequence without a hit runs
-/// through, and its states are kept.
-///
-/// What comes back has the shape that was asked for. An output with one entry a sequence is the
-/// entry's. An output with one entry a token has the entry's, token by token: aligned at the first
-/// token for a bidirectional model, at the last one for a causal model; where the entry is shorter,
-/// its nearest token is repeated.
-struct ThresholdOptions {
-  /// Least similarity of a hit, -1 to 1. Default: where the paper's mode first costs little accuracy on
-  /// short queries (raw cosine; README).
-  double tau = 0.90;
-
-  /// Instead of `tau`, one for each cached layer, in the order of `cache_layers`. Empty (default): tau
-  /// for all.
-  std::vector<double> layer_taus = {};
-
-  /// What a fingerprint is made of.
-  FingerprintOptions fingerprint = {};
-
-  /// States that are fingerprinted: 0 is the embedding output, k the output of the first k layers.
-  /// Ascending, below the number of layers. Empty (default): {0}, before any layer has run, where a hit
-  /// saves most.
-  std::vector<std::int64_t> fingerprint_layers = {};
-
-  /// Layers whose output is kept, counted from 0, ascending. Each must lie behind at least one of
-  /// `fingerprint_layers`. Empty (default): all of them.
-  std::vector<std::int64_t> cache_layers = {};
-
-  /// How the capacity is split among the cached layers: shares above 0, one each, of any sum. Empty
-  /// (default): evenly.
-  std::vector<double> capacity_split = {};
-
-  /// Part of Options::capacity_bytes that the banks of the layers get, 0 to 1; the rest keeps whole
-  /// outputs for requests of the other fidelities. Default 0.9.
-  double capacity_share = 0.9;
-
-  /// Which entry goes when room is needed. Each bank has its own policy.
-  EvictionOptions eviction = {};
-
-  /// Seconds that an entry lives, above 0. Default: forever.
-  double ttl_seconds = std::numeric_limits<double>::infinity();
-
-  /// Throws Error(kInvalidOptions) that names the field at fault. `layers`: of the model, 0 if not known.
-  void validate(std::int64_t layers = 0) const;
+/// How far wrapping or a calibration has come.
+struct Progress {
+  std::string step;        ///< what is being done, such as "checking prefix reuse"; at the end of all "done"
+  std::int64_t done = 0;   ///< of this step: requests
+  std::int64_t total = 0;  ///< of this step; 0: not known
 };
+using ProgressFunction = std::function<void(const Progress& progress)>;
 
 /// Settings of a LayerCache. A plain struct: set what differs from the default.
 struct Options {
@@ -209,6 +169,13 @@ struct Options {
   /// Checking of what kThreshold serves, and ageing of its entries.
   RefreshOptions refresh = {};
 
+  /// Told how far wrapping (some seconds for a large model) and calibrate() have come: once for each step, and within
+  /// the long ones of a calibration once for each request. It is called by the thread that constructs or calibrates,
+  /// and so from several at once where several calibrate; it must not calibrate itself. The cache keeps it, and gives
+  /// it to those made by with_options(cache.options()): what it refers to must live as long. What it throws passes
+  /// through and ends either. Default: nobody is told.
+  ProgressFunction progress = {};
+
   /// Throws Error(kInvalidOptions) that names the field at fault.
   void validate() const;
 };
@@ -238,6 +205,10 @@ struct RequestOptions {
   /// For kThreshold. False: nothing is looked up, so that every sequence is computed, and kept. It
   /// fills a cache with requests that may be similar to one another. Default: look up.
   bool look_up = true;
+
+  /// Called between the layers of this call, which then looks nothing up and keeps nothing (LayerHook tells). Default:
+  /// none.
+  std::shared_ptr<LayerHook> hook = {};
 };
 
 }  // namespace llmcache

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "llmcache/model/profile.h"
+#include "llmcache/model/verified_envelope.h"
 
 namespace llmcache {
 
@@ -27,7 +27,7 @@ const char* to_string(Source source) noexcept;
 enum class Execution {
   kNone,    ///< nothing was run: every sequence was known
   kDense,   ///< as the plain model runs: [batch, tokens, hidden], padding included
-  kPacked,  ///< real tokens only: [1, sum of active tokens, hidden]
+  kPacked,  ///< real tokens only: [1, sum of active tokens, hidden]; of several passes, one at least
 };
 
 const char* to_string(Execution execution) noexcept;
@@ -51,27 +51,27 @@ struct SequenceReport {
                                       ///< layer that the known prefix does not run through. kEarlyExit: first
                                       ///< layer that did not run for it. Else -1
   double expected_error = 0;          ///< kEarlyExit: what its gate expects
-  bool shadowed = false;              ///< a hit that was checked by computing it in full: source is kComputed
-  double drift = 0;                   ///< of that check: relative L2 between what would have been served and that
-                                      ///< (kThreshold), or its error in the metric of the budget (kBudget)
-  std::vector<LayerTokens> layers;    ///< one a layer
+  bool audited = false;  ///< a hit that was computed in full too, which is what was answered: source is kComputed
+  double error = 0;      ///< that the audit found: relative L2 between what would have been served and that
+                         ///< (kThreshold), or its error in the metric of the budget (kBudget)
+  std::vector<LayerTokens> layers;  ///< one a layer
 };
 
 /// Requests that a mechanism could not serve, so that a plainer one did.
 struct FallbackStats {
-  std::string mechanism;    ///< "exact match", "prefix", "packed", "dense", "budget", "threshold", "request"; see docs
+  std::string mechanism;    ///< name of the strategy, or "verification", "request"; docs/errors.md
   std::uint64_t count = 0;  ///< requests
   std::string last_reason;  ///< of the latest one
 };
 
 /// What comparing answers with the plain module found (Options::verify_rate).
 struct VerificationStats {
-  std::uint64_t checks = 0;      ///< answers that were compared
-  std::uint64_t first_uses = 0;  ///< of these, the first of their size (VerifiedEnvelope)
-  std::uint64_t mismatches = 0;  ///< of these, those that differed
-  std::uint64_t failed = 0;      ///< comparisons that could not be made: the plain module raised
-  std::uint64_t waiting = 0;     ///< not made yet (Options::verify_in_background)
-  std::uint64_t dropped = 0;     ///< for which there was no room in the queue
+  std::uint64_t checks = 0;         ///< answers that were compared
+  std::uint64_t first_uses = 0;     ///< of these, the first of their size (VerifiedEnvelope)
+  std::uint64_t mismatches = 0;     ///< of these, those that differed
+  std::uint64_t failed = 0;         ///< comparisons that could not be made: the plain module raised
+  std::uint64_t waiting = 0;        ///< not made yet (Options::verify_in_background)
+  std::uint64_t dropped = 0;        ///< for which there was no room in the queue
   std::vector<std::string> closed;  ///< mechanisms that were closed for good, each with the reason
   VerifiedEnvelope envelope;        ///< what was compared so far
 };
@@ -92,7 +92,9 @@ struct ForwardReport {
 
   /// Token-layers computed divided by (real tokens x layers); 0 if nothing was computed.
   [[nodiscard]] double computed_fraction() const noexcept;
-  /// A table of the above for people.
+  /// One line for a log: rows by source, tokens known and computed, milliseconds, and a fallback if there was one.
+  [[nodiscard]] std::string summary() const;
+  /// A table of the above for people; ends in a newline.
   [[nodiscard]] std::string to_string() const;
 };
 
@@ -109,22 +111,22 @@ struct LayerStats {
   std::uint64_t rejected = 0;          ///< larger than the layer's share
   std::uint64_t expired = 0;           ///< by TTL
   std::uint64_t decayed = 0;           ///< by the temporal decay flush
-  std::uint64_t checks = 0;            ///< hits computed in full too
-  std::uint64_t checked_entries = 0;   ///< entries held that were checked
+  std::uint64_t audits = 0;            ///< hits computed in full too
+  std::uint64_t audited_entries = 0;   ///< entries held that were audited
   std::uint64_t dropped = 0;           ///< entries over tolerance
-  std::uint64_t decision_changes = 0;  ///< checks with another decision
-  double cosine_drift_mean = 0;        ///< of the checks: 1 - cosine
-  double cosine_drift_max = 0;
-  double relative_drift_mean = 0;  ///< of the checks: relative L2
-  double relative_drift_max = 0;
+  std::uint64_t decision_changes = 0;  ///< audits with another decision
+  double cosine_error_mean = 0;        ///< of the audits: 1 - cosine
+  double cosine_error_max = 0;
+  double relative_error_mean = 0;  ///< of the audits: relative L2
+  double relative_error_max = 0;
 };
 
 /// What Fidelity::kBudget did.
 struct BudgetStats {
   bool calibrated = false;                    ///< a calibration that allows reuse is in force
-  std::size_t level = 0;                      ///< of its thresholds, in force now: 0 is the certified one, further ones
-                                              ///< are safer; `levels`: supervision has stopped all reuse
-  std::size_t levels = 0;                     ///< there are
+  std::size_t threshold_index = 0;            ///< of its thresholds, in force now: 0 is the certified one, further ones
+                                              ///< are safer; `thresholds`: supervision has stopped all reuse
+  std::size_t thresholds = 0;                 ///< there are
   std::uint64_t early_exits = 0;              ///< sequences
   std::uint64_t token_reuses = 0;             ///< sequences of which token states were taken from a near-identical one
   std::uint64_t segment_reuses = 0;           ///< sequences of which segments beyond an exact prefix were known
@@ -132,40 +134,41 @@ struct BudgetStats {
   std::uint64_t audits = 0;                   ///< answers compared with the full computation
   double audit_errors = 0;                    ///< sum of their errors
   std::uint64_t audits_waiting = 0;           ///< background audits not made yet
-  std::uint64_t audits_dropped = 0;           ///< background audits there was no time for: after 64 in a row nothing is reused
-  std::uint64_t audits_failed = 0;            ///< audits that raised an error: after 8 in a row nothing is reused
-  std::string audit_failure;                  ///< reason of the latest one
-  std::uint64_t closings = 0;                 ///< times that supervision stopped a level
-  std::uint64_t reopenings = 0;               ///< times that it allowed one again
-  std::size_t bytes = 0;                      ///< of the calibrated banks
-  std::size_t calibrating_bytes = 0;          ///< what a calibration that is running holds now, beside all other bytes
+  std::uint64_t audits_dropped = 0;   ///< background audits there was no time for: after 64 in a row nothing is reused
+  std::uint64_t audits_failed = 0;    ///< audits that raised an error: after 8 in a row nothing is reused
+  std::string audit_failure;          ///< reason of the latest one
+  std::uint64_t closings = 0;         ///< times that supervision stopped a threshold
+  std::uint64_t reopenings = 0;       ///< times that it allowed one again
+  std::size_t bytes = 0;              ///< of the calibrated banks
+  std::size_t calibrating_bytes = 0;  ///< what a calibration that is running holds now, beside all other bytes
 };
 
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are
 /// what is held now.
 struct Stats {
-  std::uint64_t requests = 0;         ///< calls of forward that returned
-  std::uint64_t sequences = 0;        ///< rows in them
-  std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
-  std::uint64_t prefix_hits = 0;      ///< rows of which a part was known (kLossless, causal models)
-  std::uint64_t tokens_reused = 0;    ///< real tokens of these, and of identical requests, that were known
-  std::uint64_t similar_hits = 0;     ///< rows that went on from another request's state (kThreshold)
-  std::uint64_t tokens = 0;           ///< real tokens asked for
-  std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer
-  std::uint64_t padding_skipped = 0;  ///< padding tokens that packing did not compute
-  std::uint64_t insertions = 0;       ///< entries kept
-  std::uint64_t evictions = 0;        ///< entries dropped for room
-  std::uint64_t rejected = 0;         ///< entries too large for the capacity
-  std::uint64_t entries = 0;          ///< entries held now
-  std::size_t bytes = 0;              ///< bytes held now, tensors and index
-  std::size_t peak_bytes = 0;         ///< largest `bytes` so far; never above the capacity
-  std::uint64_t unusable_states = 0;  ///< sequences whose states were not finite, or had no fingerprint: not kept
-  std::vector<LayerStats> layers;     ///< one a cached layer, shallow to deep; empty without kThreshold
-  std::optional<BudgetStats> budget;  ///< of a cache made for kBudget
+  std::uint64_t requests = 0;            ///< calls of forward that returned
+  std::uint64_t sequences = 0;           ///< rows in them
+  std::uint64_t identical_hits = 0;      ///< rows answered from an identical request
+  std::uint64_t prefix_hits = 0;         ///< rows of which a part was known (kLossless, causal models)
+  std::uint64_t tokens_reused = 0;       ///< real tokens of these, and of identical requests, that were known
+  std::uint64_t similar_hits = 0;        ///< rows that went on from another request's state (kThreshold)
+  std::uint64_t tokens = 0;              ///< real tokens asked for
+  std::uint64_t tokens_computed = 0;     ///< tokens that went through at least one layer
+  std::uint64_t padding_skipped = 0;     ///< padding tokens that packing did not compute
+  std::uint64_t insertions = 0;          ///< entries kept
+  std::uint64_t evictions = 0;           ///< entries dropped for room
+  std::uint64_t rejected = 0;            ///< entries too large for the capacity
+  std::uint64_t entries = 0;             ///< entries held now
+  std::size_t bytes = 0;                 ///< bytes held now, tensors and index
+  std::size_t peak_bytes = 0;            ///< largest `bytes` so far; never above the capacity
+  std::uint64_t unusable_states = 0;     ///< sequences whose states were not finite, or had no fingerprint: not kept
+  std::vector<LayerStats> layers;        ///< one a cached layer, shallow to deep; empty without kThreshold
+  std::optional<BudgetStats> budget;     ///< of a cache made for kBudget
   std::vector<FallbackStats> fallbacks;  ///< one a mechanism that did not serve every request it should have
   VerificationStats verification;
 
   [[nodiscard]] double hit_rate() const noexcept;  ///< all hits, early exits among them, / sequences
+  /// A few lines for people; ends in a newline.
   [[nodiscard]] std::string to_string() const;
 };
 

@@ -8,15 +8,15 @@
 #include <map>
 #include <memory>
 #include <memory_resource>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "bank/memory.h"
-#include "llmcache/bank/eviction.h"
+#include "bank/capacity_bank.h"
+#include "bank/slot_vector.h"
 #include "llmcache/fingerprint/fingerprint.h"
 #include "llmcache/match/fingerprint_index.h"
 #include "llmcache/refresh/ttl.h"
@@ -26,17 +26,11 @@ namespace llmcache {
 /// The state of one sequence behind one layer. Immutable.
 class LayerEntry {
  public:
-  LayerEntry(std::uint64_t sequence, at::Tensor state, std::vector<at::Tensor> model_inputs, std::size_t tensor_bytes,
-             MemoryAccount& account, std::pmr::memory_resource* memory)
-      : number_(sequence),
-        hidden_(std::move(state)),
-        inputs_(model_inputs.begin(), model_inputs.end(), memory),
-        tensor_bytes_(tensor_bytes),
-        account_(account) {}
-  ~LayerEntry() {
-    hidden_.reset();
-    inputs_.clear();
-    account_.release(tensor_bytes_);
+  /// Takes what is reserved for the tensors, unless it throws.
+  LayerEntry(std::uint64_t sequence, at::Tensor state, const std::vector<at::Tensor>& model_inputs,
+             Reservation& reserved, std::pmr::memory_resource* memory)
+      : number_(sequence), hidden_(std::move(state)), inputs_(model_inputs.begin(), model_inputs.end(), memory) {
+    reserved_ = std::move(reserved);
   }
   LayerEntry(const LayerEntry&) = delete;
   LayerEntry& operator=(const LayerEntry&) = delete;
@@ -50,22 +44,21 @@ class LayerEntry {
   [[nodiscard]] const std::pmr::vector<at::Tensor>& inputs() const noexcept { return inputs_; }
 
  private:
+  Reservation reserved_;  ///< for the tensors
   std::uint64_t number_;
   at::Tensor hidden_;
   std::pmr::vector<at::Tensor> inputs_;
-  std::size_t tensor_bytes_;  ///< reserved before the tensors were made, released with them
-  MemoryAccount& account_;
 };
 
 /// Thread-safe. Find, insertion and eviction are O(1) on average but for the search for the most
 /// similar fingerprint (match/fingerprint_index.h).
 ///
-/// Entries live in spaces that never see each other (a tenant, say). An entry can be found by any of
+/// Entries live in partitions that never see each other (a tenant, say). An entry can be found by any of
 /// its fingerprints, one for each Fingerprinter that the bank was given. Where the centre of a
 /// Fingerprinter has changed, the bank makes its fingerprints again at the next call: linear, but it
 /// happens nine times at most. An entry that is evicted while somebody still reads it counts until
 /// he is done. Entries must not outlive the bank.
-class LayerBank {
+class LayerBank final : public CapacityBank {
  public:
   struct Settings {
     std::size_t capacity_bytes = 0;
@@ -79,8 +72,8 @@ class LayerBank {
     std::shared_ptr<const LayerEntry> entry;
     double similarity = 0;
     std::uint32_t slot = 0;
-    std::uint32_t checks = 0;  ///< by the divergence monitor, so far
-    double drift = 0;          ///< mean relative drift of these
+    std::uint32_t audits = 0;  ///< by the divergence monitor, so far
+    double error = 0;          ///< mean relative error of these
   };
 
   /// What insert() keeps.
@@ -92,90 +85,82 @@ class LayerBank {
     std::vector<std::optional<Fingerprint>> fingerprints;  ///< of the states
     std::vector<std::int64_t> ids;                         ///< of the sequence
     double saved_ms = 0;                                   ///< by a hit
-    std::uint64_t key = 0;                                 ///< hash of the space and the inputs
+    std::uint64_t key = 0;                                 ///< hash of the partition and the inputs
   };
 
-  struct Counters {
-    std::uint64_t entries = 0, checked_entries = 0, insertions = 0, evictions = 0, rejected = 0, expired = 0,
-                  decayed = 0, dropped = 0;
-    std::size_t bytes = 0, peak_bytes = 0;
+  struct Refreshes {
+    std::uint64_t audited_entries = 0;  ///< held now
+    std::uint64_t expired = 0, decayed = 0, dropped = 0;
   };
+  struct Counters : BankCounters, Refreshes {};
 
   /// The Fingerprinters must outlive the bank.
   LayerBank(Settings settings, std::vector<const Fingerprinter*> fingerprinters);
 
-  /// The most similar entry of the space with a similarity of at least tau, if any, by fingerprint
+  /// The most similar entry of the partition with a similarity of at least tau, if any, by fingerprint
   /// number `which`. It counts as used. `now_s`: seconds.
-  std::optional<Hit> find(std::string_view space, std::size_t which, const Fingerprint& fingerprint, double tau,
+  std::optional<Hit> find(std::string_view partition, std::size_t which, const Fingerprint& fingerprint, double tau,
                           double now_s);
 
   /// Keeps a sequence's state, and evicts for it. Never fails: what finds no room is counted as rejected. An entry with
   /// the same inputs is used instead, not kept twice; the key finds it, the inputs are compared.
-  void insert(std::string_view space, const Candidate& candidate, double now_s);
+  void insert(std::string_view partition, const Candidate& candidate, double now_s);
 
-  /// Keeps, with what find() returned, that a check found this relative drift; or drops it, if it is
+  /// Keeps, with what find() returned, that an audit found this relative error; or drops it, if it is
   /// over tolerance. Nothing happens if the entry has gone.
-  void record(const Hit& hit, double drift, bool within_tolerance);
+  void record(const Hit& hit, double error, bool within_tolerance);
 
-  void clear();
   [[nodiscard]] Counters counters() const;
 
  private:
   /// Entries that may be found together. Their numbers in the indices are local, so that these stay dense.
-  struct Space {
-    Space(const std::vector<const Fingerprinter*>& fingerprinters, MemoryAccount& account,
-          std::pmr::memory_resource* memory);
-    ~Space();
-    Space(const Space&) = delete;
-    Space& operator=(const Space&) = delete;
+  struct Partition {
+    Partition(const std::vector<const Fingerprinter*>& fingerprinters, MemoryAccount& account,
+              std::pmr::memory_resource* memory);
 
-    MemoryAccount& account;
-    std::size_t reserved;                        ///< for the index objects themselves
+    Reservation reserved;                        ///< for the index objects themselves
     std::pmr::vector<FingerprintIndex> indices;  ///< one a Fingerprinter
-    std::pmr::vector<std::uint32_t> slots;       ///< by local number
-    std::pmr::vector<std::uint32_t> free;        ///< local numbers that are not in use
-    std::size_t entries = 0;
+    SlotVector<std::uint32_t> slots;             ///< by local number
   };
-  using Spaces = std::pmr::map<std::pmr::string, Space, std::less<>>;
+  using Partitions = std::pmr::map<std::pmr::string, Partition, std::less<>>;
 
   struct Node {
-    explicit Node(std::pmr::memory_resource* memory) : states(memory), ids(memory) {}
-    std::shared_ptr<const LayerEntry> entry;  ///< null: the slot is free
-    Spaces::iterator space;
-    std::uint32_t local = 0;
-    std::uint32_t checks = 0;
-    std::uint64_t key = 0;
-    double drift_sum = 0;
+    std::shared_ptr<const LayerEntry> entry;
+    Partitions::iterator partition;
+    std::uint64_t key;
     // What the fingerprints are made of, to make them again.
     std::pmr::vector<float> states;  ///< one after another
     std::pmr::vector<std::int64_t> ids;
+    std::uint32_t local = kNoSlot;
+    std::uint32_t audits = 0;
+    double error_sum = 0;
   };
 
-  void insert_unless_held(std::string_view space, const Candidate& candidate, double now_s);
-  void place(std::string_view space, const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
-             const std::vector<Fingerprint>& fingerprints, double now_s);
-  [[nodiscard]] bool holds_same(std::string_view space, const Candidate& candidate, double now_s);
-  [[nodiscard]] std::optional<std::vector<Fingerprint>> current(const Candidate& candidate);
+  void insert_unless_held(std::string_view partition, const Candidate& candidate, double now_s);
+  void insert_indexed(std::string_view partition, const Candidate& candidate,
+                      const std::shared_ptr<const LayerEntry>& entry, const std::vector<Fingerprint>& fingerprints,
+                      double now_s);
+  [[nodiscard]] Node make_node(const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
+                               Partitions::iterator partition);
+  [[nodiscard]] bool holds_same(std::string_view partition, const Candidate& candidate, double now_s);
+  [[nodiscard]] std::optional<std::vector<Fingerprint>> current_fingerprints(const Candidate& candidate);
   [[nodiscard]] std::optional<Fingerprint> fingerprint_of(const Node& node, std::size_t which) const;
   void flush_old(double now_s);
   void follow_centres();
-  void remove(std::uint32_t slot) noexcept;
-  void drop_if_empty(Spaces::iterator space) noexcept;
-  bool evict_one(double now_s);
+  void follow_centre(std::size_t which, std::uint64_t generation);
+  [[nodiscard]] bool index_again(const Node& node, std::size_t which, std::uint64_t generation);
+  void remove(std::uint32_t slot) noexcept override;
+  void remove_all() noexcept override;
+  void drop_if_empty(Partitions::iterator partition) noexcept;
 
   const Settings settings_;
   const std::vector<const Fingerprinter*> fingerprinters_;
-  MemoryAccount account_;
-  AccountedResource memory_;
-  mutable std::mutex mutex_;
-  Spaces spaces_;
-  std::pmr::vector<Node> nodes_;                                  ///< by slot
-  std::pmr::vector<std::uint32_t> free_;                          ///< slots that are not in use
+  Partitions partitions_;
+  SlotVector<Node> nodes_;
   std::pmr::unordered_map<std::uint64_t, std::uint32_t> by_key_;  ///< slots
-  EvictionPolicy policy_;
   TtlQueue ttl_;
   std::vector<std::uint64_t> generations_;  ///< of the fingerprints held, one a Fingerprinter
-  Counters counters_;
+  Refreshes refreshes_;
 };
 
 }  // namespace llmcache

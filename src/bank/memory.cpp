@@ -23,6 +23,28 @@ void MemoryAccount::release(std::size_t bytes) noexcept {
   used_.fetch_sub(bytes);
 }
 
+Reservation& Reservation::operator=(Reservation&& other) noexcept {
+  if (this == &other) return *this;
+  shrink_to(0);
+  account_ = std::exchange(other.account_, nullptr);
+  bytes_ = std::exchange(other.bytes_, 0);
+  return *this;
+}
+
+std::optional<Reservation> Reservation::of(MemoryAccount& account, std::size_t bytes) noexcept {
+  if (!account.try_reserve(bytes)) return std::nullopt;
+  Reservation reserved;
+  reserved.account_ = &account;
+  reserved.bytes_ = bytes;
+  return reserved;
+}
+
+void Reservation::shrink_to(std::size_t bytes) noexcept {
+  if (bytes >= bytes_) return;
+  account_->release(bytes_ - bytes);
+  bytes_ = bytes;
+}
+
 void* AccountedResource::do_allocate(std::size_t bytes, std::size_t alignment) {
   if (!account_.try_reserve(bytes)) throw std::bad_alloc();
   try {

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <memory_resource>
 #include <new>
+#include <optional>
+#include <utility>
 
 namespace llmcache {
 
@@ -34,6 +36,29 @@ class MemoryAccount {
   MemoryAccount* const total_;
   std::atomic<std::size_t> used_{0};
   std::atomic<std::size_t> peak_{0};
+};
+
+/// Bytes of an account, released at its end. Whoever holds tensors has it as a member before them, so that it goes
+/// after them. Movable.
+class Reservation {
+ public:
+  Reservation() = default;  ///< of nothing
+  Reservation(Reservation&& other) noexcept
+      : account_(std::exchange(other.account_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Reservation& operator=(Reservation&& other) noexcept;
+  ~Reservation() { shrink_to(0); }
+
+  /// Empty if the account has not so many left.
+  [[nodiscard]] static std::optional<Reservation> of(MemoryAccount& account, std::size_t bytes) noexcept;
+  /// Releases what is more than that.
+  void shrink_to(std::size_t bytes) noexcept;
+
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  [[nodiscard]] bool is_in(const MemoryAccount& account) const noexcept { return account_ == &account; }
+
+ private:
+  MemoryAccount* account_ = nullptr;
+  std::size_t bytes_ = 0;
 };
 
 /// Memory for containers, counted in an account; throws std::bad_alloc at its limit.

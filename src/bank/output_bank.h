@@ -4,16 +4,16 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <list>
 #include <memory>
 #include <memory_resource>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "bank/memory.h"
+#include "bank/capacity_bank.h"
+#include "bank/slot_vector.h"
 #include "match/size_class.h"
 
 namespace llmcache {
@@ -27,17 +27,11 @@ struct BatchSize {
 /// The output tensors of one sequence: batch dimension 1, token dimension cut to its real tokens.
 class OutputEntry {
  public:
+  /// Takes what is reserved for the tensors, unless it throws.
   OutputEntry(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact, const BatchSize& computed_in,
-              std::size_t tensor_bytes, MemoryAccount& account, std::pmr::memory_resource* memory)
-      : key_(key, memory),
-        tensors_(tensors.begin(), tensors.end(), memory),
-        exact_(exact),
-        computed_in_(computed_in),
-        tensor_bytes_(tensor_bytes),
-        account_(account) {}
-  ~OutputEntry() {
-    tensors_.clear();
-    account_.release(tensor_bytes_);
+              Reservation& reserved, std::pmr::memory_resource* memory)
+      : key_(key, memory), tensors_(tensors.begin(), tensors.end(), memory), exact_(exact), computed_in_(computed_in) {
+    reserved_ = std::move(reserved);
   }
   OutputEntry(const OutputEntry&) = delete;
   OutputEntry& operator=(const OutputEntry&) = delete;
@@ -53,12 +47,11 @@ class OutputEntry {
   [[nodiscard]] std::uint8_t width_class() const noexcept { return size_class(width()); }
 
  private:
+  Reservation reserved_;  ///< for the tensors
   std::pmr::string key_;
   std::pmr::vector<at::Tensor> tensors_;
   bool exact_;
   BatchSize computed_in_;
-  std::size_t tensor_bytes_;  ///< reserved before the tensors were made, released with them
-  MemoryAccount& account_;
 };
 
 /// Bank of OutputEntry with a byte capacity and least-recently-used eviction. Thread-safe; look-up,
@@ -66,7 +59,7 @@ class OutputEntry {
 ///
 /// An entry that is evicted while somebody still copies from it counts until he is done. Entries
 /// must not outlive the bank.
-class OutputBank {
+class OutputBank final : public CapacityBank {
  public:
   /// `total`: the account that the bank's is part of; null: of none.
   explicit OutputBank(std::size_t capacity_bytes, MemoryAccount* total = nullptr);
@@ -80,37 +73,22 @@ class OutputBank {
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
               const BatchSize& computed_in = {});
 
-  void clear();
-  [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }
-
-  struct Counters {
-    std::uint64_t insertions = 0;
-    std::uint64_t evictions = 0;
-    std::uint64_t rejected = 0;
-    std::uint64_t entries = 0;
-    std::size_t bytes = 0;
-    std::size_t peak_bytes = 0;
-  };
-  [[nodiscard]] Counters counters() const;
+  [[nodiscard]] BankCounters counters() const;
 
  private:
   struct Hash {
     std::size_t operator()(std::string_view key) const noexcept;
   };
-  using Recency = std::pmr::list<std::shared_ptr<const OutputEntry>>;
+  using Slots = std::pmr::unordered_map<std::string_view, std::uint32_t, Hash>;
 
-  bool make_room(std::size_t bytes);
-  bool evict_oldest();
-  void erase(Recency::iterator it);
+  [[nodiscard]] const std::uint32_t* slot_of(std::string_view key) const;
+  [[nodiscard]] bool holds_as_good(std::string_view key, bool exact) const;
+  void insert_indexed(const std::shared_ptr<const OutputEntry>& entry);
+  void remove(std::uint32_t slot) noexcept override;
+  void remove_all() noexcept override;
 
-  MemoryAccount account_;
-  AccountedResource memory_;
-  mutable std::mutex mutex_;
-  Recency recency_;  ///< most recently used first
-  std::pmr::unordered_map<std::string_view, Recency::iterator, Hash> index_;
-  std::uint64_t insertions_ = 0;
-  std::uint64_t evictions_ = 0;
-  std::uint64_t rejected_ = 0;
+  SlotVector<std::shared_ptr<const OutputEntry>> entries_;
+  Slots slots_;  ///< by key
 };
 
 }  // namespace llmcache

@@ -9,11 +9,13 @@
 #include <new>
 #include <utility>
 
+#include "bank/tensor_bytes.h"
+
 namespace llmcache {
 namespace {
 
-/// What a tensor takes beside its data.
-constexpr std::size_t kViewedTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl) + sizeof(at::Tensor);
+/// What a tensor of a block takes beside its data.
+constexpr std::size_t kBlockTensorOverhead = kTensorOverhead + sizeof(at::Tensor);
 /// What a block takes beside its tensors: itself and the counts of its shared_ptr.
 constexpr std::size_t kBlockOverhead = sizeof(KeyBlock) + 4 * sizeof(void*);
 
@@ -35,8 +37,8 @@ bool follows(const KeyRange& range, const KeyRange& next) {
 
 }  // namespace
 
-KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account)
-    : room_(room), bytes_(bytes), account_(&account) {
+KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, Reservation reserved)
+    : reserved_(std::move(reserved)), room_(room) {
   // A tensor made in inference mode could not be written to outside of it.
   const c10::InferenceMode normal(false);
   tensors_.reserve(specs.size());
@@ -45,11 +47,6 @@ KeyBlock::KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::si
     sizes[static_cast<std::size_t>(spec.token_dim)] = room;
     tensors_.push_back(at::empty(sizes, spec.options));
   }
-}
-
-KeyBlock::~KeyBlock() {
-  tensors_.clear();
-  account_->release(bytes_);
 }
 
 PrefixLease::PrefixLease(PrefixLease&& other) noexcept
@@ -80,26 +77,21 @@ PrefixLease::~PrefixLease() {
   if (bank_ != nullptr) bank_->release(*this);
 }
 
-// The containers start empty and allocate nothing until the first commit.
 PrefixBank::PrefixBank(Settings settings)
-    : settings_(std::move(settings)),
-      account_(settings_.capacity_bytes, settings_.total),
+    : CapacityBank(settings.capacity_bytes, settings.eviction, settings.total),
+      settings_(std::move(settings)),
       passes_(settings_.capacity_bytes),
-      memory_(account_),
-      tree_(settings_.token_width, &memory_),
-      policy_(settings_.eviction, &memory_) {
+      tree_(settings_.token_width, &memory_) {
   for (const KeySpec& spec : settings_.specs) {
     token_bytes_.push_back(bytes_of_token(spec));
     all_token_bytes_ += token_bytes_.back();
   }
 }
 
-PrefixBank::~PrefixBank() = default;
-
-PrefixLease PrefixBank::find(std::string_view space, std::span<const std::int64_t> tokens, double now_s) {
+PrefixLease PrefixBank::find(std::string_view partition, std::span<const std::int64_t> tokens, double now_s) {
   PrefixLease lease;
   const std::lock_guard lock(mutex_);
-  const PrefixTree::Match match = tree_.match(space, tokens);
+  const PrefixTree::Match match = tree_.match(partition, tokens);
   if (match.tokens > 0) {
     for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) {
       KeyRange part = held(node);
@@ -164,34 +156,20 @@ bool PrefixBank::reserve(PrefixLease& lease, const KeyRange* after, std::int64_t
   return false;
 }
 
-void PrefixBank::commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
+void PrefixBank::commit(PrefixLease& lease, std::string_view partition, std::span<const std::int64_t> tokens,
                         std::span<const KeyRange> ranges, double saved_ms, double now_s) {
   std::size_t held = 0;
   for (const KeyRange& range : ranges) held += static_cast<std::size_t>(range.tokens);
   const std::size_t count = std::min(tokens.size() / settings_.token_width, held);
-  const Sequence sequence{space, tokens.first(count * settings_.token_width), ranges, saved_ms, now_s};
+  const Sequence sequence{partition, tokens.first(count * settings_.token_width), ranges, saved_ms, now_s};
   const std::lock_guard lock(mutex_);
-  if (std::exchange(lease.refused_, false)) {
-    ++counters_.rejected;
-    return;
-  }
-  for (;;) {
-    // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
-    if (!take_over(sequence)) {
-      ++counters_.rejected;
-      return;
-    }
-    try {
-      if (grow(sequence)) ++counters_.insertions;
-      return;
-    } catch (const std::bad_alloc&) {
-      tree_.drop_if_empty(space);
-      if (tree_.empty()) ranges_.reset();
-      if (evict_one(now_s)) continue;
-      ++counters_.rejected;
-      return;
-    }
-  }
+  bool room = !std::exchange(lease.refused_, false);
+  // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
+  const auto step = [&] {
+    room = take_over(sequence);
+    if (room && grow(sequence)) ++insertions_;
+  };
+  if (!room || !take_evicting(now_s, step) || !room) ++rejected_;
 }
 
 /// Makes the blocks of what is not known yet the bank's, and evicts for them; false if there is no room.
@@ -199,7 +177,7 @@ bool PrefixBank::take_over(const Sequence& sequence) noexcept {
   const auto is_own = [this](const KeyRange& range) { return !is_held(*range.block); };
   while (std::ranges::any_of(sequence.ranges, is_own)) {
     // What is known changes with what is evicted.
-    const std::size_t known = tree_.match(sequence.space, sequence.tokens).tokens;
+    const std::size_t known = tree_.match(sequence.partition, sequence.tokens).tokens;
     std::size_t end = 0;
     const auto next = std::ranges::find_if(sequence.ranges, [&](const KeyRange& range) {
       end += static_cast<std::size_t>(range.tokens);
@@ -207,10 +185,10 @@ bool PrefixBank::take_over(const Sequence& sequence) noexcept {
     });
     if (next == sequence.ranges.end()) return true;
     KeyBlock& block = *next->block;
-    if (!make_room(block.bytes_, sequence.now_s)) return false;
-    passes_.release(block.bytes_);
-    block.account_ = &account_;
-    if (block.pins_ > 0) pinned_bytes_ += block.bytes_;
+    auto reserved = make_room(block.reserved_.bytes(), sequence.now_s);
+    if (!reserved) return false;
+    block.reserved_ = std::move(*reserved);
+    if (block.pins_ > 0) pinned_bytes_ += block.reserved_.bytes();
   }
   return true;
 }
@@ -218,12 +196,24 @@ bool PrefixBank::take_over(const Sequence& sequence) noexcept {
 /// Makes known what is not yet, in blocks that are held; false if all is. std::bad_alloc: a part of it may be known
 /// then.
 bool PrefixBank::grow(const Sequence& sequence) {
+  const PrefixTree::Match match = tree_.match(sequence.partition, sequence.tokens);
+  if (match.tokens == sequence.tokens.size() / settings_.token_width) return false;
+  try {
+    append_behind(match, sequence);
+    return true;
+  } catch (const std::bad_alloc&) {
+    tree_.drop_if_empty(sequence.partition);
+    if (tree_.empty()) ranges_.reset();
+    throw;
+  }
+}
+
+/// Appends what the ranges hold behind the tokens of the match, as many ranges as possible in one node.
+void PrefixBank::append_behind(const PrefixTree::Match& match, const Sequence& sequence) {
   const std::size_t count = sequence.tokens.size() / settings_.token_width;
-  const PrefixTree::Match match = tree_.match(sequence.space, sequence.tokens);
-  if (match.tokens == count) return false;
   std::uint32_t node = match.node;
   if (node == PrefixTree::kNone) {
-    node = tree_.root(sequence.space);
+    node = tree_.root(sequence.partition);
   } else if (!tree_.is_root(node) && match.in_node < tree_.size(node)) {
     node = split(node, match.in_node, sequence, match.tokens);
   }
@@ -251,7 +241,6 @@ bool PrefixBank::grow(const Sequence& sequence) {
     }
     begin = end;
   }
-  return true;
 }
 
 /// Cuts a node behind `count` tokens, where `end` tokens of the sequence end. Returns the upper half. The lower one
@@ -270,7 +259,6 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
   held(slot) = {lower.block, lower.offset, tokens, lower.shortest, lower.longest};
   lower.offset += tokens;
   lower.tokens -= tokens;
-  ++counters_.entries;
   return slot;
 }
 
@@ -295,10 +283,9 @@ std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, cons
       throw;
     }
     held(holder) = range;
-    ++counters_.entries;
   }
   range.block->held_ = std::max(range.block->held_, end_of(range));
-  counters_.tokens += count;
+  contents_.tokens += count;
   return holder;
 }
 
@@ -311,7 +298,7 @@ std::uint32_t PrefixBank::prepare(std::int64_t tokens, const Sequence& sequence,
   cost.bytes = static_cast<std::size_t>(tokens) * all_token_bytes_;
   cost.saved_ms = static_cast<double>(tokens) * sequence.saved_ms;
   cost.key = XXH3_64bits_withSeed(sequence.tokens.data(), end * settings_.token_width * sizeof(std::int64_t),
-                                  XXH3_64bits(sequence.space.data(), sequence.space.size()));
+                                  XXH3_64bits(sequence.partition.data(), sequence.partition.size()));
   policy_.insert(slot, cost, sequence.now_s);
   return slot;
 }
@@ -332,28 +319,22 @@ void PrefixBank::release(PrefixLease& lease) noexcept {
   for (const KeyRange& range : known) unpin(*range.block);
 }
 
-void PrefixBank::clear() {
-  const std::lock_guard lock(mutex_);
-  policy_.clear();
+void PrefixBank::remove_all() noexcept {
   tree_.clear();
   ranges_.reset();
-  counters_.entries = 0;
-  counters_.tokens = 0;
+  contents_.tokens = 0;
 }
 
 PrefixBank::Counters PrefixBank::counters() const {
   const std::lock_guard lock(mutex_);
-  Counters counters = counters_;
-  counters.bytes = account_.used();
-  counters.peak_bytes = account_.peak();
-  return counters;
+  return {current(), contents_};
 }
 
 /// Empty if it is more than the capacity.
 std::optional<std::size_t> PrefixBank::block_bytes(std::int64_t room) const noexcept {
   const auto tokens = static_cast<std::size_t>(room);
   if (all_token_bytes_ > 0 && tokens > account_.limit() / all_token_bytes_) return std::nullopt;
-  return tokens * all_token_bytes_ + settings_.specs.size() * kViewedTensorOverhead + kBlockOverhead;
+  return tokens * all_token_bytes_ + settings_.specs.size() * kBlockTensorOverhead + kBlockOverhead;
 }
 
 /// A block for a running pass, or null if the bank could not take it over beside what passes use. Its tensors are made
@@ -362,74 +343,43 @@ std::shared_ptr<KeyBlock> PrefixBank::make_block(std::unique_lock<std::mutex>& l
   const auto bytes = block_bytes(room);
   const std::size_t used = pinned_bytes_ + passes_.used();
   if (!bytes || *bytes > account_.limit() || used > account_.limit() - *bytes) return nullptr;
-  if (!passes_.try_reserve(*bytes)) return nullptr;
+  auto reserved = Reservation::of(passes_, *bytes);
+  if (!reserved) return nullptr;
   lock.unlock();
   std::shared_ptr<KeyBlock> block;
   try {
-    block = std::make_shared<KeyBlock>(settings_.specs, room, *bytes, passes_);
-  } catch (const std::exception&) {
-    passes_.release(*bytes);
+    block = std::make_shared<KeyBlock>(settings_.specs, room, std::move(*reserved));
+  } catch (const std::exception&) {  // null
   }
   lock.lock();
   return block;
 }
 
-/// Reserves bytes in the account. Evicts nothing if they cannot be had anyway.
-bool PrefixBank::make_room(std::size_t bytes, double now_s) noexcept {
-  const std::size_t limit = account_.limit();
-  if (bytes > limit || pinned_bytes_ > limit - bytes) return false;
-  while (!account_.try_reserve(bytes)) {
-    if (!evict_one(now_s)) return false;
-  }
-  return true;
-}
-
-bool PrefixBank::evict_one(double now_s) noexcept {
-  // A node that a running pass uses counts as used again, so that the policy names another one. How often is bounded:
-  // some policies name it several times before they do.
-  for (int attempts = 0; attempts < 64; ++attempts) {
-    const auto victim = policy_.victim(now_s);
-    if (!victim) return false;
-    if (const std::uint32_t leaf = idle_leaf(*victim); leaf != PrefixTree::kNone) {
-      evict(leaf);
-      return true;
-    }
-    policy_.hit(*victim, now_s);
-  }
-  for (std::uint32_t slot = 0; slot < tree_.slots(); ++slot) {
-    if (policy_.contains(slot) && tree_.is_leaf(slot) && idle(slot)) {
-      evict(slot);
-      return true;
-    }
-  }
-  return false;
-}
-
-/// The first leaf at or below a node that no running pass uses, in the order in which children came; kNone if there is
-/// none.
-std::uint32_t PrefixBank::idle_leaf(std::uint32_t node) const noexcept {
+/// The first leaf at or below a node that no running pass uses, in the order in which children came; kNoSlot if there
+/// is none.
+std::uint32_t PrefixBank::idle_in_place_of(std::uint32_t node) const noexcept {
   for (std::uint32_t at = node;;) {
     if (!tree_.is_leaf(at)) {
       at = tree_.first_child(at);
       continue;
     }
-    if (idle(at)) return at;
+    if (is_idle(at)) return at;
     while (at != node && tree_.next_sibling(at) == PrefixTree::kNone) at = tree_.parent(at);
-    if (at == node) return PrefixTree::kNone;
+    if (at == node) return kNoSlot;
     at = tree_.next_sibling(at);
   }
 }
 
-bool PrefixBank::idle(std::uint32_t node) const noexcept { return (*ranges_)[node].block->pins_ == 0; }
+bool PrefixBank::is_idle(std::uint32_t node) const noexcept {
+  return tree_.is_leaf(node) && (*ranges_)[node].block->pins_ == 0;
+}
 
-void PrefixBank::evict(std::uint32_t leaf) noexcept {
+void PrefixBank::remove(std::uint32_t leaf) noexcept {
   const KeyRange gone = std::exchange(held(leaf), {});
   policy_.erase(leaf);
   tree_.remove(leaf);
   if (tree_.empty()) ranges_.reset();
-  --counters_.entries;
-  counters_.tokens -= static_cast<std::uint64_t>(gone.tokens);
-  ++counters_.evictions;
+  contents_.tokens -= static_cast<std::uint64_t>(gone.tokens);
   KeyBlock& block = *gone.block;
   if (gone.block.use_count() == 1) return;  // the block goes with it
   // What was the end of the block is spare room again; where that is more than half of it, it is given back.
@@ -449,31 +399,29 @@ bool PrefixBank::trim(KeyBlock& block) noexcept {
   std::size_t transient = 0;
   for (const std::size_t bytes : token_bytes_) transient = std::max(transient, bytes);
   transient *= static_cast<std::size_t>(block.claimed_);
-  if (!account_.try_reserve(transient)) return false;
+  const auto reserved = Reservation::of(account_, transient);
+  if (!reserved) return false;
   try {
     const c10::InferenceMode normal(false);
     for (std::size_t i = 0; i < block.tensors_.size(); ++i) {
       at::Tensor& tensor = block.tensors_[i];
       const std::size_t before = tensor.nbytes();
       tensor = tensor.narrow(settings_.specs[i].token_dim, 0, block.claimed_).clone(at::MemoryFormat::Contiguous);
-      const std::size_t freed = before - tensor.nbytes();
-      block.bytes_ -= freed;
-      account_.release(freed);
+      block.reserved_.shrink_to(block.reserved_.bytes() - (before - tensor.nbytes()));
     }
   } catch (const std::exception&) {  // the other tensors stay larger than they need to be
   }
   block.room_ = block.claimed_;
-  account_.release(transient);
   return true;
 }
 
 void PrefixBank::pin(KeyBlock& block) noexcept {
-  if (block.pins_++ == 0 && is_held(block)) pinned_bytes_ += block.bytes_;
+  if (block.pins_++ == 0 && is_held(block)) pinned_bytes_ += block.reserved_.bytes();
 }
 
 void PrefixBank::unpin(KeyBlock& block) noexcept {
   if (--block.pins_ > 0 || !is_held(block)) return;
-  pinned_bytes_ -= block.bytes_;
+  pinned_bytes_ -= block.reserved_.bytes();
   trim_if_wasteful(block);
 }
 

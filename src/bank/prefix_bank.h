@@ -16,8 +16,7 @@
 #include <string_view>
 #include <vector>
 
-#include "bank/memory.h"
-#include "llmcache/bank/eviction.h"
+#include "bank/capacity_bank.h"
 #include "match/prefix_tree.h"
 
 namespace llmcache {
@@ -36,9 +35,8 @@ struct KeySpec {
 /// counts in its capacity, with the first node that lies in it.
 class KeyBlock {
  public:
-  /// `bytes` are reserved in `account`.
-  KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, std::size_t bytes, MemoryAccount& account);
-  ~KeyBlock();
+  /// `reserved`: for itself and its tensors.
+  KeyBlock(const std::vector<KeySpec>& specs, std::int64_t room, Reservation reserved);
   KeyBlock(const KeyBlock&) = delete;
   KeyBlock& operator=(const KeyBlock&) = delete;
 
@@ -48,6 +46,7 @@ class KeyBlock {
 
  private:
   friend class PrefixBank;
+  Reservation reserved_;
   std::vector<at::Tensor> tensors_;
   std::int64_t room_;
   // Guarded by the bank's lock:
@@ -55,8 +54,6 @@ class KeyBlock {
   std::int64_t held_ = 0;     ///< tokens from the start that nodes hold, with what has gone in their midst
   std::int64_t pins_ = 0;     ///< running passes that use it
   bool wasteful_ = false;     ///< was to give back its spare room and could not
-  std::size_t bytes_;
-  MemoryAccount* account_;  ///< in which bytes_ are reserved
 };
 
 /// Neighbouring tokens in a block.
@@ -119,12 +116,13 @@ class PrefixLease {
 /// evicts, makes known and counts. A call that fails drops its leases, and nothing has happened, but that what it found
 /// counts as used.
 ///
-/// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in spaces that
-/// never see each other (tenant, position of the first token). Tokens are compared, hashes only find.
+/// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in partitions
+/// that never see each other (tenant, position of the first token). Tokens are compared, hashes only find. Entries are
+/// the nodes of the tree, their slots its own; leases stay valid when they go.
 ///
 /// When room is needed the eviction policy names a node; if that has children, a leaf below it goes instead. Nodes
 /// whose blocks a running pass uses are skipped. Blocks must not outlive the bank.
-class PrefixBank {
+class PrefixBank final : public CapacityBank {
  public:
   struct Settings {
     std::size_t capacity_bytes = 0;
@@ -133,23 +131,17 @@ class PrefixBank {
     std::vector<KeySpec> specs;
     MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
-  struct Counters {
-    std::uint64_t entries = 0;     ///< nodes
-    std::uint64_t tokens = 0;      ///< that the nodes hold
-    std::uint64_t insertions = 0;  ///< commits that made something known
-    std::uint64_t evictions = 0;   ///< of nodes
-    std::uint64_t rejected = 0;    ///< commits for which there was no room, at reserve() or by then
-    std::size_t bytes = 0, peak_bytes = 0;
+  struct Contents {
+    std::uint64_t tokens = 0;  ///< that the nodes hold
   };
+  /// Entries are nodes, insertions and rejected are commits.
+  struct Counters : BankCounters, Contents {};
 
   explicit PrefixBank(Settings settings);
-  ~PrefixBank();
-  PrefixBank(const PrefixBank&) = delete;
-  PrefixBank& operator=(const PrefixBank&) = delete;
 
   /// The longest known prefix of `tokens` (token after token, token_width numbers each), at the granularity of tokens.
   /// All nodes on its path count as used. Throws nothing but std::bad_alloc of the lease itself.
-  [[nodiscard]] PrefixLease find(std::string_view space, std::span<const std::int64_t> tokens, double now_s);
+  [[nodiscard]] PrefixLease find(std::string_view partition, std::span<const std::int64_t> tokens, double now_s);
 
   /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after`, one of the lease's ranges or
   /// null, is used first, if that ends where the claimed part of its block does; the rest is one new block of at least
@@ -165,11 +157,9 @@ class PrefixBank {
   /// known or reserved, and those of other leases that live. `saved_ms`: for the eviction policy, time that one token's
   /// entry saves. Never fails: what finds no room is counted as rejected, and so is a lease for which reserve() found
   /// none.
-  void commit(PrefixLease& lease, std::string_view space, std::span<const std::int64_t> tokens,
+  void commit(PrefixLease& lease, std::string_view partition, std::span<const std::int64_t> tokens,
               std::span<const KeyRange> ranges, double saved_ms, double now_s);
 
-  /// Drops every node. Leases stay valid.
-  void clear();
   [[nodiscard]] Counters counters() const;
 
  private:
@@ -178,13 +168,13 @@ class PrefixBank {
 
   [[nodiscard]] std::optional<std::size_t> block_bytes(std::int64_t room) const noexcept;
   [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::unique_lock<std::mutex>& lock, std::int64_t room);
-  [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.account_ == &account_; }
-  bool make_room(std::size_t bytes, double now_s) noexcept;
-  bool evict_one(double now_s) noexcept;
-  [[nodiscard]] std::uint32_t idle_leaf(std::uint32_t node) const noexcept;
+  [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.reserved_.is_in(account_); }
   [[nodiscard]] KeyRange& held(std::uint32_t node) noexcept { return (*ranges_)[node]; }
-  [[nodiscard]] bool idle(std::uint32_t node) const noexcept;
-  void evict(std::uint32_t leaf) noexcept;
+  void remove(std::uint32_t leaf) noexcept override;
+  void remove_all() noexcept override;
+  [[nodiscard]] bool is_idle(std::uint32_t node) const noexcept override;
+  [[nodiscard]] std::uint32_t idle_in_place_of(std::uint32_t node) const noexcept override;
+  [[nodiscard]] std::size_t busy_bytes() const noexcept override { return pinned_bytes_; }
   void trim_if_wasteful(KeyBlock& block) noexcept;
   bool trim(KeyBlock& block) noexcept;
   void pin(KeyBlock& block) noexcept;
@@ -192,7 +182,7 @@ class PrefixBank {
 
   /// A sequence on its way into the tree.
   struct Sequence {
-    std::string_view space;
+    std::string_view partition;
     std::span<const std::int64_t> tokens;
     std::span<const KeyRange> ranges;
     double saved_ms;
@@ -200,6 +190,7 @@ class PrefixBank {
   };
   bool take_over(const Sequence& sequence) noexcept;
   bool grow(const Sequence& sequence);
+  void append_behind(const PrefixTree::Match& match, const Sequence& sequence);
   std::uint32_t split(std::uint32_t node, std::size_t count, const Sequence& sequence, std::size_t end);
   std::uint32_t append(std::uint32_t node, const KeyRange& range, const Sequence& sequence, std::size_t begin);
   std::uint32_t prepare(std::int64_t tokens, const Sequence& sequence, std::size_t end);
@@ -207,15 +198,11 @@ class PrefixBank {
   const Settings settings_;
   std::vector<std::size_t> token_bytes_;  ///< of each of the specs
   std::size_t all_token_bytes_ = 0;
-  MemoryAccount account_;
   MemoryAccount passes_;  ///< new blocks of running passes
-  AccountedResource memory_;
-  mutable std::mutex mutex_;
   PrefixTree tree_;
   std::optional<std::pmr::deque<KeyRange>> ranges_;  ///< of the nodes, by slot; none while there are none
-  EvictionPolicy policy_;                            ///< of the nodes; roots are not in it
   std::size_t pinned_bytes_ = 0;                     ///< of blocks that are held and cannot be evicted now
-  Counters counters_;
+  Contents contents_;
 };
 
 }  // namespace llmcache

@@ -5,20 +5,18 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <memory_resource>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "bank/memory.h"
+#include "bank/capacity_bank.h"
 #include "bank/prefix_bank.h"
+#include "bank/slot_vector.h"
 #include "bank/stored_states.h"
-#include "llmcache/bank/eviction.h"
 #include "match/block_hash_index.h"
 
 namespace llmcache {
@@ -29,18 +27,17 @@ struct SegmentOrigin {
   std::uint16_t averaged = 1;  ///< sequences that they are the mean over; 1: those of one whole sequence
 };
 
-/// States of one sequence that was computed in full, or means of those of a passage, one tensor a KeySpec. Written as a
-/// draft, which is the working memory of a pass, before the bank takes it over; then immutable. Must not outlive its
-/// bank.
+/// States of one sequence that was computed in full, or means of those of a passage, one tensor a KeySpec. Written
+/// while it is pending, as the working memory of a pass, before the bank takes it over; then immutable. Must not
+/// outlive its bank.
 class SegmentEntry {
  public:
-  SegmentEntry(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin,
+  SegmentEntry(std::string_view partition, std::span<const std::int64_t> tokens, SegmentOrigin origin,
                const std::vector<KeySpec>& specs, BankFormat format, std::pmr::memory_resource* memory);
-  ~SegmentEntry();
   SegmentEntry(const SegmentEntry&) = delete;
   SegmentEntry& operator=(const SegmentEntry&) = delete;
 
-  [[nodiscard]] std::string_view space() const noexcept { return space_; }
+  [[nodiscard]] std::string_view partition() const noexcept { return partition_; }
   /// Token after token.
   [[nodiscard]] std::span<const std::int64_t> tokens() const noexcept { return tokens_; }
   [[nodiscard]] const SegmentOrigin& origin() const noexcept { return origin_; }
@@ -54,14 +51,13 @@ class SegmentEntry {
   friend class SegmentBank;
   [[nodiscard]] bool complete() const noexcept;
 
+  Reservation reserved_;  ///< for the states
   const std::vector<KeySpec>& specs_;
   const BankFormat format_;
-  std::pmr::string space_;
+  std::pmr::string partition_;
   std::pmr::vector<std::int64_t> tokens_;
   const SegmentOrigin origin_;
   std::vector<StoredStates> stored_;
-  MemoryAccount* account_ = nullptr;  ///< in which bytes_ are reserved
-  std::size_t bytes_ = 0;
 };
 
 /// A run of a request's tokens that the bank has.
@@ -78,14 +74,14 @@ struct SegmentHit {
 
 /// Bank of whole sequences with a byte capacity. Thread-safe. Tensors, ids and index of what it holds are counted
 /// before it is taken over: the capacity holds at every moment. What a pass computes is its own until insert(), called
-/// when its call has succeeded: only that evicts, makes known and counts. Drafts are limited by the same capacity, of
-/// all running passes together, and not part of it. Sequences live in spaces that never see each other (tenant, types
-/// of the inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is needed the
-/// policy names an entry; those in use (held by a SegmentHit) are passed over.
+/// when its call has succeeded: only that evicts, makes known and counts. Pending entries are limited by the same
+/// capacity, of all running passes together, and not part of it. Sequences live in partitions that never see each other
+/// (tenant, types of the inputs). A sequence that is all of a prefix of another one is not kept beside it. When room is
+/// needed the policy names an entry; those in use (held by a SegmentHit) are passed over.
 ///
 /// Beside sequences it holds means: a passage that was met in several sequences, with the mean of its states over them.
 /// They serve where no sequence has the passage with more of what stands around it.
-class SegmentBank {
+class SegmentBank final : public CapacityBank {
  public:
   struct Settings {
     std::size_t capacity_bytes = 0;
@@ -96,20 +92,14 @@ class SegmentBank {
     BankFormat format = BankFormat::kAsComputed;
     MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
-  struct Counters {
-    std::uint64_t entries = 0;     ///< held now
-    std::uint64_t means = 0;       ///< of them, means of passages
-    std::uint64_t tokens = 0;      ///< that they hold
-    std::uint64_t insertions = 0;  ///< means left out
-    std::uint64_t evictions = 0;   ///< for room
-    std::uint64_t replaced = 0;    ///< entries that a longer one made superfluous
-    std::uint64_t rejected = 0;    ///< for which there was no room
-    std::size_t bytes = 0, peak_bytes = 0;
+  struct Contents {
+    std::uint64_t means = 0;     ///< of the entries, means of passages
+    std::uint64_t tokens = 0;    ///< that the entries hold
+    std::uint64_t replaced = 0;  ///< entries that a longer one made superfluous
   };
+  struct Counters : BankCounters, Contents {};  ///< insertions: means left out
 
   explicit SegmentBank(Settings settings);
-  SegmentBank(const SegmentBank&) = delete;
-  SegmentBank& operator=(const SegmentBank&) = delete;
 
   struct Wanted {
     std::int64_t least = 1;  ///< shortest run behind the prefix, tokens
@@ -117,29 +107,28 @@ class SegmentBank {
     bool use = true;         ///< what is found counts as used for the policy
   };
   /// The longest known prefix of a request, and behind it runs in ascending order without overlap.
-  [[nodiscard]] std::vector<SegmentHit> find(std::string_view space, std::span<const std::int64_t> tokens,
+  [[nodiscard]] std::vector<SegmentHit> find(std::string_view partition, std::span<const std::int64_t> tokens,
                                              const Wanted& wanted, double now_s);
 
-  /// A draft to be filled. `refused`: none, because there is no memory for it or it could not be kept beside the other
-  /// drafts; otherwise, without a draft, the bank knows these tokens as a prefix already. Changes nothing that is held
-  /// or counted.
+  /// An entry to be filled. `refused`: none, because there is no memory for it or it could not be kept beside the other
+  /// pending ones; otherwise, without one, the bank knows these tokens as a prefix already. Changes nothing that is
+  /// held or counted.
   struct Room {
-    std::unique_ptr<SegmentEntry> draft;
+    std::unique_ptr<SegmentEntry> pending;
     bool refused = false;
   };
-  [[nodiscard]] Room reserve(std::string_view space, std::span<const std::int64_t> tokens);
-  /// Makes what a filled draft holds known, and evicts for it. `saved_ms`: for the policy, time that a hit on it saves.
+  [[nodiscard]] Room reserve(std::string_view partition, std::span<const std::int64_t> tokens);
+  /// Makes a filled entry known, and evicts for it. `saved_ms`: for the policy, time that a hit on it saves.
   /// Never fails: what finds no room is counted as rejected, and so is what was refused.
   void insert(Room room, double saved_ms, double now_s);
 
   /// Likewise for the mean of a passage.
-  [[nodiscard]] Room reserve_mean(std::string_view space, std::span<const std::int64_t> tokens, SegmentOrigin origin);
+  [[nodiscard]] Room reserve_mean(std::string_view partition, std::span<const std::int64_t> tokens,
+                                  SegmentOrigin origin);
   /// Makes a filled mean known, in place of `replaced` where that is a mean. Does nothing if that is no longer there,
   /// or if without one the bank got a mean of this passage meanwhile. Never fails, as insert().
   void insert_mean(Room mean, const SegmentEntry& replaced, double saved_ms, double now_s);
 
-  /// Drops every entry. Hits stay valid.
-  void clear();
   [[nodiscard]] Counters counters() const;
 
  private:
@@ -150,30 +139,27 @@ class SegmentBank {
   [[nodiscard]] std::vector<BlockMatch> runs(const BlockHashIndex::Sequence& request,
                                              const BlockHashIndex::Wanted& wanted) const;
   [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const;
-  bool make_room(std::size_t bytes, double now_s) noexcept;
-  bool evict_one(double now_s) noexcept;
-  [[nodiscard]] bool idle(std::uint32_t slot) const noexcept { return (*entries_)[slot].use_count() == 1; }
-  void insert_draft(SegmentEntry& draft, double saved_ms, double now_s);
-  void insert_mean_draft(SegmentEntry& draft, const SegmentEntry& replaced, double saved_ms, double now_s);
-  void reject();
-  const SegmentEntry* take_over(SegmentEntry& draft, double saved_ms, double now_s);
-  void place(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
+  void insert_pending(SegmentEntry& pending, double saved_ms, double now_s);
+  void insert_pending_mean(SegmentEntry& pending, const SegmentEntry& replaced, double saved_ms, double now_s);
+  void replace(std::uint32_t slot) noexcept;
+  const SegmentEntry* take_over(SegmentEntry& pending, double saved_ms, double now_s);
+  [[nodiscard]] std::shared_ptr<SegmentEntry> make_entry(SegmentEntry& pending, Reservation& reserved);
+  void insert_indexed(const std::shared_ptr<SegmentEntry>& entry, double saved_ms, double now_s);
+  [[nodiscard]] std::optional<std::uint32_t> slot_of(const SegmentEntry& entry) const;
   [[nodiscard]] BlockHashIndex& index_of(const SegmentEntry& entry) noexcept {
     return entry.is_mean() ? means_ : index_;
   }
-  void remove(std::uint32_t slot) noexcept;
-  void reset_if_empty() noexcept;
+  void remove(std::uint32_t slot) noexcept override;
+  void remove_all() noexcept override;
+  [[nodiscard]] bool is_idle(std::uint32_t slot) const noexcept override { return entries_[slot].use_count() == 1; }
+  [[nodiscard]] std::size_t busy_bytes() const noexcept override;
 
   const Settings settings_;
-  MemoryAccount account_;
-  MemoryAccount drafts_;  ///< of running passes
-  AccountedResource memory_;
-  mutable std::mutex mutex_;
-  std::optional<std::pmr::deque<std::shared_ptr<SegmentEntry>>> entries_;  ///< by slot; none while there are none
-  BlockHashIndex index_;                                                   ///< sequences
+  MemoryAccount pending_;  ///< of running passes
+  SlotVector<std::shared_ptr<SegmentEntry>> entries_;
+  BlockHashIndex index_;  ///< sequences
   BlockHashIndex means_;
-  EvictionPolicy policy_;
-  Counters counters_;
+  Contents contents_;
 };
 
 }  // namespace llmcache

@@ -33,7 +33,7 @@ at::ScalarType stored_type(BankFormat format, at::ScalarType computed) {
   return computed;
 }
 
-void check_layout(at::IntArrayRef sizes, std::int64_t token_dim, std::int64_t group) {
+void check_token_dim(at::IntArrayRef sizes, std::int64_t token_dim, std::int64_t group) {
   const auto dims = static_cast<std::int64_t>(sizes.size());
   if (token_dim < 0 || token_dim >= dims - 1) {
     throw Error(ErrorCode::kInvalidOptions,
@@ -45,14 +45,14 @@ void check_layout(at::IntArrayRef sizes, std::int64_t token_dim, std::int64_t gr
 
 /// A tensor as loops over rows see it: its first element, and how far the next one is in each dimension but the last.
 template <typename T>
-struct Rows {
+struct StridedRows {
   T* data = nullptr;
   std::vector<std::int64_t> strides;
 };
 
 template <typename T>
-Rows<T> rows_of(const at::Tensor& tensor) {
-  Rows<T> rows;
+StridedRows<T> strided_rows(const at::Tensor& tensor) {
+  StridedRows<T> rows;
   if (!tensor.defined()) return rows;
   if constexpr (std::is_const_v<T>) {
     rows.data = tensor.const_data_ptr<std::remove_const_t<T>>();
@@ -66,8 +66,8 @@ Rows<T> rows_of(const at::Tensor& tensor) {
 /// Calls row(width, a, b, c, d) for each row of up to four tensors of one shape; what is null stays null. Dimensions in
 /// which all tensors go on without a gap become one long row. `widths`: of a row of each tensor.
 template <typename A, typename B, typename C, typename D, typename Row>
-void for_rows(at::IntArrayRef sizes, std::array<std::int64_t, 4> widths, const Rows<A>& a, const Rows<B>& b,
-              const Rows<C>& c, const Rows<D>& d, const Row& row) {
+void for_rows(at::IntArrayRef sizes, std::array<std::int64_t, 4> widths, const StridedRows<A>& a,
+              const StridedRows<B>& b, const StridedRows<C>& c, const StridedRows<D>& d, const Row& row) {
   const std::array<const std::vector<std::int64_t>*, 4> strides = {&a.strides, &b.strides, &c.strides, &d.strides};
   std::size_t outer = sizes.size() - 1;
   for (; outer > 0; --outer) {
@@ -119,7 +119,7 @@ at::Tensor detail::dequantise(const at::Tensor& values, const at::Tensor& scales
 
 StoredStates StoredStates::empty(at::IntArrayRef sizes, std::int64_t token_dim, const at::TensorOptions& options,
                                  BankFormat format, std::int64_t group) {
-  check_layout(sizes, token_dim, group);
+  check_token_dim(sizes, token_dim, group);
   const at::ScalarType computed = c10::typeMetaToScalarType(options.dtype());
   if (!at::isFloatingType(computed)) {
     refuse_input(fmt::format("states are of type {}; floating point is expected", c10::toString(computed)));
@@ -199,8 +199,8 @@ void StoredStates::write(std::int64_t begin, const at::Tensor& states) {
   const std::int64_t width = states.size(-1);
   // Rows join only where no group would reach over their ends.
   const bool whole = width % group_ == 0;
-  for_rows(states.sizes(), {width, whole ? width : -1, groups_of(width, group_), 0}, rows_of<const float>(source),
-           rows_of<std::int8_t>(values), rows_of<float>(scales), Rows<float>(),
+  for_rows(states.sizes(), {width, whole ? width : -1, groups_of(width, group_), 0}, strided_rows<const float>(source),
+           strided_rows<std::int8_t>(values), strided_rows<float>(scales), StridedRows<float>(),
            [&](std::int64_t size, const float* row, std::int8_t* to, float* to_scales, const float*) {
              detail::quantise_row(row, to, to_scales, size, group_);
            });
@@ -217,21 +217,22 @@ bool StoredStates::copy_by_rows(const at::Tensor& target, std::int64_t begin, co
   const std::int64_t count = target.size(token_dim_);
   const std::int64_t width = target.size(-1);
   const at::Tensor values = values_.narrow(token_dim_, begin, count);
-  const Rows<float> to = rows_of<float>(target);
-  const Rows<const float> by = rows_of<const float>(shift);
+  const StridedRows<float> to = strided_rows<float>(target);
+  const StridedRows<const float> by = strided_rows<const float>(shift);
   switch (values.scalar_type()) {
     case at::kChar: {
       const at::Tensor scales = scales_.narrow(token_dim_, begin, count);
       const bool whole = width % group_ == 0;
       for_rows(target.sizes(), {width, whole ? width : -1, groups_of(width, group_), width}, to,
-               rows_of<const std::int8_t>(values), rows_of<const float>(scales), by,
+               strided_rows<const std::int8_t>(values), strided_rows<const float>(scales), by,
                [&](std::int64_t size, float* row, const std::int8_t* from, const float* steps, const float* add) {
                  detail::dequantise_row(from, steps, add, row, size, group_);
                });
       return true;
     }
     case at::kBFloat16: {
-      for_rows(target.sizes(), {width, width, width, 0}, to, rows_of<const at::BFloat16>(values), by, Rows<float>(),
+      for_rows(target.sizes(), {width, width, width, 0}, to, strided_rows<const at::BFloat16>(values), by,
+               StridedRows<float>(),
                [](std::int64_t size, float* row, const at::BFloat16* from, const float* add, const float*) {
                  detail::widen_row(reinterpret_cast<const std::uint16_t*>(from), add, row, size);
                });
@@ -239,7 +240,8 @@ bool StoredStates::copy_by_rows(const at::Tensor& target, std::int64_t begin, co
     }
     case at::kFloat: {
       if (by.data == nullptr) return false;  // ATen's copy is as fast
-      for_rows(target.sizes(), {width, width, width, 0}, to, rows_of<const float>(values), by, Rows<float>(),
+      for_rows(target.sizes(), {width, width, width, 0}, to, strided_rows<const float>(values), by,
+               StridedRows<float>(),
                [](std::int64_t size, float* row, const float* from, const float* add, const float*) {
                  detail::add_row(from, add, row, size);
                });

@@ -5,21 +5,21 @@
 #include <map>
 #include <memory>
 #include <memory_resource>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "bank/capacity_bank.h"
+#include "bank/slot_vector.h"
 #include "bank/token_entry.h"
-#include "llmcache/bank/eviction.h"
 #include "match/shingle_index.h"
 
 namespace llmcache {
 
-/// Thread-safe. Entries live in spaces that never see each other (a tenant, say).
+/// Thread-safe. Entries live in partitions that never see each other (a tenant, say).
 ///
-/// Averaging (llmcache-reuse-bench measures what it gains where questions change behind a passage). A sequence that was
+/// Averaging (it gains where questions change behind a passage). A sequence that was
 /// computed in full and has long runs of tokens in the same places as an entry gets, on these tokens, the mean of the
 /// states over all sequences that had them, itself included; the entry that they came from leaves if most of it lives
 /// on so (superseded_from). Running passes are not disturbed: entries never change, and live as long as somebody reads
@@ -27,9 +27,9 @@ namespace llmcache {
 ///
 /// Memory: tensors are counted before they become an entry, index and containers as they grow; the sum never exceeds
 /// the capacity. What a pass computes is its own until keep(), called when its call has succeeded: only that evicts,
-/// makes known and counts. Drafts are limited by the same capacity, of all running passes together, and not part of it.
-/// Entries and drafts must not outlive the bank.
-class TokenBank {
+/// makes known and counts. Pending entries are limited by the same capacity, of all running passes together, and not
+/// part of it. Entries, pending ones too, must not outlive the bank.
+class TokenBank final : public CapacityBank {
  public:
   struct Settings {
     std::size_t capacity_bytes = 0;
@@ -49,74 +49,70 @@ class TokenBank {
     TokenAlignment alignment;
   };
 
-  struct Counters {
-    std::uint64_t entries = 0;     ///< held now
-    std::uint64_t insertions = 0;  ///< sequences kept
-    std::uint64_t evictions = 0;   ///< for room
-    std::uint64_t rejected = 0;    ///< no room could be made
-    std::uint64_t averaged = 0;    ///< of the insertions, those that were averaged with an entry
-    std::size_t bytes = 0;         ///< held now
-    std::size_t peak_bytes = 0;
+  struct Averages {
+    std::uint64_t averaged = 0;  ///< of the insertions, those that were averaged with an entry
   };
+  struct Counters : BankCounters, Averages {};
 
   explicit TokenBank(Settings settings);
 
   /// The entry that aligns best (smallest edit fraction; among equals the one whose aligned states are the mean over
   /// most), of the `tried` ones with most text in common; empty if none has any. It counts as used.
-  std::optional<Candidate> find(std::string_view space, const TokenView& tokens, double now_s, std::size_t tried = 3);
+  std::optional<Candidate> find(std::string_view partition, const TokenView& tokens, double now_s,
+                                std::size_t tried = 3);
 
   /// Room for a sequence that is computed; null if there is no memory for it, or it could not be kept beside the other
-  /// drafts. Changes nothing that is held or counted.
-  std::unique_ptr<TokenDraft> reserve(std::int64_t tokens);
+  /// pending ones. Changes nothing that is held or counted.
+  std::unique_ptr<PendingEntry> reserve(std::int64_t tokens);
 
   /// Keeps a sequence that was computed in full, and evicts for it. Never fails: what finds no room is counted as
-  /// rejected, and so is a draft that is null. What the bank has already is not kept twice.
-  void keep(std::string_view space, const TokenView& tokens, std::unique_ptr<TokenDraft> draft, double saved_ms,
+  /// rejected, and so is null. What the bank has already is not kept twice.
+  void keep(std::string_view partition, const TokenView& tokens, std::unique_ptr<PendingEntry> pending, double saved_ms,
             double now_s);
 
-  void clear();
   [[nodiscard]] const StateLayout& layout() const noexcept { return settings_.layout; }
-  [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }
   [[nodiscard]] Counters counters() const;
 
  private:
-  struct Space {
+  struct Partition {
     std::uint32_t number = 0;
     std::size_t entries = 0;
   };
-  using Spaces = std::pmr::map<std::pmr::string, Space, std::less<>>;
+  using Partitions = std::pmr::map<std::pmr::string, Partition, std::less<>>;
   struct Node {
-    std::shared_ptr<const TokenEntry> entry;  ///< null: the slot is free
-    Spaces::iterator space;
+    std::shared_ptr<const TokenEntry> entry;
+    Partitions::iterator partition;
   };
 
-  [[nodiscard]] std::vector<std::shared_ptr<const TokenEntry>> similar(std::string_view space,
+  [[nodiscard]] std::vector<std::shared_ptr<const TokenEntry>> similar(std::string_view partition,
                                                                        const std::vector<std::uint64_t>& hashes,
                                                                        std::size_t limit);
-  [[nodiscard]] std::vector<std::uint16_t> average(TokenDraft& draft, const TokenEntry& entry,
+  [[nodiscard]] std::optional<Candidate> best_in_place(std::string_view partition, const TokenView& tokens,
+                                                       const std::vector<std::uint64_t>& hashes);
+  [[nodiscard]] std::vector<std::uint16_t> average(PendingEntry& pending, const TokenEntry& entry,
                                                    const TokenAlignment& alignment, std::int64_t& averaged) const;
-  void keep_computed(std::string_view space, const TokenView& tokens, TokenDraft& draft, double saved_ms, double now_s);
-  [[nodiscard]] std::shared_ptr<const TokenEntry> make_entry(const TokenView& tokens, TokenDraft& draft,
-                                                             const std::vector<std::uint16_t>& counts, double now_s);
-  void place(std::string_view space, const std::shared_ptr<const TokenEntry>& entry,
-             const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
+  void average_block(PendingEntry& pending, const TokenEntry& entry, const AlignedBlock& block,
+                     std::vector<std::uint16_t>& counts) const;
+  void keep_computed(std::string_view partition, const TokenView& tokens, PendingEntry& pending, double saved_ms,
+                     double now_s);
+  void insert_computed(std::string_view partition, const TokenView& tokens, PendingEntry& pending,
+                       const std::vector<std::uint16_t>& counts, const std::vector<std::uint64_t>& hashes,
+                       double saved_ms, double now_s);
+  void insert_indexed(std::string_view partition, const std::shared_ptr<const TokenEntry>& entry,
+                      const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
   [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
-  void remove(std::uint32_t slot) noexcept;
-  void release_if_empty() noexcept;
-  bool evict_one(double now_s);
+  void use(const TokenEntry* entry, double now_s);
+  void remove(std::uint32_t slot) noexcept override;
+  void remove_all() noexcept override;
+  void drop_if_empty(Partitions::iterator partition) noexcept;
 
   const Settings settings_;
-  MemoryAccount account_;
-  MemoryAccount drafts_;  ///< of running passes
-  AccountedResource memory_;
-  mutable std::mutex mutex_;
-  Spaces spaces_;
-  std::pmr::vector<Node> nodes_;          ///< by slot
-  std::pmr::vector<std::uint32_t> free_;  ///< slots that are not in use
-  ShingleIndex index_;                    ///< of slots
-  EvictionPolicy policy_;
-  std::uint32_t next_space_ = 0;
-  Counters counters_;
+  MemoryAccount pending_;  ///< of running passes
+  Partitions partitions_;
+  SlotVector<Node> nodes_;
+  ShingleIndex index_;  ///< of slots
+  std::uint32_t next_partition_ = 0;
+  Averages averages_;
 };
 
 }  // namespace llmcache

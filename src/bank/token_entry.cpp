@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include <utility>
+
 #include "bank/tensor_bytes.h"
 
 namespace llmcache {
@@ -17,7 +19,7 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
   return sum;
 }
 
-HeldTensor::HeldTensor(const at::Tensor& rows, BankFormat format) {
+EncodedTensor::EncodedTensor(const at::Tensor& rows, BankFormat format) {
   const auto stored = StoredStates::bytes_for(rows.sizes(), rows.options(), format) + kTensorOverhead;
   // Where a row is short its scales take more than what the values save.
   if (format == BankFormat::kAsComputed || rows.dim() < 2 || stored >= rows.nbytes()) {
@@ -28,12 +30,12 @@ HeldTensor::HeldTensor(const at::Tensor& rows, BankFormat format) {
   stored_ = StoredStates::encode(rows, 0, format);
 }
 
-std::size_t HeldTensor::bytes() const {
+std::size_t EncodedTensor::bytes() const {
   return rows_.defined() ? rows_.nbytes() + kTensorOverhead : stored_.bytes() + 2 * kTensorOverhead;
 }
 
-TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes)
-    : tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())), account_(account), bytes_(bytes) {
+PendingEntry::PendingEntry(const StateLayout& layout, std::int64_t tokens, Reservation reserved)
+    : reserved_(std::move(reserved)), tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())) {
   for (const StateLayout::Spec& spec : layout.specs) {
     auto sizes = spec.sizes;
     sizes.insert(sizes.begin(), tokens);
@@ -41,31 +43,21 @@ TokenDraft::TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAcc
   }
 }
 
-TokenDraft::~TokenDraft() {
-  tensors_.clear();
-  account_.release(bytes_);
-}
-
-TokenEntry::TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
-                       const std::vector<std::uint16_t>& counts, MemoryAccount& account,
+TokenEntry::TokenEntry(const StateLayout& layout, PendingEntry& pending, const TokenView& tokens,
+                       const std::vector<std::uint16_t>& counts, Reservation& reserved,
                        std::pmr::memory_resource* memory)
     : layout_(layout),
       values_(tokens.values.begin(), tokens.values.end(), memory),
       width_(tokens.width),
       counts_(counts.begin(), counts.end(), memory),
-      held_(memory),
-      account_(account) {
-  held_.reserve(draft.tensors_.size());
-  for (const at::Tensor& tensor : draft.tensors_) held_.emplace_back(tensor, layout.format);
-  for (const HeldTensor& held : held_) bytes_ += held.bytes();
-  // Nothing throws from here on: the draft was whole until now.
-  draft.tensors_.clear();
-  account_.release(draft.bytes_ - bytes_);
-}
-
-TokenEntry::~TokenEntry() {
-  held_.clear();
-  account_.release(bytes_);
+      encoded_(memory) {
+  encoded_.reserve(pending.tensors_.size());
+  std::size_t bytes = 0;
+  for (const at::Tensor& tensor : pending.tensors_) bytes += encoded_.emplace_back(tensor, layout.format).bytes();
+  // Nothing throws from here on: what is pending was whole until now.
+  pending.tensors_.clear();
+  reserved_ = std::move(reserved);
+  reserved_.shrink_to(bytes);
 }
 
 at::Tensor TokenEntry::keys(std::int32_t layer, std::int64_t site, std::size_t input) const {

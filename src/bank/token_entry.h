@@ -22,7 +22,7 @@ struct StateLayout {
   };
   std::vector<Spec> specs;
   std::vector<std::vector<std::size_t>> first_key;  ///< by layer and site: spec of its first key-side tensor
-  BankFormat format = BankFormat::kAsComputed;      ///< how entries hold them; drafts are as computed
+  BankFormat format = BankFormat::kAsComputed;      ///< how entries hold them; pending ones are as computed
   std::vector<int> hidden;  ///< by layer, 0 .. L: spec of the states that enter it (L: the final ones); -1: not kept
 
   /// Of the tensors of a sequence, with what they take beside their data.
@@ -30,10 +30,10 @@ struct StateLayout {
 };
 
 /// One tensor `[tokens, ...]` in the form in which it is held, which takes no more room than the tensor.
-class HeldTensor {
+class EncodedTensor {
  public:
   /// Nobody writes to `rows` any more.
-  HeldTensor(const at::Tensor& rows, BankFormat format);
+  EncodedTensor(const at::Tensor& rows, BankFormat format);
   /// As the model has it. Read only.
   [[nodiscard]] at::Tensor rows() const { return rows_.defined() ? rows_ : stored_.decode(); }
   /// With what it takes beside its data.
@@ -46,37 +46,34 @@ class HeldTensor {
 
 /// Room for the states of one sequence: working memory of the pass that writes them, no part of a bank. Belongs to one
 /// thread.
-class TokenDraft {
+class PendingEntry {
  public:
-  /// `bytes` have been reserved in `account`, and are given back at its end (not if this throws).
-  TokenDraft(const StateLayout& layout, std::int64_t tokens, MemoryAccount& account, std::size_t bytes);
-  ~TokenDraft();
-  TokenDraft(const TokenDraft&) = delete;
-  TokenDraft& operator=(const TokenDraft&) = delete;
+  /// `reserved`: layout.bytes(tokens).
+  PendingEntry(const StateLayout& layout, std::int64_t tokens, Reservation reserved);
+  PendingEntry(const PendingEntry&) = delete;
+  PendingEntry& operator=(const PendingEntry&) = delete;
 
   [[nodiscard]] std::int64_t tokens() const noexcept { return tokens_; }
-  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return reserved_.bytes(); }
   /// Tensor of spec i, to be written.
   [[nodiscard]] at::Tensor& tensor(std::size_t i) { return tensors_[i]; }
   [[nodiscard]] const at::Tensor& final_states() const { return tensors_[final_]; }
 
  private:
   friend class TokenEntry;
+  Reservation reserved_;
   std::int64_t tokens_;
   std::size_t final_;  ///< spec of the final states
   std::vector<at::Tensor> tensors_;
-  MemoryAccount& account_;
-  std::size_t bytes_;
 };
 
 /// Tokens and states of one sequence. Immutable.
 class TokenEntry final : public CachedStates {
  public:
-  /// Takes the tensors of `draft`, whose bytes() have been reserved in `account`; what it does not need of them is
+  /// Takes the tensors of `pending`, and its bytes() that are reserved for them; what it does not need of these is
   /// given back. If it throws neither is touched. `counts`: by token, over how many sequences its states are the mean.
-  TokenEntry(const StateLayout& layout, TokenDraft& draft, const TokenView& tokens,
-             const std::vector<std::uint16_t>& counts, MemoryAccount& account, std::pmr::memory_resource* memory);
-  ~TokenEntry() override;
+  TokenEntry(const StateLayout& layout, PendingEntry& pending, const TokenView& tokens,
+             const std::vector<std::uint16_t>& counts, Reservation& reserved, std::pmr::memory_resource* memory);
   TokenEntry(const TokenEntry&) = delete;
   TokenEntry& operator=(const TokenEntry&) = delete;
 
@@ -86,18 +83,17 @@ class TokenEntry final : public CachedStates {
 
   [[nodiscard]] TokenView view() const { return {values_, width_}; }
   [[nodiscard]] std::uint16_t count(std::int64_t token) const { return counts_[static_cast<std::size_t>(token)]; }
-  [[nodiscard]] at::Tensor rows(std::size_t spec) const { return held_[spec].rows(); }
+  [[nodiscard]] at::Tensor rows(std::size_t spec) const { return encoded_[spec].rows(); }
   /// Of its tensors.
-  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return reserved_.bytes(); }
 
  private:
+  Reservation reserved_;
   const StateLayout& layout_;
   std::pmr::vector<std::int64_t> values_;
   std::size_t width_;
   std::pmr::vector<std::uint16_t> counts_;
-  std::pmr::vector<HeldTensor> held_;  ///< by spec
-  MemoryAccount& account_;
-  std::size_t bytes_ = 0;  ///< reserved, released with the entry
+  std::pmr::vector<EncodedTensor> encoded_;  ///< by spec
 };
 
 }  // namespace llmcache

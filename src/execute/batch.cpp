@@ -18,55 +18,94 @@ struct Range {
   std::int64_t least = 0, largest = 0;
 };
 
-/// Of all numbers of an input that is not empty.
-Range range_of(const at::Tensor& tensor) {
-  const auto numbers = tensor.to(at::kCPU, at::kLong).contiguous();
+/// Of all numbers of an input that is not empty, on the host.
+Range range_of(const at::Tensor& numbers) {
   const std::int64_t* number = numbers.const_data_ptr<std::int64_t>();
-  Range range{number[0], number[0]};
-  for (std::int64_t i = 1, n = numbers.numel(); i < n; ++i) {
-    range.least = std::min(range.least, number[i]);
-    range.largest = std::max(range.largest, number[i]);
+  const auto [least, largest] = std::minmax_element(number, number + numbers.numel());
+  return {*least, *largest};
+}
+
+/// Throws if a real token has a number that the embedding has no row for.
+void refuse_outside(const Batch& batch, std::size_t input, const std::string& name, std::int64_t vocabulary,
+                    int mask_argument) {
+  const at::Tensor& numbers = batch.on_host[input];
+  const std::int64_t* number = numbers.const_data_ptr<std::int64_t>();
+  const at::Tensor real = mask_argument >= 0 ? batch.on_host[static_cast<std::size_t>(mask_argument)] : at::Tensor();
+  for (std::int64_t i = 0; i < numbers.numel(); ++i) {
+    if (number[i] >= 0 && number[i] < vocabulary) continue;
+    if (real.defined() && real.const_data_ptr<std::int64_t>()[i] == 0) continue;
+    invalid(fmt::format("'{}' holds {} in row {} at position {}; the model's embedding has the ids 0 to {}", name,
+                        number[i], i / batch.width, i % batch.width, vocabulary - 1));
   }
-  return range;
+}
+
+void refuse_too_long(const Batch& batch, std::int64_t max_tokens) {
+  if (max_tokens <= 0) return;
+  for (std::size_t row = 0; row < batch.spans.size(); ++row) {
+    if (batch.spans[row].tokens <= max_tokens) continue;
+    invalid(fmt::format("row {} has {} tokens, the model has positions for {}; cut it, or split the text", row,
+                        batch.spans[row].tokens, max_tokens));
+  }
 }
 
 /// Numbers that no probe holds: what the library found out about the model says nothing about them.
 void look_at_values(Batch& batch, const InputSpec& spec, int mask_argument) {
   if (batch.rows * batch.width == 0) return;
   for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
-    if (!batch.inputs[i].isTensor()) continue;
-    const Range range = range_of(batch.inputs[i].toTensor());
+    if (!batch.on_host[i].defined()) continue;
+    const Range range = range_of(batch.on_host[i]);
     const std::int64_t vocabulary = spec.vocabulary_known && i < spec.vocabulary.size() ? spec.vocabulary[i] : 0;
     if (static_cast<int>(i) == mask_argument) {
       if (range.least >= 0 && range.largest <= 1) continue;
       batch.plain_only = fmt::format("the mask ('{}') holds other numbers than 0 and 1: {} to {}", spec.names[i],
                                      range.least, range.largest);
     } else if (vocabulary > 0 && (range.least < 0 || range.largest >= vocabulary)) {
-      batch.plain_only = fmt::format("'{}' holds {}, the model's embedding has the ids 0 to {}", spec.names[i],
-                                     range.least < 0 ? range.least : range.largest, vocabulary - 1);
+      refuse_outside(batch, i, spec.names[i], vocabulary, mask_argument);
+      batch.plain_only = fmt::format("'{}' holds {} at padding, the model's embedding has the ids 0 to {}",
+                                     spec.names[i], range.least < 0 ? range.least : range.largest, vocabulary - 1);
     } else if (vocabulary == 0 && spec.vocabulary_known) {
       constexpr std::int64_t kMost = std::int64_t{1} << 40;
-      batch.largest_mark = std::max({batch.largest_mark, std::min(range.largest, kMost), -std::max(range.least, -kMost)});
+      batch.largest_mark =
+          std::max({batch.largest_mark, std::min(range.largest, kMost), -std::max(range.least, -kMost)});
     }
   }
+}
+
+void read_on_host(Batch& batch) {
+  for (const c10::IValue& input : batch.inputs) {
+    const bool given = input.isTensor();
+    batch.types.push_back(given ? static_cast<char>(input.toTensor().scalar_type()) : static_cast<char>(-1));
+    batch.on_host.push_back(given ? input.toTensor().to(at::kCPU, at::kLong).contiguous() : at::Tensor());
+  }
+}
+
+void append_bytes(std::string& text, const void* data, std::size_t bytes) {
+  text.append(static_cast<const char*>(data), bytes);
+}
+
+void append_number(std::string& text, std::int64_t number) { append_bytes(text, &number, sizeof(number)); }
+
+const std::int64_t* row_on_host(const Batch& batch, std::size_t input, std::int64_t row) {
+  const at::Tensor& all = batch.on_host[input];
+  return all.defined() ? all.const_data_ptr<std::int64_t>() + row * batch.width : nullptr;
 }
 
 void find_spans(Batch& batch, int mask_argument) {
   batch.spans.assign(static_cast<std::size_t>(batch.rows), {0, batch.width});
   batch.tokens = batch.rows * batch.width;
   if (mask_argument < 0 || batch.tokens == 0) return;
-  const c10::IValue& given = batch.inputs[static_cast<std::size_t>(mask_argument)];
-  if (given.isNone()) return;
-  const auto real = given.toTensor().ne(0).cpu().contiguous();
-  const bool* cell = real.const_data_ptr<bool>();
+  const at::Tensor& mask = batch.on_host[static_cast<std::size_t>(mask_argument)];
+  if (!mask.defined()) return;
+  const std::int64_t* cell = mask.const_data_ptr<std::int64_t>();
+  const auto is_real = [](std::int64_t value) { return value != 0; };
   batch.tokens = 0;
   for (RowSpan& span : batch.spans) {
-    const bool* end = cell + batch.width;
-    const bool* first = std::find(cell, end, true);
-    const std::int64_t count = std::count(first, end, true);
+    const std::int64_t* end = cell + batch.width;
+    const std::int64_t* first = std::find_if(cell, end, is_real);
+    const std::int64_t count = std::count_if(first, end, is_real);
     span = {count == 0 ? 0 : first - cell, count};
     if (count > 0) {
-      const bool* hole = std::find(first, end, false);
+      const std::int64_t* hole = std::find(first, end, 0);
       if (hole - first != count) batch.contiguous = false;
       if (first != cell) batch.right_padded = false;
     }
@@ -112,8 +151,9 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
       invalid(fmt::format("{} has type {}, an integer type (int64) is expected", describe(i), c10::toString(type)));
     }
     if (tensor.layout() != at::kStrided || tensor.is_nested()) {
-      invalid(fmt::format("{} is {}; a dense tensor is expected (to_dense(), to_padded_tensor())", describe(i),
-                          tensor.is_nested() ? "a nested tensor" : fmt::format("of layout {}", c10::str(tensor.layout()))));
+      invalid(
+          fmt::format("{} is {}; a dense tensor is expected (to_dense(), to_padded_tensor())", describe(i),
+                      tensor.is_nested() ? "a nested tensor" : fmt::format("of layout {}", c10::str(tensor.layout()))));
     }
     if (tensor.dim() != 2) {
       invalid(fmt::format("{} has {} dimensions [{}], 2 are expected: [batch, tokens]", describe(i), tensor.dim(),
@@ -131,7 +171,9 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
                           tensor.size(0), tensor.size(1), describe(ids), batch.rows, batch.width));
     }
   }
+  read_on_host(batch);
   find_spans(batch, profile.mask_argument);
+  refuse_too_long(batch, profile.max_tokens);
   look_at_values(batch, spec, profile.mask_argument);
   return batch;
 }
@@ -143,8 +185,8 @@ Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfil
     return checked(inputs, spec, profile, device);
   } catch (const c10::Error& error) {
     // Memory, or a kind of tensor whose values cannot be read.
-    std::throw_with_nested(Error(ErrorCode::kInvalidInput, fmt::format("the inputs cannot be read: {}",
-                                                                       error.what_without_backtrace())));
+    std::throw_with_nested(
+        Error(ErrorCode::kInvalidInput, fmt::format("the inputs cannot be read: {}", error.what_without_backtrace())));
   }
 }
 
@@ -167,14 +209,18 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   Batch part;
   part.rows = static_cast<std::int64_t>(chosen.size());
   part.width = width;
-  for (const c10::IValue& input : inputs) {
-    if (!input.isTensor()) {
-      part.inputs.push_back(input);
+  part.types = types;
+  const auto index = at::tensor(chosen, at::TensorOptions().dtype(at::kLong));
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (!inputs[i].isTensor()) {
+      part.inputs.push_back(inputs[i]);
+      part.on_host.emplace_back();
       continue;
     }
-    const at::Tensor& tensor = input.toTensor();
-    const auto index = at::tensor(chosen, at::TensorOptions().dtype(at::kLong)).to(tensor.device());
-    part.inputs.emplace_back(tensor.index_select(0, index));
+    const at::Tensor& tensor = inputs[i].toTensor();
+    part.inputs.emplace_back(tensor.index_select(0, index.to(tensor.device())));
+    const bool shared = tensor.is_cpu() && tensor.scalar_type() == at::kLong;
+    part.on_host.push_back(shared ? part.inputs.back().toTensor() : on_host[i].index_select(0, index));
   }
   for (const std::int64_t row : chosen) {
     const RowSpan& span = spans[static_cast<std::size_t>(row)];
@@ -187,6 +233,56 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   part.plain_only = plain_only;
   part.largest_mark = largest_mark;
   return part;
+}
+
+std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<char>& left_out) const {
+  std::vector<std::size_t> used;
+  std::string used_types;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (!left_out.empty() && left_out[i]) continue;
+    used.push_back(i);
+    used_types.push_back(types[i]);
+  }
+  std::vector<RowKey> all;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const RowSpan& span = spans[static_cast<std::size_t>(row)];
+    if (span.tokens == 0) continue;
+    RowKey& key = all.emplace_back();
+    key.row = row;
+    key.span = span;
+    key.ids_per_token = used.size();
+    key.tokens.resize(static_cast<std::size_t>(span.tokens) * used.size(), 0);
+    // Padding in front decides positions, in some models by what it holds.
+    append_number(key.partition, span.first);
+    for (std::size_t u = 0; u < used.size(); ++u) {
+      const std::int64_t* values = row_on_host(*this, used[u], row);
+      if (values == nullptr) continue;
+      append_bytes(key.partition, values, static_cast<std::size_t>(span.first) * sizeof(std::int64_t));
+      for (std::int64_t t = 0; t < span.tokens; ++t) {
+        key.tokens[static_cast<std::size_t>(t) * used.size() + u] = values[span.first + t];
+      }
+    }
+    key.partition += used_types + tenant;
+  }
+  return all;
+}
+
+std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool padding) const {
+  const RowSpan& span = spans[static_cast<std::size_t>(row)];
+  const std::int64_t first = padding ? 0 : span.first;
+  const std::int64_t count = padding ? width : span.tokens;
+  std::string key;
+  append_number(key, static_cast<std::int64_t>(tenant.size()));
+  key += tenant;
+  append_number(key, first);
+  append_number(key, count);
+  key += types;
+  // Padding in front is part of it: ids there may decide positions. Padding behind is not.
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::int64_t* values = row_on_host(*this, i, row);
+    if (values != nullptr) append_bytes(key, values, static_cast<std::size_t>(first + count) * sizeof(std::int64_t));
+  }
+  return key;
 }
 
 }  // namespace llmcache

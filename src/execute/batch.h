@@ -16,8 +16,21 @@ struct RowSpan {
   std::int64_t tokens = 0;  ///< real tokens
 };
 
+/// One row as banks know it: what decides its states, token after token.
+struct RowKey {
+  std::int64_t row = 0;  ///< of the batch
+  RowSpan span;
+  /// Rows of other partitions share nothing with it: tenant, types of the inputs, padding in front and what it holds.
+  std::string partition;
+  std::vector<std::int64_t> tokens;  ///< `ids_per_token` numbers for each real token
+  std::size_t ids_per_token = 1;
+};
+
 struct Batch {
   Inputs inputs;  ///< one entry for every input the model declares
+  /// The same on the host, int64 `[rows, width]`, contiguous; undefined for inputs that are None. Read once.
+  std::vector<at::Tensor> on_host;
+  std::string types;  ///< a character for each input: its type, or -1 for None
   std::int64_t rows = 0;
   std::int64_t width = 0;  ///< tokens a row, padding included
   std::vector<RowSpan> spans;
@@ -34,10 +47,16 @@ struct Batch {
   [[nodiscard]] std::size_t input_bytes() const;
   /// The batch made of some of the rows, in that order.
   [[nodiscard]] Batch select(const std::vector<std::int64_t>& chosen) const;
+  /// Keys of the rows that have a real token. `left_out[i]`: input i decides no state; empty: all do.
+  [[nodiscard]] std::vector<RowKey> keys(const std::string& tenant, const std::vector<char>& left_out = {}) const;
+  /// Everything that decides the output of a row, byte by byte. `padding`: the padding behind its tokens is part of
+  /// that.
+  [[nodiscard]] std::string whole_key(std::int64_t row, const std::string& tenant, bool padding) const;
 };
 
-/// Throws Error(kInvalidInput) that says what was found and what is expected. Fills all of it; values that no probe
-/// holds (a mask of other numbers than 0 and 1, ids outside the vocabulary, in padding too) make it `plain_only`.
+/// Throws Error(kInvalidInput) that says what was found and what is expected: also for a real token outside the
+/// vocabulary, and for a row that is longer than the model has positions for. Fills all of it; values that no probe
+/// holds (a mask of other numbers than 0 and 1, ids outside the vocabulary at padding) make it `plain_only`.
 Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device);
 
 }  // namespace llmcache

@@ -78,18 +78,18 @@ void CorrectedStates::embedded(std::size_t sequence, at::Tensor rows) {
   rows[0].index_copy_(0, state.known_rows, sequences_[sequence].donor->hidden(0).index_select(0, state.known_donor));
 }
 
-Course CorrectedStates::before_layer(std::size_t sequence, std::int32_t layer, const at::Tensor& active) {
+LayerAction CorrectedStates::before_layer(std::size_t sequence, std::int32_t layer, const at::Tensor& active) {
   const ReusedSequence& reused = sequences_[sequence];
   State& state = at(sequence);
-  if (!reused.donor || layer > state.widened) return Course::kGoOn;
-  Course course = Course::kGoOn;
+  if (!reused.donor || layer > state.widened) return LayerAction::kGoOn;
+  LayerAction course = LayerAction::kGoOn;
   if (monitor_) course = monitor_(sequence, layer, state.shifts[static_cast<std::size_t>(layer) - 1]);
   const bool planned = layer == state.widened;
-  if (planned && course == Course::kWiden) course = Course::kGoOn;
-  const auto cached = planned || course == Course::kWiden ? reused.donor->hidden(layer) : at::Tensor();
-  if (!cached.defined() && course == Course::kWiden) course = Course::kGoOn;
-  if (!cached.defined() && planned) course = Course::kStop;
-  state.stopped = course == Course::kStop;
+  if (planned && course == LayerAction::kComputeAll) course = LayerAction::kGoOn;
+  const auto cached = planned || course == LayerAction::kComputeAll ? reused.donor->hidden(layer) : at::Tensor();
+  if (!cached.defined() && course == LayerAction::kComputeAll) course = LayerAction::kGoOn;
+  if (!cached.defined() && planned) course = LayerAction::kStop;
+  state.stopped = course == LayerAction::kStop;
   if (!cached.defined() || state.stopped) return course;
   state.entering = reused_rows(state, cached, measure(state, active[0], cached));
   state.widened = layer;

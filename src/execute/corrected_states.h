@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "execute/cached_states.h"
-#include "execute/state_source.h"
+#include "execute/engine_hook.h"
 #include "match/active_set.h"
 
 namespace llmcache {
@@ -34,19 +34,19 @@ struct SampleShift {
 ///
 /// Tokens that the donor has are embedded as they were there (their place included), computed or not: a block that
 /// moved keeps its places as a whole. So layers must not look at places themselves where blocks moved.
-class CorrectedStates final : public StateSource {
+class CorrectedStates final : public EngineHook {
  public:
-  /// What a sequence does from layer l on, by the shift in layer l - 1. kWiden counts where the donor has the states
-  /// that enter l.
-  using Monitor = std::function<Course(std::size_t sequence, std::int32_t l, const SampleShift& shift)>;
+  /// What a sequence does from layer l on, by the shift in layer l - 1. kComputeAll counts where the donor has the
+  /// states that enter l.
+  using Monitor = std::function<LayerAction(std::size_t sequence, std::int32_t l, const SampleShift& shift)>;
 
   /// `sequences`: in the plan's order; they outlive the pass. `monitor` may be empty.
   CorrectedStates(const TokenLevelModel& model, std::int32_t layers, const std::vector<ReusedSequence>& sequences,
                   at::Device device, Monitor monitor);
 
-  bool steers() const override { return true; }
+  bool wants_hooks() const override { return true; }
   void embedded(std::size_t sequence, at::Tensor rows) override;
-  Course before_layer(std::size_t sequence, std::int32_t layer, const at::Tensor& active) override;
+  LayerAction before_layer(std::size_t sequence, std::int32_t layer, const at::Tensor& active) override;
   std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
                                std::vector<at::Tensor> fresh) override;
   at::Tensor entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) override;

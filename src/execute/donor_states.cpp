@@ -32,16 +32,16 @@ bool all_active(const SequencePlan& sequence, std::int32_t layer) {
 }  // namespace
 
 const SequenceState* DonorStates::donor_of(std::size_t sequence) const {
-  const auto donor = plan_.sequences[sequence].donor;
+  const auto donor = plan_->sequences[sequence].donor;
   return donor < 0 ? nullptr : donors_[static_cast<std::size_t>(donor)].get();
 }
 
 std::vector<KeySegment> DonorStates::keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
                                           std::vector<at::Tensor> fresh) {
-  const SequencePlan& plan = plan_.sequences[sequence];
+  const SequencePlan& plan = plan_->sequences[sequence];
   if (!all_active(plan, layer)) {
     const auto& cached = donor_of(sequence)->keys[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
-    const auto& dims = model_.key_dims(layer, site);
+    const auto& dims = model_->key_dims(layer, site);
     for (std::size_t i = 0; i < fresh.size(); ++i) fresh[i] = merge(plan, layer, fresh[i], cached[i], dims[i]);
   }
   return {{plan.tokens, std::move(fresh)}};
@@ -49,7 +49,7 @@ std::vector<KeySegment> DonorStates::keys(std::size_t sequence, std::int32_t lay
 
 at::Tensor DonorStates::entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) {
   const auto& state = donor_of(sequence)->hidden[static_cast<std::size_t>(layer)];
-  for (const TokenRange& range : plan_.sequences[sequence].ranges) {
+  for (const TokenRange& range : plan_->sequences[sequence].ranges) {
     if (begin >= range.begin && end <= range.end) {
       return state.narrow(1, range.donor_begin + begin - range.begin, end - begin);
     }
@@ -58,10 +58,10 @@ at::Tensor DonorStates::entering(std::size_t sequence, std::int32_t layer, std::
 }
 
 at::Tensor DonorStates::final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) {
-  const SequencePlan& plan = plan_.sequences[sequence];
+  const SequencePlan& plan = plan_->sequences[sequence];
   const auto* donor = donor_of(sequence);
   const at::Tensor cached = donor != nullptr ? donor->hidden.back() : at::Tensor();
-  const auto all = merge(plan, plan_.layers - 1, finished_[sequence], cached, 1);
+  const auto all = merge(plan, plan_->layers - 1, finished_[sequence], cached, 1);
   return begin == 0 && end == plan.tokens ? all : all.narrow(1, begin, end - begin);
 }
 

@@ -93,17 +93,17 @@ at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t r
 
 class PackedExecution {
  public:
-  PackedExecution(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
-                  const Selection& selection, bool capture, LayerObserver* observer)
+  PackedExecution(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+                  const Selection& selection, bool capture)
       : whole_(model),
         model_(*model.token_level()),
         inputs_(inputs),
         plan_(plan),
-        source_(source),
+        hook_(hook),
         selection_(selection),
         device_(model.device()),
-        observer_(observer),
         stopped_at_(plan.sequences.size(), plan.layers + 1) {
+    hook_.begin(model_, plan_);
     if (!capture) return;
     for (const SequencePlan& sequence : plan.sequences) {
       auto& state = captured_.emplace_back(std::make_shared<SequenceState>());
@@ -121,7 +121,7 @@ class PackedExecution {
     for (std::int32_t l = 0; l < plan_.layers; ++l) {
       observe(l);
       steer(l);
-      const bool needed = l == source_.choosing_layer() ? choose(l) : enter(l);
+      const bool needed = l == hook_.choosing_layer() ? choose(l) : enter(l);
       if (needed) run_layer(l);
       const double ms = clock.lap();
       if (needed) report.layer_ms[static_cast<std::size_t>(l)] = ms - take_started(report);
@@ -133,7 +133,7 @@ class PackedExecution {
     return result;
   }
 
-  /// As it was run, with what the source has changed, but for sequences that stopped.
+  /// As it was run, with what the hook has changed, but for sequences that stopped.
   [[nodiscard]] const Plan& plan() const { return plan_; }
 
   /// Layers that ran for sequence i: those of the plan below this one.
@@ -174,7 +174,7 @@ class PackedExecution {
 
   /// Embeds all tokens, unless few are needed and nobody looks at the others: start() then embeds these.
   void prepare() {
-    if (observer_ == nullptr && captured_.empty() && model_.head_tokenwise()) {
+    if (!hook_.watches(0) && captured_.empty() && model_.head_tokenwise()) {
       const auto needed = needed_positions();
       if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.width) {
         positions_ = at::tensor(needed, at::TensorOptions().dtype(at::kLong)).to(device_);
@@ -196,58 +196,64 @@ class PackedExecution {
 
   [[nodiscard]] bool running(std::size_t i) const { return stopped_at_[i] > plan_.layers; }
 
-  /// Shows the observer the states that enter layer l, and stops the sequences that it names.
+  /// Shows the hook the states that enter layer l, and stops the sequences that it names.
   void observe(std::int32_t l) {
-    if (observer_ == nullptr || !observer_->watches(l)) return;
+    if (!hook_.watches(l) || (l > 0 && !run_)) return;
+    at::Tensor rows = l == 0 ? embedded_->hidden : run_->hidden();
+    if (hook_.writes_states()) rows = rows.clone();
     std::vector<at::Tensor> states(plan_.sequences.size());
     std::int64_t offset = 0;
     bool any = false;
     for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
       const SequencePlan& sequence = plan_.sequences[i];
-      const auto rows = i < active_.size() ? static_cast<std::int64_t>(active_[i].size()) : 0;
-      if (running(i)) {
-        if (l == 0) {
-          states[i] = embedded_->hidden.narrow(0, sequence.row, 1).narrow(1, sequence.first, sequence.tokens);
-        } else if (rows == sequence.tokens) {
-          states[i] = run_->hidden().narrow(1, offset, rows);
-        }
+      const auto own = i < active_.size() ? static_cast<std::int64_t>(active_[i].size()) : 0;
+      if (running(i) && l == 0) {
+        states[i] = rows.narrow(0, sequence.row, 1).narrow(1, sequence.first, sequence.tokens);
+      } else if (running(i) && own == sequence.tokens) {
+        states[i] = rows.narrow(1, offset, own);
       }
       any = any || states[i].defined();
-      offset += rows;
+      offset += own;
     }
     if (!any) return;
-    for (const std::size_t i : observer_->at_layer(l, states)) stopped_at_.at(i) = l;
+    for (const std::size_t i : hook_.at_layer(l, states)) stopped_at_.at(i) = l;
+    if (!hook_.writes_states()) return;
+    if (l == 0) {
+      embedded_->hidden = std::move(rows);
+    } else {
+      run_->set_rows(layout_, std::move(rows));
+    }
   }
 
-  /// Asks the source what the sequences do from layer l on.
+  /// Asks the hook what the sequences do from layer l on.
   void steer(std::int32_t l) {
-    if (l == 0 || !run_ || !source_.steers()) return;
+    if (l == 0 || !run_ || !hook_.wants_hooks()) return;
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < active_.size(); ++i) {
       const auto rows = static_cast<std::int64_t>(active_[i].size());
       if (rows > 0 && running(i)) {
-        const Course course = source_.before_layer(i, l, run_->hidden().narrow(1, offset, rows));
-        if (course == Course::kStop) stopped_at_[i] = l;
-        if (course == Course::kWiden) widen(plan_.sequences[i], l);
+        const LayerAction action = hook_.before_layer(i, l, run_->hidden().narrow(1, offset, rows));
+        if (action == LayerAction::kStop) stopped_at_[i] = l;
+        if (action == LayerAction::kComputeAll) compute_all_of(plan_.sequences[i], l);
       }
       offset += rows;
     }
   }
 
-  void widen(SequencePlan& sequence, std::int32_t l) const {
+  void compute_all_of(SequencePlan& sequence, std::int32_t l) const {
     for (TokenRange& range : sequence.ranges) {
       if (range.first_layer >= l || range.last_layer <= l) range.first_layer = l;
       range.last_layer = plan_.layers;
     }
   }
 
-  /// Lets the source change the embedded rows.
+  /// Lets the hook change the embedded rows.
   void change_embedded(const PackedLayout& layout, const ActiveSets& active) {
     auto hidden = run_->hidden().clone();
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < active.size(); ++i) {
       const auto rows = static_cast<std::int64_t>(active[i].size());
-      if (rows > 0) source_.embedded(i, hidden.narrow(1, offset, rows));
+      if (rows > 0) hook_.embedded(i, hidden.narrow(1, offset, rows));
       offset += rows;
     }
     run_->set_rows(layout, std::move(hidden));
@@ -278,7 +284,7 @@ class PackedExecution {
         }
         if (!all_from_embedding) {
           run_->set_rows(layout, hidden_rows(l, active, {}));
-        } else if (source_.steers()) {
+        } else if (hook_.wants_hooks()) {
           change_embedded(layout, active);
         }
       } else {
@@ -291,7 +297,7 @@ class PackedExecution {
     return layout_.rows > 0;
   }
 
-  /// As enter(), with the active rows cut to those that the source chooses by their keys in this layer. These are made
+  /// As enter(), with the active rows cut to those that the hook chooses by their keys in this layer. These are made
   /// once more for the rows that stay: a small part of what a layer costs.
   bool choose(std::int32_t l) {
     if (!enter(l)) return false;
@@ -304,7 +310,7 @@ class PackedExecution {
       for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
         fresh.push_back(tensors.keys[i].narrow(dims[i], packed.offset, packed.rows));
       }
-      plan_.sequences[listed_[q]].ranges = source_.choose(listed_[q], fresh);
+      plan_.sequences[listed_[q]].ranges = hook_.choose(listed_[q], fresh);
     }
     auto active = active_at(l);
     auto layout = make_layout(plan_, active, device_);
@@ -332,7 +338,7 @@ class PackedExecution {
         } else if (l == 0) {
           pieces.push_back(embedded_->hidden.narrow(0, sequence.row, 1).narrow(1, sequence.first + range.begin, n));
         } else {
-          pieces.push_back(source_.entering(i, l, range.begin, range.end));
+          pieces.push_back(hook_.entering(i, l, range.begin, range.end));
         }
       }
       offset += static_cast<std::int64_t>(before.size());
@@ -358,7 +364,7 @@ class PackedExecution {
         for (std::size_t i = 0; i < tensors.keys.size(); ++i) {
           fresh.push_back(own_rows(tensors.keys[i], key_dims[i], layout_.sequences[q]));
         }
-        keys.push_back(source_.keys(listed_[q], l, s, std::move(fresh)));
+        keys.push_back(hook_.keys(listed_[q], l, s, std::move(fresh)));
       }
       std::vector<at::Tensor> parts;
       parts.reserve(listed_.size());
@@ -367,8 +373,8 @@ class PackedExecution {
         for (std::size_t i = 0; i < tensors.queries.size(); ++i) {
           queries.push_back(own_rows(tensors.queries[i], query_dims[i], layout_.sequences[q]));
         }
-        if (observer_ != nullptr && observer_->watches_attention(l)) {
-          observer_->attended(l, s, listed_[q], {queries, keys[q].at(0).keys});
+        if (hook_.watches_attention(l)) {
+          hook_.attended(l, s, listed_[q], {queries, keys[q].at(0).keys});
         }
         parts.push_back(run_->attend(l, s, q, queries, keys[q]));
         if (!captured_.empty()) {
@@ -396,7 +402,7 @@ class PackedExecution {
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < active_.size(); ++i) {
       const auto own = static_cast<std::int64_t>(active_[i].size());
-      if (own > 0 && running(i)) source_.finished(i, run_->hidden().narrow(1, offset, own));
+      if (own > 0 && running(i)) hook_.finished(i, run_->hidden().narrow(1, offset, own));
       offset += own;
     }
     ActiveSets wanted;
@@ -411,7 +417,7 @@ class PackedExecution {
       std::vector<at::Tensor> pieces;
       for (const std::size_t i : listed(wanted)) {
         const auto& span = selection_.spans[i];
-        pieces.push_back(source_.final_states(i, span.begin, span.begin + span.tokens));
+        pieces.push_back(hook_.final_states(i, span.begin, span.begin + span.tokens));
       }
       std::int64_t rows = 0;
       for (const at::Tensor& piece : pieces) rows += piece.size(1);
@@ -451,11 +457,10 @@ class PackedExecution {
   const Model& whole_;
   const TokenLevelModel& model_;
   const Inputs& inputs_;
-  Plan plan_;  ///< its own: the source may change it
-  StateSource& source_;
+  Plan plan_;  ///< its own: the hook may change it
+  EngineHook& hook_;
   const Selection& selection_;
   at::Device device_;
-  LayerObserver* observer_;
   std::vector<std::int32_t> stopped_at_;  ///< by sequence; above the number of layers: it has not
   std::unique_ptr<TokenRun> run_;
   double started_ms_ = 0;
@@ -522,10 +527,10 @@ Selection select_all(const Plan& plan) {
 
 namespace {
 
-c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
-                    const Selection& selection, Donors* capture, ForwardReport& report, LayerObserver* observer) {
+c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+                    const Selection& selection, Donors* capture, ForwardReport& report) {
   report.execution = Execution::kPacked;
-  PackedExecution execution(model, inputs, plan, source, selection, capture != nullptr, observer);
+  PackedExecution execution(model, inputs, plan, hook, selection, capture != nullptr);
   auto result = execution.run(report);
   report.sequences = count_tokens(execution.plan());
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
@@ -542,14 +547,16 @@ c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, 
 }  // namespace
 
 c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
-                           Donors* capture, ForwardReport& report, LayerObserver* observer) {
-  DonorStates source(*model.token_level(), plan, donors);
-  return execute(model, inputs, plan, source, select_all(plan), capture, report, observer);
+                           Donors* capture, ForwardReport& report, EngineHook* watcher) {
+  DonorStates states(donors);
+  if (watcher == nullptr) return execute(model, inputs, plan, states, select_all(plan), capture, report);
+  WatchedStates watched(states, *watcher);
+  return execute(model, inputs, plan, watched, select_all(plan), capture, report);
 }
 
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
                            const Selection& selection, ForwardReport& report) {
-  return execute(model, inputs, plan, source, selection, nullptr, report, nullptr);
+  return execute(model, inputs, plan, hook, selection, nullptr, report);
 }
 
 }  // namespace llmcache

@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "execute/donor_states.h"
-#include "execute/observer.h"
-#include "execute/state_source.h"
+#include "execute/engine_hook.h"
 #include "llmcache/execute/sequence_state.h"
 #include "llmcache/match/plan.h"
 #include "llmcache/model/layered_model.h"
@@ -40,17 +39,17 @@ struct Selection {
 /// All tokens, in their places.
 Selection select_all(const Plan& plan);
 
-/// Runs `plan` on packed rows. The plan has been validated against inputs and donors, the model has
-/// a token level, and at least one token is real. Fills `report`; `capture`, if given, gets one state
-/// a sequence. `observer`, if given, may stop sequences: the result's entries for them are zero, and
-/// the result is None if it stopped all.
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
-                           Donors* capture, ForwardReport& report, LayerObserver* observer = nullptr);
-
-/// The same with states from `source`, and the results of `selection` only (which must be all tokens where the head is
-/// not token-wise). None if that selects no token.
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, StateSource& source,
+/// Runs `plan` on packed rows, with the results of `selection` only (which must be all tokens where the head is not
+/// token-wise). The plan has been validated, the model has a token level, and at least one token is real. `hook`
+/// supplies what the plan does not compute, and may stop sequences: the result's entries for them are zero. Fills
+/// `report`. None if no token is selected, or all sequences stopped.
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
                            const Selection& selection, ForwardReport& report);
+
+/// The same for all tokens, with states from `donors`. `capture`, if given, gets one state a sequence. `watcher`, if
+/// given, watches the pass.
+c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
+                           Donors* capture, ForwardReport& report, EngineHook* watcher = nullptr);
 
 /// Counts of `plan` for a report.
 std::vector<SequenceReport> count_tokens(const Plan& plan);

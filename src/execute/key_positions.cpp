@@ -17,7 +17,7 @@ constexpr std::int64_t kSequences = 2;
 using Keys = std::vector<std::vector<std::vector<at::Tensor>>>;
 
 /// Keeps the keys of a pass that computes everything, and nothing else.
-class KeyRecorder final : public StateSource {
+class KeyRecorder final : public EngineHook {
  public:
   explicit KeyRecorder(const Model& model) {
     for (std::int64_t l = 0; l < model.layers(); ++l) {
@@ -25,7 +25,7 @@ class KeyRecorder final : public StateSource {
     }
   }
 
-  std::vector<KeySegment> keys(std::size_t, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
                                std::vector<at::Tensor> fresh) override {
     auto& kept = keys_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
     const bool first = kept.empty();
@@ -36,15 +36,10 @@ class KeyRecorder final : public StateSource {
         kept[i] = at::cat({kept[i], fresh[i].unsqueeze(0)});
       }
     }
-    const auto tokens = tokens_;
-    return {{tokens, std::move(fresh)}};
+    return EngineHook::keys(sequence, layer, site, std::move(fresh));
   }
-  at::Tensor entering(std::size_t, std::int32_t, std::int64_t, std::int64_t) override { return {}; }
-  void finished(std::size_t, const at::Tensor&) override {}
-  at::Tensor final_states(std::size_t, std::int64_t, std::int64_t) override { return {}; }
 
   Keys run(const Model& model, const Inputs& inputs, std::int64_t tokens) {
-    tokens_ = tokens;
     const auto layers = static_cast<std::int32_t>(model.layers());
     Plan plan{kSequences, tokens, layers, {}};
     Selection nothing{0, {}, {}};
@@ -59,7 +54,6 @@ class KeyRecorder final : public StateSource {
 
  private:
   Keys keys_;
-  std::int64_t tokens_ = 0;
 };
 
 /// Keys of sequences of one repeated token each.

@@ -5,13 +5,13 @@
 #include <numeric>
 
 #include "execute/engine.h"
-#include "execute/observer.h"
+#include "execute/engine_hook.h"
 
 namespace llmcache {
 namespace {
 
 /// Copies the states at one layer and ends the pass there.
-class PoolAndStop final : public LayerObserver {
+class PoolAndStop final : public EngineHook {
  public:
   PoolAndStop(const Plan& plan, std::int32_t layer) : layer_(layer), means_(plan.sequences.size()) {}
   bool watches(std::int32_t l) const override { return l == layer_; }

@@ -33,7 +33,7 @@ class Checker {
     verified(Kind::kDenseRows, 3);
     profile_.verified.tokens = 40;
     profile_.verified.rows = 3;
-    if (profile_.rows_independent) {  // probing compared rows alone and among others
+    if (profile_.rows_independent) {      // probing compared rows alone and among others
       constexpr std::uint8_t kEight = 3;  // of nine rows, and of 14 tokens
       for (std::uint8_t a = 0; a <= kEight; ++a) {
         for (std::uint8_t b = 0; b <= kEight; ++b) {

@@ -97,7 +97,8 @@ void FingerprintOptions::validate() const {
   if (kind == FingerprintKind::kPca || kind == FingerprintKind::kJaccard || centring != Centring::kFitted) return;
   if (mean.empty() && !pca) refuse_fingerprint("mean is empty; centring 'fitted' needs a mean or a PCA model");
   for (std::size_t i = 0; i < mean.size(); ++i) {
-    if (!std::isfinite(mean[i])) refuse_fingerprint(fmt::format("mean[{}] is {}; finite values are expected", i, mean[i]));
+    if (!std::isfinite(mean[i]))
+      refuse_fingerprint(fmt::format("mean[{}] is {}; finite values are expected", i, mean[i]));
   }
 }
 

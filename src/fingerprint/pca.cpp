@@ -87,8 +87,8 @@ class TemporaryFile {
 
  private:
   [[noreturn]] static void fail(const char* what, const std::filesystem::path& path) {
-    refuse_input(fmt::format("cannot {} '{}': {}; check that the folder exists and can be written to", what, path.string(),
-                       std::generic_category().message(errno)));
+    refuse_file(fmt::format("cannot {} '{}': {}; check that the folder exists and can be written to", what,
+                            path.string(), std::generic_category().message(errno)));
   }
 
   std::string path_;
@@ -102,7 +102,7 @@ std::string read_file(const std::filesystem::path& path) {
   std::string bytes(error ? 0 : size, '\0');
   std::ifstream file(path, std::ios::binary);
   if (error || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
-    refuse_input(
+    refuse_file(
         fmt::format("cannot read the PCA file '{}'; give the path of a file that PcaModel::save wrote", path.string()));
   }
   return bytes;
@@ -112,8 +112,8 @@ std::string read_file(const std::filesystem::path& path) {
 
 PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int64_t components) {
   if (dims < 1 || rows.size() % static_cast<std::size_t>(dims) != 0) {
-    refuse_input(fmt::format("PCA sample has {} values, dims is {}; whole rows of dims >= 1 values are expected", rows.size(),
-                       dims));
+    refuse_input(fmt::format("PCA sample has {} values, dims is {}; whole rows of dims >= 1 values are expected",
+                             rows.size(), dims));
   }
   const std::int64_t count = static_cast<std::int64_t>(rows.size()) / dims;
   if (count < 2) refuse_input(fmt::format("PCA sample has {} rows; at least 2 are expected", count));
@@ -125,7 +125,7 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   const auto bad = std::find_if(rows.begin(), rows.end(), [](float value) { return !std::isfinite(value); });
   if (bad != rows.end()) {
     refuse_input(fmt::format("PCA sample row {} has the value {}; leave out rows that are not finite",
-                       (bad - rows.begin()) / dims, *bad));
+                             (bad - rows.begin()) / dims, *bad));
   }
 
   using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -144,7 +144,8 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
   }
   const double trace = products.trace();
   const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(products);  // reads the lower half; smallest first
-  if (solver.info() != Eigen::Success) refuse_input("PCA did not converge; scale the sample to values of ordinary size");
+  if (solver.info() != Eigen::Success)
+    refuse_input("PCA did not converge; scale the sample to values of ordinary size");
   const auto& values = solver.eigenvalues();
   const double largest = values[size - 1];
 
@@ -173,7 +174,8 @@ PcaModel PcaModel::fit(std::span<const float> rows, std::int64_t dims, std::int6
 
 void PcaModel::save(const std::filesystem::path& path, std::string_view model_digest) const {
   if (model_digest.size() > kMaxDigest) {
-    refuse_input(fmt::format("the model digest has {} bytes; at most {} are possible", model_digest.size(), kMaxDigest));
+    refuse_input(
+        fmt::format("the model digest has {} bytes; at most {} are possible", model_digest.size(), kMaxDigest));
   }
   std::string bytes(kMagic, sizeof kMagic);
   for (const std::uint64_t number : {static_cast<std::uint64_t>(dims_), static_cast<std::uint64_t>(components_),
@@ -195,14 +197,14 @@ PcaModel PcaModel::load(const std::filesystem::path& path, std::string_view mode
   const std::string bytes = read_file(path);
   const auto name = path.string();
   if (bytes.size() < sizeof kMagic || std::memcmp(bytes.data(), kMagic, kMagicKind) != 0) {
-    refuse_input(fmt::format("'{}' is no PCA file; give a file that PcaModel::save wrote", name));
+    refuse_file(fmt::format("'{}' is no PCA file; give a file that PcaModel::save wrote", name));
   }
   if (bytes[kMagicKind] != kMagic[kMagicKind]) {
-    refuse_input(fmt::format("PCA file '{}' has version '{}', this library reads '{}'; fit and save it again", name,
-                       bytes[kMagicKind], kMagic[kMagicKind]));
+    refuse_file(fmt::format("PCA file '{}' has version '{}', this library reads '{}'; fit and save it again", name,
+                            bytes[kMagicKind], kMagic[kMagicKind]));
   }
   const auto damaged = [&](const std::string& what) {
-    refuse_input(fmt::format("PCA file '{}' is damaged: {}; fit and save it again", name, what));
+    refuse_file(fmt::format("PCA file '{}' is damaged: {}; fit and save it again", name, what));
   };
   if (bytes.size() < kHeader) damaged(fmt::format("it has {} bytes, at least {} are expected", bytes.size(), kHeader));
   const std::uint64_t dims = number_at(bytes, sizeof kMagic);
@@ -219,12 +221,14 @@ PcaModel PcaModel::load(const std::filesystem::path& path, std::string_view mode
 
   const std::string digest = bytes.substr(kHeader, digest_bytes);
   if (digest != model_digest) {
-    refuse_input(fmt::format("PCA file '{}' was fitted to the model '{}', this one is '{}'; fit it to states of this model",
-                       name, digest, model_digest));
+    refuse_input(
+        fmt::format("PCA file '{}' was fitted to the model '{}', this one is '{}'; fit it to states of this model",
+                    name, digest, model_digest));
   }
   if (expected_dims != 0 && static_cast<std::int64_t>(dims) != expected_dims) {
-    refuse_input(fmt::format("PCA file '{}' was fitted to states of {} values, these have {}; fit it to states of this layer",
-                       name, dims, expected_dims));
+    refuse_input(
+        fmt::format("PCA file '{}' was fitted to states of {} values, these have {}; fit it to states of this layer",
+                    name, dims, expected_dims));
   }
   PcaModel model;
   model.dims_ = static_cast<std::int64_t>(dims);

@@ -13,7 +13,7 @@ constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15;
 
 std::uint64_t mixed(std::uint64_t hash, std::uint64_t seed) { return XXH3_64bits_withSeed(&hash, sizeof hash, seed); }
 
-std::uint64_t seed_of(std::string_view space) { return XXH3_64bits(space.data(), space.size()); }
+std::uint64_t seed_of(std::string_view partition) { return XXH3_64bits(partition.data(), partition.size()); }
 
 }  // namespace
 
@@ -28,7 +28,7 @@ std::uint64_t BlockHashIndex::token_hash(const std::int64_t* token) const noexce
 /// Calls visit(first token, hash of the block, hash of all tokens up to its end) for each whole block.
 template <class Visit>
 void BlockHashIndex::each_block(const Sequence& sequence, Visit visit) const {
-  const std::uint64_t seed = seed_of(sequence.space);
+  const std::uint64_t seed = seed_of(sequence.partition);
   std::uint64_t all = seed;
   for (std::size_t begin = 0; begin + block_ <= count(sequence); begin += block_) {
     std::uint64_t hash = 0;
@@ -96,7 +96,7 @@ BlockMatch BlockHashIndex::prefix(const Sequence& request) const {
     std::size_t looked_at = 0;
     for (auto it = first; it != last && looked_at < kCandidates; ++it, ++looked_at) {
       const Sequence known = tokens_(it->second.slot);
-      if (known.space != request.space) continue;
+      if (known.partition != request.partition) continue;
       const std::size_t tokens = common(request, 0, known, 0);
       if (tokens > best.tokens) best = {0, it->second.slot, 0, tokens};
     }
@@ -124,7 +124,7 @@ BlockMatch BlockHashIndex::longest(const Sequence& request, std::size_t begin, s
     if (!moved && place != begin) continue;
     ++looked_at;
     const Sequence known = tokens_(slot);
-    if (known.space != request.space) continue;
+    if (known.partition != request.partition) continue;
     const std::size_t right = common(request, begin, known, place);
     if (right < block_) continue;
     const auto same = [&](std::size_t a, std::size_t b) {
@@ -156,7 +156,7 @@ std::vector<BlockMatch> BlockHashIndex::segments(const Sequence& request, const 
     for (std::size_t t = first; t < first + block_; ++t) hash = hash * kFactor + hashes[t];
     return hash;
   };
-  const std::uint64_t seed = seed_of(request.space);
+  const std::uint64_t seed = seed_of(request.partition);
   std::size_t taken = begin;  // what is before belongs to a run already
   std::uint64_t hash = window(begin);
   for (;;) {

@@ -27,9 +27,9 @@ struct BlockMatch {
 /// automatic prefix caching), so that the longest prefix is found among many sequences that begin alike. Hashes only
 /// find: tokens are compared before anything is called the same.
 ///
-/// A token is a tuple of `width` numbers. Sequences live in spaces that never see each other. They are named by slots,
-/// small dense numbers of the caller, who also keeps the tokens: `Tokens` returns those of a slot, which must not
-/// change while it is in the index.
+/// A token is a tuple of `width` numbers. Sequences live in partitions that never see each other. They are named by
+/// slots, small dense numbers of the caller, who also keeps the tokens: `Tokens` returns those of a slot, which must
+/// not change while it is in the index.
 ///
 /// Cost: insertion and erasure O(tokens) (erasure also O(sequences with that block)); look-up O(tokens) when each hash
 /// has few candidates, of which no more than kCandidates are looked at.
@@ -40,7 +40,7 @@ class BlockHashIndex {
  public:
   static constexpr std::size_t kCandidates = 16;
   struct Sequence {
-    std::string_view space;
+    std::string_view partition;
     std::span<const std::int64_t> tokens;
   };
   using Tokens = std::function<Sequence(std::uint32_t)>;

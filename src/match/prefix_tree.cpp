@@ -9,11 +9,11 @@ namespace llmcache {
 
 // The containers start empty and allocate nothing until the first root.
 PrefixTree::PrefixTree(std::size_t width, std::pmr::memory_resource* memory)
-    : width_(width), memory_(memory), spaces_(memory), index_(memory) {}
+    : width_(width), memory_(memory), partitions_(memory), index_(memory) {}
 
-PrefixTree::Match PrefixTree::match(std::string_view space, std::span<const std::int64_t> tokens) const noexcept {
-  const auto it = spaces_.find(space);
-  if (it == spaces_.end()) return {};
+PrefixTree::Match PrefixTree::match(std::string_view partition, std::span<const std::int64_t> tokens) const noexcept {
+  const auto it = partitions_.find(partition);
+  if (it == partitions_.end()) return {};
   Match match{it->second, 0, 0};
   const std::size_t count = tokens.size() / width_;
   while (match.tokens < count) {
@@ -40,10 +40,10 @@ std::uint32_t PrefixTree::next_slot() {
   return free_;
 }
 
-std::uint32_t PrefixTree::root(std::string_view space) {
-  if (const auto it = spaces_.find(space); it != spaces_.end()) return it->second;
+std::uint32_t PrefixTree::root(std::string_view partition) {
+  if (const auto it = partitions_.find(partition); it != partitions_.end()) return it->second;
   const std::uint32_t slot = next_slot();
-  at(slot).space = spaces_.try_emplace(std::pmr::string(space, memory_), slot).first;
+  at(slot).partition = partitions_.try_emplace(std::pmr::string(partition, memory_), slot).first;
   return take_slot();
 }
 
@@ -99,21 +99,21 @@ void PrefixTree::remove(std::uint32_t leaf) noexcept {
   (node.previous == kNone ? at(above).first_child : at(node.previous).next) = node.next;
   (node.next == kNone ? at(above).last_child : at(node.next).previous) = node.previous;
   free_slot(leaf);
-  if (is_root(above)) drop_if_empty(at(above).space);
+  if (is_root(above)) drop_if_empty(at(above).partition);
 }
 
-void PrefixTree::drop_if_empty(std::string_view space) noexcept {
-  if (const auto it = spaces_.find(space); it != spaces_.end()) {
+void PrefixTree::drop_if_empty(std::string_view partition) noexcept {
+  if (const auto it = partitions_.find(partition); it != partitions_.end()) {
     drop_if_empty(it);
   } else if (empty()) {
     clear();
   }
 }
 
-void PrefixTree::drop_if_empty(Spaces::iterator space) noexcept {
-  if (!is_leaf(space->second)) return;
-  free_slot(space->second);
-  spaces_.erase(space);
+void PrefixTree::drop_if_empty(Partitions::iterator partition) noexcept {
+  if (!is_leaf(partition->second)) return;
+  free_slot(partition->second);
+  partitions_.erase(partition);
   if (empty()) clear();
 }
 
@@ -121,7 +121,7 @@ void PrefixTree::clear() noexcept {
   // New containers, so that these give back their memory too.
   Index(memory_).swap(index_);
   nodes_.reset();
-  spaces_.clear();
+  partitions_.clear();
   free_ = kNone;
   used_ = 0;
 }

@@ -17,8 +17,8 @@
 
 namespace llmcache {
 
-/// A radix tree for each space. A token is a tuple of `width` numbers; a node holds one token or more, the root of a
-/// space none. The children of a node differ in their first token. A root exists as long as it has children.
+/// A radix tree for each partition. A token is a tuple of `width` numbers; a node holds one token or more, the root of
+/// a partition none. The children of a node differ in their first token. A root exists as long as it has children.
 ///
 /// Nodes are named by slots: small dense numbers, used again when the node is gone. What a node stands for is the
 /// caller's affair; he keeps it by slot.
@@ -36,7 +36,7 @@ class PrefixTree {
 
   /// The longest known prefix of a sequence.
   struct Match {
-    std::uint32_t node = kNone;  ///< where it ends; the root if it is empty, kNone if the space is not known
+    std::uint32_t node = kNone;  ///< where it ends; the root if it is empty, kNone if the partition is not known
     std::size_t in_node = 0;     ///< how many tokens of that node belong to it: at least one, but for the root
     std::size_t tokens = 0;      ///< length of the prefix
   };
@@ -45,13 +45,13 @@ class PrefixTree {
   PrefixTree(const PrefixTree&) = delete;
   PrefixTree& operator=(const PrefixTree&) = delete;
 
-  [[nodiscard]] Match match(std::string_view space, std::span<const std::int64_t> tokens) const noexcept;
+  [[nodiscard]] Match match(std::string_view partition, std::span<const std::int64_t> tokens) const noexcept;
 
   /// The slot that the next new node will get (a root too), so that the caller can make room beside it. May throw.
   std::uint32_t next_slot();
-  /// The root of the space, made if there is none. May throw. Whoever makes one attaches a child to it, or calls
+  /// The root of the partition, made if there is none. May throw. Whoever makes one attaches a child to it, or calls
   /// drop_if_empty.
-  std::uint32_t root(std::string_view space);
+  std::uint32_t root(std::string_view partition);
   /// A new child. No child of `parent` may begin with the first of these tokens. May throw.
   std::uint32_t attach(std::uint32_t parent, std::span<const std::int64_t> tokens);
   /// Cuts a node behind its first `count` tokens, some but not all of them. They move to a new node above; the rest
@@ -61,8 +61,8 @@ class PrefixTree {
   void extend(std::uint32_t leaf, std::span<const std::int64_t> tokens);
   /// Removes a leaf, and the root above it if that has no other child.
   void remove(std::uint32_t leaf) noexcept;
-  /// Removes the root of the space if it has no child. To be called when a change has failed.
-  void drop_if_empty(std::string_view space) noexcept;
+  /// Removes the root of the partition if it has no child. To be called when a change has failed.
+  void drop_if_empty(std::string_view partition) noexcept;
   void clear() noexcept;
 
   /// True if there is neither a node nor a root.
@@ -80,13 +80,13 @@ class PrefixTree {
   [[nodiscard]] std::uint32_t next_sibling(std::uint32_t node) const noexcept { return at(node).next; }
 
  private:
-  using Spaces = std::pmr::map<std::pmr::string, std::uint32_t, std::less<>>;
+  using Partitions = std::pmr::map<std::pmr::string, std::uint32_t, std::less<>>;
   using Index = std::pmr::unordered_multimap<std::uint64_t, std::uint32_t>;
 
   struct Node {
     explicit Node(std::pmr::memory_resource* memory) : tokens(memory) {}
     std::pmr::vector<std::int64_t> tokens;  ///< token after token, width numbers each
-    Spaces::iterator space;                 ///< of a root
+    Partitions::iterator partition;         ///< of a root
     std::uint32_t parent = kNone;           ///< of a free slot: the next free one
     std::uint32_t first_child = kNone;
     std::uint32_t last_child = kNone;
@@ -101,11 +101,11 @@ class PrefixTree {
   [[nodiscard]] Index::iterator indexed(std::uint32_t node) noexcept;
   std::uint32_t take_slot() noexcept;
   void free_slot(std::uint32_t slot) noexcept;
-  void drop_if_empty(Spaces::iterator space) noexcept;
+  void drop_if_empty(Partitions::iterator partition) noexcept;
 
   const std::size_t width_;
   std::pmr::memory_resource* const memory_;
-  Spaces spaces_;  ///< roots
+  Partitions partitions_;  ///< roots
   /// By slot. None while the tree is empty: an empty one takes memory. It grows without being copied.
   std::optional<std::pmr::deque<Node>> nodes_;
   Index index_;                 ///< all nodes but the roots, by the hash of their parent and their first token

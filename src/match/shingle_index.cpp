@@ -11,13 +11,13 @@ int thinning_of(std::size_t hashes) noexcept {
   return thinning;
 }
 
-/// The distinct hashes of a sample, each made one of its space.
-std::vector<std::uint64_t> sample(std::uint32_t space, std::span<const std::uint64_t> hashes, int thinning) {
+/// The distinct hashes of a sample, each made one of its partition.
+std::vector<std::uint64_t> sample(std::uint32_t partition, std::span<const std::uint64_t> hashes, int thinning) {
   const std::uint64_t mask = (std::uint64_t{1} << thinning) - 1;
   std::vector<std::uint64_t> chosen;
   for (const std::uint64_t hash : hashes) {
     // The high bits decide, the table uses the low ones.
-    if (((hash >> 40) & mask) == 0) chosen.push_back(hash ^ (space * 0x9e3779b97f4a7c15u));
+    if (((hash >> 40) & mask) == 0) chosen.push_back(hash ^ (partition * 0x9e3779b97f4a7c15u));
   }
   std::sort(chosen.begin(), chosen.end());
   chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
@@ -26,9 +26,9 @@ std::vector<std::uint64_t> sample(std::uint32_t space, std::span<const std::uint
 
 }  // namespace
 
-void ShingleIndex::insert(std::uint32_t id, std::uint32_t space, std::span<const std::uint64_t> hashes) {
+void ShingleIndex::insert(std::uint32_t id, std::uint32_t partition, std::span<const std::uint64_t> hashes) {
   const int thinning = thinning_of(hashes.size());
-  const auto chosen = sample(space, hashes, thinning);
+  const auto chosen = sample(partition, hashes, thinning);
   std::size_t placed = 0;
   try {
     while (entries_.size() <= id) entries_.emplace_back(entries_.get_allocator().resource());
@@ -46,7 +46,7 @@ void ShingleIndex::insert(std::uint32_t id, std::uint32_t space, std::span<const
     throw;
   }
   Entry& entry = entries_[id];
-  entry.space = space;
+  entry.partition = partition;
   entry.thinning = thinning;
   ++held_;
 }
@@ -67,15 +67,15 @@ void ShingleIndex::erase(std::uint32_t id) noexcept {
   if (--held_ == 0) clear();
 }
 
-std::vector<ShingleIndex::Candidate> ShingleIndex::best(std::uint32_t space, std::span<const std::uint64_t> hashes,
+std::vector<ShingleIndex::Candidate> ShingleIndex::best(std::uint32_t partition, std::span<const std::uint64_t> hashes,
                                                         std::size_t limit) {
   const int thinning = thinning_of(hashes.size());
   std::vector<std::uint32_t> touched;
-  for (const std::uint64_t hash : sample(space, hashes, thinning)) {
+  for (const std::uint64_t hash : sample(partition, hashes, thinning)) {
     const auto it = postings_.find(hash);
     if (it == postings_.end()) continue;
     for (const std::uint32_t id : it->second) {
-      if (entries_[id].space == space && counts_[id]++ == 0) touched.push_back(id);
+      if (entries_[id].partition == partition && counts_[id]++ == 0) touched.push_back(id);
     }
   }
   std::vector<Candidate> found;

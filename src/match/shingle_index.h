@@ -15,7 +15,7 @@ namespace llmcache {
 /// look-up takes at most kSample * kPostings steps however many sequences there are. A text that very many sequences
 /// share is found through the newest of them.
 ///
-/// Spaces never see each other; a space is a number that the owner gives.
+/// Partitions never see each other; a partition is a number that the owner gives.
 /// Memory: all from the resource given; only `insert` may throw std::bad_alloc, and then the sequence is not
 /// held (and others may be found by fewer of their hashes).
 /// Thread safety: none; the owner locks.
@@ -32,12 +32,12 @@ class ShingleIndex {
   explicit ShingleIndex(std::pmr::memory_resource* memory) : postings_(memory), entries_(memory), counts_(memory) {}
 
   /// `hashes`: of all shingles of the sequence (shingle_hashes). The id must be free.
-  void insert(std::uint32_t id, std::uint32_t space, std::span<const std::uint64_t> hashes);
+  void insert(std::uint32_t id, std::uint32_t partition, std::span<const std::uint64_t> hashes);
   /// An id that is not held is ignored.
   void erase(std::uint32_t id) noexcept;
-  /// At most `limit` sequences of the space with shingles in common, those with most first, higher ids first among
+  /// At most `limit` sequences of the partition with shingles in common, those with most first, higher ids first among
   /// equals.
-  [[nodiscard]] std::vector<Candidate> best(std::uint32_t space, std::span<const std::uint64_t> hashes,
+  [[nodiscard]] std::vector<Candidate> best(std::uint32_t partition, std::span<const std::uint64_t> hashes,
                                             std::size_t limit);
   void clear() noexcept;
   [[nodiscard]] std::size_t size() const noexcept { return held_; }
@@ -46,7 +46,7 @@ class ShingleIndex {
   struct Entry {
     explicit Entry(std::pmr::memory_resource* memory) : hashes(memory) {}
     std::pmr::vector<std::uint64_t> hashes;
-    std::uint32_t space = 0;
+    std::uint32_t partition = 0;
     int thinning = -1;  ///< one hash in 2^thinning is used; -1: the id is free
   };
   using Posting = std::pmr::vector<std::uint32_t>;

@@ -272,6 +272,20 @@ OutputSpec probe(const Model& model, const InputSpec& input_spec, std::optional<
   return spec;
 }
 
+void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile) {
+  constexpr std::int64_t kMost = 4096;  // longer ones would take memory and time: masks grow with the square
+  if (profile.max_tokens == 0 || profile.max_tokens > kMost) return;
+  const auto takes = [&](std::int64_t tokens) {
+    try {
+      (void)model.embed(probe_inputs(inputs.vocabulary, model.device(), 1, tokens));
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  };
+  if (!takes(profile.max_tokens) || takes(profile.max_tokens + 1)) profile.max_tokens = 0;
+}
+
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
                                std::int64_t tokens, std::int64_t width) {
   std::vector<at::Tensor> rows;

@@ -41,6 +41,10 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs);
 /// same inputs differently or fails on tiny ones, or if `mask_argument` is out of range.
 OutputSpec probe(const Model& model, const InputSpec& inputs, std::optional<int> mask_argument, ModelProfile& profile);
 
+/// Keeps profile.max_tokens, which the adapter has read off, only where the model takes as many tokens and no more, as
+/// far as its work before the first layer tells; a bound beyond 4,096 is taken as it is.
+void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile);
+
 /// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
                                std::int64_t tokens, std::int64_t width);

@@ -4,6 +4,8 @@
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 
+#include "units.h"
+
 namespace llmcache {
 
 const char* to_string(Granularity granularity) noexcept {
@@ -23,9 +25,9 @@ std::string ModelProfile::to_string() const {
   std::string text;
   text += fmt::format("layers:            {}", layers);
   text += layers_path.empty() ? "\n" : fmt::format(" at '{}', hidden {}\n", layers_path, hidden);
-  text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}\n", fmt::join(inputs, ", "),
-                      ids_argument, mask_argument, vocabulary);
-  if (!hidden_argument.empty()) text += fmt::format("hidden argument:   {}\n", fmt::join(hidden_argument, " "));
+  text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}, {}\n", fmt::join(inputs, ", "),
+                      ids_argument, mask_argument, vocabulary,
+                      max_tokens > 0 ? fmt::format("at most {} tokens", max_tokens) : "no known limit of tokens");
   std::string kinds;
   for (const AttentionSite& site : attention) {
     if (kinds.find(site.kind) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + site.kind;
@@ -42,13 +44,12 @@ std::string ModelProfile::to_string() const {
       fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
   text += fmt::format("dtype, device:     {}, {}\n", c10::toString(dtype), device);
   if (weight_bytes > 0) {
-    text += fmt::format("weights:           {:.1f} MB, shared with the caller's module\n",
-                        static_cast<double>(weight_bytes) / 1e6);
+    text += fmt::format("weights:           {}{}\n", size_text(weight_bytes),
+                        packed_weights == 0 ? ", shared with the caller's module" : " in the module");
   }
   if (packed_weights > 0) {
-    text += fmt::format("packed weights:    {}, {} linear layers, {:.1f} MB; {:.1f} MB of the weights released\n",
-                        weights, packed_weights, static_cast<double>(packed_weight_bytes) / 1e6,
-                        static_cast<double>(released_weight_bytes) / 1e6);
+    text += fmt::format("packed weights:    {}, {} linear layers, {}; {} of the weights released\n", weights,
+                        packed_weights, size_text(packed_weight_bytes), size_text(released_weight_bytes));
   }
   text += fmt::format("digest:            {}\n", digest);
   text += fmt::format("wrapping took:     {:.0f} ms\n", wrap_ms);

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "model/torchscript_model.h"
+#include "model/torchscript_operators.h"
 
 namespace llmcache::ts {
 namespace {
@@ -29,17 +30,18 @@ Way later(Way a, Way b) { return std::max(a, b); }
 struct Taint {
   Way length = Way::kNone;
   Way rows = Way::kNone;
-  bool row_index = false;    ///< counts the rows of the batch
-  bool hidden = false;       ///< follows from hidden states
-  bool raw = false;          ///< holds numbers of an input as they are
-  bool count = false;        ///< how many tokens of a row are marked
-  std::uint64_t inputs = 0;  ///< that its content follows from, a bit each
+  bool row_index = false;     ///< counts the rows of the batch
+  bool hidden = false;        ///< follows from hidden states
+  bool raw = false;           ///< holds numbers of an input as they are
+  bool count = false;         ///< how many tokens of a row are marked
+  std::uint64_t inputs = 0;   ///< that its content follows from, a bit each
   std::optional<Label> size;  ///< is a size of the input, and nothing else
   const Node* length_from = nullptr;
   const Node* rows_from = nullptr;
 
   void add(const Taint& other) {
-    if (length_from == nullptr || other.length > length) length_from = other.length_from ? other.length_from : length_from;
+    if (length_from == nullptr || other.length > length)
+      length_from = other.length_from ? other.length_from : length_from;
     if (rows_from == nullptr || other.rows > rows) rows_from = other.rows_from ? other.rows_from : rows_from;
     length = later(length, other.length);
     rows = later(rows, other.rows);
@@ -57,64 +59,9 @@ struct Taint {
   }
 };
 
-/// Numbers that change wherever what they are made of does.
-bool is_smooth(std::string_view name) {
-  static const Names kNames{"add",   "sub",   "rsub",    "mul",     "neg",          "div",      "add_",  "sub_",
-                            "mul_",  "div_",  "log",     "sqrt",    "rsqrt",        "pow",      "abs",   "reciprocal",
-                            "cos",   "sin",   "outer",   "matmul",  "bmm",          "einsum",   "exp2",  "square",
-                            "Float", "Int",   "IntImplicit", "ScalarImplicit", "FloatImplicit", "NumToTensor", "linear",
-                            "truediv", "true_divide", "lerp", "addmm", "baddbmm"};
-  return kNames.count(name) > 0;
-}
-
-/// Operators that move numbers and make none.
-bool is_structural(std::string_view name) {
-  static const Names kNames{"view",       "reshape",    "expand",      "expand_as", "unsqueeze", "squeeze",
-                            "transpose",  "permute",    "t",           "contiguous", "to",        "type_as",
-                            "alias",      "detach",     "clone",       "repeat",    "repeat_interleave",
-                            "view_as",    "_unsafe_view", "flatten",   "unflatten", "chunk",     "split",
-                            "unbind",     "cat",        "stack",       "movedim",   "swapaxes",  "dropout",
-                            "lift_fresh", "lift_fresh_copy", "_to_copy", "copy", "numpy_T", "mT", "reshape_as",
-                            "broadcast_to", "broadcast_tensors", "tensor_split", "split_with_sizes", "tensor",
-                            "ListConstruct", "TupleConstruct", "ListUnpack", "TupleUnpack", "TupleIndex",
-                            "__getitem__", "Constant", "unchecked_cast", "Uninitialized", "unchecked_unwrap_optional",
-                            "scalar_tensor", "DictConstruct", "detach_", "requires_grad_", "append", "list"};
-  return kNames.count(name) > 0;
-}
-
-/// Operators that treat each element, or each token's vector, alike; what they make of a length may be a step.
-bool is_elementwise(std::string_view name) {
-  static const Names kNames{
-      "exp",        "tanh",        "sigmoid",     "relu",       "gelu",        "silu",        "eq",          "ne",
-      "lt",         "le",          "gt",          "ge",         "logical_not", "logical_or",  "logical_and", "logical_xor",
-      "where",      "bitwise_or",  "bitwise_and", "bitwise_not", "bitwise_xor", "minimum",    "maximum",     "clamp",
-      "clamp_min",  "clamp_max",   "__and__",     "__or__",     "__xor__",     "masked_fill", "masked_fill_", "floor_divide",
-      "remainder",  "fmod",        "floor",       "ceil",       "round",       "trunc",       "floordiv",    "isnan",
-      "isinf",      "sign",        "embedding",   "layer_norm", "linear",      "rms_norm",    "erf",         "softplus",
-      "nan_to_num", "isfinite",    "Bool",        "__not__",    "__is__",      "__isnot__",   "min",         "max",
-      "tril",       "triu",        "mish",        "log1p",      "expm1",       "hardtanh",    "leaky_relu",  "elu",
-      "one_hot",    "native_layer_norm", "group_norm", "_conj", "atan2", "sgn", "fill_", "zero_", "copy_", "index"};
-  return kNames.count(name) > 0;
-}
-
-/// Made of nothing but sizes: only the number they are filled with counts.
-bool is_filled(std::string_view name) {
-  static const Names kNames{"zeros",    "ones",     "full",      "empty",     "new_zeros", "new_ones",
-                            "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "eye"};
-  return kNames.count(name) > 0;
-}
-
-/// Facts about a tensor, not about what it holds.
-bool is_about_the_type(std::string_view name) {
-  static const Names kNames{"dtype", "device", "layout", "is_cuda", "dim", "is_floating_point", "requires_grad", "ndim",
-                            "get_device", "is_complex", "is_nested"};
-  return kNames.count(name) > 0;
-}
-
 class Follower {
  public:
-  explicit Follower(const Analysis& analysis)
-      : analysis_(analysis), inputs_(analysis.flat.graph->inputs().size() - 1) {
+  explicit Follower(const Analysis& analysis) : analysis_(analysis), inputs_(analysis.flat.graph->inputs().size() - 1) {
     found_.pairs.resize(inputs_);
     found_.compared.resize(inputs_);
   }
@@ -216,7 +163,8 @@ class Follower {
     const auto it = analysis_.infos.find(value);
     if (it == analysis_.infos.end() || is_tensor(value)) return;
     const Label& label = it->second.integer;
-    if (label.kind == Kind::kUnknown || taint.inputs != 0 || taint.length == Way::kStepped || taint.rows == Way::kStepped) {
+    if (label.kind == Kind::kUnknown || taint.inputs != 0 || taint.length == Way::kStepped ||
+        taint.rows == Way::kStepped) {
       return;
     }
     const bool over_tokens = label.kind == Kind::kTokens || label.kind == Kind::kBatchTokens;
@@ -228,17 +176,20 @@ class Follower {
 
   /// Is this input of a node a shape, a dimension or the like, rather than a number that counts by its value?
   static bool is_shape(const Node* node, std::size_t input) {
+    // clang-format off
     static const Names kByValue{"tril", "triu", "tril_", "triu_", "roll", "one_hot", "pow",
                                  "repeat_interleave", "tensor", "scalar_tensor", "as_tensor"};
+    // clang-format on
     const auto* schema = node->maybeSchema();
     if (schema == nullptr || input >= schema->arguments().size()) return false;
     const auto& type = schema->arguments()[input].type();
-    const bool whole = type->kind() == c10::TypeKind::IntType ||
-                       (type->kind() == c10::TypeKind::ListType &&
-                        type->expect<c10::ListType>()->getElementType()->kind() == c10::TypeKind::IntType) ||
-                       (type->kind() == c10::TypeKind::OptionalType && !type->isSubtypeOf(*c10::OptionalType::ofTensor()) &&
-                        type->str().find("float") == std::string::npos && type->str().find("number") == std::string::npos &&
-                        type->str().find("Scalar") == std::string::npos);
+    const bool whole =
+        type->kind() == c10::TypeKind::IntType ||
+        (type->kind() == c10::TypeKind::ListType &&
+         type->expect<c10::ListType>()->getElementType()->kind() == c10::TypeKind::IntType) ||
+        (type->kind() == c10::TypeKind::OptionalType && !type->isSubtypeOf(*c10::OptionalType::ofTensor()) &&
+         type->str().find("float") == std::string::npos && type->str().find("number") == std::string::npos &&
+         type->str().find("Scalar") == std::string::npos);
     if (!whole) return false;
     const bool makes_tensor = std::any_of(node->outputs().begin(), node->outputs().end(), [](const Value* v) {
       return is_tensor(v) || v->type()->kind() == c10::TypeKind::ListType;
@@ -258,7 +209,7 @@ class Follower {
     if (info == nullptr || !d) return nullptr;
     if (*d < 0) *d += static_cast<std::int64_t>(info->dims.size());
     return *d < 0 || *d >= static_cast<std::int64_t>(info->dims.size()) ? nullptr
-                                                                         : &info->dims[static_cast<std::size_t>(*d)];
+                                                                        : &info->dims[static_cast<std::size_t>(*d)];
   }
 
   /// From here on it may stay the same where what it is made of does not.
@@ -289,8 +240,8 @@ class Follower {
       Taint taint;
       taint.set_length(Way::kSmooth, node);
       taint.set_rows(Way::kSmooth, node);
-      if (const auto* info = tensor_info(node->input(0)); info != nullptr && tokens(info) == 0 && rows(info) == 0 &&
-                                                         info->count(Kind::kUnknown) == 0) {
+      if (const auto* info = tensor_info(node->input(0));
+          info != nullptr && tokens(info) == 0 && rows(info) == 0 && info->count(Kind::kUnknown) == 0) {
         return {};  // of a weight
       }
       return taint;
@@ -341,7 +292,8 @@ class Follower {
 
   /// A count that is kept from being zero, as those who divide by it do: nothing for a sequence with a token.
   bool keeps_from_zero(const Node* node, std::string_view name) {
-    if ((name != "clamp" && name != "clamp_min") || node->inputs().size() < 2 || !of(node->input(0)).count) return false;
+    if ((name != "clamp" && name != "clamp_min") || node->inputs().size() < 2 || !of(node->input(0)).count)
+      return false;
     const auto low = torch::jit::toIValue(node->input(1));
     const bool at_most_one = low && ((low->isInt() && low->toInt() <= 1) || (low->isDouble() && low->toDouble() <= 1));
     return at_most_one && (node->inputs().size() < 3 || node->input(2)->type()->kind() == c10::TypeKind::NoneType);
@@ -404,8 +356,7 @@ class Follower {
       const Value* end = node->input(3);
       const auto last = constant(end);
       const bool whole_end = end->type()->kind() == c10::TypeKind::NoneType || of(end).length != Way::kNone ||
-                             of(end).rows != Way::kNone || !last ||
-                             *last >= std::numeric_limits<std::int32_t>::max();
+                             of(end).rows != Way::kNone || !last || *last >= std::numeric_limits<std::int32_t>::max();
       if (none || (first && *first == 0)) {
         if (whole_end) return finish(node, all);
       }
@@ -540,7 +491,7 @@ class Follower {
       for (std::size_t a = 0; a < inputs_; ++a) {
         if (!(own.inputs >> std::min<std::size_t>(a, 63) & 1U) || !found_.pairs[a].empty()) continue;
         found_.pairs[a] = fmt::format("which tokens attend to which follows from input '{}' ({})",
-                                           analysis_.flat.input(a)->debugName(), where(node));
+                                      analysis_.flat.input(a)->debugName(), where(node));
       }
     }
   }
@@ -564,9 +515,11 @@ class Follower {
       const auto* info = is_tensor(input) && of(input).hidden ? tensor_info(input) : nullptr;
       if (info != nullptr && info->count(Kind::kUnknown) == 0) rows_in = std::max(rows_in, rows(info));
     }
+    // clang-format off
     static const Names kStatistics{"sum",  "mean",   "var",       "std",    "norm", "max",  "min",       "amax",
                                    "amin", "median", "logsumexp", "any",    "all",  "prod", "batch_norm", "argmax",
                                    "var_mean", "std_mean", "linalg_vector_norm", "quantile", "sort", "topk"};
+    // clang-format on
     const auto name = name_of(node);
     for (const Value* output : node->outputs()) {
       const auto* info = tensor_info(output);
@@ -596,7 +549,8 @@ class Follower {
     if (taint.length == Way::kStepped) {
       found(found_.length, taint.length_from, at, "the length of the sequence, or from all of its tokens together");
     }
-    if (taint.rows == Way::kStepped) found(found_.rows, taint.rows_from, at, "what the rows of the batch hold, or from how many they are");
+    if (taint.rows == Way::kStepped)
+      found(found_.rows, taint.rows_from, at, "what the rows of the batch hold, or from how many they are");
   }
 
   /// Numbers that an input is compared with.

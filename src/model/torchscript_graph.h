@@ -94,19 +94,14 @@ using ValueInfos = std::unordered_map<const Value*, ValueInfo>;
 std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, const Module& module,
                                                       const Inputs& inputs);
 
-/// Labels of all top-level values, from runs on three shapes; `make_inputs(batch, tokens)`.
-template <class MakeInputs>
-ValueInfos label_values(const FlatGraph& flat, const Module& module, MakeInputs make_inputs);
-ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
-
 inline constexpr std::int64_t kLabelShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
 
-template <class MakeInputs>
-ValueInfos label_values(const FlatGraph& flat, const Module& module, MakeInputs make_inputs) {
-  std::vector<std::unordered_map<const Value*, c10::IValue>> runs;
-  for (const auto& shape : kLabelShapes) runs.push_back(run_all(flat, module, make_inputs(shape[0], shape[1])));
-  return label_values_from(runs);
-}
+/// Labels of all top-level values, from runs on kLabelShapes.
+ValueInfos label_values(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
+
+/// The longest sequence that the tables of positions have room for, by the same runs; 0: there are none.
+std::int64_t token_limit(const FlatGraph& flat, const Module& module,
+                         const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
 
 /// Rows of the embedding that each model input selects from directly; 0: none.
 std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module);

@@ -90,7 +90,7 @@ std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, con
   return values;
 }
 
-ValueInfos label_values_from(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs) {
+ValueInfos label_values(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs) {
   ValueInfos infos;
   for (const auto& [value, first] : runs.at(0)) {
     const std::array<const c10::IValue*, 3> seen{&first, &runs.at(1).at(value), &runs.at(2).at(value)};

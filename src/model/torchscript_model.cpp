@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 
+#include "caller_failed.h"
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
 #include "model/probe.h"
@@ -287,8 +290,12 @@ Analysis analyse(const Module& module, const Options& options) {
     }
     analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
     try {
-      analysis.infos = label_values(
-          flat, module, [&](std::int64_t batch, std::int64_t tokens) { return probe_inputs(analysis, batch, tokens); });
+      std::vector<std::unordered_map<const Value*, c10::IValue>> runs;
+      for (const auto& [batch, tokens] : kLabelShapes) {
+        runs.push_back(run_all(flat, module, probe_inputs(analysis, batch, tokens)));
+      }
+      analysis.infos = label_values(runs);
+      analysis.max_tokens = token_limit(flat, module, runs);
     } catch (const std::exception& error) {
       unsupported(
           fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
@@ -424,7 +431,10 @@ class TorchScriptModel final : public Model {
 
   at::Device device() const override { return analysis_->device; }
   at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
-  std::string digest() const override { return digest_; }
+  std::string digest() const override {
+    const std::shared_lock lock(guard_mutex_);
+    return digest_;
+  }
 
   InputSpec input_spec() const override { return spec_; }
 
@@ -435,10 +445,14 @@ class TorchScriptModel final : public Model {
   }
 
   void check_unchanged() const override {
+    const std::shared_lock lock(guard_mutex_);
     guard_.check();
     if (own_guard_) own_guard_->check();
   }
-  void check_every_weight() const override { own_guard_ ? own_guard_->check_every() : guard_.check_every(); }
+  void check_every_weight() const override {
+    const std::shared_lock lock(guard_mutex_);
+    own_guard_ ? own_guard_->check_every() : guard_.check_every();
+  }
   void weights_changed() override {
     if (own_guard_) {
       throw Error(ErrorCode::kNotAvailable,
@@ -446,6 +460,7 @@ class TorchScriptModel final : public Model {
                               "now",
                               to_string(weights_)));
     }
+    const std::unique_lock lock(guard_mutex_);
     guard_.retake();
     digest_ = guard_.digest(structure_);
   }
@@ -460,6 +475,7 @@ class TorchScriptModel final : public Model {
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
+    profile.max_tokens = analysis_->max_tokens;
     profile.rows_independent = !analysis_->rows_meet && analysis_->dependence.rows.empty();
     profile.notes = notes_;
     describe_dependence(profile);
@@ -503,7 +519,8 @@ class TorchScriptModel final : public Model {
   std::string structure_;  ///< what makes the digest, beside the weights
   std::vector<std::string> notes_;
   std::string digest_;
-  PackedWeights packed_;  ///< outlives the program
+  mutable std::shared_mutex guard_mutex_;  ///< exclusive: the weights are taken as they are now
+  PackedWeights packed_;                   ///< outlives the program
   std::shared_ptr<const Analysis> analysis_;
   c10::IValue self_;
   Program program_;
@@ -518,12 +535,14 @@ namespace llmcache {
 
 std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
   const at::NoGradGuard no_grad;
+  tell(options.progress, "reading the model's graph");
   auto analysis = ts::analyse(module, options);
   const auto dtype = analysis.infos.at(analysis.hidden[0]).dtype;
   if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
     throw Error(ErrorCode::kUnsupportedModel,
                 fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
   }
+  if (options.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
   auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), options.weights);
   if (options.weights != Weights::kAsLoaded) ts::check_packed(*model, module, options.weights);
   return model;

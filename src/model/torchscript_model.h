@@ -26,6 +26,7 @@ struct Analysis {
   std::int64_t width = 0;                ///< of the hidden state
   std::string path;                      ///< of the container of the layers
   std::vector<std::int64_t> vocabulary;  ///< per input
+  std::int64_t max_tokens = 0;           ///< that tables of positions have room for; 0: unknown
   int ids_argument = 0;
   std::string obstacle;    ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
   Dependence dependence;   ///< of numbers on lengths, rows and ids

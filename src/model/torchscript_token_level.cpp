@@ -15,9 +15,9 @@
 #include "model/torchscript_run.h"
 
 namespace llmcache::ts {
-using Kind = Label::Kind;
-
 namespace {
+
+using Kind = Label::Kind;
 
 constexpr const char* kFusedLayers =
     ". The layers are nn.TransformerEncoderLayer's fast path, one operator each; for token-level reuse trace the model "
@@ -224,7 +224,7 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
       if (run.size() != leaves[0].size()) return;
       seen.push_back({{result, run[i]}});
     }
-    const auto info = label_values_from(seen).at(result);
+    const auto info = label_values(seen).at(result);
     const auto dims = token_dims(info);
     tokenwise = (dims.batch >= 0 && dims.tokens >= 0 && dims.merged == -1) ||
                 (dims.merged >= 0 && dims.batch == -1 && dims.tokens == -1);

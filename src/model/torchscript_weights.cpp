@@ -18,8 +18,9 @@ namespace {
 
 [[noreturn]] void changed(const std::string& what) {
   throw Error(ErrorCode::kModelChanged,
-              what + " after wrapping; call weights_changed() if values were changed in place, or construct a new "
-                     "LayerCache from the module as it is now");
+              what +
+                  " after wrapping; call weights_changed() if values were changed in place, or construct a new "
+                  "LayerCache from the module as it is now");
 }
 
 /// Hash of what is given to it, part after part.
@@ -89,8 +90,8 @@ void add_tensor(Hasher& hasher, const at::Tensor& given) {
 }
 
 bool is_scalar(const c10::IValue& value) {
-  return value.isBool() || value.isInt() || value.isDouble() || value.isString() || value.isNone() || value.isDevice() ||
-         value.isComplexDouble();
+  return value.isBool() || value.isInt() || value.isDouble() || value.isString() || value.isNone() ||
+         value.isDevice() || value.isComplexDouble();
 }
 
 constexpr int kMostLevels = 32;  // of values that hold each other
@@ -261,8 +262,9 @@ void WeightGuard::Samples::add(const std::string& name, const at::Tensor& tensor
   const auto* data = static_cast<const std::uint8_t*>(tensor.const_data_ptr());
   for (std::size_t turn = 0; turn < kSamples; ++turn) {
     const auto last = static_cast<std::int64_t>(turn);
-    places[turn].push_back(dense ? data + (bytes - word_bytes) * turn / (kSamples - 1)
-                                 : element(tensor, (tensor.numel() - 1) * last / static_cast<std::int64_t>(kSamples - 1)));
+    places[turn].push_back(
+        dense ? data + (bytes - word_bytes) * turn / (kSamples - 1)
+              : element(tensor, (tensor.numel() - 1) * last / static_cast<std::int64_t>(kSamples - 1)));
     words[turn].push_back(word(width.size() - 1, turn));
   }
 }
@@ -384,24 +386,41 @@ void WeightGuard::check_versions() const {
   }
 }
 
+void WeightGuard::written(const std::string& name) const {
+  {
+    const std::lock_guard lock(written_mutex_);
+    written_name_ = name;
+  }
+  written_.store(true, std::memory_order_release);
+  changed("'" + name + "' was written to");
+}
+
+void WeightGuard::check_written() const {
+  if (!written_.load(std::memory_order_acquire)) return;
+  const std::lock_guard lock(written_mutex_);
+  changed("'" + written_name_ + "' was written to");
+}
+
 void WeightGuard::check() const {
+  check_written();
   check_attributes();
   check_versions();
   const std::size_t turn = turn_.fetch_add(1, std::memory_order_relaxed) % kSamples;
   const auto& words = samples_.words[turn];
   for (std::size_t i = 0; i < words.size(); ++i) {
-    if (samples_.word(i, turn) != words[i]) changed("'" + samples_.names[i] + "' was written to");
+    if (samples_.word(i, turn) != words[i]) written(samples_.names[i]);
   }
 }
 
 void WeightGuard::check_every() const {
+  check_written();
   check_attributes();
   check_versions();
-  for_each_tensor([](const std::string& name, const at::Tensor& tensor, const State&, const Hash& hash) {
-    if (!(hash_of(tensor) == hash)) changed("'" + name + "' was written to");
+  for_each_tensor([this](const std::string& name, const at::Tensor& tensor, const State&, const Hash& hash) {
+    if (!(hash_of(tensor) == hash)) written(name);
   });
   for (const Held& held : held_) {
-    if (held.saved && !(hash_of_saved(held.value) == *held.saved)) changed("'" + held.name + "' was written to");
+    if (held.saved && !(hash_of_saved(held.value) == *held.saved)) written(held.name);
   }
 }
 
@@ -425,6 +444,7 @@ void WeightGuard::retake() {
     }
   }
   sample();
+  written_.store(false, std::memory_order_release);
 }
 
 std::string WeightGuard::digest(const std::string& structure) const {

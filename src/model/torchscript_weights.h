@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_set>
@@ -15,18 +16,18 @@
 
 namespace llmcache::ts {
 
-/// The graph's structure and its constants, hashed: the same for the same model exported or loaded again, whatever names
-/// its values and classes got. 32 hexadecimal digits.
+/// The graph's structure and its constants, hashed: the same for the same model exported or loaded again, whatever
+/// names its values and classes got. 32 hexadecimal digits.
 std::string structure_digest(const torch::jit::Module& module);
 
 /// Notices changes of what a module holds: attributes that were replaced, moved, converted or written to; tensors in
 /// lists, tuples, dictionaries and objects of scripted classes among them.
 ///
-/// What is cheap is looked at for every request: what each attribute is, where its tensor lies, its version counter, and
-/// eight bytes of what it holds, others each time (16 places, spread evenly). So a write to all of a tensor is noticed at
-/// the next request however it was made; one to a part of it that leaves the version counter as it was (through .data(),
-/// or of a tensor made in inference mode) perhaps not before check_every(). Contents on other devices than the CPU are
-/// looked at by check_every() only.
+/// What is cheap is looked at for every request: what each attribute is, where its tensor lies, its version counter,
+/// and eight bytes of what it holds, others each time (16 places, spread evenly). So a write to all of a tensor is
+/// noticed at the next request however it was made; one to a part of it that leaves the version counter as it was
+/// (through .data(), or of a tensor made in inference mode) perhaps not before check_every(). Contents on other devices
+/// than the CPU are looked at by check_every() only.
 ///
 /// Thread-safe, but for let_go() and retake().
 class WeightGuard {
@@ -100,6 +101,9 @@ class WeightGuard {
 
   void check_attributes() const;
   void check_versions() const;
+  /// What only some places or a hash show is remembered: later calls, which may look elsewhere, must not go on.
+  [[noreturn]] void written(const std::string& name) const;
+  void check_written() const;
   void sample();
   template <class Visit>
   void for_each_tensor(const Visit& visit) const;
@@ -112,6 +116,9 @@ class WeightGuard {
   std::vector<Loose> loose_;  ///< instead of slots_ once the module was let go
   Samples samples_;
   mutable std::atomic<std::uint32_t> turn_{0};
+  mutable std::atomic<bool> written_{false};
+  mutable std::mutex written_mutex_;
+  mutable std::string written_name_;
   std::size_t bytes_ = 0;
 };
 

@@ -101,7 +101,8 @@ class Finder {
       for (std::size_t b = 0; b < node->blocks().size(); ++b) {
         auto* inner = node->blocks()[b];
         const std::size_t skip = node->kind() == prim::Loop ? 1 : 0;
-        for (std::size_t i = skip; i < inner->inputs().size(); ++i) alias(inner->inputs()[i], node->input(i + 2 - skip));
+        for (std::size_t i = skip; i < inner->inputs().size(); ++i)
+          alias(inner->inputs()[i], node->input(i + 2 - skip));
         follow(inner);
         for (std::size_t i = 0; i < node->outputs().size(); ++i) alias(node->output(i), inner->outputs()[i + skip]);
         if (node->kind() == prim::Loop) {  // what it carries comes back
@@ -183,15 +184,17 @@ class Finder {
   }
 
   [[noreturn]] static void refuse_fork(const Node* node) {
-    throw Error(ErrorCode::kUnsupportedModel,
-                fmt::format("forward() starts tasks of its own ({}); run their code in place, and export again", where(node)));
+    throw Error(
+        ErrorCode::kUnsupportedModel,
+        fmt::format("forward() starts tasks of its own ({}); run their code in place, and export again", where(node)));
   }
 
   [[noreturn]] static void refuse_set(const Node* node) {
-    throw Error(ErrorCode::kUnsupportedModel,
-                fmt::format("forward() sets the attribute '{}' of the module ({}); a model that keeps state between calls "
-                            "cannot be cached: pass the state as an input, or leave it out of the export",
-                            node->s(c10::attr::name), where(node)));
+    throw Error(
+        ErrorCode::kUnsupportedModel,
+        fmt::format("forward() sets the attribute '{}' of the module ({}); a model that keeps state between calls "
+                    "cannot be cached: pass the state as an input, or leave it out of the export",
+                    node->s(c10::attr::name), where(node)));
   }
 
   /// The node of the graph's own block that holds `node`.
@@ -208,17 +211,19 @@ class Finder {
     if (!overwritten_first(path, writers)) {
       throw Error(
           ErrorCode::kUnsupportedModel,
-          fmt::format("forward() writes to '{}', which it reads too ({}): a model that keeps state between calls cannot "
-                      "be cached. Make a new value in place of writing to the attribute (clone() a tensor first), or pass "
-                      "the state as an input, and export again",
-                      path, where(writers.front())));
+          fmt::format(
+              "forward() writes to '{}', which it reads too ({}): a model that keeps state between calls cannot "
+              "be cached. Make a new value in place of writing to the attribute (clone() a tensor first), or pass "
+              "the state as an input, and export again",
+              path, where(writers.front())));
     }
     Node* write = writers.front();
     const torch::jit::WithInsertPoint guard(write);
     Value* buffer = write->input(0);
     Value* typed = graph_.insert(c10::Symbol::fromQualString("aten::type_as"), {write->input(1), buffer});
     Value* expanded = graph_.insert(c10::Symbol::fromQualString("aten::expand_as"), {typed, buffer});
-    Value* value = graph_.insert(c10::Symbol::fromQualString("aten::clone"), {expanded});  // its source may change later
+    Value* value =
+        graph_.insert(c10::Symbol::fromQualString("aten::clone"), {expanded});  // its source may change later
     write->output()->replaceAllUsesWith(value);
     for (Value* read : reads_.at(path)) {
       const auto uses = read->uses();
@@ -286,7 +291,8 @@ class Finder {
   /// Where a tensor's numbers lie, and each list or dictionary itself.
   static void add_memory(const c10::IValue& value, std::set<const void*>& memory) {
     if (value.isTensor()) {
-      if (value.toTensor().defined() && value.toTensor().has_storage()) memory.insert(value.toTensor().storage().data());
+      if (value.toTensor().defined() && value.toTensor().has_storage())
+        memory.insert(value.toTensor().storage().data());
       return;
     }
     if (value.isPtrType() && (value.isList() || value.isGenericDict())) memory.insert(value.internalToPointer());

@@ -84,16 +84,22 @@ std::string CalibrationProfile::to_string() const {
                                  budget.epsilon, 1 - budget.delta);
   text += fmt::format("model: {}\n", model_digest);
   text += fmt::format("sample: {} sequences fitted, {} others to certify\n", fitted, certified);
-  if (!reuses()) return text + "no setting could be certified: nothing is reused beyond lossless\n";
+  if (!reuses()) return text + fmt::format("nothing is reused beyond lossless: {}\n", reason);
   text += fmt::format("certified: error {:.4f}, at most {:.4f} with that confidence\n", certified_error, error_bound);
-  if (reuse) {
-    return text + fmt::format("{} ({}, distance up to {:g}): {:.1f} % of token-layers computed\n", reuse->mechanism,
-                              reuse->setting, reuse->limit, 100 * reuse->computed);
+  if (reuses_states()) {
+    text += fmt::format("{} ({}, distance up to {:g}): {:.1f} % of token-layers computed\n", reuse->mechanism,
+                        reuse->setting, reuse->match_threshold, 100 * reuse->computed);
+    if (reuse->least_tokens > 0) {
+      text += fmt::format("  for sequences of {} tokens or more, error {:.4f}, at most {:.4f} of all traffic\n",
+                          reuse->least_tokens, reuse->error, reuse->bound);
+    }
   }
-  text += fmt::format("early exit ({}): {:.1f} % of sequences, {:.1f} MiB\n", llmcache::to_string(early_exit),
+  if (!exit) return text;
+  const std::string whose = exit_below > 0 ? fmt::format(" below {} tokens", exit_below) : std::string();
+  text += fmt::format("early exit{} ({}): {:.1f} % of sequences, {:.1f} MiB\n", whose, llmcache::to_string(early_exit),
                       100 * expected_share, static_cast<double>(bytes) / (1 << 20));
   for (std::size_t l = 0; l < expected_exits.size(); ++l) {
-    text += fmt::format("  in front of layer {}: {:.1f} %\n", l, 100 * expected_exits[l]);
+    if (expected_exits[l] > 0) text += fmt::format("  in front of layer {}: {:.1f} %\n", l, 100 * expected_exits[l]);
   }
   return text;
 }

@@ -2,8 +2,6 @@
 // answers are from the full computation, and moves the thresholds.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <mutex>
 #include <random>
@@ -15,15 +13,11 @@
 namespace llmcache {
 
 /// How far a served answer is from the full computation, over all its tensors together.
-struct Drift {
+struct OutputDifference {
   double cosine = 0;    ///< 1 - cosine
   double relative = 0;  ///< ||served - full|| / ||full||
   bool decision_changed = false;
 };
-
-/// Tensors of one sequence's output, in order and of equal shapes. Not finite: infinitely far.
-Drift drift_between(const std::vector<at::Tensor>& served, const std::vector<at::Tensor>& full,
-                    const DecisionFunction& decision);
 
 /// Thread-safe.
 class DivergenceMonitor {
@@ -36,15 +30,15 @@ class DivergenceMonitor {
   /// Draws whether a hit is checked.
   bool choose();
   /// Takes in a check of a hit of a bank; false if it was over tolerance.
-  bool record(std::size_t bank, const Drift& drift);
-  void fill(std::size_t bank, LayerStats& stats) const;
+  bool record(std::size_t bank, const OutputDifference& difference);
+  void add_to(std::size_t bank, LayerStats& stats) const;
 
  private:
   struct Layer {
     double configured = 0;
     double tau = 0;
-    std::uint64_t clean = 0;  ///< checks within tolerance since tau was last moved
-    std::uint64_t checks = 0;
+    std::uint64_t clean = 0;  ///< audits within tolerance since tau was last moved
+    std::uint64_t audits = 0;
     std::uint64_t decision_changes = 0;
     double cosine_sum = 0, cosine_max = 0, relative_sum = 0, relative_max = 0;
   };

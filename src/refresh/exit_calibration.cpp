@@ -10,11 +10,19 @@
 #include <numeric>
 
 #include "llmcache/error.h"
-#include "refresh/ladder_calibration.h"
+#include "refresh/candidate_choice.h"
 #include "refresh/ridge.h"
 #include "refresh/risk_bound.h"
+#include "refresh/sample_need.h"
 
 namespace llmcache {
+
+/// What a part of the sample would meet in front of each layer.
+struct Met {
+  std::vector<std::vector<double>> expected;  ///< [layer][sequence]
+  std::vector<std::vector<double>> error;
+};
+
 namespace {
 
 constexpr double kFittedShare = 0.5;  // banks and translator
@@ -24,14 +32,14 @@ constexpr int kLevels = 160;          // thresholds tried, evenly on a logarithm
 constexpr double kSafest = 1e-4;
 constexpr int kSaferLevels = 3;  // kept below the certified one, each for half the error
 
-std::span<const float> values_of(const at::Tensor& tensor) {
+std::span<const float> floats_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), static_cast<std::size_t>(tensor.numel())};
 }
 
 at::Tensor weights_of(const at::Tensor& x, const at::Tensor& y, double penalty) {
   const auto inputs = x.to(at::kCPU).contiguous();
   const auto outputs = y.to(at::kCPU).contiguous();
-  const auto fitted = RidgeModel::fit(values_of(inputs), values_of(outputs), inputs.size(1), outputs.size(1), penalty);
+  const auto fitted = RidgeModel::fit(floats_of(inputs), floats_of(outputs), inputs.size(1), outputs.size(1), penalty);
   return at::tensor(fitted.weights).view({inputs.size(1), outputs.size(1)}).to(x.device());
 }
 
@@ -50,26 +58,22 @@ double typical_distance(const at::Tensor& outputs) {
   return (outputs - outputs.roll(outputs.size(0) / 2, 0)).norm(2, 1).mean().item<double>();
 }
 
-/// What a part of the sample would meet in front of each layer.
-struct Met {
-  std::vector<std::vector<double>> expected;  ///< [layer][sequence]
-  std::vector<std::vector<double>> error;
-};
-
 struct Served {
   std::vector<double> error;  ///< one a sequence
   std::vector<double> left;   ///< share of the sequences that leave in front of each layer
+  std::vector<double> run;    ///< part of the layers that each sequence runs through
 };
 
 Served serve(const Met& met, const std::vector<double>& thresholds) {
   const std::size_t layers = met.expected.size();
   const std::size_t n = met.expected[0].size();
-  Served served{std::vector<double>(n, 0), std::vector<double>(layers, 0)};
+  Served served{std::vector<double>(n, 0), std::vector<double>(layers, 0), std::vector<double>(n, 1)};
   for (std::size_t i = 0; i < n; ++i) {
     for (std::size_t l = 0; l < layers; ++l) {
       if (!(met.expected[l][i] <= thresholds[l])) continue;
       served.left[l] += 1 / static_cast<double>(n);
       served.error[i] = met.error[l][i];
+      served.run[i] = static_cast<double>(l) / static_cast<double>(layers);
       break;
     }
   }
@@ -113,6 +117,9 @@ Met meet(const ExitModel& model, const ExitSample& sample, const at::Tensor& whi
 struct Shape {
   std::vector<char> chosen;
   double slope = 0;
+  [[nodiscard]] bool any() const {
+    return std::any_of(chosen.begin(), chosen.end(), [](char one) { return one != 0; });
+  }
 };
 
 /// Milliseconds that looking for answers for `rows` sequences in front of a layer takes.
@@ -171,8 +178,7 @@ class PassTime {
 
 /// Adds layer after layer as long as that saves time at errors somewhat below the budget: each look costs time too.
 Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& sample, const BudgetOptions& options) {
-  constexpr int kStep = 4;         // of the levels each such one is tried
-  constexpr double kMargin = 0.8;  // of the budget: a choice looks better on the data that it was made on
+  constexpr int kStep = 4;  // of the levels each such one is tried
   constexpr double kWorthTrying = 0.99;
   const std::size_t layers = model.layers.size();
   const PassTime time(model, sample, options);
@@ -191,7 +197,7 @@ Shape choose_shape(const ExitModel& model, const Met& tuning, const ExitSample& 
         tried.slope = slope;
         for (int level = 0; level < kLevels; level += kStep) {
           const auto served = serve(tuning, thresholds_at(level, slope, tried.chosen));
-          if (mean_error(served.error) > kMargin * options.budget.epsilon) break;
+          if (mean_error(served.error) > kChoiceMargin * options.budget.epsilon) break;
           const double ms = time.ms(served.left, tried.chosen);
           if (ms >= next_ms) continue;
           next_ms = ms;
@@ -229,6 +235,24 @@ void fit_banks(ExitModel& model, const ExitSample& sample, const at::Tensor& whi
   }
 }
 
+/// Entries that the banks have room for. Throws Error(kInvalidOptions) if that is too few.
+std::int64_t room_for_entries(const ExitSample& sample, bool cache_free, std::size_t capacity_bytes) {
+  // What an entry takes in the banks: its states and lengths, what they are searched by, its output and its decision.
+  std::int64_t entry = sample.outputs.size(1) * 4 + 8;
+  std::int64_t fixed = 0;
+  for (const at::Tensor& states : sample.states) {
+    const auto axes = cache_free ? 0 : ExitLayer::axes_for(states.size(1));
+    fixed += states.size(1) * 4 * (1 + axes + sample.outputs.size(1)) + 4096;
+    if (!cache_free) entry += (states.size(1) + 1 + axes) * 4;
+  }
+  const auto room = (static_cast<std::int64_t>(capacity_bytes) - fixed) / entry;
+  if (room >= 2 * ExitModel::kLeastEntries) return room;
+  throw Error(ErrorCode::kInvalidOptions,
+              fmt::format("the capacity leaves {} bytes for the banks of early exits, which need at least {}; raise "
+                          "Options.capacity_bytes or BudgetOptions.capacity_share",
+                          capacity_bytes, fixed + 2 * ExitModel::kLeastEntries * entry));
+}
+
 }  // namespace
 
 PartTime PartTime::from(double alone_ms, double together_ms, double rows) {
@@ -237,8 +261,27 @@ PartTime PartTime::from(double alone_ms, double together_ms, double rows) {
   return {std::max(0.0, together_ms - rows * more), more};
 }
 
-void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
-                    CalibrationProfile& profile) {
+/// What certifies nothing: the fitted model, and what the parts of the sample would meet.
+struct ExitCalibration::Fitted {
+  std::shared_ptr<ExitModel> model = std::make_shared<ExitModel>();
+  Met tuning, certifying;
+  at::Tensor tuning_rows, certifying_rows;  ///< numbers in the sample
+
+  /// Sequences of `longest` tokens or more never leave.
+  [[nodiscard]] static Met limited(Met met, const at::Tensor& rows, const ExitSample& sample, std::int64_t longest) {
+    if (longest == kAll || sample.tokens.empty()) return met;
+    const auto numbers = rows.cpu();
+    for (std::int64_t i = 0; i < numbers.numel(); ++i) {
+      const auto number = static_cast<std::size_t>(numbers.const_data_ptr<std::int64_t>()[i]);
+      if (sample.tokens[number] < longest) continue;
+      for (auto& layer : met.expected) layer[static_cast<std::size_t>(i)] = std::numeric_limits<double>::infinity();
+    }
+    return met;
+  }
+};
+
+ExitCalibration::ExitCalibration(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes)
+    : sample_(sample), options_(options), fitted_(std::make_unique<Fitted>()) {
   const auto n = sample.outputs.size(0);
   auto fitted = static_cast<std::int64_t>(kFittedShare * static_cast<double>(n));
   auto gated = static_cast<std::int64_t>(kGateShare * static_cast<double>(n));
@@ -250,75 +293,105 @@ void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std:
   }
   // In the order of the traffic: what is certified came after all that was fitted, as what is served will.
   const auto rows = at::arange(n, sample.outputs.options().dtype(at::kLong));
+  ExitModel& model = *fitted_->model;
+  model.metric = options.budget.metric;
+  model.cache_free = options.early_exit == EarlyExit::kCacheFree;
+  fitted_->certifying_rows = rows.narrow(0, fitted + gated, n - fitted - gated);
+  const std::int64_t room = room_for_entries(sample, model.cache_free, capacity_bytes);
+  fitted_->tuning_rows = rows.narrow(0, fitted, gated);
+  const bool all_fit = room >= fitted + gated;
+  // The bank keeps as much as there is room for; what it leaves out only trains the gates.
+  if (!all_fit) fitted = std::min(fitted, room);
+  fit_banks(model, sample, rows.narrow(0, 0, fitted), options.scores);
+  fit_gates(model, sample, fitted_->tuning_rows, options.scores);
+  fitted_->tuning = meet(model, sample, fitted_->tuning_rows, options.scores);
+  if (all_fit) fit_banks(model, sample, rows.narrow(0, 0, fitted + gated), options.scores);
+  fitted_->certifying = meet(model, sample, fitted_->certifying_rows, options.scores);
+}
 
-  auto model = std::make_shared<ExitModel>();
-  model->metric = options.budget.metric;
-  model->cache_free = options.early_exit == EarlyExit::kCacheFree;
-  const auto certifying = rows.narrow(0, fitted + gated, n - fitted - gated);
-  // What an entry takes in the banks: its states and lengths, what they are searched by, its output and its decision.
-  std::int64_t entry = sample.outputs.size(1) * 4 + 8;
-  std::int64_t fixed = 0;
-  for (const at::Tensor& states : sample.states) {
-    const auto axes = model->cache_free ? 0 : ExitLayer::axes_for(states.size(1));
-    fixed += states.size(1) * 4 * (1 + axes + sample.outputs.size(1)) + 4096;
-    if (!model->cache_free) entry += (states.size(1) + 1 + axes) * 4;
-  }
-  const auto room = (static_cast<std::int64_t>(capacity_bytes) - fixed) / entry;
-  if (room < fitted + gated) {
-    // The bank keeps as much as there is room for; what it leaves out only trains the gates.
-    fitted = std::min(fitted, std::max<std::int64_t>(room, 0));
-    if (fitted < 2 * ExitModel::kLeastEntries) {
-      throw Error(
-          ErrorCode::kInvalidOptions,
-          fmt::format("the capacity leaves {} bytes for the banks of early exits, which need at least {}; raise "
-                      "Options.capacity_bytes or BudgetOptions.capacity_share",
-                      capacity_bytes, fixed + 2 * ExitModel::kLeastEntries * entry));
-    }
-  }
-  const auto gating = rows.narrow(0, n - certifying.size(0) - gated, gated);
-  const auto first = rows.narrow(0, 0, fitted);
-  fit_banks(*model, sample, first, options.scores);
-  fit_gates(*model, sample, gating, options.scores);
-  const auto tuning = meet(*model, sample, gating, options.scores);
-  if (room >= fitted + gated) fit_banks(*model, sample, rows.narrow(0, 0, fitted + gated), options.scores);
-  const auto certified = meet(*model, sample, certifying, options.scores);
+ExitCalibration::~ExitCalibration() = default;
 
-  const Budget& budget = options.budget;
+std::optional<double> ExitCalibration::expected_cost(double epsilon, std::int64_t longest) const {
+  const Met tuning = Fitted::limited(fitted_->tuning, fitted_->tuning_rows, sample_, longest);
+  BudgetOptions options = options_;
+  options.budget.epsilon = epsilon;
+  const Shape shape = choose_shape(*fitted_->model, tuning, sample_, options);
+  if (!shape.any()) return std::nullopt;
+  // Of the tokens of those that may leave.
+  const std::size_t n = tuning.expected[0].size();
+  const auto numbers = fitted_->tuning_rows.cpu();
+  std::vector<double> weights(n, 1);
+  for (std::size_t i = 0; i < n && !sample_.tokens.empty(); ++i) {
+    const auto tokens = sample_.tokens[static_cast<std::size_t>(numbers.const_data_ptr<std::int64_t>()[i])];
+    weights[i] = longest == kAll || tokens < longest ? static_cast<double>(tokens) : 0;
+  }
+  const double all = std::accumulate(weights.begin(), weights.end(), 0.0);
+  if (all == 0) return std::nullopt;
+  double cost = 1;
+  for (int level = 0; level < kLevels; ++level) {
+    const auto served = serve(tuning, thresholds_at(level, shape.slope, shape.chosen));
+    if (mean_error(served.error) > kChoiceMargin * epsilon) break;
+    cost = std::inner_product(weights.begin(), weights.end(), served.run.begin(), 0.0) / all;
+  }
+  return cost;
+}
+
+void ExitCalibration::certify(const Budget& budget, CalibrationProfile& profile, std::int64_t longest) {
+  ExitModel& model = *fitted_->model;
   const auto kind = budget.metric == BudgetMetric::kRelativeError ? LossKind::kReal : LossKind::kBinary;
-  const Shape shape = choose_shape(*model, tuning, sample, options);
-  if (std::none_of(shape.chosen.begin(), shape.chosen.end(), [](char one) { return one != 0; })) return;
+  BudgetOptions options = options_;
+  options.budget = budget;
+  const Met tuning = Fitted::limited(fitted_->tuning, fitted_->tuning_rows, sample_, longest);
+  const Shape shape = choose_shape(model, tuning, sample_, options);
+  if (!shape.any()) {
+    profile.reason =
+        "looking for an answer in front of a layer costs more time than leaving there saves, at errors that "
+        "the budget allows";
+    return;
+  }
+  const Met met = Fitted::limited(fitted_->certifying, fitted_->certifying_rows, sample_, longest);
   const auto at_level = [&](int level) { return thresholds_at(level, shape.slope, shape.chosen); };
   std::vector<std::vector<double>> errors;
-  for (int level = 0; level < kLevels; ++level) {
-    errors.push_back(serve(certified, at_level(level)).error);
-  }
-  profile.typical_distance = model->typical_distance;
-  profile.fitted = model->outputs.size(0);
-  profile.certified = certifying.size(0);
+  for (int level = 0; level < kLevels; ++level) errors.push_back(serve(met, at_level(level)).error);
+  profile.typical_distance = model.typical_distance;
+  profile.fitted = model.outputs.size(0);
+  profile.certified = fitted_->certifying_rows.size(0);
+  const auto uncertified = [&](std::int64_t level) {
+    return level + 1 < kLevels ? why_not_certified(errors[static_cast<std::size_t>(level + 1)], budget, kind,
+                                                   1 - kFittedShare - kGateShare)
+                               : std::string("no sequence of the sample that certifies would leave early");
+  };
   double epsilon = budget.epsilon;
   for (int safer = 0; safer <= kSaferLevels; ++safer, epsilon /= 2) {
     const auto level = choose_level(errors, epsilon, budget.delta, kind);
+    if (safer == 0) profile.reason = uncertified(level);
     if (level < 0) break;
     const auto thresholds = at_level(static_cast<int>(level));
-    model->thresholds.push_back(thresholds);
+    model.thresholds.push_back(thresholds);
     if (safer > 0) continue;
-    const auto served = serve(certified, thresholds);
+    const auto served = serve(met, thresholds);
     profile.expected_share = std::accumulate(served.left.begin(), served.left.end(), 0.0);
     if (profile.expected_share == 0) return;  // nothing to gain
     profile.certified_error = mean_error(served.error);
     profile.error_bound = upper_bound(served.error, budget.delta, kind == LossKind::kBinary);
     profile.expected_exits = served.left;
   }
-  if (model->thresholds.empty()) return;
+  if (model.thresholds.empty()) return;
   for (std::size_t l = 0; l < shape.chosen.size(); ++l) {
-    if (!shape.chosen[l]) model->layers[l] = {};
+    if (!shape.chosen[l]) model.layers[l] = {};
   }
-  if (model->cache_free) {
-    model->outputs = model->outputs.narrow(0, 0, 0);
-    model->decisions = model->decisions.narrow(0, 0, 0);
+  if (model.cache_free) {
+    model.outputs = model.outputs.narrow(0, 0, 0);
+    model.decisions = model.decisions.narrow(0, 0, 0);
   }
-  profile.bytes = model->bytes();
-  profile.exit = std::move(model);
+  profile.reason.clear();
+  profile.bytes = model.bytes();
+  profile.exit = fitted_->model;
+}
+
+void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
+                    CalibrationProfile& profile) {
+  ExitCalibration(sample, options, capacity_bytes).certify(options.budget, profile);
 }
 
 }  // namespace llmcache

@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "llmcache/refresh/calibration.h"
@@ -26,13 +29,40 @@ struct ExitSample {
   std::vector<at::Tensor> states;  ///< one a layer: `[n, hidden]`, mean over its tokens of the state that enters it
   at::Tensor outputs;              ///< `[n, values]`, final pooled outputs
   std::vector<PartTime> layer_times;
-  double batch_rows = 1;  ///< mean number of sequences that came together
+  double batch_rows = 1;             ///< mean number of sequences that came together
+  std::vector<std::int64_t> tokens;  ///< of each sequence; empty: not known
 };
 
-/// What CalibrationProfile says: banks and translator from the first part of the sample, gates from the second, which
-/// then joins the banks, thresholds from the third. Fills the profile's evidence; `exit` stays null if no threshold
-/// could be certified. `capacity_bytes` limits the banks. Throws Error(kInvalidInput) if the sample is too small to fit
-/// anything.
+/// An ExitModel fitted on a part of a sample, whose thresholds the rest may certify. Of one thread.
+class ExitCalibration {
+ public:
+  /// What CalibrationProfile says: banks and translator from the first part of the sample, gates from the second, which
+  /// then joins the banks. `capacity_bytes` limits the banks. Throws Error(kInvalidInput) if the sample is too small to
+  /// fit anything. References must outlive it.
+  ExitCalibration(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes);
+  ~ExitCalibration();
+  ExitCalibration(const ExitCalibration&) = delete;
+  ExitCalibration& operator=(const ExitCalibration&) = delete;
+
+  /// Sequences of this many tokens or more do not leave; 0: all may.
+  static constexpr std::int64_t kAll = 0;
+
+  /// Part of the token-layers that sequences below `longest` tokens would run through if all sequences together had an
+  /// error of `epsilon`, by the second part of the sample; unset: leaving early would save no time, or there are no
+  /// such sequences. What certifies has no say in it.
+  [[nodiscard]] std::optional<double> expected_cost(double epsilon, std::int64_t longest = kAll) const;
+  /// Certifies thresholds by the third part of the sample. Fills the profile's evidence; `exit` stays null if no
+  /// threshold could be certified, and `reason` says why. Once.
+  void certify(const Budget& budget, CalibrationProfile& profile, std::int64_t longest = kAll);
+
+ private:
+  struct Fitted;
+  const ExitSample& sample_;
+  const BudgetOptions& options_;
+  std::unique_ptr<Fitted> fitted_;
+};
+
+/// Both in turn, for the whole of options.budget.
 void calibrate_exit(const ExitSample& sample, const BudgetOptions& options, std::size_t capacity_bytes,
                     CalibrationProfile& profile);
 

@@ -8,27 +8,15 @@
 #include <exception>
 #include <span>
 
+#include "caller_failed.h"
 #include "llmcache/error.h"
 
 namespace llmcache {
 namespace {
 
-/// The caller's function may throw anything: told from what the model raises.
-at::Tensor call(const ScoreFunction& scores, const at::Tensor& outputs) {
-  try {
-    return scores(outputs);
-  } catch (const std::exception& error) {
-    std::throw_with_nested(
-        Error(ErrorCode::kInvalidOptions, std::string("BudgetOptions.scores raised: ") + error.what()));
-  } catch (...) {
-    std::throw_with_nested(
-        Error(ErrorCode::kInvalidOptions, "BudgetOptions.scores threw something that is no std::exception"));
-  }
-}
-
 at::Tensor scores_of(const at::Tensor& outputs, const ScoreFunction& scores) {
   if (!scores) return outputs;
-  auto result = call(scores, outputs);
+  auto result = call_the_callers("BudgetOptions.scores", [&] { return scores(outputs); });
   if (!result.defined() || result.dim() != 2 || result.size(0) != outputs.size(0)) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("BudgetOptions.scores returned {} for outputs of shape [{}, {}]; [{}, classes] is expected",

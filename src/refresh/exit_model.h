@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "llmcache/refresh/budget.h"
+#include "refresh/exit_sizes.h"
 #include "refresh/logistic.h"
 
 namespace llmcache {
@@ -66,7 +67,7 @@ struct Proposal {
 struct ExitModel {
   static constexpr std::int64_t kNeighbours = 5;  ///< whose decisions are features of the gate
   static constexpr std::int64_t kWeighted = 32;   ///< nearest entries that make the answer
-  static constexpr std::int64_t kLeastEntries = 32;
+  static constexpr std::int64_t kLeastEntries = kLeastExitEntries;
 
   BudgetMetric metric = BudgetMetric::kDecision;
   bool cache_free = false;
@@ -76,13 +77,12 @@ struct ExitModel {
   double typical_distance = 0;  ///< mean distance between outputs of different sequences
   std::vector<ExitLayer> layers;
 
-  /// Largest expected error at which a sequence leaves in front of each layer, [level][layer]: level 0 is the certified
-  /// one, each further one is safer. Below 0: none leaves there.
+  /// Largest expected error at which a sequence leaves in front of each layer, [threshold][layer]: threshold 0 is the
+  /// certified one, each further one is safer. Below 0: none leaves there.
   std::vector<std::vector<double>> thresholds;
 
   [[nodiscard]] std::size_t bytes() const;
-  static constexpr std::size_t features(bool cache_free) { return cache_free ? 3 : 18; }  ///< of gates
-  [[nodiscard]] std::size_t features() const noexcept { return features(cache_free); }
+  [[nodiscard]] std::size_t features() const noexcept { return gate_features(cache_free); }  ///< of gates
   /// The same with all tensors on `device`.
   [[nodiscard]] ExitModel to(at::Device device) const;
   /// Proposals for `states` `[n, hidden]` in front of `layer`, whose gate has been fitted.

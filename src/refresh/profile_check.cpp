@@ -11,7 +11,7 @@
 namespace llmcache {
 namespace {
 
-constexpr double kMost = std::numeric_limits<double>::max();
+constexpr double kLargest = std::numeric_limits<double>::max();
 constexpr double kShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
 
 [[noreturn]] void refuse_profile(const std::string& what) {
@@ -21,8 +21,9 @@ constexpr double kShare = 1 + 1e-6;  // the most that a sum of shares is, rounde
 /// Neither NaN nor infinite.
 void check(const std::string& name, double value, double low, double high) {
   if (value >= low && value <= high) return;
-  refuse_profile(high < kMost ? fmt::format("{} is {}; {:g} to {:g} is expected", name, value, low, high)
-                      : fmt::format("{} is {}; a finite number is expected, {:g} or more", name, value, low));
+  refuse_profile(high < kLargest
+                     ? fmt::format("{} is {}; {:g} to {:g} is expected", name, value, low, high)
+                     : fmt::format("{} is {}; a finite number is expected, {:g} or more", name, value, low));
 }
 
 void check_count(const std::string& name, std::int64_t value) {
@@ -31,14 +32,15 @@ void check_count(const std::string& name, std::int64_t value) {
 
 void check_gate(std::size_t layer, const LogisticModel& gate) {
   const auto name = [&](const char* field) { return fmt::format("{} of the gate of layer {}", field, layer); };
-  for (const double mean : gate.means) check(name("a mean"), mean, -kMost, kMost);
-  for (const double scale : gate.scales) check(name("a scale"), scale, std::numeric_limits<double>::min(), kMost);
-  for (const double weight : gate.weights) check(name("a weight"), weight, -kMost, kMost);
-  check(name("the intercept"), gate.intercept, -kMost, kMost);
+  for (const double mean : gate.means) check(name("a mean"), mean, -kLargest, kLargest);
+  for (const double scale : gate.scales) check(name("a scale"), scale, std::numeric_limits<double>::min(), kLargest);
+  for (const double weight : gate.weights) check(name("a weight"), weight, -kLargest, kLargest);
+  check(name("the intercept"), gate.intercept, -kLargest, kLargest);
 }
 
 void check_finite(const std::string& name, const at::Tensor& tensor) {
-  if (tensor.defined() && !tensor.isfinite().all().item<bool>()) refuse_profile(name + " has a value that is not finite");
+  if (tensor.defined() && !tensor.isfinite().all().item<bool>())
+    refuse_profile(name + " has a value that is not finite");
 }
 
 void check_exit(const ExitModel& exit) {
@@ -58,13 +60,32 @@ void check_exit(const ExitModel& exit) {
 }
 
 void check_choice(const ReuseChoice& choice, double least_distance) {
-  check("reuse.limit", choice.limit, 0, kMost);
+  check("reuse.limit", choice.match_threshold, 0, kLargest);
+  check("reuse.epsilon", choice.epsilon, 0, 0.5);
+  check_count("reuse.least_tokens", choice.least_tokens);
   check_count("reuse.fitted", choice.fitted);
   check_count("reuse.certified", choice.certified);
   check("reuse.error", choice.error, 0, kShare);
   check("reuse.bound", choice.bound, 0, kShare);
-  check("reuse.computed", choice.computed, 0, kMost);
-  check("reuse.typical_distance", choice.typical_distance, least_distance, kMost);
+  check("reuse.computed", choice.computed, 0, kLargest);
+  check("reuse.typical_distance", choice.typical_distance, least_distance, kLargest);
+}
+
+/// Each sequence is one mechanism's own, and the two share the budget.
+void check_side_by_side(const CalibrationProfile& profile) {
+  const ReuseChoice& reuse = *profile.reuse;
+  if (profile.exit_below < 1 || reuse.least_tokens != profile.exit_below) {
+    refuse_profile(
+        fmt::format("it has early exits for sequences below {} tokens, and reuse for those from {} on; with both "
+                    "in one profile these must be the same number above 0",
+                    profile.exit_below, reuse.least_tokens));
+  }
+  if (!(reuse.epsilon > 0 && reuse.epsilon < profile.budget.epsilon)) {
+    refuse_profile(
+        fmt::format("reuse.epsilon is {}; with early exits beside it above 0 and below the budget's {} is "
+                    "expected",
+                    reuse.epsilon, profile.budget.epsilon));
+  }
 }
 
 }  // namespace
@@ -77,9 +98,13 @@ void check_numbers(const CalibrationProfile& profile) {
   check("error_bound", profile.error_bound, 0, kShare);
   check("expected_share", profile.expected_share, 0, kShare);
   for (const double share : profile.expected_exits) check("a share of expected_exits", share, 0, kShare);
-  check("typical_distance", profile.typical_distance, 0, kMost);
+  check("typical_distance", profile.typical_distance, 0, kLargest);
   // What relative errors are divided by.
   const bool relative = profile.budget.metric == BudgetMetric::kRelativeError;
+  check_count("exit_below", profile.exit_below);
+  const bool shared_out =
+      profile.exit && profile.reuse && (profile.exit_below != 0 || profile.reuse->least_tokens != 0);
+  if (shared_out) check_side_by_side(profile);  // else it is an earlier one, of which early exit serves
   if (profile.reuse) check_choice(*profile.reuse, relative ? std::numeric_limits<double>::min() : 0);
   if (profile.exit) check_exit(*profile.exit);
 }

@@ -9,11 +9,11 @@
 #include "llmcache/error.h"
 #include "llmcache/refresh/calibration.h"
 #include "refresh/exit_model.h"
+#include "refresh/profile_check.h"
 #include "refresh/profile_text.h"
+#include "refusal.h"
 #include "store/bounded_file.h"
 #include "store/damaged_data.h"
-#include "refresh/profile_check.h"
-#include "refusal.h"
 
 namespace llmcache {
 namespace {
@@ -21,7 +21,7 @@ namespace {
 using OrderedJson = nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
-fs::path tensors_of(const fs::path& path) { return path.string() + ".safetensors"; }
+fs::path tensors_path(const fs::path& path) { return path.string() + ".safetensors"; }
 
 /// The tensors of a model under their names, in one fixed order.
 template <class Model, class Visit>
@@ -77,12 +77,12 @@ auto reading(const fs::path& path, const Read& read) {
   try {
     return read();
   } catch (const UnreadableFile& error) {
-    refuse_options(fmt::format("calibration profile '{}' cannot be read ({}); calibrate, and save it there", path.string(),
-                       error.what()));
+    refuse_file(fmt::format("calibration profile '{}' cannot be read ({}); calibrate, and save it there", path.string(),
+                            error.what()));
   } catch (const DamagedData& error) {
-    refuse_options(fmt::format("calibration profile '{}' is damaged: {}; calibrate again", path.string(), error.what()));
+    refuse_file(fmt::format("calibration profile '{}' is damaged: {}; calibrate again", path.string(), error.what()));
   } catch (const ForeignProfile& error) {
-    refuse_options(fmt::format("'{}' {}", path.string(), error.what()));
+    refuse_file(fmt::format("'{}' {}", path.string(), error.what()));
   }
 }
 
@@ -97,7 +97,7 @@ void write(const fs::path& path, const std::string& bytes) {
   if (!file || error) {
     std::error_code ignored;
     fs::remove(beside, ignored);
-    refuse_options(fmt::format("calibration profile '{}' cannot be written", path.string()));
+    refuse_file(fmt::format("calibration profile '{}' cannot be written", path.string()));
   }
 }
 
@@ -106,16 +106,19 @@ OrderedJson gate_json(const LogisticModel& gate) {
 }
 
 OrderedJson choice_json(const ReuseChoice& choice) {
-  return {{"format", to_string(choice.format)},
-          {"mechanism", choice.mechanism},
-          {"setting", choice.setting},
-          {"limit", choice.limit},
-          {"fitted", choice.fitted},
-          {"certified", choice.certified},
-          {"error", choice.error},
-          {"bound", choice.bound},
-          {"computed", choice.computed},
-          {"typical_distance", choice.typical_distance}};
+  OrderedJson json = {{"format", to_string(choice.format)},
+                      {"mechanism", choice.mechanism},
+                      {"setting", choice.setting},
+                      {"limit", choice.match_threshold},
+                      {"fitted", choice.fitted},
+                      {"certified", choice.certified},
+                      {"error", choice.error},
+                      {"bound", choice.bound},
+                      {"computed", choice.computed},
+                      {"typical_distance", choice.typical_distance}};
+  if (choice.epsilon > 0) json["epsilon"] = choice.epsilon;
+  if (choice.least_tokens > 0) json["least_tokens"] = choice.least_tokens;
+  return json;
 }
 
 OrderedJson verified_json(const VerifiedEnvelope& verified) {
@@ -138,28 +141,31 @@ std::shared_ptr<const ExitModel> exit_model(const Safetensors& tensors, const Pr
 }  // namespace
 
 void CalibrationProfile::save(const fs::path& path) const {
-  OrderedJson json = {{"format", kProfileFormat},
-               {"version", kProfileVersion},
-               {"budget",
-                {{"metric", llmcache::to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
-               {"early_exit", llmcache::to_string(early_exit)},
-               {"model", model_digest},
-               {"fitted", fitted},
-               {"certified", certified},
-               {"certified_error", certified_error},
-               {"error_bound", error_bound},
-               {"expected_share", expected_share},
-               {"expected_exits", expected_exits},
-               {"typical_distance", typical_distance},
-               {"bytes", bytes}};
+  OrderedJson json = {
+      {"format", kProfileFormat},
+      {"version", kProfileVersion},
+      {"budget",
+       {{"metric", llmcache::to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
+      {"early_exit", llmcache::to_string(early_exit)},
+      {"model", model_digest},
+      {"fitted", fitted},
+      {"certified", certified},
+      {"certified_error", certified_error},
+      {"reason", reason},
+      {"error_bound", error_bound},
+      {"expected_share", expected_share},
+      {"expected_exits", expected_exits},
+      {"typical_distance", typical_distance},
+      {"bytes", bytes}};
   if (exit) {
     const std::string tensors = packed(*exit);
     OrderedJson gates = OrderedJson::array();
     for (const ExitLayer& layer : exit->layers) gates.push_back(gate_json(layer.gate));
     json["exit"] = {
         {"tensors_xxh3", content_hash(tensors)}, {"thresholds", exit->thresholds}, {"gates", std::move(gates)}};
-    write(tensors_of(path), tensors);
+    write(tensors_path(path), tensors);
   }
+  if (exit_below > 0) json["exit_below"] = exit_below;
   if (reuse) json["reuse"] = choice_json(*reuse);
   if (!verified.codes.empty()) json["verified"] = verified_json(verified);
   json["content_xxh3"] = content_hash(json.dump());  // the last member: what is in front of it is what was hashed
@@ -169,11 +175,11 @@ void CalibrationProfile::save(const fs::path& path) const {
 CalibrationProfile CalibrationProfile::load(const fs::path& path) {
   ProfileText text = reading(path, [&] { return parse_profile(read_bounded_file(path, kMostProfileBytes)); });
   if (text.exit) {
-    const fs::path beside = tensors_of(path);
+    const fs::path beside = tensors_path(path);
     text.profile.exit = reading(beside, [&] {
-      const std::string bytes = read_bounded_file(beside, text.most_tensor_bytes());
-      if (text.exit->tensors_xxh3 != content_hash(bytes)) throw DamagedData("its content was changed or cut off");
-      const Safetensors tensors(bytes);
+      const std::string content = read_bounded_file(beside, text.most_tensor_bytes());
+      if (text.exit->tensors_xxh3 != content_hash(content)) throw DamagedData("its content was changed or cut off");
+      const Safetensors tensors(content);
       check_exit_tensors(tensors, text);
       return exit_model(tensors, text);
     });

@@ -9,16 +9,16 @@
 #include <utility>
 
 #include "llmcache/error.h"
-#include "refresh/exit_model.h"
+#include "refresh/exit_sizes.h"
 #include "store/bounded_json.h"
 #include "store/damaged_data.h"
 
 namespace llmcache {
 namespace {
 
-constexpr double kMostShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
+constexpr double kMostShare = 1 + 1e-6;   // the most that a sum of shares is, rounded
 constexpr std::size_t kMostCodes = 4096;  // of VerifiedEnvelope
-constexpr double kLarge = JsonObject::kAnyNumber;
+constexpr double kAnyNumber = JsonObject::kAnyNumber;
 
 /// JSON without the white space between its parts.
 std::string compact(std::string_view json) {
@@ -81,7 +81,9 @@ ReuseChoice choice_of(const JsonObject& json) {
   choice.mechanism = json.text("mechanism");
   choice.format = damage_of([&] { return bank_format_from_string(json.text("format")); });
   choice.setting = json.text("setting");
-  choice.limit = json.number("limit", 0);
+  choice.match_threshold = json.number("limit", 0);
+  if (json.has("epsilon")) choice.epsilon = json.number("epsilon", 0, 0.5);
+  if (json.has("least_tokens")) choice.least_tokens = json.whole("least_tokens");
   choice.fitted = json.whole("fitted");
   choice.certified = json.whole("certified");
   choice.error = json.number("error", 0, kMostShare);
@@ -152,8 +154,8 @@ class TensorCheck {
     entries_ = outputs.shape[0];
     values_ = outputs.shape[1];
     if (values_ < 1) bad("outputs", "has no values");
-    if (!text_.cache_free() && entries_ < ExitModel::kLeastEntries) {
-      bad("outputs", fmt::format("has {} entries; {} or more are expected", entries_, ExitModel::kLeastEntries));
+    if (!text_.cache_free() && entries_ < kLeastExitEntries) {
+      bad("outputs", fmt::format("has {} entries; {} or more are expected", entries_, kLeastExitEntries));
     }
     floats("outputs", {entries_, values_});
     floats("mean_output", {values_});
@@ -204,9 +206,9 @@ class TensorCheck {
     }
     const auto hidden = file_.tensor(name("centre"), "F32", 1).shape[0];
     if (hidden < 1) bad(name("centre"), "has no values");
-    if (gate.weights.size() != ExitModel::features(text_.cache_free())) {
+    if (gate.weights.size() != gate_features(text_.cache_free())) {
       Safetensors::damaged(fmt::format("the gate of layer {} has {} features; {} are expected", l, gate.weights.size(),
-                                       ExitModel::features(text_.cache_free())));
+                                       gate_features(text_.cache_free())));
     }
     floats(name("centre"), {hidden});
     floats(name("translator"), {hidden, values_});
@@ -259,11 +261,13 @@ ProfileText parse_profile(std::string_view text, ContentHash content_hash) {
   profile.fitted = json.whole("fitted");
   profile.certified = json.whole("certified");
   profile.certified_error = json.number("certified_error", 0, kMostShare);
+  if (json.has("reason")) profile.reason = json.text("reason");
   profile.error_bound = json.number("error_bound", 0, kMostShare);
   profile.expected_share = json.number("expected_share", 0, kMostShare);
   profile.expected_exits = json.numbers("expected_exits", 0, kMostShare);
-  profile.typical_distance = json.number("typical_distance", 0, kLarge);
+  profile.typical_distance = json.number("typical_distance", 0, kAnyNumber);
   profile.bytes = static_cast<std::size_t>(json.whole("bytes"));
+  if (json.has("exit_below")) profile.exit_below = json.whole("exit_below");
   if (json.has("reuse")) profile.reuse = choice_of(json.object("reuse"));
   if (json.has("verified")) profile.verified = verified_of(json.object("verified"));
   if (json.has("exit")) read.exit = exit_of(json.object("exit"));

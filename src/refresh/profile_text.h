@@ -1,5 +1,4 @@
-// What the two files of a calibration profile say, checked value by value. No function of LibTorch is needed for it, so
-// that it can be fuzzed by itself.
+// What the two files of a calibration profile say, checked value by value.
 #pragma once
 
 #include <cstddef>

@@ -20,7 +20,8 @@ void check_probability(const char* name, double value) {
 }
 
 void check_counts(std::int64_t count, std::int64_t n) {
-  if (n < 0 || count < 0 || count > n) refuse_input(fmt::format("{} of {} is no count; 0 to n of n is expected", count, n));
+  if (n < 0 || count < 0 || count > n)
+    refuse_input(fmt::format("{} of {} is no count; 0 to n of n is expected", count, n));
 }
 
 void check_loss(double loss) {

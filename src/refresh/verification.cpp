@@ -1,6 +1,5 @@
 #include "refresh/verification.h"
 
-#include <c10/util/Exception.h>
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -102,27 +101,35 @@ void Verification::agreed(Due due, std::span<const SizeCode> sizes) noexcept {
   for (const SizeCode code : sizes) envelope_.add(code);
 }
 
-void Verification::differed(Due due, Mechanism mechanism, const std::string& reason) {
+std::vector<std::string> Verification::differed(Due due, Mechanism mechanism, const std::string& reason) {
   ++checks_;
   first_uses_ += due == Due::kFirstUse ? 1 : 0;
   ++mismatches_;
+  std::vector<std::string> closed;
   const auto close = [&](Mechanism one) {
     if (closed_[static_cast<std::size_t>(one)].exchange(true)) return;
-    const auto text = fmt::format("{}: {}", to_string(one), reason);
-    {
-      const std::lock_guard lock(mutex_);
-      reasons_.push_back(text);
-    }
-    TORCH_WARN("llmcache: an answer differed from the plain model's; what it came from is closed for good. ", text);
+    closed.push_back(fmt::format("{}: {}", to_string(one), reason));
+    const std::lock_guard lock(mutex_);
+    reasons_.push_back(closed.back());
   };
   if (mechanism == Mechanism::kExactMatch) {
     close(mechanism);
-    return;
+    return closed;
   }
   for (std::size_t one = 0; one <= static_cast<std::size_t>(mechanism); ++one) {
     if (mechanism == Mechanism::kPrefix && one == 0) continue;
     close(static_cast<Mechanism>(one));
   }
+  return closed;
+}
+
+void Verification::take(const Verification& other) {
+  envelope_.take(other.envelope_.plain());
+  const std::scoped_lock lock(mutex_, other.mutex_);
+  for (std::size_t i = 0; i < closed_.size(); ++i) {
+    if (other.closed_[i].load(std::memory_order_acquire)) closed_[i].store(true, std::memory_order_release);
+  }
+  reasons_ = other.reasons_;
 }
 
 void Verification::fill(VerificationStats& stats) const {

@@ -31,16 +31,16 @@ const char* to_string(Mechanism mechanism) noexcept;
 class SizeCode {
  public:
   enum class Kind : std::uint8_t {
-    kDenseWidth,    ///< growing: the largest that was compared covers all below
-    kDenseRows,     ///< growing
-    kPackedWidth,   ///< growing
-    kPackedRows,    ///< growing
-    kPadding,       ///< growing: padding tokens of a row behind its real ones
-    kLeftPadding,   ///< growing: in front of them
-    kMarks,         ///< growing: the largest number in an input that is no id
-    kPrefix,        ///< pair: length of the sequence that computed it, length of the one that takes it
-    kMatchRows,     ///< pair: rows of the batch that computed it, rows of the one that takes it
-    kMatchWidth,    ///< pair: likewise the widths
+    kDenseWidth,   ///< growing: the largest that was compared covers all below
+    kDenseRows,    ///< growing
+    kPackedWidth,  ///< growing
+    kPackedRows,   ///< growing
+    kPadding,      ///< growing: padding tokens of a row behind its real ones
+    kLeftPadding,  ///< growing: in front of them
+    kMarks,        ///< growing: the largest number in an input that is no id
+    kPrefix,       ///< pair: length of the sequence that computed it, length of the one that takes it
+    kMatchRows,    ///< pair: rows of the batch that computed it, rows of the one that takes it
+    kMatchWidth,   ///< pair: likewise the widths
   };
   /// `a`, `b`: size_class() of the sizes. `b`: of pairs.
   SizeCode(Kind kind, std::uint8_t a, std::uint8_t b = 0) noexcept
@@ -91,8 +91,8 @@ class Verification {
   void add_time(double call_ms, double sample_ms) noexcept;
 
   void agreed(Due due, std::span<const SizeCode> sizes) noexcept;
-  /// Closes what the answer came from, for good. One warning each.
-  void differed(Due due, Mechanism mechanism, const std::string& reason);
+  /// Closes what the answer came from, for good. Returns what it closed, each with the reason: to be warned of.
+  [[nodiscard]] std::vector<std::string> differed(Due due, Mechanism mechanism, const std::string& reason);
   /// It could not be compared.
   void failed() noexcept { ++failed_; }
 
@@ -100,6 +100,8 @@ class Verification {
     return closed_[static_cast<std::size_t>(mechanism)].load(std::memory_order_acquire);
   }
   [[nodiscard]] Envelope& envelope() noexcept { return envelope_; }
+  /// What another one found out about the same model: sizes that were compared, and what is closed.
+  void take(const Verification& other);
   void fill(VerificationStats& stats) const;
 
   static constexpr double kTimeShare = 10;

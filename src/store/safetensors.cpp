@@ -108,7 +108,7 @@ Safetensors::Safetensors(std::string_view bytes) {
                         bytes.size() - kLengthBytes, kMostHeaderBytes));
   }
   const Header header = parse_bounded_json(bytes.substr(kLengthBytes, header_bytes),
-                                         {.bytes = kMostHeaderBytes, .depth = 4}, "its header");
+                                           {.bytes = kMostHeaderBytes, .depth = 4}, "its header");
   if (!header.is_object()) damaged("its header is not a JSON object");
   const std::string_view data = bytes.substr(kLengthBytes + header_bytes);
   for (const auto& [key, entry] : header.items()) {

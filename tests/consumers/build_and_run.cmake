@@ -1,6 +1,6 @@
 # cmake -D KIND=... -D SOURCE=... -D WORK=... -D INSTALL_FROM=... -P build_and_run.cmake -- CMAKE_ARGUMENT...
 # Configures, builds and runs the consumer KIND in the folder WORK, with the arguments behind `--` for its cmake.
-# SOURCE: LLMCache's sources. INSTALL_FROM: LLMCache's build folder (find_package only). What is built is kept, so
+# SOURCE: LLMCache's sources. INSTALL_FROM: LLMCache's build folder (but for add_subdirectory). What is built is kept, so
 # that a second run is short.
 cmake_minimum_required(VERSION 3.25)
 
@@ -22,7 +22,7 @@ if(NOT EXISTS "${model}")
                       "makes it)")
 endif()
 
-if(KIND STREQUAL "find_package")
+if(NOT KIND STREQUAL "add_subdirectory")
   # A new prefix each time: a header that is no longer installed must be missed.
   file(REMOVE_RECURSE "${WORK}/prefix")
   execute_process(COMMAND "${CMAKE_COMMAND}" --install "${INSTALL_FROM}" --prefix "${WORK}/prefix"
@@ -36,6 +36,6 @@ endif()
 execute_process(COMMAND "${CMAKE_COMMAND}" -S "${SOURCE}/tests/consumers/${KIND}" -B "${WORK}/build"
                         -DCMAKE_CXX_FLAGS=-O0 ${arguments}
                 COMMAND_ECHO STDOUT COMMAND_ERROR_IS_FATAL ANY)
-execute_process(COMMAND "${CMAKE_COMMAND}" --build "${WORK}/build" --parallel $ENV{LLMCACHE_JOBS}
+execute_process(COMMAND "${CMAKE_COMMAND}" --build "${WORK}/build" --parallel 1
                 COMMAND_ERROR_IS_FATAL ANY)
 execute_process(COMMAND "${WORK}/build/consumer" "${model}" COMMAND_ERROR_IS_FATAL ANY)

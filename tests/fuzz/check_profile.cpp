@@ -11,7 +11,8 @@ void check_text(const ProfileText& text) {
   require(profile.fitted >= 0 && profile.certified >= 0, "negative count");
   require(profile.certified_error >= 0 && profile.error_bound >= 0, "negative error");
   require(profile.typical_distance >= 0, "negative distance");
-  if (profile.reuse) require(profile.reuse->limit >= 0 && profile.reuse->fitted >= 0, "negative limit or count");
+  if (profile.reuse)
+    require(profile.reuse->match_threshold >= 0 && profile.reuse->fitted >= 0, "negative threshold or count");
   if (!text.exit) return;
   for (const auto& level : text.exit->thresholds) {
     require(level.size() == text.exit->gates.size(), "thresholds of another number of layers");

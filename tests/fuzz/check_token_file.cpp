@@ -18,8 +18,15 @@ void walk(const TokenFile& file) {
       tokens += row.size();
       require(std::all_of(row.begin(), row.end(), [](auto id) { return id >= 0; }), "negative id");
     }
-    for (const auto row : file.pools(r, 8)) {
-      require(std::all_of(row.begin(), row.end(), [](auto mark) { return mark == 0 || mark == 1; }), "mark not 0 or 1");
+    for (const auto& row : file.marks(r, 8)) {
+      const auto mark = [](auto value) { return value == 0 || value == 1; };
+      require(std::all_of(row.pool.begin(), row.pool.end(), mark), "mark not 0 or 1");
+      require(row.second_text < static_cast<std::int64_t>(1 << 30), "a second text that begins nowhere");
+    }
+    if (!file.passage.empty()) {
+      const auto range = file.passage[static_cast<std::size_t>(file.first_sequence(r))];
+      require(file.text(file.first_sequence(r), range).size() <= file.token_text.size(), "text outside of all texts");
+      require(file.gold_answers(r).empty() || file.gold_answers(r).back() == '\n', "a gold answer without its end");
     }
     require(file.first_request_from(file.first_sequence(r)) == r, "a request is not where it begins");
   }

@@ -26,7 +26,7 @@ def safetensors(tensors, metadata=None, header=None):
     head = {"__metadata__": metadata} if metadata is not None else {}
     data = b""
     for name, (dtype, shape, values) in tensors.items():
-        code = {"F32": "f", "I32": "i", "I64": "q"}[dtype]
+        code = {"F32": "f", "I32": "i", "I64": "q", "U8": "B"}[dtype]
         packed = struct.pack(f"<{len(values)}{code}", *values)
         head[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(packed)]}
         data += packed
@@ -178,6 +178,20 @@ def token_file_seeds():
     pairs = {"partner": ("I64", [2], [-1, 0]), "pair_label": ("I64", [2], [-1, 1])}
     write("token_file", "duplicates", token_file({"task": "duplicates", "fill_requests": "1"}, **ones, **pairs))
     write("token_file", "pool", token_file(pool=("I64", [12], [0, 1] * 6)))
+    answers = {
+        **ones,
+        "group": ("I64", [2], [0, -1]),
+        "passage": ("I64", [2, 2], [2, 5, 1, 6]),
+        "token_text": ("U8", [7], list(b"one two")),
+        "token_text_offsets": ("I64", [13], [0, 0, 0, 3, 7, 7, 7, 7, 7, 7, 7, 7, 7]),
+        "gold": ("U8", [4], list(b"two\n")),
+        "gold_offsets": ("I64", [3], [0, 4, 4]),
+    }
+    write("token_file", "passages", token_file({"task": "answer"}, **answers))
+    fall = {**answers, "token_text_offsets": ("I64", [13], [0, 0, 0, 7, 3, 7, 7, 7, 7, 7, 7, 7, 7])}
+    write("token_file", "texts_fall", token_file({"task": "answer"}, **fall))
+    far = {**answers, "gold_offsets": ("I64", [3], [0, 2**62, 2**62])}
+    write("token_file", "gold_far", token_file({"task": "answer"}, **far))
     write("token_file", "nan_score", token_file({"task": "similarity"}, pair_score=("F32", [2], [NAN, 4.0])))
     write("token_file", "offsets_fall", token_file(sequence_offsets=("I64", [5], [0, 6, 3, 9, 12])))
     write("token_file", "offsets_far", token_file(request_offsets=("I64", [3], [0, 2, 2**62])))

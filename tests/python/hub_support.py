@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face hub on this machine, and small data sets in the form in which the hub has them."""
+"""A stand-in for the Hugging Face hub on this machine, which serves data sets and models, and small data sets in the
+form in which the hub has them."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Answer:
 
 @dataclass
 class Hub:
-    """Answers as huggingface.co does where download_data.py asks; `requests` are all that came."""
+    """Answers as huggingface.co does where download_data.py and transformers ask; `requests` are all that came."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)  # by path in a repository, or "api"
@@ -80,8 +81,8 @@ class Hub:
             elif path.startswith("/api/datasets/") and "/revision/" in path:
                 name, revision = path.removeprefix("/api/datasets/").split("/revision/")
                 self.describe(request, name, revision)
-            elif path.startswith("/datasets/") and "/resolve/" in path:
-                name, rest = path.removeprefix("/datasets/").split("/resolve/")
+            elif "/resolve/" in path:  # a model's path has nothing in front of its name
+                name, rest = path.removeprefix("/datasets").removeprefix("/").split("/resolve/")
                 revision, _, file = rest.partition("/")
                 self.resolve(request, name, revision, file, body)
             else:

@@ -58,7 +58,7 @@ def record(
         "cache_layers": None,
         "eviction": None,
         "ttl_seconds": None,
-        "shadow_rate": None,
+        "audit_rate": None,
         "capacity_bytes": None if mode in ("nocache", "kvcache") else 1 << 30,
         "threads": 1,
         "requests": 120,
@@ -85,7 +85,7 @@ def record(
         "hit_rate": 0.0 if mode != "nocache" else None,
         "hit_rate_by_layer": None,
         "task": None,
-        "task_per_byte": None,
+        "second_task": None,
         "recall": None,
         "unsafe_served": None,
         "same_answer": None,
@@ -148,7 +148,7 @@ def threshold(
         "centring": "off",
         "cache_layers": "all",
         "eviction": "lru",
-        "shadow_rate": 0.0,
+        "audit_rate": 0.0,
         "hit_rate": hits,
         "hit_rate_by_layer": rates,
         "divergence": {"mean": off, "p95": min(1.4, 3 * off), "max": 1.4},
@@ -158,14 +158,14 @@ def threshold(
     return record(model, workload, "llmcache", speed=speed, **changes)
 
 
-def doccache(model: str, workload: str, tau: float, speed: float, hits: float, off: float, **changes: Any) -> Record:
+def semantic_cache(model: str, workload: str, tau: float, speed: float, hits: float, off: float, **changes: Any) -> Record:
     made = threshold(model, workload, tau, speed, hits, off, **changes)
     return {
         **made,
-        "mode": "doccache",
+        "mode": "semantic-cache",
         "fidelity": None,
         "cache_layers": None,
-        "shadow_rate": None,
+        "audit_rate": None,
         "hit_rate_by_layer": None,
     }
 
@@ -302,7 +302,7 @@ def _faq() -> list[Record]:
             )
             for tau, speed, hits, lost in ((0.85, 2.5, 0.75, -0.046), (0.93, 1.6, 0.24, -0.004))
         ),
-        doccache(*name, 0.85, 2.3, 0.75, 0.4, ms=52, **batch, task=task(change=-0.046, half=0.013, **quality)),
+        semantic_cache(*name, 0.85, 2.3, 0.75, 0.4, ms=52, **batch, task=task(change=-0.046, half=0.013, **quality)),
     ]
 
 
@@ -482,7 +482,7 @@ def _by_bytes(records: list[Record]) -> list[Record]:
     """Choices are scored in two ways."""
     for one in records:
         if (one["task"] or {}).get("metric") == "choice_accuracy":
-            one["task_per_byte"] = task("choice_accuracy_per_byte", 0.44, 0.0, 0.0)
+            one["second_task"] = task("choice_accuracy_per_byte", 0.44, 0.0, 0.0)
     return records
 
 

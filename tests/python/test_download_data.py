@@ -17,14 +17,14 @@ from unittest import mock
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-import download_data
-import prepare_data
-from data_conversions import title_and_text
-from data_sources import DATA_SETS, LOCK_FILE
 from hub_support import ROWS, SQUAD, Answer, Hub, jsonl, parquet, small_repos
-from raw_files import DataError
-from readers import read_news
-from workloads import WORKLOADS
+
+from tools.data import download_data, raw_files
+from tools.data.data_conversions import title_and_text
+from tools.data.data_sources import DATA_SETS
+from tools.data.raw_files import LOCK_FILE, DataError
+from tools.data.readers import read_news
+from tools.data.workloads import WORKLOADS
 
 # The tool, with a table that fits the small data sets: their rows, a branch instead of a commit, no checksums.
 SMALL = """
@@ -32,7 +32,7 @@ import dataclasses, json, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 time.sleep = lambda _: None  # between attempts
 sys.path.insert(0, sys.argv[1])
-import data_sources, download_data
+from tools.data import data_sources, download_data
 for name, rows in json.loads(sys.argv[2]).items():
     known = data_sources.DATA_SETS[name]
     files = [dataclasses.replace(file, rows=n, sha256=None) for file, n in zip(known.sources, rows, strict=True)]
@@ -51,8 +51,7 @@ class DownloadTest(ToolTest):
         self.out = self.folder / "raw"
 
     def command(self, *arguments: str, small: bool = True) -> list[str]:
-        tools = ROOT / "tools"
-        tool = ["-c", SMALL, str(tools), json.dumps(ROWS)] if small else [str(tools / "download_data.py")]
+        tool = ["-c", SMALL, str(ROOT), json.dumps(ROWS)] if small else [str(ROOT / "tools/data/download_data.py")]
         return [sys.executable, *tool, "--out", str(self.out), *arguments]
 
     def environment(self) -> dict[str, str]:
@@ -68,7 +67,7 @@ class DownloadTest(ToolTest):
     def download(self, *names: str, small: bool = True) -> tuple[int, str, str]:
         self.hub.requests.clear()
         command = self.command(*(("--only", *names) if names else ()), small=small)
-        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, check=False, env=self.environment(), capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout, done.stderr
 
     def written(self) -> list[str]:
@@ -405,20 +404,20 @@ class FoldersTest(ToolTest):
             path.touch()
 
         def chosen(given: Path | None = None) -> list[Path]:
-            return [folder for folder, _ in prepare_data.raw_folders(given, downloaded)]
+            return [folder for folder, _ in raw_files.raw_folders(given, downloaded)]
 
         with (
-            mock.patch.object(prepare_data, "ROOT", self.folder / "repository"),
+            mock.patch.object(raw_files, "ROOT", self.folder / "repository"),
             mock.patch.dict("os.environ"),
         ):
             os.environ.pop("LLMCACHE_RAW_DATA", None)
             self.assertEqual(chosen(), [beside])  # nothing was downloaded by the tool
             (downloaded / LOCK_FILE).touch()
             self.assertEqual(chosen(), [downloaded, beside])
-            self.assertEqual(prepare_data.raw_folder_of(("squad",), chosen()), downloaded)
-            self.assertEqual(prepare_data.raw_folder_of(("qqp",), chosen()), beside)
-            self.assertEqual(prepare_data.raw_folder_of(("squad", "qqp"), chosen()), beside)
-            self.assertIsNone(prepare_data.raw_folder_of(("none",), chosen()))
+            self.assertEqual(raw_files.raw_folder_of(("squad",), chosen()), downloaded)
+            self.assertEqual(raw_files.raw_folder_of(("qqp",), chosen()), beside)
+            self.assertEqual(raw_files.raw_folder_of(("squad", "qqp"), chosen()), beside)
+            self.assertIsNone(raw_files.raw_folder_of(("none",), chosen()))
             os.environ["LLMCACHE_RAW_DATA"] = str(beside)
             self.assertEqual(chosen(), [beside])
             self.assertEqual(chosen(downloaded), [downloaded])

@@ -1,4 +1,4 @@
-"""Tests of tools/fit_probe.py, with a model of a few weights."""
+"""Tests of tools/models/fit_probe.py, with a model of a few weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
-import fit_probe
-import token_file
+from tools.data import token_file
+from tools.models import fit_probe
 
 CLASSES, DIMS, TRAIN, TEST = ["a", "b", "c"], 4, 60, 20
 
@@ -98,7 +98,7 @@ class ProbeTest(ToolTest):
         self.assertFalse(self.probe.exists())
 
     def test_probe_is_written_once_and_the_same_each_time(self) -> None:
-        from atomic_files import sha256_of
+        from tools.atomic_files import sha256_of
 
         self.write_model()
         self.write_tokens()

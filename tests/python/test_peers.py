@@ -1,16 +1,17 @@
-"""Tests of benchmarks/peers: its statistics and tables, its lanes' processes, and one whole run on tiny models.
+"""Tests of benchmarks/peers: its statistics and tables, its backends' processes, and one whole run on tiny models.
 
 The whole run needs LLMCACHE_BIN_DIR (with llmcache-peer) and LLMCACHE_MODELS_DIR (with the tiny models)."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import stat
 import sys
 import unittest
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -20,13 +21,17 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 
 # isort: split
 import compare
+import convert
 import table
-from lanes import LANES, Lane, LaneError, LaneSpec
+import worker
+from backends import BACKENDS, OURS, TOLERANCES, Backend, BackendError, BackendSpec, Unavailable
+
+from tools.data.token_file import save
 
 
-def lane_record(name: str, **changes: Any) -> dict[str, Any]:
+def backend_record(name: str, **changes: Any) -> dict[str, Any]:
     record = {
-        "lane": name,
+        "backend": name,
         "title": name.upper(),
         "ours": name.startswith("ours"),
         "note": "",
@@ -36,7 +41,7 @@ def lane_record(name: str, **changes: Any) -> dict[str, Any]:
     return record | changes
 
 
-def document(*lanes: dict[str, Any], family: str = "decoder") -> dict[str, Any]:
+def document(*backends: dict[str, Any], family: str = "decoder") -> dict[str, Any]:
     times = {
         "transformers": table.summary({0: 50.0, 1: 52.0, 2: 54.0}),
         "ours": table.summary({0: 25.0, 1: 26.0, 2: 27.0}),
@@ -44,7 +49,8 @@ def document(*lanes: dict[str, Any], family: str = "decoder") -> dict[str, Any]:
     case = {"tokens": 512, "times": times, "ratios": {"transformers": {"ours": 2.0}}}
     if family == "decoder":
         case["prefill"] = {"ours": table.summary({0: 1234.5})}
-    model = {"model": "gpt2", "family": family, "weights": "random (seed 0)", "cases": [case], "lanes": list(lanes)}
+    model = {"model": "gpt2", "family": family, "weights": "random (seed 0)", "cases": [case]}
+    model["backends"] = list(backends)
     return {
         "machine": {"cpu": "A CPU", "cores": 2, "memory_gib": 23.6},
         "threads": 1,
@@ -62,7 +68,7 @@ class StatisticsTest(unittest.TestCase):
         self.assertEqual(table.quantile([7], 0.25), 7)
 
     def test_ratios_are_of_what_ran_together(self) -> None:
-        # The machine is ten times slower at 2; the lane is twice as slow at all times.
+        # The machine is ten times slower at 2; the backend is twice as slow at all times.
         base = {0: 1.0, 1: 1.0, 2: 10.0, 3: 1.0}
         self.assertEqual(table.paired_ratio({2: 20.0, 3: 2.0}, base), 2.0)
         self.assertIsNone(table.paired_ratio({9: 1.0}, base))
@@ -81,6 +87,19 @@ class StatisticsTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "3 numbers"):
             quality.add(np.zeros(3), np.zeros(2))
 
+    def test_the_error_of_a_quantised_lane_is_shown_not_judged(self) -> None:
+        quality = table.Quality()
+        quality.add(np.array([4.0, -2.0]), np.array([4.5, -2.0]))  # off by 11 % of the scale
+        self.assertTrue(quality.wrong(TOLERANCES["float32"]))
+        self.assertTrue(quality.wrong(TOLERANCES["half"]))
+        self.assertFalse(quality.wrong(TOLERANCES["quantised"]))
+        self.assertEqual(quality.record(argmax=False)["max_difference"], 0.5)
+
+    def test_log_probabilities(self) -> None:
+        found = table.log_softmax(np.array([1000.0, 1000.0, 0.0], np.float32))
+        np.testing.assert_allclose(found[:2], np.log(0.5), rtol=1e-6)
+        self.assertLess(found[2], -900)
+
     def test_nan_is_wrong(self) -> None:
         quality = table.Quality()
         quality.add(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
@@ -88,43 +107,104 @@ class StatisticsTest(unittest.TestCase):
 
 
 class TableTest(unittest.TestCase):
-    def test_a_row_a_lane(self) -> None:
+    def test_a_row_a_backend(self) -> None:
         rows = table.model_rows(
-            document(lane_record("transformers", reference=True), lane_record("ours"))["models"][0], spread=True
+            document(backend_record("transformers", reference=True), backend_record("ours"))["models"][0], spread=True
         )
         self.assertEqual(
             rows,
             [
-                ["lane", "ms a token at context 512", "MiB", "before loading", "peak", "max diff", "argmax"],
+                ["backend", "ms a token at context 512", "MiB", "before loading", "peak", "max diff", "argmax"],
                 ["TRANSFORMERS", "52.0 (51.0-53.0)", "200", "100", "2,000", "0", "50 %"],
                 ["OURS", "26.0 (25.5-26.5)", "200", "100", "2,000", "1.2e-03", "50 %"],
             ],
         )
 
-    def test_a_lane_that_failed_shows_no_figures(self) -> None:
-        failed = lane_record("ours", failed="out of memory")
+    def test_a_backend_that_failed_shows_no_figures(self) -> None:
+        failed = backend_record("ours", failed="out of memory")
         del failed["memory"]
-        text = table.text_report(document(lane_record("transformers"), failed))
+        text = table.text_report(document(backend_record("transformers"), failed))
         row = next(line for line in text.splitlines() if line.startswith("OURS "))
         self.assertEqual(row.split(), ["OURS", "failed", "-", "-", "-", "-", "-"])
         self.assertIn("OURS: out of memory", text)
         self.assertNotIn("time / ours", text)
 
     def test_ratios_and_prefill(self) -> None:
-        text = table.text_report(document(lane_record("transformers"), lane_record("ours")))
+        text = table.text_report(document(backend_record("transformers"), backend_record("ours")))
         self.assertRegex(text, r"time / ours +512: ours\nTRANSFORMERS +2\.00\n")
         self.assertRegex(text, r"prefill +ms, 512 tokens\nOURS +1,23[45]\n")
 
+    def test_a_backend_that_is_not_there_is_named_with_its_reason(self) -> None:
+        absent = backend_record("openvino", unavailable="not installed (No module named 'openvino')")
+        del absent["memory"]
+        text = table.text_report(document(backend_record("transformers"), absent, backend_record("ours")))
+        self.assertIn("OPENVINO: not available: not installed (No module named 'openvino')", text)
+        self.assertEqual(text.count("OPENVINO"), 1)
+
+    def test_batches_are_columns_of_their_own(self) -> None:
+        known = document(backend_record("transformers"), family="encoder")
+        known["models"][0]["cases"].append({**known["models"][0]["cases"][0], "rows": 8})
+        head = table.model_rows(known["models"][0], spread=False)[0]
+        self.assertEqual(head[1:3], ["ms, 512 tokens", "ms, 8 x 512 tokens"])
+
+    def test_the_scale_of_the_errors_is_told(self) -> None:
+        known = document(backend_record("transformers", reference=True), backend_record("onnx-int8"))
+        self.assertEqual(table.model_rows(known["models"][0], spread=False)[2][-2], "1.2e-03")
+        self.assertIn("outputs that differences are of: 4\n", table.text_report(known))
+
+    def test_those_that_keep_nothing_compute_the_sequence_in_each_step(self) -> None:
+        whole = backend_record("transformers", keeps=False)
+        text = table.text_report(document(whole, backend_record("ours")))
+        self.assertRegex(text, r"prefill +ms, 512 tokens\nTRANSFORMERS +52\.0\nOURS +1,23[45]\n")
+
+    PEERS: ClassVar = (
+        backend_record("transformers"),
+        backend_record("int8", precision="quantised"),
+        backend_record("gone", failed="out of memory"),
+        backend_record("ours"),
+        backend_record("ours-fp16", precision="half"),
+    )
+    MEANS: ClassVar = {"transformers": 60.0, "int8": 15.0, "gone": 1.0, "ours": 20.0, "ours-fp16": 10.0}
+
+    def test_the_fastest_of_both_sides_stand_side_by_side(self) -> None:
+        known = document(*self.PEERS)
+        case = known["models"][0]["cases"][0]
+        case["times"] = {name: table.summary({0: ms}) for name, ms in self.MEANS.items()}
+        expected = ["TRANSFORMERS: 60.0", "OURS: 20.0", "3.00", "INT8: 15.0", "OURS-FP16: 10.0", "1.50"]
+        head, prefill, step = table.best_rows(known["models"][0])
+        self.assertEqual(head[1:], table.BEST)
+        self.assertEqual(prefill, ["prefill of 512", "-", "OURS: 1,234", "-", "-", "OURS: 1,234", "-"])
+        self.assertEqual(step, ["step at 512", *expected])
+
+    def test_workloads(self) -> None:
+        known = document(*self.PEERS)
+        shares = {"ours-fp16": {"tokens": 200, "reused": 150}}
+        workload = {"workload": "squad", "requests": 24, "means": self.MEANS, "shares": shares}
+        known["models"][0]["workloads"] = [workload]
+        expected = ["TRANSFORMERS: 60.0", "OURS: 20.0", "3.00", "INT8: 15.0", "OURS-FP16: 10.0", "1.50", "75 %"]
+        self.assertEqual(table.workload_rows(known)[1], ["squad, gpt2 (24)", *expected])
+        rows = table.workload_lane_rows(known["models"][0])
+        self.assertEqual(rows[0], ["ms a request", "squad"])
+        self.assertEqual([row[0] for row in rows[1:]], ["TRANSFORMERS", "INT8", "OURS", "OURS-FP16"])
+        self.assertIn("| squad, gpt2 (24) |", table.markdown_report(known))
+        self.assertEqual(table.workload_rows(document(*self.PEERS)), [])
+
+    def test_instruction_sets(self) -> None:
+        self.assertEqual(compare.instruction_sets("fpu avx2 avx512f amx_int8"), ["AVX2", "AVX-512", "AMX INT8"])
+        known = document(backend_record("transformers"))
+        known["machine"]["isa"] = ["AVX2", "AMX INT8"]
+        self.assertIn("A CPU (AVX2, AMX INT8), 2 cores", table.text_report(known))
+
     def test_encoders_have_no_tokens_to_agree_on(self) -> None:
-        text = table.markdown_report(document(lane_record("transformers"), family="encoder"))
+        text = table.markdown_report(document(backend_record("transformers"), family="encoder"))
         self.assertIn(
-            "| lane | ms, 512 tokens | MiB | before loading | peak | max diff |\n|---|---|---|---|---|---|\n", text
+            "| backend | ms, 512 tokens | MiB | before loading | peak | max diff |\n|---|---|---|---|---|---|\n", text
         )
 
     def test_markdown_says_where_and_how(self) -> None:
-        ours = lane_record("ours", steps={"tokens": 1000, "reused": 995})
-        text = table.markdown_report(document(lane_record("transformers"), ours))
-        self.assertIn("A CPU, 2 cores, 24 GiB; 1 thread a lane; torch 2.13.0, onnxruntime 1.32.0", text)
+        ours = backend_record("ours", steps={"tokens": 1000, "reused": 995})
+        text = table.markdown_report(document(backend_record("transformers"), ours))
+        self.assertIn("A CPU, 2 cores, 24 GiB; 1 thread a backend; torch 2.13.0, onnxruntime 1.32.0", text)
         self.assertIn("weights: random (seed 0)", text)
         self.assertIn("OURS: 99.5 % of the tokens of its steps were known", text)
         self.assertTrue(text.endswith("Command: `tools/run.sh peers --model gpt2`\n"))
@@ -134,27 +214,46 @@ class TableTest(unittest.TestCase):
         self.assertEqual(shown, "tools/run.sh peers --quick --model gpt2")
 
 
-class LanesTest(ToolTest):
-    def lane(self, script: str, timeout: float = 5) -> Lane:
+class BackendsTest(ToolTest):
+    def backend(self, script: str, timeout: float = 5) -> Backend:
         program = self.folder / "llmcache-peer"
         program.write_text("#!/bin/sh\n" + script)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        spec = LaneSpec("scripted", "Scripted", "encoder", "peer", {"lane": "plain"})
-        return Lane(spec, program, 1, timeout)
+        spec = BackendSpec("scripted", "Scripted", "encoder", "peer", {"backend": "plain"})
+        return Backend(spec, program, 1, timeout)
 
     READY = 'echo \'{"ready": true, "versions": {}}\'\n'
 
     def test_names_are_unique_and_the_first_is_the_reference(self) -> None:
-        for specs in LANES.values():
+        for specs in BACKENDS.values():
             self.assertEqual(len({spec.name for spec in specs}), len(specs))
             self.assertEqual(specs[0].name, "transformers")
             self.assertTrue(specs[0].keeps)
 
+    def test_lanes_are_described(self) -> None:
+        for specs in BACKENDS.values():
+            for spec in specs:
+                with self.subTest(spec.family, name=spec.name):
+                    self.assertIn(spec.precision, TOLERANCES)
+                    self.assertIn(spec.kind, {"", *convert.KINDS})
+                    if spec.program == "worker":
+                        self.assertIn(spec.settings["backend"], worker.BACKENDS)
+            own = [spec.settings["weights"] for spec in specs if spec.ours]
+            self.assertEqual(own, [weights for _, weights, _, _ in OURS])
+
+    def test_what_is_not_available_is_told_from_a_failure(self) -> None:
+        with self.assertRaisesRegex(Unavailable, "scripted: not installed"):
+            self.backend('echo \'{"unavailable": "not installed"}\'\n')
+        backend = self.backend(self.READY + 'read -r line; echo \'{"unavailable": "no such weights"}\'')
+        self.addCleanup(backend.close)
+        with self.assertRaisesRegex(Unavailable, "no such weights"):
+            backend.ask(op="load")
+
     def test_answers_come_back(self) -> None:
-        lane = self.lane(self.READY + 'while read -r line; do echo "{\\"got\\": $line}"; done\n')
-        self.addCleanup(lane.close)
-        self.assertEqual(lane.ask(op="step", id=3), {"got": {"op": "step", "id": 3}})
-        self.assertGreater(lane.memory()["resident"], 0)
+        backend = self.backend(self.READY + 'while read -r line; do echo "{\\"got\\": $line}"; done\n')
+        self.addCleanup(backend.close)
+        self.assertEqual(backend.ask(op="step", id=3), {"got": {"op": "step", "id": 3}})
+        self.assertGreater(backend.memory()["resident"], 0)
 
     def test_errors_are_named(self) -> None:
         for script, message in {
@@ -162,20 +261,81 @@ class LanesTest(ToolTest):
             "echo hello; cat": "no JSON",
             "sleep 60": "no answer",
         }.items():
-            with self.subTest(script), self.assertRaisesRegex(LaneError, message):
-                self.lane(script, timeout=0.5)
-        lane = self.lane(self.READY + 'read -r line; echo \'{"error": "out of luck"}\'; read -r line; kill -9 $$')
-        self.addCleanup(lane.close)
-        with self.assertRaisesRegex(LaneError, "scripted: out of luck"):
-            lane.ask(op="pass")
+            with self.subTest(script), self.assertRaisesRegex(BackendError, message):
+                self.backend(script, timeout=0.5)
+        backend = self.backend(self.READY + 'read -r line; echo \'{"error": "out of luck"}\'; read -r line; kill -9 $$')
+        self.addCleanup(backend.close)
+        with self.assertRaisesRegex(BackendError, "scripted: out of luck"):
+            backend.ask(op="pass")
         for _ in range(2):
-            with self.assertRaisesRegex(LaneError, "scripted: "):
-                lane.ask(op="pass")
+            with self.assertRaisesRegex(BackendError, "scripted: "):
+                backend.ask(op="pass")
 
     def test_a_missing_program_is_named(self) -> None:
-        spec = LaneSpec("scripted", "Scripted", "encoder", "peer", {"lane": "plain"})
-        with self.assertRaisesRegex(LaneError, "cannot be started"):
-            Lane(spec, self.folder / "none", 1, 1)
+        spec = BackendSpec("scripted", "Scripted", "encoder", "peer", {"backend": "plain"})
+        with self.assertRaisesRegex(BackendError, "cannot be started"):
+            Backend(spec, self.folder / "none", 1, 1)
+
+
+class Echo(worker.Backend):
+    """Returns the number of tokens that it was told are new."""
+
+    weights = "none"
+
+    def prepare(self, rows: worker.Rows, new: int | None) -> int | None:
+        return new
+
+    def call(self, arguments: int | None) -> int | None:
+        return arguments
+
+    def finish(self, output: int | None, last: bool) -> np.ndarray:
+        return np.array([-1.0 if output is None else output])
+
+
+class WorkerTest(ToolTest):
+    def new_tokens(self, one: worker.Worker, **request: Any) -> float:
+        one.answer({"save": self.folder / "output", "run": True, **request})
+        return float(np.fromfile(self.folder / "output", np.float32)[0])
+
+    def test_a_sequence_that_goes_on_costs_its_new_tokens(self) -> None:
+        for cache, costs in {True: [3, 1, 2, 4], False: [3, 1, 6, 4]}.items():
+            one = worker.Worker(Echo)
+            self.assertEqual(one.answer({"op": "load", "cache": cache})["weights"], "none")
+            found = [
+                self.new_tokens(one, op="start", ids=[1, 2, 3]),
+                self.new_tokens(one, op="step", id=4),
+                self.new_tokens(one, op="start", ids=[1, 2, 3, 4, 5, 6]),
+                self.new_tokens(one, op="start", ids=[1, 2, 3, 9]),
+            ]
+            self.assertEqual(found, costs)
+        self.assertEqual(self.new_tokens(one, op="pass", ids=[[1]]), -1)
+
+    def test_what_does_not_load_is_not_available(self) -> None:
+        self.assertEqual(worker.Worker(Echo).answer({"op": "load"}), {"unavailable": "KeyError: 'cache'"})
+
+    def test_rows_are_padded_on_the_right(self) -> None:
+        ids, mask = worker.padded([[5, 6, 7], [8]])
+        self.assertEqual(ids.tolist(), [[5, 6, 7], [8, 0, 0]])
+        self.assertEqual(mask.tolist(), [[1, 1, 1], [1, 0, 0]])
+
+
+class ConvertTest(ToolTest):
+    def test_a_file_is_made_again_for_another_model(self) -> None:
+        model = self.folder / "model.json"
+        model.write_text('{"sha256": "1"}')
+        path = convert.path_of("gpt2", "ctranslate2", self.folder)
+        path.mkdir()
+        (path / "model.bin").write_text("weights")
+        self.assertFalse(convert.present(path, model))
+        known = {"weights": "w", "bytes": 7, "recipe": convert.recipe(model)}
+        convert.sidecar_of(path).write_text(json.dumps(known))
+        self.assertTrue(convert.present(path, model))
+        self.assertEqual(worker.weights_of(str(path)), "w")
+        (path / "model.bin").write_text("wei")
+        self.assertFalse(convert.present(path, model))
+        (path / "model.bin").write_text("weights")
+        model.write_text('{"sha256": "2"}')
+        self.assertFalse(convert.present(path, model))
 
 
 class CompareTest(ToolTest):
@@ -189,64 +349,106 @@ class CompareTest(ToolTest):
     def compare(self, *arguments: object) -> tuple[int, str, str]:
         return self.run_tool(compare, *self.folders, "--onnx", self.folder, "--quick", *arguments)
 
-    def test_lanes_agree_on_tiny_models(self) -> None:
+    def test_backends_agree_on_tiny_models(self) -> None:
         results, tables = self.folder / "results.json", self.folder / "tables.md"
         names = ("transformers", "transformers-nocache", "torchscript", "torchscript-frozen", "ours")
         status, out, err = self.compare(
-            "--model", "tiny-bert-sdpa", "tiny-llama-sdpa", "--lane", *names, "--json", results, "--markdown", tables
+            "--model", "tiny-bert-sdpa", "tiny-llama-sdpa", "--backend", *names, "--json", results, "--markdown", tables
         )
         self.assertEqual(status, 0, err)
         known = json.loads(results.read_text())
         self.assertIn("transformers", known["versions"])
         self.assertIn("LLMCache", known["versions"])
         encoder, decoder = known["models"]
-        self.assertEqual([lane["lane"] for lane in decoder["lanes"]], list(names))
-        self.assertEqual([lane["lane"] for lane in encoder["lanes"]], [n for n in names if n != "transformers-nocache"])
+        self.assertEqual([backend["backend"] for backend in decoder["backends"]], list(names))
+        found = [backend["backend"] for backend in encoder["backends"]]
+        self.assertEqual(found, [name for name in names if name != "transformers-nocache"])
         for model in (encoder, decoder):
-            for lane in model["lanes"]:
-                with self.subTest(model=model["model"], lane=lane["lane"]):
-                    self.assertNotIn("failed", lane)
-                    self.assertGreater(lane["memory"]["resident"], lane["memory"]["before"])
-                    self.assertGreaterEqual(lane["memory"]["peak"], lane["memory"]["resident"])
-                    if lane["lane"] != "transformers":
-                        self.assertGreater(lane["quality"]["outputs"], 0)
-                        self.assertLess(lane["quality"]["max_difference"], 1e-4 * lane["quality"]["scale"])
+            for backend in model["backends"]:
+                with self.subTest(model=model["model"], backend=backend["backend"]):
+                    self.assertNotIn("failed", backend)
+                    self.assertGreater(backend["memory"]["resident"], backend["memory"]["before"])
+                    self.assertGreaterEqual(backend["memory"]["peak"], backend["memory"]["resident"])
+                    if backend["backend"] != "transformers":
+                        self.assertGreater(backend["quality"]["outputs"], 0)
+                        self.assertLess(backend["quality"]["max_difference"], 1e-4 * backend["quality"]["scale"])
         times = decoder["cases"][0]["times"]
         self.assertEqual(times["ours"]["count"], 3)  # --quick: 3 steps
         self.assertEqual(times["torchscript"]["count"], 2)  # computes the whole sequence
         self.assertEqual(set(decoder["cases"][0]["prefill"]), {"transformers", "ours"})
         # 2 steps settle; the others are asked about 32 + 3, + 4 and + 5 tokens.
-        self.assertEqual(decoder["lanes"][0]["steps"], {"tokens": 35 + 36 + 37, "reused": 34 + 35 + 36})
+        self.assertEqual(decoder["backends"][0]["steps"], {"tokens": 35 + 36 + 37, "reused": 34 + 35 + 36})
         self.assertIn("**tiny-llama-sdpa (decode steps; weights: random (seed 0))**", tables.read_text())
         self.assertIn("LLMCache, weights as loaded", out)
 
-    def test_a_lane_with_other_weights_fails_and_the_others_go_on(self) -> None:
-        # The lane runs another model than the reference.
-        ask = Lane.ask
+    def test_workloads_go_to_all_that_keep(self) -> None:
+        tokens = np.arange(10, 46, dtype=np.int32)
+        arrays = {"tokens": tokens, "sequence_offsets": np.arange(0, 37, 4), "request_offsets": np.arange(0, 10, 3)}
+        for name, task, fill, first in (("squad", "", "1", 0), ("chat", "generation", "0", 100)):
+            known = {"workload": name, "task": task, "fill_requests": fill}
+            save(self.folder / f"{name}.tiny.safetensors", {**arrays, "tokens": tokens + np.int32(first)}, known)
+        results = self.folder / "results.json"
+        names = ["--backend", "transformers-nocache", "ours"]
+        models = ["--model", "tiny-bert-sdpa", "tiny-llama-sdpa"]
+        chosen = ["--workload", "squad", "chat", "banking77"]
+        status, out, err = self.compare(*models, *names, *chosen, "--data", self.folder, "--json", results)
+        self.assertEqual(status, 0, err)
+        self.assertIn("banking77: left out", out)
+        encoder, decoder = json.loads(results.read_text())["models"]
+        squad, chat = decoder["workloads"]
+        self.assertEqual((squad["requests"], chat["requests"]), (2, 3))  # one fills; --quick: 3 requests
+        for workload in (encoder["workloads"][0], chat):
+            self.assertEqual(set(workload["means"]), {"transformers", "ours"})
+        self.assertEqual(set(squad["means"]), {"transformers", "transformers-nocache", "ours"})
+        self.assertEqual(squad["shares"]["ours"]["tokens"], 2 * 3 * 4)
+        # A turn of 4 tokens and 3 steps, each with what came before.
+        expected = sum(at + step for at in (4, 11, 18) for step in range(4))
+        for name in ("transformers", "ours"):
+            self.assertEqual(chat["shares"][name]["tokens"], expected)
+            self.assertEqual(chat["shares"][name]["tokens"] - chat["shares"][name]["reused"], 3 * (4 + 3))
+        self.assertIn("squad, tiny-llama-sdpa (2)", out)
 
-        def other_model(lane: Lane, /, **request: Any) -> dict[str, Any]:
-            if lane.spec.name == "torchscript" and request["op"] == "load":
+    def test_a_lane_that_is_not_there_is_named_and_the_others_go_on(self) -> None:
+        if importlib.util.find_spec("openvino"):
+            self.skipTest("openvino is installed")
+        weights = dict(BACKENDS["encoder"][-1].settings, weights="packed-unheard-of")
+        lanes = [*BACKENDS["encoder"], dataclasses.replace(BACKENDS["encoder"][-1], name="new", settings=weights)]
+        with mock.patch.dict(BACKENDS, encoder=lanes):
+            status, out, err = self.compare("--model", "tiny-bert-sdpa", "--backend", "openvino", "new", "ours")
+        self.assertEqual(status, 0, err)
+        self.assertIn("openvino: not available: not installed", err)
+        self.assertRegex(err, "new: not available: .*packed-unheard-of")
+        self.assertRegex(out, r"LLMCache, weights as loaded +\d")
+
+    def test_a_backend_with_other_weights_fails_and_the_others_go_on(self) -> None:
+        # The backend runs another model than the reference.
+        ask = Backend.ask
+
+        def other_model(backend: Backend, /, **request: Any) -> dict[str, Any]:
+            if backend.spec.name == "torchscript" and request["op"] == "load":
                 request["model"] = request["model"].replace("tiny-bert-sdpa", "tiny-scripted")
-            return ask(lane, **request)
+            return ask(backend, **request)
 
-        with mock.patch.object(Lane, "ask", other_model):
-            status, out, err = self.compare("--model", "tiny-bert-sdpa", "--lane", "torchscript", "ours")
+        with mock.patch.object(Backend, "ask", other_model):
+            status, out, err = self.compare("--model", "tiny-bert-sdpa", "--backend", "torchscript", "ours")
         self.assertEqual(status, 1)
         self.assertIn("torchscript: its results are not those of transformers", err)
         self.assertRegex(out, r"TorchScript, plain +failed")
         self.assertRegex(out, r"LLMCache, weights as loaded +\d")
 
     def test_without_the_reference_there_is_nothing_to_compare(self) -> None:
-        broken = [dataclasses.replace(LANES["encoder"][0], settings={"lane": "no-such-library"}), *LANES["encoder"][1:]]
-        with mock.patch.dict(LANES, encoder=broken):
-            status, _, err = self.compare("--model", "tiny-bert-sdpa", "--lane", "torchscript")
+        first, *others = BACKENDS["encoder"]
+        broken = [dataclasses.replace(first, settings={"backend": "no-such-library"}), *others]
+        with mock.patch.dict(BACKENDS, encoder=broken):
+            status, _, err = self.compare("--model", "tiny-bert-sdpa", "--backend", "torchscript")
         self.assertEqual(status, 2)
         self.assertIn("nothing to compare with", err)
 
     def test_bad_arguments_are_refused(self) -> None:
         for arguments, message in {
             ("--model", "no-such-model"): "no-such-model",
-            ("--lane", "no-such-lane"): "no-such-lane",
+            ("--backend", "no-such-backend"): "no-such-backend",
+            ("--workload", "no-such-workload"): "no-such-workload",
             ("--threads", "0"): "above 0",
         }.items():
             with self.subTest(arguments):
@@ -257,10 +459,10 @@ class CompareTest(ToolTest):
         self.assertEqual(status, 2)
         self.assertIn("export_models.py --only tiny-bert-sdpa", err)
 
-    def test_list_names_the_lanes(self) -> None:
+    def test_list_names_the_backends(self) -> None:
         status, out, _ = self.run_tool(compare, "--list")
         self.assertEqual(status, 0)
-        self.assertEqual(len(out.splitlines()), sum(map(len, LANES.values())))
+        self.assertEqual(len(out.splitlines()), sum(map(len, BACKENDS.values())))
 
 
 if __name__ == "__main__":

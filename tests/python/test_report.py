@@ -1,4 +1,4 @@
-"""Tests of tools/report.py, on made-up results."""
+"""Tests of tools/report/report.py, on made-up results."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from typing import Any
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
-import outcomes
-import report
-import report_budget
-import report_charts
-from report_map import marks
-from report_numbers import plain_ascii, quality, times
-from report_records import rows_of
-from report_sweeps import sweeps
 from sample_records import document as document_of
 from sample_records import full_run, trace, trained_cells
-from scenarios import scenarios_of
+
+from tools.report import outcomes, report
+from tools.report.formatting import plain_ascii, quality, times
+from tools.report.records import rows_of
+from tools.report.scenarios import scenarios_of
+from tools.report.speed_map import marks
+from tools.report.sweeps import budget_sweeps, growth_text, interval_bars, sweeps
 
 RECORD: dict[str, Any] = {
     "model": "tiny <model>",
@@ -364,11 +362,11 @@ class ReportTest(ToolTest):
     def test_interval_of_the_observed_error(self) -> None:
         """Bars reach from the marker to both ends of the interval, in parts of the budget."""
         rows = rows_of([{"records": self.budgets()}])
-        self.assertEqual(report_budget.interval_bars(rows[1]), (0.0, 0.0))
-        below, above = report_budget.interval_bars(rows[2])
+        self.assertEqual(interval_bars(rows[1]), (0.0, 0.0))
+        below, above = interval_bars(rows[2])
         self.assertAlmostEqual(below, 0.0028 / 0.02)
         self.assertAlmostEqual(above, 0.0051 / 0.02)
-        (sweep,) = report_budget.budget_sweeps(rows)
+        (sweep,) = budget_sweeps(rows)
         self.assertEqual([[row.budget_epsilon for row in line] for _, line in sweep.lines], [[0.005, 0.01, 0.02]] * 2)
         names = [name for name, _ in sweep.lines]
         self.assertEqual(names, ["budget, decision error", "budget, decision error, no neighbours"])
@@ -426,7 +424,7 @@ class ReportTest(ToolTest):
     def test_growth_in_words(self) -> None:
         def text(*points: tuple[float, Any]) -> str:
             records = [{**RECORD, "capacity_bytes": size, "hit_rate": rate} for size, rate in points]
-            return report_charts.growth_text(rows_of([{"records": records}]))
+            return growth_text(rows_of([{"records": records}]))
 
         self.assertEqual(text((4, 0.1)), "")
         self.assertEqual(text((4, math.nan), (8, 0.2)), "")
@@ -614,7 +612,7 @@ class NumbersTest(ToolTest):
             {"threshold": 0.9, "fingerprint": "raw", "speedup_vs_nocache": 9},  # measured again: the last one counts
             {"threshold": 0.9, "fingerprint": "pca"},
             {"threshold": 0.8, "fingerprint": "raw", "workload": "other"},
-            {"threshold": 0.9, "fingerprint": "raw", "mode": "doccache", "fidelity": None},
+            {"threshold": 0.9, "fingerprint": "raw", "mode": "semantic-cache", "fidelity": None},
         ]
         (found,) = sweeps(rows_of([{"records": [{**RECORD, **change} for change in changes]}]), "threshold")
         ((name, line),) = found.lines

@@ -15,7 +15,7 @@ from sample_records import document, full_run, lossless, trace, trained_cells
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
-import report
+from tools.report import report
 
 WIDTHS = (400, 1400)
 TILE = 100  # pixels

@@ -20,7 +20,7 @@ import numpy as np
 from support import ROOT  # lets the tools be imported
 
 # isort: split
-import token_file
+from tools.data import token_file
 
 SCHEMA = ROOT / "benchmarks" / "results.schema.json"
 MODEL, WORKLOAD, DECODER = "minilm", "sample", "tiny-llama-sdpa"
@@ -51,9 +51,7 @@ class BenchTest(unittest.TestCase):
 
     def bench(self, *arguments: str | Path, models: Path | None = None, data: Path | None = None) -> Any:
         command = [self.program, "--models", models or self.models, "--data", data or self.data, *arguments]
-        return subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, timeout=300, check=False
-        )
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
 
     def results(self, *arguments: str) -> tuple[dict[str, Any], str]:
         return self.run_to_json("--model", MODEL, "--workload", WORKLOAD, "--limit", "4", *arguments)
@@ -85,7 +83,11 @@ class BenchTest(unittest.TestCase):
         }
         metadata = {
             **dict.fromkeys(("source", "description", "order"), "made up"),
-            **{"version": "2", "workload": workload, "tokenizer": "tiny", "max_tokens": "512", "task": task},
+            "version": "2",
+            "workload": workload,
+            "tokenizer": "tiny",
+            "max_tokens": "512",
+            "task": task,
             **{name: value for name, value in more.items() if isinstance(value, str)},
         }
         token_file.save(folder / f"{workload}.tiny.safetensors", arrays, metadata)
@@ -99,7 +101,10 @@ class BenchTest(unittest.TestCase):
             self.assertIn(part, errors[0])
 
     def test_schema_is_a_schema(self) -> None:
-        jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
+        schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+        jsonschema.Draft202012Validator.check_schema(schema)
+        made = self.bench("--schema")
+        self.assertEqual(json.loads(made.stdout), schema, "llmcache-bench --schema > benchmarks/results.schema.json")
 
     def test_results_of_both_modes(self) -> None:
         document, table = self.results()
@@ -126,8 +131,20 @@ class BenchTest(unittest.TestCase):
 
     def test_similarity(self) -> None:
         # At -1 everything is similar: all but the first sequences are hits.
-        document, table = self.results("--mode", "nocache,llmcache,doccache", "--fidelity", "threshold", "--threshold",
-                                       "-1,1", "--fingerprint", "raw", "--centre", "off", "--cache-layers", "0,5")
+        document, table = self.results(
+            "--mode",
+            "nocache,llmcache,semantic-cache",
+            "--fidelity",
+            "threshold",
+            "--threshold",
+            "-1,1",
+            "--fingerprint",
+            "raw",
+            "--centre",
+            "off",
+            "--cache-layers",
+            "0,5",
+        )
         plain, loose, strict, loose_rival, strict_rival = document["records"]
         self.assertIsNone(plain["threshold"])
         for record in (loose, strict, loose_rival, strict_rival):
@@ -135,7 +152,7 @@ class BenchTest(unittest.TestCase):
             self.assertEqual((record["centring"], record["eviction"]), ("off", "lru"))
             self.assertIsNone(record["task"])
         self.assertEqual((loose["mode"], loose["fidelity"], loose["threshold"]), ("llmcache", "threshold", -1))
-        self.assertEqual((loose_rival["mode"], loose_rival["fidelity"]), ("doccache", None))
+        self.assertEqual((loose_rival["mode"], loose_rival["fidelity"]), ("semantic-cache", None))
         self.assertEqual(loose["cache_layers"], "0,5")
         self.assertIsNone(loose_rival["cache_layers"])
         for record in (loose, loose_rival):
@@ -209,8 +226,9 @@ class BenchTest(unittest.TestCase):
         self.assertIn("packed MiB", table)
 
     def test_layer_that_is_not_there(self) -> None:
-        run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9",
-                         "--cache-layers", "6")
+        run = self.bench(
+            "--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9", "--cache-layers", "6"
+        )
         self.assert_fails(run, "no layer 6", "0 to 5")
 
     def test_one_mode_alone(self) -> None:
@@ -221,6 +239,20 @@ class BenchTest(unittest.TestCase):
         document, _ = self.results("--mode", "nocache")
         self.assertEqual([record["mode"] for record in document["records"]], ["nocache"])
 
+    def test_configuration(self) -> None:
+        file = self.temporary / "mine.json"
+        settings = {"model": MODEL, "workload": WORKLOAD, "limit": 9, "mode": ["nocache", "llmcache"]}
+        file.write_text(json.dumps({"settings": settings}), encoding="utf-8")
+        needs = self.bench("--config", file, "--needs")
+        self.assertEqual(needs.stdout, f"models {MODEL}\nworkloads {WORKLOAD}\nshots \nbudgets \n")
+        run = self.bench("--config", file, "--limit", "2", "--mode", "nocache")
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("2/2", run.stdout)
+        self.assertNotIn("llmcache/", run.stdout)
+        file.write_text(json.dumps({"settings": {"modle": MODEL}}), encoding="utf-8")
+        self.assert_fails(self.bench("--config", file), str(file), "no setting 'modle'")
+        self.assert_fails(self.bench("--config", "no-such"), "configuration no-such")
+
     def test_list_and_help(self) -> None:
         listed = self.bench("--list")
         self.assertEqual(listed.returncode, 0, listed.stderr)
@@ -228,11 +260,41 @@ class BenchTest(unittest.TestCase):
         self.assertIn(WORKLOAD, listed.stdout)
         helped = self.bench("--help")
         self.assertEqual(helped.returncode, 0)
-        for option in ("--model", "--workload", "--mode", "--fidelity", "--threads", "--limit", "--seconds", "--shuffle",
-                       "--zipf", "--capacity-mib", "--data", "--models", "--json", "--list", "--tokenizer", "--threshold",
-                       "--fingerprint", "--fingerprint-layer", "--centre", "--pca", "--cache-layers", "--eviction",
-                       "--ttl", "--shadow-rate", "--weights", "--output", "--shots", "--metric", "--epsilon", "--delta",
-                       "--calibration", "--early-exit"):
+        for option in (
+            "--config",
+            "--model",
+            "--workload",
+            "--mode",
+            "--fidelity",
+            "--threads",
+            "--limit",
+            "--seconds",
+            "--shuffle",
+            "--zipf",
+            "--capacity-mib",
+            "--data",
+            "--models",
+            "--json",
+            "--list",
+            "--tokenizer",
+            "--threshold",
+            "--fingerprint",
+            "--fingerprint-layer",
+            "--centre",
+            "--pca",
+            "--cache-layers",
+            "--eviction",
+            "--ttl",
+            "--audit-rate",
+            "--weights",
+            "--output",
+            "--shots",
+            "--metric",
+            "--epsilon",
+            "--delta",
+            "--calibration",
+            "--early-exit",
+        ):
             self.assertIn(option, helped.stdout)
 
     def test_bad_arguments(self) -> None:
@@ -290,8 +352,18 @@ class BenchTest(unittest.TestCase):
     def test_model_by_path_without_sidecar(self) -> None:
         model = self.temporary / "mine.pt"
         model.symlink_to((self.models / f"{MODEL}.pt").resolve())
-        run = self.bench("--model", model, "--tokenizer", "bert-base-uncased", "--workload", WORKLOAD, "--limit", "2",
-                         "--mode", "nocache")
+        run = self.bench(
+            "--model",
+            model,
+            "--tokenizer",
+            "bert-base-uncased",
+            "--workload",
+            WORKLOAD,
+            "--limit",
+            "2",
+            "--mode",
+            "nocache",
+        )
         self.assertEqual(run.returncode, 0, run.stderr)
         self.assertIn("unknown", run.stdout)
 

@@ -15,13 +15,12 @@ from support import ToolTest  # lets the tools be imported
 # isort: split
 import itertools
 
-import prepare_data
-import shared_texts
-from edits import PERCENTS, SMALL_PERCENTS, changed_words, edited, passages_of
-from instructions import INSTRUCTIONS
-from prepare_data import Encoded, written
-from traffic import ANSWER, AS_IT_IS, EDIT_KINDS, Request, Sequence, Traffic
-from workloads import WORKLOADS
+from tools.data import prepare_data, shared_texts
+from tools.data.edits import PERCENTS, SMALL_PERCENTS, changed_words, edited, passages_of
+from tools.data.instructions import INSTRUCTIONS
+from tools.data.tokenization import CHAT_MARKS, PLAIN_MARKS, Encoded, written
+from tools.data.traffic import ANSWER, AS_IT_IS, EDIT_KINDS, Request, Sequence, Traffic
+from tools.data.workloads import WORKLOADS
 
 WORDS = [f"word{number}" for number in range(100)]
 OTHERS = [f"other{number}" for number in range(300)]
@@ -320,9 +319,9 @@ class BuildTest(unittest.TestCase):
         self.assertEqual(sorted(arrays), ["labels", "pool", "request_offsets", "sequence_offsets", "tokens"])
 
     def test_answers_are_written_as_the_model_reads_them(self) -> None:
-        self.assertEqual(written(ANSWER + "Yes.", prepare_data.PLAIN_MARKS), " Yes.")
-        self.assertEqual(written(ANSWER + "Yes.", prepare_data.CHAT_MARKS["smollm2"]), "Yes.")
-        self.assertEqual(written("as it is", prepare_data.PLAIN_MARKS), "as it is")
+        self.assertEqual(written(ANSWER + "Yes.", PLAIN_MARKS), " Yes.")
+        self.assertEqual(written(ANSWER + "Yes.", CHAT_MARKS["smollm2"]), "Yes.")
+        self.assertEqual(written("as it is", PLAIN_MARKS), "as it is")
 
 
 class PreparedTest(ToolTest):
@@ -343,8 +342,9 @@ class PreparedTest(ToolTest):
         return loaded
 
     def test_pool_covers_just_the_query(self) -> None:
-        from model_sources import minilm_folder
         from tokenizers import Tokenizer
+
+        from tools.models.model_sources import minilm_folder
 
         folder = self.folder / "raw" / "banking77"
         folder.mkdir(parents=True)

@@ -8,8 +8,9 @@ import unittest
 from collections import Counter
 
 from support import ROOT  # lets the tools be imported
-from traffic import AS_IT_IS, EDIT_KINDS, INSTRUCTED
-from workloads import WORKLOADS, stand_in_for, with_shots
+
+from tools.data.traffic import AS_IT_IS, EDIT_KINDS, INSTRUCTED
+from tools.data.workloads import WORKLOADS, stand_in_for, with_shots
 
 SAMPLE = ROOT / "data" / "sample"
 
@@ -109,7 +110,9 @@ class SampleTest(unittest.TestCase):
         ):
             found = stand_in_for(WORKLOADS[name])
             assert found is not None
-            self.assertEqual((found.name, found.task, found.growing), (sample, WORKLOADS[name].task, WORKLOADS[name].growing))
+            self.assertEqual(
+                (found.name, found.task, found.growing), (sample, WORKLOADS[name].task, WORKLOADS[name].growing)
+            )
         shots = stand_in_for(with_shots(WORKLOADS["openbookqa"], 3))
         assert shots is not None
         self.assertEqual(shots.name, "sample-choices-3shot")

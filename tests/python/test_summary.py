@@ -1,4 +1,4 @@
-"""Tests of tools/summary.py and of what it is made of, on made records."""
+"""Tests of tools/report/summary.py and of what it is made of, on made records."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from sample_records import (
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-import summary
-from next_steps import next_steps
-from outcomes import loss_percent
-from reasons import reason
-from report_records import rows_of
-from scenarios import Scenario, scenarios_of
-from summary_lines import MOST_LINES, summary_lines
-from traffic_words import traffic
+from tools.report import summary
+from tools.report.next_steps import next_steps
+from tools.report.outcomes import loss_percent
+from tools.report.reasons import reason
+from tools.report.records import rows_of
+from tools.report.scenarios import Scenario, scenarios_of
+from tools.report.summary_lines import MOST_LINES, summary_lines
+from tools.report.traffic_words import traffic
 
 FAQ = ("minilm-pooled", "sample-faq")
 DOCUMENTS = ("smollm2", "sample-documents")
@@ -182,15 +182,18 @@ class LinesTest(unittest.TestCase):
             "request, weights packed in half precision; the same 400 tokens; answer nll +0.020", lines(packed)[0]
         )
 
-    def test_choices_in_two_ways(self) -> None:
-        name, some = ("smollm2", "openbookqa"), {"task": task("choice_accuracy", 0.2, 0.0, 0.0)}
-        for change, text in (
-            (0.0, "choice accuracy the same, by sums and per byte"),
-            (-0.02, "choice accuracy the same; choice accuracy per byte -2.0 points [-3.0, -1.0]"),
+    def test_quality_by_two_metrics(self) -> None:
+        choices = ("smollm2", "openbookqa", "choice_accuracy", "choice_accuracy_per_byte")
+        answers = ("minilm-squad", "squad", "f1", "exact_match")
+        for (model, workload, first, second), change, text in (
+            (choices, 0.0, "choice accuracy the same, by sums and per byte"),
+            (choices, -0.02, "choice accuracy the same; choice accuracy per byte -2.0 points [-3.0, -1.0]"),
+            (answers, 0.0, "F1 and exact match the same"),
+            (answers, -0.01, "F1 the same; exact match -1.0 points [-2.0, 0.0]"),
         ):
-            both = {**some, "task_per_byte": task("choice_accuracy_per_byte", 0.4, change, 0.01)}
-            self.assertIn(text, lines(lossless(*name, 1.5, **both))[0])
-            (scenario,) = scenarios(lossless(*name, 1.5, **both))
+            both = {"task": task(first, 0.5, 0.0, 0.0), "second_task": task(second, 0.4, change, 0.01)}
+            self.assertIn(text, lines(lossless(model, workload, 1.5, **both))[0])
+            (scenario,) = scenarios(lossless(model, workload, 1.5, **both))
             self.assertAlmostEqual(loss_percent(scenario.rows[0]), -100 * change)
 
     def test_reasons(self) -> None:
@@ -218,7 +221,7 @@ class LinesTest(unittest.TestCase):
             {**lossless("minilm", "mine", 0.8, weights_held="packed-fp16"), "note": None},
         ]
         (scenario,) = scenarios(*slower)
-        self.assertIn("packed weights are slower here", reason(scenario.rows[1], scenario))
+        self.assertIn("packed weights are slower here", reason(scenario.rows[1]))
         padded = [plain("minilm", "mine", tokens_computed_fraction=1.6), lossless("minilm", "mine", 0.95, note=None)]
         self.assertIn("finding and keeping cost more", lines(*padded)[0])  # leaving padding out saved something
 

@@ -1,4 +1,4 @@
-"""Tests of tools/tokenizer_files.py: the tokenizers that the exporter writes beside the models."""
+"""Tests of tools/models/tokenizer_files.py: the tokenizers that the exporter writes beside the models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from unittest import mock
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
-import export_models
-import tokenizer_files
 import tokenizers
-from model_list import MODELS, VOCAB
+
+from tools.models import export_models, tokenizer_files
+from tools.models.model_list import MODELS, VOCAB
 
 TEXT = "Any bytes: h\u00e9llo \u20ac \U0001f642\n\ttabs"
 

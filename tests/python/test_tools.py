@@ -11,10 +11,10 @@ from typing import Any
 from support import ToolTest  # lets the tools be imported
 
 # isort: split
-import export_models
-from atomic_files import folder_lock, write_atomically
-from model_list import MODELS
-from model_sources import RANDOM
+from tools.atomic_files import folder_lock, write_atomically
+from tools.models import export_models
+from tools.models.model_list import MODELS
+from tools.models.model_sources import RANDOM
 
 
 class AtomicFilesTest(ToolTest):
@@ -48,7 +48,7 @@ class ExportTest(ToolTest):
         _, out, _ = self.run_tool(export_models, "--list", "--only", "bench")
         names = {line.split()[0] for line in out.splitlines()}
         encoders = {"bert-base", "distilbert", "minilm", "minilm-pooled", "minilm-pooled-mask"}
-        self.assertEqual(names, encoders | {"gpt2", "smollm2"})
+        self.assertEqual(names, encoders | {"bert-base-squad", "distilbert-squad", "gpt2", "smollm2"})
 
     def test_unknown_name_is_refused(self) -> None:
         status, _, err = self.run_tool(export_models, "--out", self.folder, "--only", "no-such-model")
@@ -103,10 +103,12 @@ class ExportTest(ToolTest):
     def test_sentence_embedding_ignores_padding_and_has_unit_length(self) -> None:
         import torch
 
+        from tools.models.wrappers import wrap
+
         spec = dataclasses.replace(MODELS["tiny-bert-pooled"], output="sentence_embedding")
         model, weights = spec.build()
         self.assertEqual(weights, RANDOM)
-        module = export_models.wrap(model, spec)
+        module = wrap(model, spec)
         with torch.no_grad():
             exported = export_models.convert(spec, module, 300)
             export_models.verify(exported, module, spec, 300)

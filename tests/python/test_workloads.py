@@ -1,4 +1,4 @@
-"""Tests of tools/prepare_data.py and the workloads it makes."""
+"""Tests of tools/data/prepare_data.py and the workloads it makes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from unittest import mock
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-import prepare_data
-from prepare_data import Encoded, join
-from readers import read_openbookqa
-from traffic import ASSISTANT, MAX_TOKENS, NEXT_USER, SYSTEM, USER, Request, Sequence, Traffic
-from workloads import WORKLOADS, named, with_shots
+import itertools
+
+from tools.data import prepare_data
+from tools.data.readers import read_openbookqa
+from tools.data.tokenization import Encoded, join
+from tools.data.traffic import ASSISTANT, MAX_TOKENS, NEXT_USER, SYSTEM, USER, Request, Sequence, Traffic
+from tools.data.workloads import WORKLOADS, named, with_shots
+from tools.models import tokenizer_files
 
 
 class PrepareDataTest(ToolTest):
@@ -135,7 +138,7 @@ class PrepareDataTest(ToolTest):
         models = self.models_with("gpt2", vocab=50257)
         raw = self.folder / "raw"
         raw.mkdir()
-        with mock.patch.object(prepare_data, "hub_answers", return_value=False):
+        with mock.patch.object(tokenizer_files, "hub_answers", return_value=False):
             for _ in range(2):  # made again, in case the real one has come
                 status, out, err = self.prepare("--only", "sample", "--raw", raw, "--models", models)
                 self.assertEqual(status, 0, err)
@@ -149,7 +152,7 @@ class PrepareDataTest(ToolTest):
         models = self.models_with("smollm2", vocab=49152)
         self.raw("prompts/mt_vicuna_bench.jsonl", b'{"turns": ["Hello there.", "And now?"]}\n')
         raw = self.raw("prompts/meancache_multiturn.jsonl", b'{"u0": "One", "u1": "Two"}\n')
-        status, out, err = self.prepare("--only", "chat", "--raw", raw, "--models", models)
+        status, _out, err = self.prepare("--only", "chat", "--raw", raw, "--models", models)
         self.assertEqual(status, 0, err)
         loaded = prepare_data.load(self.folder / "out" / "chat.smollm2.safetensors")
         assert loaded is not None
@@ -157,7 +160,7 @@ class PrepareDataTest(ToolTest):
         self.assertEqual((metadata["task"], metadata["new_tokens"], metadata["stop_token"]), ("generation", "32", "2"))
         self.assertEqual(arrays["request_offsets"].tolist(), [0, 2, 4])
         tokens, offsets = arrays["tokens"].tolist(), arrays["sequence_offsets"].tolist()
-        parts = [tokens[begin:end] for begin, end in zip(offsets, offsets[1:])]
+        parts = [tokens[begin:end] for begin, end in itertools.pairwise(offsets)]
         # <|im_start|> is 1, <|im_end|> is 2. A first part: system, user, assistant; a further one ends the answer.
         for first, further in ((parts[0], parts[1]), (parts[2], parts[3])):
             self.assertEqual((first[0], first.count(1), first.count(2)), (1, 3, 2))
@@ -173,7 +176,7 @@ class PrepareDataTest(ToolTest):
         self.raw("openbookqa/test.jsonl", line("Why") + line("How"))
         raw = self.raw("openbookqa/train_sample.jsonl", line("One") + line("Two") + line("Three"))
         common = ("--raw", raw, "--models", models)
-        status, out, err = self.prepare("--only", "openbookqa", "--shots", 2, *common)
+        status, _out, err = self.prepare("--only", "openbookqa", "--shots", 2, *common)
         self.assertEqual(status, 0, err)
         names = sorted(path.name for path in (self.folder / "out").glob("*.safetensors"))
         self.assertEqual(names, ["openbookqa-2shot.smollm2.safetensors"])
@@ -182,7 +185,7 @@ class PrepareDataTest(ToolTest):
         arrays, metadata = loaded
         self.assertEqual(metadata["workload"], "openbookqa-2shot")
         tokens, offsets = arrays["tokens"].tolist(), arrays["sequence_offsets"].tolist()
-        rows = [tokens[begin:end] for begin, end in zip(offsets, offsets[1:])]
+        rows = [tokens[begin:end] for begin, end in itertools.pairwise(offsets)]
         shared = next(i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1)
         scored = arrays["scored"].tolist()
         self.assertEqual(shared, 8)  # "One One B\nTwo Two B\n"
@@ -327,7 +330,9 @@ class TrafficTest(ToolTest):
         (request,) = read_openbookqa(test, train, 2).requests
         front = ("First choice A\n", "Second choice D\n", "Why")
         self.assertEqual([s.pieces for s in request.sequences], [(*front, f" choice {label}") for label in "ABCD"])
-        self.assertEqual([(s.scored, s.shorten, s.label) for s in request.sequences], [(3, 2, int(c == "C")) for c in "ABCD"])
+        self.assertEqual(
+            [(s.scored, s.shorten, s.label) for s in request.sequences], [(3, 2, int(c == "C")) for c in "ABCD"]
+        )
         self.assertEqual(with_shots(WORKLOADS["openbookqa"], 2).read(test, train), read_openbookqa(test, train, 2))
         shots = with_shots(WORKLOADS["openbookqa"], 2)
         self.assertEqual((shots.name, shots.decoders_only), ("openbookqa-2shot", True))

@@ -27,10 +27,10 @@ class PcaModel {
   /// Writes the model to a file: first to a temporary one beside it, which is flushed and then renamed, so
   /// a reader never sees half a file. `model_digest`: any text that names the transformer whose
   /// states were the sample, for example the SHA-256 of its weights; at most 4096 bytes.
-  /// Throws Error(kInvalidInput) if the file cannot be written.
+  /// Throws Error(kInvalidFile) if the file cannot be written, Error(kInvalidInput) if the digest is too long.
   void save(const std::filesystem::path& path, std::string_view model_digest) const;
 
-  /// Reads a file that `save` wrote. Throws Error(kInvalidInput) if it cannot be read, is no such
+  /// Reads a file that `save` wrote. Throws Error(kInvalidFile) if it cannot be read, is no such
   /// file, is cut short, damaged (XXH3 checksum), of another version, belongs to another model
   /// (`model_digest` differs), or has other than `expected_dims` dimensions (0: any).
   static PcaModel load(const std::filesystem::path& path, std::string_view model_digest,

@@ -30,7 +30,7 @@ class FingerprintIndexImpl;
 /// - Inverted lists (Jegou, Douze, Schmid, PAMI 2011, section IV, without the quantiser): each vector is in the
 ///   list of the nearest of about sqrt(n) centroids, and a query reads the lists of the centroids nearest to it.
 ///   Lists that have grown too long are split in two by 2-means, so there is no training. Of 100,000
-///   vectors of 384 values in groups of 20 it found the best one for 49 of 50 queries (llmcache-index-bench).
+///   vectors of 384 values in groups of 20 it found the best one for 49 of 50 queries (llmcache-microbench).
 /// - MinHash bands (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4): 32 bands of
 ///   4 hashes. A pair of similarity s is compared with probability 1 - (1 - s^4)^32: 0.87 at 0.5, 0.99 at 0.6,
 ///   above 0.9999 from 0.7 on. The similarity of what is compared is exact.

@@ -82,14 +82,14 @@ class Model {
   /// Inputs as declared by the model. Unless it says otherwise: input_ids, and attention_mask, which
   /// may be left out.
   [[nodiscard]] virtual InputSpec input_spec() const;
-  /// The model as its users call it, for checking; null result means: embed, layers, head in turn.
+  /// The model as its users call it, for checking. Unless it says otherwise: embed, layers, head in turn.
   [[nodiscard]] virtual c10::IValue plain(const Inputs& inputs) const;
   /// Throws Error(kModelChanged) if weights, dtype, device or mode are not those it was wrapped
   /// with. Called once a request: cheap.
   virtual void check_unchanged() const {}
   /// The same for every byte of the weights: slow, called once in Options::weight_check_requests.
   virtual void check_every_weight() const {}
-  /// Takes the weights as they are now: digest() and the checks go by them. No call is running. Throws Error as
+  /// Takes the weights as they are now: digest() and the checks go by them. Calls may be running. Throws Error as
   /// LayerCacheBase::weights_changed().
   virtual void weights_changed() {}
   /// Token-level operation, or null where the model only runs whole layers.

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "llmcache/model/verified_envelope.h"
+
 namespace llmcache {
 
 /// How much of a model can be run on a part of its tokens.
@@ -26,16 +28,6 @@ struct AttentionSite {
   std::size_t key_inputs = 0;    ///< tensors that cover all tokens (keys, values)
 };
 
-/// Sizes for which answers made with reuse were compared with the plain module's and agreed. A request of another size
-/// is compared at its first use. Sizes count by powers of two: 65 to 128 tokens are one size. Plain data.
-struct VerifiedEnvelope {
-  std::int64_t tokens = 0;   ///< of the longest sequence that was compared
-  std::int64_t rows = 0;     ///< of the batch with the most rows
-  std::int64_t padding = 0;  ///< most padding tokens of a row
-  /// What was compared in detail, one code each: which mechanism, at which sizes. Ascending.
-  std::vector<std::uint32_t> codes;
-};
-
 /// The result of wrapping; printable. Plain data, safe to copy.
 struct ModelProfile {
   std::string layers_path;                    ///< dotted path of the chain of layers
@@ -47,6 +39,7 @@ struct ModelProfile {
   int ids_argument = 0;             ///< position of input_ids
   int mask_argument = -1;           ///< position of the attention mask; -1: none
   std::int64_t vocabulary = 0;      ///< rows of the embedding that input_ids select from; 0: unknown
+  std::int64_t max_tokens = 0;      ///< longest sequence that the model has positions for; 0: unknown, or no bound
   bool causal = false;              ///< earlier tokens never depend on later ones
   bool head_tokenwise = false;      ///< the work behind the last layer can be done token by token
   bool rows_independent = false;    ///< a sequence's output does not depend on the rest of its batch

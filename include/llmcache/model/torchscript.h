@@ -1,8 +1,9 @@
-// LayerCache for a loaded TorchScript module. The only public header that includes TorchScript.
+// LayerCache for a loaded TorchScript module.
 #pragma once
 
 #include <torch/csrc/jit/api/module.h>
 
+#include <filesystem>
 #include <memory>
 
 #include "llmcache/layer_cache.h"
@@ -23,5 +24,12 @@ struct ModelTraits<torch::jit::Module> {
     return wrap_torchscript(module, options);
   }
 };
+
+using TorchScriptCache = LayerCache<torch::jit::Module>;
+
+/// Loads a TorchScript file onto `device` and wraps what is in it: torch::jit::load() and the constructor in one.
+/// Throws Error(kInvalidFile) if the file is missing or holds no TorchScript module, and what the constructor throws.
+[[nodiscard]] TorchScriptCache load(const std::filesystem::path& path, Options options = {},
+                                    at::Device device = at::kCPU);
 
 }  // namespace llmcache

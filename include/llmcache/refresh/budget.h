@@ -46,6 +46,11 @@ struct Budget {
 /// thread that calls forward, and must always answer alike.
 using ScoreFunction = std::function<at::Tensor(const at::Tensor& outputs)>;
 
+/// Scores of a linear classifier in the layout of nn.Linear: outputs * weight^T + bias. `weight`: float `[classes,
+/// values]`; `bias`: `[classes]`, or undefined for none. Throws Error(kInvalidOptions) for other shapes.
+ScoreFunction linear_scores(const at::Tensor& weight, const at::Tensor& bias);
+ScoreFunction linear_scores(const at::Tensor& weight);
+
 /// Early exit: a sequence with one pooled output leaves the pass at the first layer whose answer is good enough.
 enum class EarlyExit {
   kOff,

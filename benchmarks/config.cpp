@@ -1,0 +1,235 @@
+#include "config.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <fnmatch.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+
+#include "failure.h"
+#include "llmcache/version.h"
+
+namespace llmcache::bench {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+constexpr const char* kFirstRun = "first-run";
+constexpr const char* kDescription =
+    "llmcache-bench: runs recorded requests through a model, plain and wrapped in caches, side by side in one "
+    "process,\n"
+    "and reports speedup, hit rate, latency, answers and their divergence from the plain model, and memory.\n\n"
+    "Without options it runs the configuration first-run: what users would choose, in under 10 minutes.\n"
+    "benchmarks/README.md explains modes, measurement and columns.";
+constexpr const char* kFooter = R"(
+A configuration is a JSON file of these settings: {"settings": {"model": "gpt2", "threshold": [0.8, 0.9]}}.
+Options win over it.
+
+Exit status: 0, or 2 after an error, which is one line on stderr. Results that were measured are shown all the same.
+
+Examples
+  llmcache-bench --list
+  llmcache-bench --model minilm-pooled --workload banking77 --seconds 120
+  llmcache-bench --config paper-mode --limit 200
+  llmcache-bench --model smollm2 --workload openbookqa --shots 5 --weights as-loaded,packed-fp16
+)";
+
+bool any_match(const std::vector<std::string>& patterns, const std::string& name) {
+  return std::ranges::any_of(patterns, [&](const auto& p) { return ::fnmatch(p.c_str(), name.c_str(), 0) == 0; });
+}
+
+bool is_for(const ExperimentRule& rule, const ModelFile& model) {
+  if (!rule.models.empty() && !any_match(rule.models, model.name)) return false;
+  if (any_match(rule.except, model.name)) return false;
+  if (!rule.family.empty() && (model.family == "decoder") != (rule.family == "decoder")) return false;
+  return !rule.trained || *rule.trained != model.random_weights();
+}
+
+/// The keys of `object` must be among these.
+void check_keys(const Json& object, const std::set<std::string>& known) {
+  for (const auto& [key, value] : object.items()) {
+    if (!known.contains(key)) throw Failure(fmt::format("it has the unknown key '{}'", key));
+  }
+}
+
+void read_group(const Json& group, ExperimentRule& rule) {
+  rule.models = group.value("models", rule.models);
+  rule.except = group.value("except", rule.except);
+  rule.family = group.value("family", rule.family);
+  if (group.contains("trained")) rule.trained = group.at("trained").get<bool>();
+}
+
+ExperimentRule read_rule(const Json& json, const Json& groups, const std::string& name) {
+  check_keys(json,
+             {"group", "models", "except", "family", "trained", "linear_probe", "workloads", "share", "settings"});
+  ExperimentRule rule;
+  if (json.contains("group")) read_group(groups.at(json.at("group").get<std::string>()), rule);
+  read_group(json, rule);
+  rule.linear_probe = json.value("linear_probe", false);
+  rule.workloads = json.at("workloads").get<std::vector<std::string>>();
+  rule.share = json.value("share", 1.0);
+  rule.values = values_of(json.value("settings", Json::object()), name);
+  return rule;
+}
+
+/// Settings from several places; the later ones win.
+Settings settings_of(const std::vector<const Values*>& places) {
+  Values all;
+  for (const Values* values : places) {
+    for (const auto& [name, texts] : *values) all[name] = texts;
+  }
+  Settings settings;
+  settings.models_folder = (program_folder() / ".." / "models").lexically_normal();
+  settings.data_folder = (program_folder() / ".." / "data").lexically_normal();
+  give(all, settings);
+  return settings;
+}
+
+Configuration read_object(const Json& json, const std::string& name, const Values& options) {
+  if (!json.is_object()) throw Failure("it is not a JSON object");
+  check_keys(json, {"description", "seconds_in_all", "settings", "stand_ins", "groups", "experiments"});
+  Configuration configuration;
+  configuration.values = values_of(json.value("settings", Json::object()), name);
+  configuration.options = options;
+  configuration.settings = settings_of({&configuration.values, &options});
+  configuration.stand_ins = json.value("stand_ins", std::map<std::string, std::string>{});
+  if (json.contains("seconds_in_all")) configuration.seconds_in_all = json.at("seconds_in_all").get<double>();
+  const Json groups = json.value("groups", Json::object());
+  for (const Json& one : json.value("experiments", Json::array())) {
+    configuration.experiments.push_back(read_rule(one, groups, name));
+    settings_of({&configuration.values, &configuration.experiments.back().values, &options});  // may refuse them
+  }
+  return configuration;
+}
+
+std::string command_text(int argc, const char* const* argv) {
+  std::string text = fs::path(argv[0]).filename().string();
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const bool quote = argument.empty() || argument.find_first_of(" \t\"'$*;&|<>()") != std::string::npos;
+    text += quote ? fmt::format(" '{}'", argument) : " " + argument;
+  }
+  return text;
+}
+
+void add_setting(CLI::App& app, const SettingInfo& setting, Values& options) {
+  const std::string name = "--" + setting.name;
+  const std::string help =
+      setting.standard.empty() ? setting.help : fmt::format("{} [{}]", setting.help, setting.standard);
+  if (setting.flag) {
+    app.add_flag_callback(
+        name, [&options, key = setting.name] { options[key] = {"on"}; }, help);
+    return;
+  }
+  auto* option = app.add_option(name, options[setting.name], help)->type_name(setting.type);
+  if (setting.list) {
+    option->delimiter(',');
+  } else {
+    option->expected(1);
+  }
+}
+
+}  // namespace
+
+std::string Configuration::kind_of(const std::string& workload) const {
+  const auto known = stand_ins.find(workload);
+  return known == stand_ins.end() ? workload : known->second;
+}
+
+std::vector<Experiment> Configuration::experiments_for(const ModelFile& model, const std::string& workload,
+                                                       bool linear_probe) const {
+  std::vector<Experiment> found;
+  for (const ExperimentRule& rule : experiments) {
+    const bool here = std::ranges::find(rule.workloads, kind_of(workload)) != rule.workloads.end();
+    if (!here || !is_for(rule, model) || (rule.linear_probe && !linear_probe)) continue;
+    found.push_back({settings_of({&values, &rule.values, &options}), rule.share});
+  }
+  return found;
+}
+
+Configuration read_configuration(std::string_view text, const std::string& name, const Values& options) {
+  try {
+    return read_object(Json::parse(text), name, options);
+  } catch (const Json::exception& error) {
+    throw Failure(fmt::format("configuration {}: {}", name, error.what()));
+  } catch (const Failure& error) {
+    throw Failure(fmt::format("configuration {}: {}", name, error.what()));
+  }
+}
+
+Configuration read_configuration(const fs::path& name, const Values& options) {
+  const fs::path known = fs::path(LLMCACHE_BENCH_CONFIGS) / (name.string() + ".json");
+  std::error_code error;
+  const bool is_known = !name.has_parent_path() && fs::exists(known, error);
+  std::ifstream in(is_known ? known : name);
+  std::ostringstream text;
+  if (!in || fs::is_directory(name, error) || !(text << in.rdbuf())) {
+    throw Failure(fmt::format("configuration {}: neither a file that can be read nor one of {}", name.string(),
+                              LLMCACHE_BENCH_CONFIGS));
+  }
+  return read_configuration(text.str(), name.string(), options);
+}
+
+Command parse_command(int argc, const char* const* argv) {
+  constexpr std::size_t kNameColumn = 30;
+  static const std::set<std::string> kNotAsking = {"models", "data", "json", "threads"};
+  Command command;
+  command.text = command_text(argc, argv);
+  std::string name;
+  Values options;
+  CLI::App app(kDescription, "llmcache-bench");
+  app.footer(kFooter);
+  app.get_formatter()->column_width(kNameColumn);
+  app.set_version_flag("--version", "llmcache-bench " LLMCACHE_VERSION);
+  app.add_option("--config", name, "a configuration of benchmarks/configs by its name, or a JSON file")
+      ->type_name("NAME|FILE");
+  for (const SettingInfo& setting : all_settings()) add_setting(app, setting, options);
+  app.add_flag("--list", command.list, "print the models and workloads found, and stop");
+  app.add_flag("--needs", command.needs, "print which models, workloads and probes the run needs, and stop");
+  app.add_flag("--schema", command.schema, "print the JSON schema of results, and stop");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForVersion&) {
+    throw HelpAsked{app.version() + "\n"};
+  } catch (const CLI::CallForHelp&) {
+    throw HelpAsked{app.help()};
+  } catch (const CLI::ParseError& error) {
+    throw Failure(fmt::format("{}; llmcache-bench --help lists the settings", error.what()));
+  }
+  std::erase_if(options, [](const auto& option) { return option.second.empty(); });
+  const bool asks = std::ranges::any_of(options, [](const auto& one) { return !kNotAsking.contains(one.first); });
+  if (name.empty() && asks) {
+    command.configuration = read_object(Json::object(), "", options);
+  } else {
+    command.configuration = read_configuration(fs::path(name.empty() ? kFirstRun : name), options);
+  }
+  return command;
+}
+
+std::string needs_text(const Configuration& configuration) {
+  const Settings& settings = configuration.settings;
+  std::vector<std::string> models = settings.models;
+  if (models.empty()) models = {"bench"};  // the group of all that it measures
+  std::erase_if(models, [](const std::string& model) { return model.ends_with(".pt"); });
+  std::set<std::string> workloads;
+  const std::string shots = fmt::format("-{}shot", settings.shots);  // that is made from the workload without them
+  for (const std::string& name : settings.workloads) {
+    workloads.insert(name.ends_with(shots) ? name.substr(0, name.size() - shots.size()) : name);
+  }
+  bool budgets = settings.has_fidelity("budget");
+  for (const ExperimentRule& rule : configuration.experiments) {
+    workloads.insert(rule.workloads.begin(), rule.workloads.end());
+    budgets = budgets || settings_of({&configuration.values, &rule.values}).has_fidelity("budget");
+  }
+  return fmt::format("models {}\nworkloads {}\nshots {}\nbudgets {}\n", fmt::join(models, " "),
+                     fmt::join(workloads, " "), settings.shots > 0 ? std::to_string(settings.shots) : "",
+                     budgets ? "yes" : "");
+}
+
+}  // namespace llmcache::bench

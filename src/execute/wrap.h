@@ -1,0 +1,15 @@
+// From a model to a wrapped one: described, probed, and compared with itself.
+#pragma once
+
+#include <memory>
+
+#include "llmcache/options.h"
+#include "model/wrapped_model.h"
+
+namespace llmcache {
+
+/// Runs the model on tiny inputs a few dozen times. Tells options.progress of its steps. Throws
+/// Error(kUnsupportedModel) with the reason.
+WrappedModel wrap(std::shared_ptr<Model> model, const Options& options);
+
+}  // namespace llmcache

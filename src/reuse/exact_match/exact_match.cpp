@@ -1,0 +1,87 @@
+#include "reuse/exact_match/exact_match.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "execute/clock.h"
+
+namespace llmcache {
+namespace {
+
+/// Of one row's output that takes no more of the capacity than this, a second copy beside its states is worth room.
+constexpr std::size_t kSmallPart = 8;
+
+/// Sizes of the batches that a known row was computed in, and is served in.
+std::vector<SizeCode> sizes_of(const OutputEntry& entry, const Batch& batch) {
+  const bool same_call = batch.rows == 1 && entry.rows() == 1 && entry.width() == batch.width;
+  if (same_call) return {};  // the plain model would be given just what it was given then
+  return {{SizeCode::Kind::kMatchRows, entry.rows_class(), size_class(batch.rows)},
+          {SizeCode::Kind::kMatchWidth, entry.width_class(), size_class(batch.width)}};
+}
+
+}  // namespace
+
+bool ExactMatch::accepts(const Call& call) const {
+  return wrapped_.keeps_rows() && bank_.capacity() > 0 && call.batch.rows > 0 && call.batch.width > 0 &&
+         !(call.cuts_output && call.request.output != Output::kAll) && !verification_.closed(Mechanism::kExactMatch);
+}
+
+std::string ExactMatch::key_of(const Call& call, std::int64_t row) const {
+  return call.batch.whole_key(row, call.request.tenant, !cuts(call.batch));
+}
+
+void ExactMatch::serve(const Call& call, Answers& answers) {
+  Stopwatch clock;
+  for (std::int64_t row = 0; row < call.batch.rows; ++row) {
+    if (call.batch.spans[static_cast<std::size_t>(row)].tokens == 0) continue;
+    const auto entry = bank_.find(key_of(call, row), call.fidelity == Fidelity::kIdentical);
+    if (!entry) continue;
+    answers.put_known(row, {entry->tensors().begin(), entry->tensors().end()}, sizes_of(*entry, call.batch), entry);
+  }
+  answers.report().lookup_ms += clock.lap();
+}
+
+void ExactMatch::store(const Call& call, Answers& answers) {
+  for (const Answers::Pass& pass : answers.passes()) {
+    if (pass.result.storable && !pass.result.value.isNone()) store(call, pass, answers);
+  }
+}
+
+void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& answers) {
+  const auto approximate = [](Source source) { return source == Source::kEarlyExit || source == Source::kPartial; };
+  const Batch& batch = call.batch;
+  struct Row {
+    std::string key;
+    std::vector<at::Tensor> tensors;
+  };
+  std::vector<Row> rows;
+  for (std::size_t k = 0; k < pass.rows.size(); ++k) {
+    const RowSpan& span = batch.spans[static_cast<std::size_t>(pass.rows[k])];
+    const SequenceReport& report = answers.report().sequences[static_cast<std::size_t>(pass.rows[k])];
+    if (span.tokens == 0 || approximate(report.source)) continue;
+    const bool own = k < pass.result.rows.size() && !pass.result.rows[k].empty();
+    auto tensors = own ? pass.result.rows[k]
+                       : row_of(pass.result.value, wrapped_.output, static_cast<std::int64_t>(k),
+                                cuts(batch) ? span.first : 0, cuts(batch) ? span.tokens : batch.width, batch.width);
+    if (call.cuts_output) {
+      // Its states are kept too, which give the output again: worth room only for whole requests and small outputs.
+      std::size_t bytes = 0;
+      for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes();
+      if (report.reused_tokens > 0 || bytes > bank_.capacity() / kSmallPart) continue;
+    }
+    rows.push_back({key_of(call, pass.rows[k]), std::move(tensors)});
+  }
+  if (rows.empty()) return;
+  const bool exact = pass.result.report.execution == Execution::kDense;
+  const BatchSize size{static_cast<std::int32_t>(pass.rows.size()), static_cast<std::int32_t>(batch.width)};
+  answers.writes().add([this, rows = std::move(rows), exact, size] {
+    for (const Row& row : rows) bank_.insert(row.key, row.tensors, exact, size);
+  });
+}
+
+void ExactMatch::add_to(Stats& stats) const { add(stats, bank_.counters()); }
+
+}  // namespace llmcache

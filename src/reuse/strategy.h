@@ -1,0 +1,51 @@
+// A way to answer the rows of a request with less than the whole model, and the last ones, which run it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bank/capacity_bank.h"
+#include "llmcache/options.h"
+#include "llmcache/report.h"
+#include "reuse/answers.h"
+#include "reuse/call.h"
+
+namespace llmcache {
+
+/// Thread-safe. A cache has one instance of each that its options and its model allow, and asks them in the order of
+/// its chain (reuse/chain.h).
+class ReuseStrategy {
+ public:
+  virtual ~ReuseStrategy() = default;
+
+  /// "prefix", "packed": what fallbacks, documents and messages call it.
+  [[nodiscard]] virtual std::string name() const = 0;
+  /// True if it may have answers for this request. Cheap.
+  [[nodiscard]] virtual bool accepts(const Call& call) const = 0;
+  /// Answers rows of answers.open(), all or some or none. What it learns it adds to answers.writes(): its banks change
+  /// only when these are taken. If it throws nothing of it counts, and the next one is asked.
+  virtual void serve(const Call& call, Answers& answers) = 0;
+  /// Called behind the chain where it was asked: keeps what others have computed. Likewise through answers.writes().
+  virtual void store(const Call& /*call*/, Answers& /*answers*/) {}
+  /// Forgets what was kept.
+  virtual void clear() {}
+  /// The weights are others now: forgets what holds for the old ones.
+  virtual void weights_changed() { clear(); }
+  virtual void add_to(Stats& /*stats*/) const {}
+
+  /// True if it computes only the tokens that the request's Output names.
+  [[nodiscard]] virtual bool cuts_output(const Call& /*call*/) const { return false; }
+  /// True if its answers are exact. Where such a one fails the plain model answers: it has no code in common with it.
+  [[nodiscard]] virtual bool exact() const { return true; }
+};
+
+/// What one bank more has counted; bytes are counted by the account that all banks are part of.
+inline void add(Stats& stats, const BankCounters& counters) {
+  stats.entries += counters.entries;
+  stats.insertions += counters.insertions;
+  stats.evictions += counters.evictions;
+  stats.rejected += counters.rejected;
+}
+
+}  // namespace llmcache

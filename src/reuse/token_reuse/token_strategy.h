@@ -1,0 +1,37 @@
+// Token reuse in bidirectional encoders, as a calibration chooses its settings.
+#pragma once
+
+#include "reuse/budget/tunable_strategy.h"
+#include "reuse/token_reuse/token_reuse.h"
+
+namespace llmcache {
+
+/// Distance of a match: its edit fraction. Thread-safe.
+class TokenStrategy final : public TunableStrategy {
+ public:
+  /// Throws as TokenReuse.
+  TokenStrategy(const WrappedModel& wrapped, BankFormat format, std::size_t capacity_bytes,
+                MemoryAccount* total = nullptr);
+
+  std::string name() const override { return "token reuse"; }
+  std::size_t settings() const override { return settings_.size(); }
+  std::string describe(std::size_t setting) const override;
+  const std::vector<double>& match_thresholds() const override;
+  double kept_from() const override { return 0.1; }
+  std::int64_t least_tokens() const override { return TokenReuseOptions{}.least_tokens; }
+  std::unique_ptr<Matches> find(const Batch& batch, const std::string& tenant, std::size_t setting) override;
+  c10::IValue run(const Run& run, ForwardReport& report) override;
+  std::unique_ptr<TunableStrategy> fresh() const override;
+  void clear() override { reuse_.clear(); }
+  BankCounters counters() const override { return reuse_.counters(); }
+
+ private:
+  struct Found;
+  const WrappedModel& wrapped_;
+  const BankFormat format_;
+  const std::size_t capacity_bytes_;
+  std::vector<TokenReuseSettings> settings_;
+  TokenReuse reuse_;
+};
+
+}  // namespace llmcache

@@ -1,0 +1,1 @@
+#include <llmcache/implementation.h>

@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Exports the models that tests and benchmarks use, as TorchScript files with a JSON sidecar each.
+
+DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these.
+DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a
+model counts as present only while size and SHA-256 in it match the file.
+The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.atomic_files import folder_lock, sha256_of, write_atomically
+from tools.models import tokenizer_files
+from tools.models.model_list import GROUPS, MODELS, POOLING_MASK, VOCAB, ModelSpec
+from tools.models.model_sources import RANDOM, ModelError, NoHub
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+EXPORT_VERSION = 1  # raise it when a model of the same name changes: files made before are made again
+
+
+def present(folder: Path, name: str) -> tuple[bool, str]:
+    """Tells whether NAME is there, whole and up to date, and if not, why."""
+    import torch
+    import transformers
+
+    model, sidecar = folder / f"{name}.pt", folder / f"{name}.json"
+    if not sidecar.exists() or not model.exists():
+        return False, "not there"
+    try:
+        known: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        size, digest, version = known["bytes"], known["sha256"], known["export_version"]
+        versions = known["versions"]
+    except (ValueError, KeyError, TypeError):
+        return False, "its .json is damaged"
+    if model.stat().st_size != size or sha256_of(model) != digest:
+        return False, "its .pt is not the file that its .json describes"
+    if version != EXPORT_VERSION:
+        return False, "made by another version of the exporter"
+    if versions != {"torch": torch.__version__, "transformers": transformers.__version__}:
+        return False, f"made with {versions}"
+    return True, ""
+
+
+def example(spec: ModelSpec, vocab: int, lengths: list[int], seed: int) -> tuple[torch.Tensor, ...]:
+    """Draws random ids, right-padded to the longest of the given lengths, and makes their mask."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, vocab, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = ids * mask
+    if len(spec.inputs) == 2:
+        return ids, mask
+    third = torch.randint(0, 2, ids.shape, generator=generator)
+    if POOLING_MASK in spec.inputs:
+        third = third * mask
+        third[:, 0] = 1  # each sequence has a token to pool over
+    return ids, mask, third
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """Lists the tensors of an output, which may be tuples and lists of them, in order."""
+    if isinstance(output, (tuple, list)):
+        return [tensor for part in output for tensor in tensors_of(part)]
+    return [output]
+
+
+def verify(exported: nn.Module, module: nn.Module, spec: ModelSpec, vocab: int) -> None:
+    """Fails unless the exported model gives what the original gives, on shapes it was not traced with."""
+    import torch
+
+    sites = len(exported.inlined_graph.findAllNodes("aten::scaled_dot_product_attention"))
+    if (sites > 0) != (spec.attention == "sdpa"):
+        raise ModelError(f"listed as {spec.attention}, but scaled_dot_product_attention is called {sites} times")
+    tolerance = 3e-2 if spec.dtype == "bfloat16" else 2e-4
+    for seed, lengths in enumerate(([12, 9, 3], [1], [33])):
+        inputs = example(spec, vocab, lengths, seed + 1)
+        for got, want in zip(tensors_of(exported(*inputs)), tensors_of(module(*inputs)), strict=True):
+            if got.shape != want.shape or got.dtype != want.dtype:
+                raise ModelError(
+                    f"traced output is {tuple(got.shape)} {got.dtype}, the model's own is "
+                    f"{tuple(want.shape)} {want.dtype}, for lengths {lengths}"
+                )
+            if spec.how == "train":
+                continue  # dropout: values differ by design
+            # What padding positions hold is not defined.
+            if got.dim() >= 2 and got.shape[:2] == inputs[1].shape:
+                got, want = got[inputs[1].bool()], want[inputs[1].bool()]
+            scale = max(1.0, want.float().nan_to_num().abs().max().item())
+            if not torch.allclose(got.float(), want.float(), rtol=0, atol=tolerance * scale, equal_nan=True):
+                error = (got.float() - want.float()).abs().max().item()
+                raise ModelError(f"traced and original model differ by {error:.2g} for lengths {lengths}")
+            if spec.name != "tiny-nan" and not want.isfinite().all():
+                raise ModelError(f"the model gives NaN or infinity for lengths {lengths}")
+
+
+def convert(spec: ModelSpec, module: nn.Module, vocab: int) -> nn.Module:
+    import torch
+
+    module.train(spec.how == "train")
+    module.requires_grad_(False)
+    if spec.how == "script":
+        return torch.jit.script(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracer warnings: verify() decides instead
+        traced = torch.jit.trace(module, example(spec, vocab, [7, 5], 0), strict=False, check_trace=False)
+    return torch.jit.freeze(traced) if spec.how == "freeze" else traced
+
+
+def describe(spec: ModelSpec, model: nn.Module, weights: str, file: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    config = getattr(model, "config", None)
+
+    def setting(*names: str, default: int) -> int:
+        found = (getattr(config, name, None) for name in names)
+        return int(next((value for value in found if isinstance(value, int) and value > 0), default))
+
+    layers = len(model.layers) if hasattr(model, "layers") else 0
+    return {
+        "name": spec.name,
+        "architecture": spec.architecture,
+        "family": spec.family,
+        "weights": weights,
+        "tokenizer": spec.tokenizer,
+        "attention": spec.attention,
+        "dtype": spec.dtype,
+        "hidden": setting("hidden_size", "dim", "d_model", "n_embd", default=64),
+        "layers": setting("num_hidden_layers", "num_layers", "n_layers", "n_layer", default=layers),
+        "heads": setting("num_attention_heads", "num_heads", "n_heads", "n_head", default=4 if layers else 0),
+        "vocab": setting("vocab_size", default=VOCAB),
+        "max_tokens": setting("max_position_embeddings", "n_positions", default=256),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "inputs": list(spec.inputs),
+        "output": spec.output,
+        "export_version": EXPORT_VERSION,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sha256": sha256_of(file),
+        "bytes": file.stat().st_size,
+    }
+
+
+def export(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from tools.models.wrappers import wrap
+
+    model, weights = spec.build()
+    vocab = getattr(getattr(model, "config", None), "vocab_size", VOCAB)
+    module = wrap(model, spec)
+    target, sidecar = folder / f"{spec.name}.pt", folder / f"{spec.name}.json"
+    with torch.no_grad():
+        exported = convert(spec, module, vocab)
+        verify(exported, module, spec, vocab)
+        sidecar.unlink(missing_ok=True)
+        write_atomically(target, lambda path: torch.jit.save(exported, str(path)))
+    description = describe(spec, model, weights, target)
+    text = json.dumps(description, indent=2) + "\n"
+    write_atomically(sidecar, lambda path: path.write_text(text, encoding="utf-8"))
+    return description
+
+
+def chosen(names: list[str] | None) -> list[ModelSpec]:
+    if not names:
+        return list(MODELS.values())
+    picked: dict[str, ModelSpec] = {}
+    for name in names:
+        wanted = [name] if name in MODELS else [n for n, spec in MODELS.items() if spec.group == name]
+        if not wanted:
+            raise ModelError(
+                f"no model or group is called '{name}'; --list shows the names, the groups are {', '.join(GROUPS)}"
+            )
+        picked.update((n, MODELS[n]) for n in wanted)
+    return list(picked.values())
+
+
+@dataclass
+class Run:
+    """One call of the program: what is written where, and what became of it."""
+
+    folder: Path
+    force: bool
+    failed: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def attempt(self, name: str, make: Callable[[], str]) -> None:
+        """One failure does not stop the others. `make` says what it made."""
+        try:
+            print(f"{name}: {make()}", flush=True)
+        except NoHub as error:
+            self.left_out.append(name)
+            print(f"{name}: left out: {error}, and random weights of it would say nothing", flush=True)
+        except Exception as error:  # noqa: BLE001
+            self.failed.append(name)
+            print(f"{name}: FAILED: {type(error).__name__}: {str(error)[:1500]}", file=sys.stderr, flush=True)
+
+    def model(self, spec: ModelSpec) -> None:
+        there, why = present(self.folder, spec.name)
+        if there and not self.force:
+            print(f"{spec.name}: already there, skipped", flush=True)
+            return
+        started = time.monotonic()
+
+        def make() -> str:
+            known = export(spec, self.folder)
+            note = RANDOM + " weights" if known["weights"] == RANDOM else known["weights"]
+            again = "" if why == "not there" else f" (again: {why or '--force'})"
+            return f"{known['bytes'] / 1e6:.1f} MB, {note}, {time.monotonic() - started:.1f} s{again}"
+
+        self.attempt(spec.name, make)
+
+    def tokenizer(self, name: str) -> None:
+        if self.force or not tokenizer_files.present(self.folder / "tokenizers" / name):
+            self.attempt(f"tokenizer {name}", lambda: tokenizer_files.write(self.folder, name))
+
+    def all(self, specs: list[ModelSpec]) -> int:
+        with folder_lock(self.folder):
+            for spec in specs:
+                self.model(spec)
+            made = len(specs) - len(self.failed) - len(self.left_out)
+            for name in dict.fromkeys(spec.tokenizer for spec in specs):
+                self.tokenizer(name)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{made} of {len(specs)} models in {self.folder} (peak memory {peak:.1f} GB)")
+        if self.failed:
+            print(f"failed: {', '.join(self.failed)}; see the messages above", file=sys.stderr)
+        return 1 if self.failed else 0
+
+
+def quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit is deprecated: we know
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the models go")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="models or groups (tiny, bench, zoo)")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--force", action="store_true", help="export again what is already there")
+    options = parser.parse_args(arguments)
+    try:
+        specs = chosen(options.only)
+    except ModelError as error:
+        parser.error(str(error))
+    if options.list:
+        for spec in specs:
+            print(f"{spec.name:24} {spec.group:6} {spec.family:8} {spec.attention:6} {spec.architecture}")
+        return 0
+    if options.out is None:
+        parser.error("--out DIR is missing")
+    quiet_libraries()
+    return Run(options.out, options.force).all(specs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
