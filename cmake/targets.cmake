@@ -13,7 +13,25 @@ function(llmcache_own_code target)
     target_compile_options(${target} PRIVATE -fsanitize=${LLMCACHE_SANITIZE} -fno-sanitize=vptr
                                              -fno-sanitize-recover=all -fno-omit-frame-pointer)
     target_link_options(${target} PUBLIC -fsanitize=${LLMCACHE_SANITIZE})
+    if(LLMCACHE_FUZZ)  # the fuzz targets see which branches were taken
+      target_compile_options(${target} PRIVATE -fsanitize=fuzzer-no-link)
+    endif()
   endif()
+endfunction()
+
+# llmcache_program(TARGET): benchmarks and examples. They spend their time in the library and in LibTorch, whose headers
+# are compiled once for all of them.
+function(llmcache_program target)
+  llmcache_own_code(${target})
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
+  if(NOT TARGET llmcache_program_headers)
+    add_library(llmcache_program_headers OBJECT ${PROJECT_SOURCE_DIR}/cmake/program_headers.cpp)
+    target_link_libraries(llmcache_program_headers PRIVATE llmcache::llmcache)
+    llmcache_own_code(llmcache_program_headers)
+    target_compile_options(llmcache_program_headers PRIVATE $<$<CONFIG:Release>:-O1>)
+    target_precompile_headers(llmcache_program_headers PRIVATE ${PROJECT_SOURCE_DIR}/cmake/program_headers.h)
+  endif()
+  target_precompile_headers(${target} REUSE_FROM llmcache_program_headers)
 endfunction()
 
 # llmcache_units(TARGET PATTERN...): in a unity build, the sources of TARGET that a PATTERN is the first to match are one

@@ -17,6 +17,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -224,7 +225,9 @@ void run(const Arguments& arguments) {
       texts.push_back(std::move(text));
     }
     const at::Tensor similarities = at::matmul(embedder.embed(texts), labels.t());
-    const auto [best, chosen] = at::topk(similarities, 2, 1);
+    const auto two_best = at::topk(similarities, 2, 1);
+    const at::Tensor& best = std::get<0>(two_best);
+    const at::Tensor& chosen = std::get<1>(two_best);
     for (std::size_t i = 0; i < count; ++i) {
       const auto row = static_cast<std::int64_t>(i);
       const auto name_of = [&](std::int64_t rank) {

@@ -4,8 +4,8 @@ set -Eeuo pipefail
 
 usage() {
   cat <<'HELP'
-usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, fuzz the readers of files
-                                                       for a minute, then run some tests with sanitizers
+usage: tools/run.sh test  [ctest arguments]            build everything, run all tests, then some of them with sanitizers,
+                                                       which fuzz the readers of files too
        tools/run.sh bench [llmcache-bench arguments]   build, measure, end in a summary and an HTML report
        tools/run.sh data  [--only NAME...]             download real data sets from the Hugging Face hub
        tools/run.sh peers [benchmarks/peers/compare.py arguments]   measure beside ONNX Runtime, llama.cpp and others
@@ -203,8 +203,8 @@ run_tests() {  # arguments for ctest
   ctest --test-dir "$CMAKE_DIR" --parallel "$(compile_jobs)" --output-on-failure "$@"
 }
 
-# Each sanitizer has a build of its own, of the library and its tests, below $BUILD; so have the fuzz targets. What is
-# built how, which tests are run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
+# Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
+# run and what is suppressed stands in CMakePresets.json and tests/sanitizers.
 run_sanitizer() {  # preset, target
   local preset="$1" target="$2" folder="$BUILD/$1" plain_addresses=()
   configure "$preset" "$folder"
@@ -278,7 +278,6 @@ main_test() {
     echo "LLMCACHE_SKIP_SANITIZERS=1: skipped"
     return
   fi
-  run_sanitizer fuzz llmcache-fuzz
   run_sanitizer asan-ubsan all
   run_sanitizer tsan llmcache-thread-tests
 }

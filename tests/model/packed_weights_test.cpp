@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <thread>
+#include <tuple>
 
 #include "model/packed_linear.h"
 #include "support.h"
@@ -105,7 +106,7 @@ TEST_P(PackedLinearTest, WrongInputsAreRefused) {
   const auto packed = PackedLinear::pack(GetParam(), random({24, 16}), "w");
   for (const auto& x : {random({2, 15}), random({16, 2}), random({2, 16}).to(at::kDouble),
                         random({2, 16}).to(at::kBFloat16), at::scalar_tensor(1.0)}) {
-    EXPECT_THROW(packed->apply(x, std::nullopt), c10::Error) << x.toString() << x.sizes();
+    EXPECT_THROW(std::ignore = packed->apply(x, std::nullopt), c10::Error) << x.toString() << x.sizes();
   }
 }
 

@@ -415,7 +415,7 @@ TEST(TokenReuse, TypesThatDifferAreNotAligned) {
 
 TEST(TokenReuse, NeverHoldsMoreThanItsCapacity) {
   Encoder& subject = encoder("tiny-distilbert-sdpa");
-  for (const std::size_t capacity : {std::size_t{0}, std::size_t{100} << 10, std::size_t{400} << 10}) {
+  for (const std::size_t capacity : {std::size_t{0}, std::size_t{200} << 10, std::size_t{400} << 10}) {
     SCOPED_TRACE(capacity);
     std::mt19937_64 random(capacity);
     const auto reuse = subject.reuse({}, capacity);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/jit/api/module.h>
+#include <llmcache/llmcache.h>
+#include <torch/script.h>
 
-#include "llmcache/llmcache.h"
+#include <string>
+#include <vector>
