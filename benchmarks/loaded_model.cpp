@@ -126,7 +126,7 @@ WrapCost LoadedModel::wrap(const Options& options, const std::string& name) {
   if (!cache_) cache_ = cache;
   named_[name] = cache;
   const ModelProfile& profile = cache->profile();
-  cost.held = to_string(options.weights);
+  cost.held = profile.weights;
   cost.granularity = to_string(profile.granularity);
   cost.notes = profile.notes;
   cost.wrap_ms = profile.wrap_ms;

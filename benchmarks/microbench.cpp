@@ -272,7 +272,7 @@ int run(int argc, char** argv) {
   app.add_option("--models", models, "folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's]");
   app.add_option("--model", model, "which one [$LLMCACHE_MODEL, or bert-base]");
   app.add_option("--weights", weights, "how the cache holds them; plain is as loaded")
-      ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16"}));
+      ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8", "fastest"}));
   app.add_option("--pairs", pairs, "of each benchmark [15]; four times as many of misses")
       ->check(CLI::Range(1, 100000));
   CLI11_PARSE(app, argc, argv);

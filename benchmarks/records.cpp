@@ -217,7 +217,8 @@ void fields(const Record& r, const Visitor& field) {
   field("mode", r.mode, one_of({"nocache", "kvcache", "llmcache", "semantic-cache"}));
   field("fidelity", maybe(r.fidelity), one_of({"identical", "lossless", "budget", "threshold"}),
         "null unless llmcache or kvcache");
-  field("weights_held", r.weights_held, one_of({"as-loaded", "packed-fp32", "packed-fp16"}),
+  field("weights_held", r.weights_held,
+        one_of({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8"}),
         "How the weights of linear layers were held");
   field("output", r.output, one_of({"all", "last", "new", "last+new"}),
         "Tokens whose outputs were asked for: last+new in two calls, the prompt and then the whole");

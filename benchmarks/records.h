@@ -161,7 +161,7 @@ struct Record {
 struct WrapCost {
   std::string model;
   std::string weights;
-  std::string held;  ///< "as-loaded", "packed-fp32" or "packed-fp16"
+  std::string held;  ///< a format, as ModelProfile::weights has it
   std::string granularity;
   std::vector<std::string> notes;  ///< why something is not available
   double wrap_ms = 0;

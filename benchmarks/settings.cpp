@@ -30,7 +30,7 @@ Allowed form(const char* name) { return {.form = name}; }
 /// The list: calls `one`(name, field, what is allowed, help) for each setting. Order is that of --help.
 template <class Visitor>
 void visit(Settings& s, const Visitor& one) {
-  const auto weights = words({"as-loaded", "packed-fp32", "packed-fp16"});
+  const auto weights = words({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8", "fastest"});
   one("model", s.models, form("NAME|PATH"), "models by name, or paths of .pt files [all full-size models]");
   one("workload", s.workloads, form("NAME"),
       "by name [those made for the model's tokenizer, see benchmarks/README.md]");

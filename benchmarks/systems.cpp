@@ -118,7 +118,7 @@ class LayerCacheSystem final : public System {
     const Stats after = cache_->stats();
     const auto sequences = static_cast<double>(after.sequences - before_.sequences);
     record.fidelity = config_.fidelity;
-    record.weights_held = config_.weights;
+    record.weights_held = cache_->profile().weights;
     record.capacity_bytes = static_cast<std::int64_t>(bytes(config_));
     record.cache_bytes = static_cast<std::int64_t>(after.bytes);
     if (after.budget) describe_budget(*after.budget, sequences, record);
@@ -211,7 +211,7 @@ class KvCacheSystem final : public System {
   void clear() override { growing_->clear(); }
   void describe(Record& record) const override {
     record.fidelity = config_.fidelity;
-    record.weights_held = config_.weights;
+    record.weights_held = growing_->profile().weights;
     record.cache_bytes = static_cast<std::int64_t>(growing_->stats().bytes);
   }
 

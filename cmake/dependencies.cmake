@@ -19,6 +19,11 @@ find_path(LLMCACHE_XXHASH_INCLUDE xxhash.h REQUIRED)
 add_library(llmcache_xxhash INTERFACE)
 target_include_directories(llmcache_xxhash SYSTEM INTERFACE ${LLMCACHE_XXHASH_INCLUDE})
 target_compile_definitions(llmcache_xxhash INTERFACE XXH_INLINE_ALL)
+find_path(LLMCACHE_SODIUM_INCLUDE sodium.h REQUIRED)
+find_library(LLMCACHE_SODIUM_LIBRARY sodium REQUIRED)
+add_library(llmcache_sodium INTERFACE)
+target_include_directories(llmcache_sodium SYSTEM INTERFACE ${LLMCACHE_SODIUM_INCLUDE})
+target_link_libraries(llmcache_sodium INTERFACE ${LLMCACHE_SODIUM_LIBRARY})
 
 # LibTorch as a system library: its headers raise no warnings in our code.
 add_library(llmcache_torch INTERFACE)

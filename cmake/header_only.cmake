@@ -18,5 +18,5 @@ add_dependencies(llmcache_header_only llmcache_implementation)
 target_compile_features(llmcache_header_only INTERFACE cxx_std_20)
 target_include_directories(llmcache_header_only INTERFACE ${CMAKE_CURRENT_SOURCE_DIR}/include
                                                           ${CMAKE_CURRENT_BINARY_DIR}/include)
-target_link_libraries(llmcache_header_only INTERFACE llmcache_torch fmt::fmt-header-only llmcache_xxhash Eigen3::Eigen
-                                                     nlohmann_json::nlohmann_json)
+target_link_libraries(llmcache_header_only INTERFACE llmcache_torch fmt::fmt-header-only llmcache_xxhash llmcache_sodium
+                                                     Eigen3::Eigen nlohmann_json::nlohmann_json)

@@ -66,7 +66,8 @@ void declare(CLI::App& app, Arguments& arguments) {
   app.add_flag("--quiet", arguments.quiet, "print the sums only, not the texts");
   app.add_option("--batch", arguments.batch, "texts in a batch")->check(CLI::Range(1, 4096));
   app.add_option("--max-tokens", arguments.max_tokens, "longer texts are cut")->check(CLI::Range(1, 1 << 16));
-  app.add_option("--weights", arguments.weights, "as-loaded, packed-fp32 or packed-fp16");
+  app.add_option("--weights", arguments.weights,
+                 "as-loaded, packed-fp32, packed-fp16, packed-bf16, packed-int8 or fastest");
   app.add_option("--threads", arguments.threads, "of LibTorch; 0: as it likes")->check(CLI::Range(0, 1024));
   app.add_option("--python", arguments.python, "a Python that has the package tokenizers");
   app.add_option("--helper", arguments.helper, "tokenizer_helper.py");

@@ -63,7 +63,8 @@ void declare(CLI::App& app, Arguments& arguments) {
   app.add_option("--top-p", arguments.sampling.top_p,
                  "sample from the most probable tokens that have probability P together");
   app.add_option("--seed", arguments.sampling.seed, "of the sampling: equal seeds give equal text");
-  app.add_option("--weights", arguments.weights, "as-loaded, packed-fp32 or packed-fp16");
+  app.add_option("--weights", arguments.weights,
+                 "as-loaded, packed-fp32, packed-fp16, packed-bf16, packed-int8 or fastest");
   app.add_option("--capacity-mib", arguments.capacity_mib, "room for what the cache keeps")
       ->check(CLI::Range(0, 1 << 20));
   app.add_option("--threads", arguments.threads, "of LibTorch; 0: as it likes")->check(CLI::Range(0, 1024));

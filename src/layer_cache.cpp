@@ -173,6 +173,9 @@ std::optional<CalibrationProfile> LayerCacheBase::calibration() const {
   return profile;
 }
 
+SnapshotReport LayerCacheBase::save(const std::filesystem::path& path) { return impl_->snapshots().save(path); }
+SnapshotReport LayerCacheBase::load(const std::filesystem::path& path) { return impl_->snapshots().load(path); }
+
 ForwardReport LayerCacheBase::last_report() const { return thread_reports().get(impl_->identity); }
 
 Stats LayerCacheBase::stats() const { return impl_->stats(); }

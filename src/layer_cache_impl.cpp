@@ -40,6 +40,7 @@ WrappedModel wrap_all(std::unique_ptr<Model> model, const Options& options) {
 Options same_model(Options chosen, const Options& of) {
   chosen.validate();
   if (chosen.layers == of.layers && chosen.mask_argument == of.mask_argument && chosen.weights == of.weights) {
+    if (chosen.snapshot.path == of.snapshot.path) chosen.snapshot = {};  // the file is the other cache's
     return chosen;
   }
   throw Error(ErrorCode::kInvalidOptions,
@@ -56,8 +57,11 @@ LayerCacheBase::Impl::Impl(Options chosen, WrappedModel found)
       strategies({wrapped, options, verification, memory}),
       risk_(strategies.find<RiskController>()),
       hooked_(wrapped),
-      verifier_(wrapped, options, verification, {[this] { return check_weights(); }, [this] { drop(); }}) {
+      verifier_(wrapped, options, verification, {[this] { return check_weights(); }, [this] { drop(); }}),
+      snapshots_(options.snapshot, for_snapshots()) {
   verification.envelope().take(wrapped.profile.verified);
+  if (!options.snapshot.path.empty()) tell(options.progress, "loading the snapshot");
+  snapshots_.start();
 }
 
 LayerCacheBase::Impl::Impl(std::unique_ptr<Model> model, const Options& chosen)
@@ -230,6 +234,26 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
   count(call, answers);
 }
 
+Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
+  const auto parts = [this] {
+    SnapshotParts all;
+    for (const auto& strategy : strategies.all()) strategy->add_parts(all);
+    return all;
+  };
+  const auto publish = [this](std::uint64_t epoch, const std::function<void()>& step) {
+    const std::shared_lock lock(kept_mutex_);
+    if (epoch_.load(std::memory_order_acquire) != epoch) return false;
+    step();
+    return true;
+  };
+  const auto identity_of_model = [this] {
+    const std::shared_lock lock(weights_mutex_);
+    wrapped.model->check_unchanged();
+    return wrapped.identity();
+  };
+  return {identity_of_model, parts, [this] { return epoch_.load(std::memory_order_acquire); }, publish};
+}
+
 void LayerCacheBase::Impl::drop() {
   const std::unique_lock lock(kept_mutex_);
   epoch_.fetch_add(1, std::memory_order_release);
@@ -286,6 +310,7 @@ Stats LayerCacheBase::Impl::stats() const {
   stats.peak_bytes = memory.peak();  // read last: never less than the bytes
   fallbacks_.fill(stats.fallbacks);
   verifier_.fill(stats.verification);
+  stats.snapshot = snapshots_.stats();
   return stats;
 }
 

@@ -17,6 +17,7 @@
 #include "reuse/chain.h"
 #include "reuse/computed/computed.h"
 #include "reuse/fallbacks.h"
+#include "reuse/snapshot/snapshots.h"
 #include "reuse/verifier.h"
 
 namespace llmcache {
@@ -35,6 +36,8 @@ struct LayerCacheBase::Impl {
   /// Throws Error(kInvalidOptions) if the cache was not made for Fidelity::kBudget.
   [[nodiscard]] RiskController& budget() const;
   [[nodiscard]] Stats stats() const;
+  /// LayerCacheBase::save() and load().
+  [[nodiscard]] Snapshots& snapshots() noexcept { return snapshots_; }
   void add_hook(std::shared_ptr<LayerHook> hook);
   void remove_hook(const std::shared_ptr<LayerHook>& hook);
 
@@ -50,6 +53,7 @@ struct LayerCacheBase::Impl {
 
   void check_request(const RequestOptions& request, Fidelity fidelity);
   std::uint64_t check_weights();
+  [[nodiscard]] Snapshots::Cache for_snapshots();
   [[nodiscard]] bool can_pack(const Batch& batch) const;
   [[nodiscard]] std::string plain_reason(const Call& call) const;
   [[nodiscard]] std::vector<std::shared_ptr<LayerHook>> hooks_for(const RequestOptions& request) const;
@@ -74,7 +78,8 @@ struct LayerCacheBase::Impl {
   Fallbacks fallbacks_;
   std::atomic<std::uint64_t> weight_checks_{0}, next_number_{0}, requests_{0}, sequences_{0}, hits_{0}, prefix_hits_{0},
       tokens_{0}, tokens_reused_{0}, tokens_computed_{0}, padding_skipped_{0};
-  Verifier verifier_;  ///< its thread uses all above
+  Verifier verifier_;    ///< its thread uses all above
+  Snapshots snapshots_;  ///< likewise
 };
 
 }  // namespace llmcache

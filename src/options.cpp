@@ -55,16 +55,25 @@ const char* to_string(Weights weights) noexcept {
       return "packed-fp32";
     case Weights::kPackedFp16:
       return "packed-fp16";
+    case Weights::kPackedBFloat16:
+      return "packed-bf16";
+    case Weights::kPackedInt8:
+      return "packed-int8";
+    case Weights::kFastest:
+      return "fastest";
   }
   return "unknown";
 }
 
 Weights weights_from_string(const std::string& text) {
-  for (const auto weights : {Weights::kAsLoaded, Weights::kPackedFp32, Weights::kPackedFp16}) {
+  for (const auto weights : {Weights::kAsLoaded, Weights::kPackedFp32, Weights::kPackedFp16, Weights::kPackedBFloat16,
+                             Weights::kPackedInt8, Weights::kFastest}) {
     if (text == to_string(weights)) return weights;
   }
   throw Error(ErrorCode::kInvalidOptions,
-              fmt::format("'{}' is no kind of weights; known are as-loaded, packed-fp32, packed-fp16", text));
+              fmt::format("'{}' is no kind of weights; known are as-loaded, packed-fp32, packed-fp16, packed-bf16, "
+                          "packed-int8, fastest",
+                          text));
 }
 
 namespace {
@@ -84,6 +93,16 @@ void check_layers(const std::string& field, const std::vector<std::int64_t>& cho
 }
 
 }  // namespace
+
+void SnapshotOptions::validate() const {
+  if (!(save_every_s >= 0 && save_every_s <= 1e9)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("SnapshotOptions.save_every_s is {}; 0 to 1e9 seconds are expected", save_every_s));
+  }
+  if (save_every_s > 0 && path.empty()) {
+    throw Error(ErrorCode::kInvalidOptions, "SnapshotOptions.save_every_s is set, but SnapshotOptions.path is empty");
+  }
+}
 
 void PrefixOptions::validate(std::int64_t model_layers) const {
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
@@ -155,7 +174,7 @@ void check_output(Output output) {
 }
 
 void check_weights_as_loaded(const Options& options) {
-  if (options.weights == Weights::kAsLoaded) return;
+  if (options.weights == Weights::kAsLoaded || options.weights == Weights::kFastest) return;
   throw Error(
       ErrorCode::kNotAvailable,
       fmt::format("Options.weights is {}, but this kind of model keeps its weights to itself; use as-loaded, or "
@@ -165,7 +184,7 @@ void check_weights_as_loaded(const Options& options) {
 
 void Options::validate() const {
   check_fidelity(fidelity);
-  if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kPackedFp16)) {
+  if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kFastest)) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("Options.weights is {}, which is no Weights", static_cast<int>(weights)));
   }
@@ -176,6 +195,7 @@ void Options::validate() const {
   budget.validate();
   threshold.validate();
   refresh.validate();
+  snapshot.validate();
   if (refresh.flush_below > 0 && threshold.eviction.policy != Eviction::kDecay) {
     throw Error(
         ErrorCode::kInvalidOptions,

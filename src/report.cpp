@@ -183,6 +183,31 @@ std::string layer_line(const LayerStats& l) {
 
 }  // namespace
 
+std::uint64_t SnapshotReport::entries() const noexcept {
+  std::uint64_t sum = 0;
+  for (const SnapshotPartReport& part : parts) sum += part.entries;
+  return sum;
+}
+
+std::uint64_t SnapshotReport::tokens() const noexcept {
+  std::uint64_t sum = 0;
+  for (const SnapshotPartReport& part : parts) sum += part.tokens;
+  return sum;
+}
+
+std::string SnapshotReport::summary() const {
+  if (!refused.empty()) return fmt::format("nothing of '{}', because {}", path, refused);
+  auto text = fmt::format("'{}', {} in {:.0f} ms:", path, size_text(bytes), ms);
+  for (const SnapshotPartReport& part : parts) {
+    text += fmt::format(" {} {}", part.entries, part.name);
+    if (part.tokens > 0) text += fmt::format(" of {} tokens", part.tokens);
+    if (part.left > 0) text += fmt::format(" ({} left, because {})", part.left, part.why);
+    text += ";";
+  }
+  text.pop_back();
+  return text;
+}
+
 std::string Stats::to_string() const {
   std::uint64_t hits = identical_hits + prefix_hits + similar_hits;
   if (budget) hits += budget->early_exits + budget->token_reuses + budget->segment_reuses;
@@ -213,6 +238,11 @@ std::string Stats::to_string() const {
     text += fmt::format("verified:  {} answers compared with the plain model, {} differed\n", verification.checks,
                         verification.mismatches);
     for (const std::string& closed : verification.closed) text += "  closed: " + closed + "\n";
+  }
+  if (!snapshot.loaded.path.empty()) text += "loaded:    " + snapshot.loaded.summary() + "\n";
+  if (snapshot.saves > 0) text += fmt::format("saved:     {} times\n", snapshot.saves);
+  if (snapshot.failed > 0) {
+    text += fmt::format("not saved: {} times, the latest because {}\n", snapshot.failed, snapshot.failure);
   }
   return text;
 }

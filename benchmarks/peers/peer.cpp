@@ -105,10 +105,13 @@ class Backend {
 
   /// What a reader of the figures must know. Throws if the weights are not held as was asked for.
   static std::string note_on(const llmcache::ModelProfile& profile, const llmcache::Options& options) {
-    if (options.weights != llmcache::Weights::kAsLoaded && profile.packed_weights == 0) {
+    const bool chosen = options.weights == llmcache::Weights::kFastest;
+    if (options.weights != llmcache::Weights::kAsLoaded && !chosen && profile.packed_weights == 0) {
       throw std::runtime_error(fmt::format("asked for {} weights, none was packed", to_string(options.weights)));
     }
-    return profile.causal && !profile.prefix_reuse ? "prefixes are not reused" : "";
+    const std::string note = chosen ? profile.weights + " weights" : "";
+    if (!profile.causal || profile.prefix_reuse) return note;
+    return note + (note.empty() ? "" : "; ") + "prefixes are not reused";
   }
 
   Json run(const at::Tensor& ids, const at::Tensor& mask, bool last, const Json& request) {

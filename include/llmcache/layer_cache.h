@@ -3,6 +3,7 @@
 
 #include <ATen/core/ivalue.h>
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "llmcache/options.h"
 #include "llmcache/refresh/calibration.h"
 #include "llmcache/report.h"
+#include "llmcache/snapshot.h"
 
 namespace llmcache {
 
@@ -100,6 +102,19 @@ class LayerCacheBase {
   void use_calibration(const CalibrationProfile& profile);
   /// The profile in force; unset if there is none.
   [[nodiscard]] std::optional<CalibrationProfile> calibration() const;
+
+  /// Writes all that is kept (whole outputs, prefixes, token states of encoders, the calibration) into a file, so that
+  /// another process goes on where this one is. Calls may be running. The file is replaced in one step: whoever opens
+  /// it sees the one before or the new one, whatever happens meanwhile. docs/operations.md has more,
+  /// docs/snapshot-format.md every byte.
+  /// Throws Error: kInvalidFile if it cannot be written, kModelChanged, kNotAvailable if the cache was cleared, or its
+  /// weights were changed, meanwhile. The file is then as it was.
+  SnapshotReport save(const std::filesystem::path& path);
+  /// Makes known what a file of save() holds, as far as there is room without evicting, most valuable first. Calls may
+  /// be running. Nothing is taken of a file that is missing, damaged, of another model or of a later version of the
+  /// format: SnapshotReport::refused says why. Only files of a source that is trusted should be loaded: checksums find
+  /// damage, not intent. Throws Error(kModelChanged).
+  SnapshotReport load(const std::filesystem::path& path);
 
   /// What the latest call of forward() or forward_plan() on this cache did that was made by the
   /// calling thread and returned; an empty report if there was none.

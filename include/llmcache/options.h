@@ -12,6 +12,7 @@
 #include "llmcache/bank/eviction.h"
 #include "llmcache/refresh/budget.h"
 #include "llmcache/refresh/options.h"
+#include "llmcache/snapshot.h"
 #include "llmcache/threshold.h"
 
 namespace llmcache {
@@ -76,9 +77,25 @@ enum class Weights {
   /// 0.7 to 1.0 times the memory of the weights as loaded (docs/memory.md). Sums stay float32,
   /// results move by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
   kPackedFp16,
+  /// Rounded to bfloat16 and packed by oneDNN; takes half the memory of float32. What enters a product is rounded to
+  /// bfloat16 too, and between the products of a float32 module everything stays float32. Results move by about 1e-2 of
+  /// their scale, as those of a module that was converted to bfloat16. Takes float32 and bfloat16 modules. Fastest
+  /// where the CPU multiplies bfloat16 (AMX, AVX512-BF16), right but slow elsewhere.
+  kPackedBFloat16,
+  /// Rounded to 8 bits, with a scale for each output channel, and packed by oneDNN; takes about 0.27 of the memory of
+  /// float32. What enters a product is rounded to 8 bits too, with a scale of its own for each token, so that a token's
+  /// product does not depend on what stands beside it, bit for bit. Results move by some hundredths of their scale: the
+  /// one lossy format, whose effect on the caller's task has to be measured. Takes float32 and bfloat16 modules. Fast
+  /// where the CPU multiplies 8-bit integers (AMX, AVX512-VNNI), right but slow elsewhere.
+  kPackedInt8,
+  /// Whichever of the others is fastest on this CPU for the shapes of the model's own layers, found out while wrapping,
+  /// by products of few rows (1, 4 and 16) and of many (64 and 128). Formats that are not available are left out, and
+  /// kPackedInt8 too unless Options::fastest_may_be_int8 is set. ModelProfile::weights tells which it is, and
+  /// ModelProfile::weights_reason why.
+  kFastest,
 };
 
-/// "as-loaded", "packed-fp32", "packed-fp16".
+/// "as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8", "fastest".
 const char* to_string(Weights weights) noexcept;
 /// The inverse of to_string. Throws Error(kInvalidOptions) for any other text.
 Weights weights_from_string(const std::string& text);
@@ -135,12 +152,17 @@ struct Options {
   /// found by probing. -1: the model takes no mask, every token is real.
   std::optional<int> mask_argument = {};
 
-  /// How weights are held. Packing takes a TorchScript module, a CPU and float32 weights; elsewhere wrapping throws
-  /// Error(kNotAvailable). Packed, the model no longer depends on the module: what is put in an attribute's place or
+  /// How weights are held. Packing takes a TorchScript module, a CPU and float32 weights (kPackedBFloat16 and
+  /// kPackedInt8 take bfloat16 too); elsewhere wrapping throws Error(kNotAvailable), and kFastest leaves them as they
+  /// are. Packed, the model no longer depends on the module: what is put in an attribute's place or
   /// its training mode has no effect; writing to or converting a tensor that it held is noticed (kModelChanged) for as
   /// long as somebody holds that tensor. Kept outputs never mix: the digest tells the formats apart. Default: as they
   /// are.
   Weights weights = Weights::kAsLoaded;
+
+  /// True: Weights::kFastest may choose kPackedInt8, whose results differ most from the module's. Default: it chooses
+  /// among formats whose error is at most that of bfloat16.
+  bool fastest_may_be_int8 = false;
 
   /// For Fidelity::kLossless and causal models.
   PrefixOptions prefix = {};
@@ -168,6 +190,9 @@ struct Options {
 
   /// Checking of what kThreshold serves, and ageing of its entries.
   RefreshOptions refresh = {};
+
+  /// Keeping the cache over restarts. Default: it is not.
+  SnapshotOptions snapshot = {};
 
   /// Told how far wrapping (some seconds for a large model) and calibrate() have come: once for each step, and within
   /// the long ones of a calibration once for each request. It is called by the thread that constructs or calibrates,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "llmcache/model/verified_envelope.h"
+#include "llmcache/snapshot.h"
 
 namespace llmcache {
 
@@ -166,6 +167,7 @@ struct Stats {
   std::optional<BudgetStats> budget;     ///< of a cache made for kBudget
   std::vector<FallbackStats> fallbacks;  ///< one a mechanism that did not serve every request it should have
   VerificationStats verification;
+  SnapshotStats snapshot;  ///< of save(), load() and Options::snapshot
 
   [[nodiscard]] double hit_rate() const noexcept;  ///< all hits, early exits among them, / sequences
   /// A few lines for people; ends in a newline.

@@ -37,6 +37,8 @@ class CapacityBank {
   /// Drops every entry. Those that are read just now count until their readers are done.
   void clear();
   [[nodiscard]] std::size_t capacity() const noexcept { return account_.limit(); }
+  /// What it may still take without evicting.
+  [[nodiscard]] std::size_t room() const noexcept { return account_.left(); }
 
  protected:
   /// `total`: the account that the bank's is part of; null: of none. Throws Error(kInvalidOptions).

@@ -1,5 +1,7 @@
 #include "bank/memory.h"
 
+#include <algorithm>
+
 namespace llmcache {
 
 bool MemoryAccount::try_reserve(std::size_t bytes) noexcept {
@@ -21,6 +23,11 @@ bool MemoryAccount::try_reserve(std::size_t bytes) noexcept {
 void MemoryAccount::release(std::size_t bytes) noexcept {
   if (total_ != nullptr) total_->release(bytes);
   used_.fetch_sub(bytes);
+}
+
+std::size_t MemoryAccount::left() const noexcept {
+  const std::size_t own = limit_ - used();
+  return total_ == nullptr ? own : std::min(own, total_->left());
 }
 
 Reservation& Reservation::operator=(Reservation&& other) noexcept {

@@ -28,6 +28,8 @@ class MemoryAccount {
   void release(std::size_t bytes) noexcept;
 
   [[nodiscard]] std::size_t limit() const noexcept { return limit_; }
+  /// What can still be reserved, if nobody else does.
+  [[nodiscard]] std::size_t left() const noexcept;
   [[nodiscard]] std::size_t used() const noexcept { return used_.load(); }
   [[nodiscard]] std::size_t peak() const noexcept { return peak_.load(); }
 

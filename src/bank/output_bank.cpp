@@ -40,6 +40,11 @@ bool OutputBank::holds_as_good(std::string_view key, bool exact) const {
   return slot != nullptr && (entries_[*slot]->exact() || !exact);
 }
 
+bool OutputBank::holds(std::string_view key, bool exact) const {
+  const std::lock_guard lock(mutex_);
+  return holds_as_good(key, exact);
+}
+
 void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
                         const BatchSize& computed_in) {
   std::size_t bytes = 0;
@@ -97,6 +102,14 @@ void OutputBank::remove(std::uint32_t slot) noexcept {
 void OutputBank::remove_all() noexcept {
   Slots(&memory_).swap(slots_);
   entries_.clear();
+}
+
+std::vector<std::weak_ptr<const OutputEntry>> OutputBank::listed() const {
+  const std::lock_guard lock(mutex_);
+  const auto slots = policy_.order();
+  std::vector<std::weak_ptr<const OutputEntry>> entries;
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) entries.emplace_back(entries_[*slot]);
+  return entries;
 }
 
 BankCounters OutputBank::counters() const {

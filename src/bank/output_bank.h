@@ -73,6 +73,11 @@ class OutputBank final : public CapacityBank {
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
               const BatchSize& computed_in = {});
 
+  /// True if there is an entry that find() would give.
+  [[nodiscard]] bool holds(std::string_view key, bool exact) const;
+  /// All entries, the one that would be evicted last in front. None is held by this.
+  [[nodiscard]] std::vector<std::weak_ptr<const OutputEntry>> listed() const;
+
   [[nodiscard]] BankCounters counters() const;
 
  private:

@@ -89,6 +89,16 @@ PrefixBank::PrefixBank(Settings settings)
 }
 
 PrefixLease PrefixBank::find(std::string_view partition, std::span<const std::int64_t> tokens, double now_s) {
+  return look(partition, tokens, now_s);
+}
+
+PrefixLease PrefixBank::peek(std::string_view partition, std::span<const std::int64_t> tokens) {
+  return look(partition, tokens, std::nullopt);
+}
+
+/// `used_at`: when the nodes on the path count as used; unset: they do not.
+PrefixLease PrefixBank::look(std::string_view partition, std::span<const std::int64_t> tokens,
+                             std::optional<double> used_at) {
   PrefixLease lease;
   const std::lock_guard lock(mutex_);
   const PrefixTree::Match match = tree_.match(partition, tokens);
@@ -108,7 +118,9 @@ PrefixLease PrefixBank::find(std::string_view partition, std::span<const std::in
     }
     // Nothing fails from here on. The root was used last, so that a leaf is older than what is above it.
     std::ranges::reverse(lease.known_);
-    for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) policy_.hit(node, now_s);
+    for (std::uint32_t node = match.node; used_at && !tree_.is_root(node); node = tree_.parent(node)) {
+      policy_.hit(node, *used_at);
+    }
     for (const KeyRange& range : lease.known_) pin(*range.block);
     lease.known_tokens_ = static_cast<std::int64_t>(match.tokens);
     lease.continues_ = match.in_node == tree_.size(match.node) && tree_.is_leaf(match.node);
@@ -256,7 +268,7 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
     throw;
   }
   KeyRange& lower = held(node);
-  held(slot) = {lower.block, lower.offset, tokens, lower.shortest, lower.longest};
+  held(slot) = {lower.block, lower.offset, tokens, lower.shortest, lower.longest, lower.saved_ms};
   lower.offset += tokens;
   lower.tokens -= tokens;
   return slot;
@@ -283,6 +295,7 @@ std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, cons
       throw;
     }
     held(holder) = range;
+    held(holder).saved_ms = static_cast<float>(sequence.saved_ms);
   }
   range.block->held_ = std::max(range.block->held_, end_of(range));
   contents_.tokens += count;
@@ -323,6 +336,47 @@ void PrefixBank::remove_all() noexcept {
   tree_.clear();
   ranges_.reset();
   contents_.tokens = 0;
+}
+
+std::vector<PrefixBank::Listed> PrefixBank::listed() const {
+  const std::lock_guard lock(mutex_);
+  const auto slots = policy_.order();
+  std::vector<char> taken(tree_.slots());
+  std::vector<Listed> all;
+  std::vector<std::uint32_t> path;  // of a node that comes, from it up to the first that was taken
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {
+    for (std::uint32_t node = *slot; !tree_.is_root(node) && !taken[node]; node = tree_.parent(node)) {
+      path.push_back(node);
+      taken[node] = 1;
+    }
+    for (; !path.empty(); path.pop_back()) all.push_back(listed(path.back()));
+  }
+  return all;
+}
+
+PrefixBank::Listed PrefixBank::listed(std::uint32_t node) const {
+  const KeyRange& range = held(node);
+  Listed one;
+  one.shortest = range.shortest;
+  one.longest = range.longest;
+  one.saved_ms = range.saved_ms;
+  std::vector<std::uint32_t> path;
+  std::uint32_t root = node;
+  for (; !tree_.is_root(root); root = tree_.parent(root)) path.push_back(root);
+  one.partition = tree_.partition(root);
+  for (; !path.empty(); path.pop_back()) {
+    one.begin = one.tokens.size() / settings_.token_width;
+    const auto tokens = tree_.tokens(path.back());
+    one.tokens.insert(one.tokens.end(), tokens.begin(), tokens.end());
+  }
+  return one;
+}
+
+std::optional<std::size_t> PrefixBank::bytes_for(std::size_t tokens) const noexcept {
+  constexpr std::size_t kNodeBytes = 512;  // of tree, index, policy: with what allocators add
+  const auto block = block_bytes(static_cast<std::int64_t>(tokens));
+  if (!block) return std::nullopt;
+  return *block + tokens * settings_.token_width * sizeof(std::int64_t) + kNodeBytes;
 }
 
 PrefixBank::Counters PrefixBank::counters() const {

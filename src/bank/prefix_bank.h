@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -65,6 +66,7 @@ struct KeyRange {
   /// tokens. Without any: the least is above the greatest.
   std::uint8_t shortest = std::numeric_limits<std::uint8_t>::max();
   std::uint8_t longest = 0;
+  float saved_ms = 0;  ///< of what a node holds: time that one token's entry saves
 
   /// Takes in the classes of tokens that join these.
   void widen(const KeyRange& other) noexcept {
@@ -160,16 +162,38 @@ class PrefixBank final : public CapacityBank {
   void commit(PrefixLease& lease, std::string_view partition, std::span<const std::int64_t> tokens,
               std::span<const KeyRange> ranges, double saved_ms, double now_s);
 
+  /// What a node holds: the last tokens of a sequence that begins in a partition.
+  struct Listed {
+    std::string partition;
+    std::vector<std::int64_t> tokens;  ///< up to the end of the node
+    std::size_t begin = 0;             ///< the first one that the node holds, counted in tokens
+    std::uint8_t shortest = 0;         ///< of its range
+    std::uint8_t longest = 0;
+    float saved_ms = 0;
+  };
+  /// All nodes, the one that would be evicted last in front, but each behind its parent. None is held by this.
+  [[nodiscard]] std::vector<Listed> listed() const;
+  /// As find(), and nothing counts as used.
+  [[nodiscard]] PrefixLease peek(std::string_view partition, std::span<const std::int64_t> tokens);
+  /// What `tokens` more in a block of their own take, index included. Empty if it is more than the capacity.
+  [[nodiscard]] std::optional<std::size_t> bytes_for(std::size_t tokens) const noexcept;
+
+  [[nodiscard]] const std::vector<KeySpec>& specs() const noexcept { return settings_.specs; }
+  [[nodiscard]] std::size_t token_width() const noexcept { return settings_.token_width; }
   [[nodiscard]] Counters counters() const;
 
  private:
   friend class PrefixLease;
+  [[nodiscard]] PrefixLease look(std::string_view partition, std::span<const std::int64_t> tokens,
+                                 std::optional<double> used_at);
+  [[nodiscard]] Listed listed(std::uint32_t node) const;
   void release(PrefixLease& lease) noexcept;
 
   [[nodiscard]] std::optional<std::size_t> block_bytes(std::int64_t room) const noexcept;
   [[nodiscard]] std::shared_ptr<KeyBlock> make_block(std::unique_lock<std::mutex>& lock, std::int64_t room);
   [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.reserved_.is_in(account_); }
   [[nodiscard]] KeyRange& held(std::uint32_t node) noexcept { return (*ranges_)[node]; }
+  [[nodiscard]] const KeyRange& held(std::uint32_t node) const noexcept { return (*ranges_)[node]; }
   void remove(std::uint32_t leaf) noexcept override;
   void remove_all() noexcept override;
   [[nodiscard]] bool is_idle(std::uint32_t node) const noexcept override;

@@ -146,6 +146,20 @@ StoredStates StoredStates::encode(const at::Tensor& states, std::int64_t token_d
   return stored;
 }
 
+std::optional<StoredStates> StoredStates::of(at::IntArrayRef sizes, std::int64_t token_dim,
+                                             const at::TensorOptions& options, BankFormat format, at::Tensor values,
+                                             at::Tensor scales, std::int64_t group) {
+  StoredStates stored = empty(sizes, token_dim, options.device(at::kMeta), format, group);
+  const auto fits = [](const at::Tensor& form, const at::Tensor& given) {
+    return form.defined() == given.defined() &&
+           (!form.defined() || (form.sizes() == given.sizes() && form.scalar_type() == given.scalar_type()));
+  };
+  if (!fits(stored.values_, values) || !fits(stored.scales_, scales)) return std::nullopt;
+  stored.values_ = std::move(values);
+  stored.scales_ = std::move(scales);
+  return stored;
+}
+
 std::size_t StoredStates::bytes_for(at::IntArrayRef sizes, const at::TensorOptions& options, BankFormat format,
                                     std::int64_t group) {
   const auto values = static_cast<std::size_t>(c10::multiply_integers(sizes));

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "llmcache/bank/format.h"
@@ -32,6 +33,10 @@ class StoredStates {
                             BankFormat format, std::int64_t group = kGroup);
   static StoredStates encode(const at::Tensor& states, std::int64_t token_dim, BankFormat format,
                              std::int64_t group = kGroup);
+  /// As values() and scales() were of states of these sizes; unset: they could not have been. Takes both.
+  static std::optional<StoredStates> of(at::IntArrayRef sizes, std::int64_t token_dim, const at::TensorOptions& options,
+                                        BankFormat format, at::Tensor values, at::Tensor scales,
+                                        std::int64_t group = kGroup);
   /// What bytes() of empty() will be, to be reserved before.
   static std::size_t bytes_for(at::IntArrayRef sizes, const at::TensorOptions& options, BankFormat format,
                                std::int64_t group = kGroup);
@@ -50,6 +55,9 @@ class StoredStates {
   [[nodiscard]] at::Tensor rows(std::int64_t begin, std::int64_t count) const;
 
   [[nodiscard]] std::size_t bytes() const;  ///< of values and scales
+  /// What is held, read only. Scales are undefined but for kInt8.
+  [[nodiscard]] const at::Tensor& values() const noexcept { return values_; }
+  [[nodiscard]] const at::Tensor& scales() const noexcept { return scales_; }
   [[nodiscard]] BankFormat format() const noexcept { return format_; }
   [[nodiscard]] at::IntArrayRef sizes() const { return values_.sizes(); }
   [[nodiscard]] std::int64_t token_dim() const noexcept { return token_dim_; }

@@ -179,7 +179,7 @@ void TokenBank::insert_indexed(std::string_view partition, const std::shared_ptr
   }
   std::uint32_t slot = kNoSlot;
   try {
-    slot = nodes_.insert({entry, it});
+    slot = nodes_.insert({entry, it, saved_ms});
     ++it->second.entries;
     index_.insert(slot, it->second.number, hashes);
     policy_.insert(slot, {entry->bytes(), saved_ms}, now_s);
@@ -191,6 +191,54 @@ void TokenBank::insert_indexed(std::string_view partition, const std::shared_ptr
     }
     throw;
   }
+}
+
+std::vector<TokenBank::Listed> TokenBank::listed() const {
+  const std::lock_guard lock(mutex_);
+  const auto slots = policy_.order();
+  std::vector<Listed> all;
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {
+    const Node& node = nodes_[*slot];
+    all.push_back({std::string(node.partition->first), node.entry, node.saved_ms});
+  }
+  return all;
+}
+
+bool TokenBank::restore(std::string_view partition, const TokenView& tokens, const std::vector<std::uint16_t>& counts,
+                        std::vector<EncodedTensor> tensors, double saved_ms, double now_s) {
+  std::size_t bytes = 0;
+  for (const EncodedTensor& tensor : tensors) bytes += tensor.bytes();
+  const auto hashes = shingle_hashes(tokens, settings_.alignment.least_shifted);
+  const std::lock_guard lock(mutex_);
+  auto reserved = Reservation::of(account_, bytes);
+  if (!reserved) return false;
+  try {
+    const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
+    const auto entry = std::allocate_shared<TokenEntry>(allocator, settings_.layout, std::move(tensors), tokens, counts,
+                                                        *reserved, &memory_);
+    insert_indexed(partition, entry, hashes, saved_ms, now_s);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  ++insertions_;
+  return true;
+}
+
+/// The entry of just these tokens; null: there is none.
+std::shared_ptr<const TokenEntry> TokenBank::same(std::string_view partition, const TokenView& tokens) {
+  for (auto& entry : similar(partition, shingle_hashes(tokens, settings_.alignment.least_shifted), 3)) {
+    const TokenView view = entry->view();
+    if (view.width == tokens.width && std::ranges::equal(view.values, tokens.values)) return std::move(entry);
+  }
+  return nullptr;
+}
+
+bool TokenBank::knows(std::string_view partition, const TokenView& tokens) {
+  return same(partition, tokens) != nullptr;
+}
+
+void TokenBank::use(std::string_view partition, const TokenView& tokens, double now_s) {
+  if (const auto entry = same(partition, tokens)) use(entry.get(), now_s);
 }
 
 std::optional<std::uint32_t> TokenBank::slot_of(const TokenEntry* entry) const {

@@ -70,6 +70,23 @@ class TokenBank final : public CapacityBank {
   void keep(std::string_view partition, const TokenView& tokens, std::unique_ptr<PendingEntry> pending, double saved_ms,
             double now_s);
 
+  /// An entry, and what it was kept with. Does not hold it.
+  struct Listed {
+    std::string partition;
+    std::weak_ptr<const TokenEntry> entry;
+    double saved_ms = 0;
+  };
+  /// All entries, the one that would be evicted last in front.
+  [[nodiscard]] std::vector<Listed> listed() const;
+  /// Keeps an entry of another process as it was there, if there is room without evicting; false: there is none. One
+  /// tensor for each spec of the layout.
+  bool restore(std::string_view partition, const TokenView& tokens, const std::vector<std::uint16_t>& counts,
+               std::vector<EncodedTensor> tensors, double saved_ms, double now_s);
+  /// True if it has just these tokens.
+  [[nodiscard]] bool knows(std::string_view partition, const TokenView& tokens);
+  /// The entry of just these tokens counts as used, if there is one.
+  void use(std::string_view partition, const TokenView& tokens, double now_s);
+
   [[nodiscard]] const StateLayout& layout() const noexcept { return settings_.layout; }
   [[nodiscard]] Counters counters() const;
 
@@ -82,6 +99,7 @@ class TokenBank final : public CapacityBank {
   struct Node {
     std::shared_ptr<const TokenEntry> entry;
     Partitions::iterator partition;
+    double saved_ms = 0;
   };
 
   [[nodiscard]] std::vector<std::shared_ptr<const TokenEntry>> similar(std::string_view partition,
@@ -100,6 +118,7 @@ class TokenBank final : public CapacityBank {
                        double saved_ms, double now_s);
   void insert_indexed(std::string_view partition, const std::shared_ptr<const TokenEntry>& entry,
                       const std::vector<std::uint64_t>& hashes, double saved_ms, double now_s);
+  [[nodiscard]] std::shared_ptr<const TokenEntry> same(std::string_view partition, const TokenView& tokens);
   [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
   void use(const TokenEntry* entry, double now_s);
   void remove(std::uint32_t slot) noexcept override;

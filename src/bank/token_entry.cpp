@@ -34,6 +34,13 @@ std::size_t EncodedTensor::bytes() const {
   return rows_.defined() ? rows_.nbytes() + kTensorOverhead : stored_.bytes() + 2 * kTensorOverhead;
 }
 
+std::vector<at::Tensor> EncodedTensor::held() const {
+  if (rows_.defined()) return {rows_};
+  std::vector<at::Tensor> parts = {stored_.values()};
+  if (stored_.scales().defined()) parts.push_back(stored_.scales());
+  return parts;
+}
+
 PendingEntry::PendingEntry(const StateLayout& layout, std::int64_t tokens, Reservation reserved)
     : reserved_(std::move(reserved)), tokens_(tokens), final_(static_cast<std::size_t>(layout.hidden.back())) {
   for (const StateLayout::Spec& spec : layout.specs) {
@@ -58,6 +65,17 @@ TokenEntry::TokenEntry(const StateLayout& layout, PendingEntry& pending, const T
   pending.tensors_.clear();
   reserved_ = std::move(reserved);
   reserved_.shrink_to(bytes);
+}
+
+TokenEntry::TokenEntry(const StateLayout& layout, std::vector<EncodedTensor> tensors, const TokenView& tokens,
+                       const std::vector<std::uint16_t>& counts, Reservation& reserved,
+                       std::pmr::memory_resource* memory)
+    : layout_(layout),
+      values_(tokens.values.begin(), tokens.values.end(), memory),
+      width_(tokens.width),
+      counts_(counts.begin(), counts.end(), memory),
+      encoded_(tensors.begin(), tensors.end(), memory) {
+  reserved_ = std::move(reserved);
 }
 
 at::Tensor TokenEntry::keys(std::int32_t layer, std::int64_t site, std::size_t input) const {

@@ -34,10 +34,16 @@ class EncodedTensor {
  public:
   /// Nobody writes to `rows` any more.
   EncodedTensor(const at::Tensor& rows, BankFormat format);
+  /// As it was held in another process: `[tokens, ...]` in the format in which it is held.
+  explicit EncodedTensor(StoredStates stored) : stored_(std::move(stored)) {}
   /// As the model has it. Read only.
   [[nodiscard]] at::Tensor rows() const { return rows_.defined() ? rows_ : stored_.decode(); }
   /// With what it takes beside its data.
   [[nodiscard]] std::size_t bytes() const;
+  /// True if it is held in a format of its own, by held(); otherwise held() is the tensor.
+  [[nodiscard]] bool encoded() const { return !rows_.defined(); }
+  /// What is held: the tensor, or values, and scales where there are any. Read only.
+  [[nodiscard]] std::vector<at::Tensor> held() const;
 
  private:
   at::Tensor rows_;  ///< as computed; undefined: in stored_
@@ -74,6 +80,9 @@ class TokenEntry final : public CachedStates {
   /// given back. If it throws neither is touched. `counts`: by token, over how many sequences its states are the mean.
   TokenEntry(const StateLayout& layout, PendingEntry& pending, const TokenView& tokens,
              const std::vector<std::uint16_t>& counts, Reservation& reserved, std::pmr::memory_resource* memory);
+  /// Takes tensors that were held elsewhere, and their bytes().
+  TokenEntry(const StateLayout& layout, std::vector<EncodedTensor> tensors, const TokenView& tokens,
+             const std::vector<std::uint16_t>& counts, Reservation& reserved, std::pmr::memory_resource* memory);
   TokenEntry(const TokenEntry&) = delete;
   TokenEntry& operator=(const TokenEntry&) = delete;
 
@@ -84,6 +93,8 @@ class TokenEntry final : public CachedStates {
   [[nodiscard]] TokenView view() const { return {values_, width_}; }
   [[nodiscard]] std::uint16_t count(std::int64_t token) const { return counts_[static_cast<std::size_t>(token)]; }
   [[nodiscard]] at::Tensor rows(std::size_t spec) const { return encoded_[spec].rows(); }
+  [[nodiscard]] const EncodedTensor& encoded(std::size_t spec) const { return encoded_[spec]; }
+  [[nodiscard]] const std::pmr::vector<std::uint16_t>& counts() const noexcept { return counts_; }
   /// Of its tensors.
   [[nodiscard]] std::size_t bytes() const noexcept { return reserved_.bytes(); }
 

@@ -96,8 +96,8 @@ bool moves_as_found(const Model& model, const std::vector<std::int64_t>& vocabul
                 turn_of(rotation, std::vector<std::int64_t>(kTokens - kMove, kMove), model.device()));
       }
       const auto own = after[0][s][i].narrow(dim, kMove, kTokens - kMove);
-      const auto scale = own.abs().max().item<double>();
-      if ((own - moved).abs().max().item<double>() > key_tolerance(own.scalar_type()) * scale) return false;
+      const auto allowed = key_tolerance(model.rounding()) * own.abs().max().item<double>();
+      if ((own - moved).abs().max().item<double>() > allowed) return false;
     }
   }
   return true;

@@ -142,7 +142,7 @@ class Checker {
       const auto b = row_of(want, spec_, row, spans[i].first, spans[i].tokens, width);
       if (a.size() != b.size()) return false;
       for (std::size_t k = 0; k < a.size(); ++k) {
-        if (!nearly_equal(a[k], b[k])) return false;
+        if (!nearly_equal(a[k], b[k], model_.rounding())) return false;
       }
     }
     return true;
@@ -191,7 +191,7 @@ class Checker {
       const auto padded = row_of(model_.plain(given), spec_, 0, 0, 5, 12);
       const auto bare = row_of(model_.plain(alone), spec_, 0, 0, 5, 5);
       for (std::size_t i = 0; i < padded.size(); ++i) {
-        if (!nearly_equal(padded[i], bare[i])) return true;
+        if (!nearly_equal(padded[i], bare[i], model_.rounding())) return true;
       }
     } catch (const std::exception&) {
       return true;

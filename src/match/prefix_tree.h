@@ -74,6 +74,9 @@ class PrefixTree {
   [[nodiscard]] bool is_root(std::uint32_t node) const noexcept { return at(node).parent == kNone; }
   [[nodiscard]] bool is_leaf(std::uint32_t node) const noexcept { return at(node).first_child == kNone; }
   [[nodiscard]] std::size_t size(std::uint32_t node) const noexcept { return at(node).tokens.size() / width_; }
+  [[nodiscard]] std::span<const std::int64_t> tokens(std::uint32_t node) const noexcept { return at(node).tokens; }
+  /// Of a root.
+  [[nodiscard]] std::string_view partition(std::uint32_t root) const noexcept { return at(root).partition->first; }
   [[nodiscard]] std::uint32_t parent(std::uint32_t node) const noexcept { return at(node).parent; }
   /// In the order in which they were attached.
   [[nodiscard]] std::uint32_t first_child(std::uint32_t node) const noexcept { return at(node).first_child; }

@@ -2,10 +2,17 @@
 
 #include "llmcache/options.h"
 #include "model/probe.h"
+#include "store/digest.h"
 
 namespace llmcache {
 
 c10::IValue Model::plain(const Inputs& inputs) const { return run_dense(*this, inputs); }
+
+std::string Model::identity() const {
+  Digest hash;
+  hash.add(digest());
+  return hash.hex();
+}
 
 InputSpec Model::input_spec() const {
   InputSpec spec;

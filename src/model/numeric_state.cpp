@@ -19,6 +19,12 @@ NumericState numeric_state(at::Device device) {
   return state;
 }
 
+std::string to_string(const NumericState& state) {
+  return fmt::format("autocast {}, default type {}, deterministic {}, float32 products {}, oneDNN {}",
+                     state.autocast ? c10::toString(state.autocast_type) : "off", c10::toString(state.default_type),
+                     state.deterministic ? "on" : "off", state.matmul_precision, state.onednn ? "on" : "off");
+}
+
 std::string what_changed(const NumericState& then, const NumericState& now) {
   const auto autocast = [](const NumericState& state) {
     return state.autocast ? fmt::format("autocast to {}", c10::toString(state.autocast_type)) : "no autocast";

@@ -24,6 +24,9 @@ struct NumericState {
 /// Those of now, of this thread, for a model on `device`. Cheap.
 NumericState numeric_state(at::Device device);
 
+/// All of it in one line: the same in every process with the same settings.
+std::string to_string(const NumericState& state);
+
 /// What is other in `now`, for people.
 std::string what_changed(const NumericState& then, const NumericState& now);
 

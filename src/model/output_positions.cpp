@@ -146,7 +146,7 @@ bool layers_ignore_places(const Model& model, const std::vector<std::int64_t>& v
     for (std::int64_t l = 0; l < model.layers(); ++l) model.layer(l, activations);
     return activations.hidden;
   };
-  return nearly_equal(run(true), run(false).index_select(1, order));
+  return nearly_equal(run(true), run(false).index_select(1, order), model.rounding());
 }
 
 }  // namespace llmcache

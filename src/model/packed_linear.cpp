@@ -1,5 +1,6 @@
 #include "model/packed_linear.h"
 
+#include <ATen/ATen.h>
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -61,30 +62,180 @@ c10::TypedOperatorHandle<Signature> engine(const char* name, Weights kind) {
   return found->typed<Signature>();
 }
 
-/// oneDNN's layout of a float32 matrix.
+std::size_t bytes_of(const at::Tensor& packed, Weights kind) {
+  return static_cast<std::size_t>(engine<std::int64_t(const at::Tensor&)>("mkldnn::_nbytes", kind).call(packed));
+}
+
+std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+/// The number of rows that oneDNN is given for `rows`. It makes a kernel for each number at its first use, which takes
+/// about a millisecond, several times as long as a small product: with texts of all lengths, most products would wait
+/// for one.
+std::int64_t rows_to_run(std::int64_t rows) {
+  constexpr std::int64_t kOwnKernel = 16;  // as in decoding
+  const std::int64_t step = rows <= 1024 ? 16 : 128;
+  return rows <= kOwnKernel ? rows : (rows + step - 1) / step * step;
+}
+
+/// `rows` as `type`, with as many further rows of zeros as oneDNN is given.
+at::Tensor with_room(const at::Tensor& rows, at::ScalarType type) {
+  const auto room = rows_to_run(rows.size(0));
+  if (room == rows.size(0)) return rows.to(type);
+  auto made = at::empty({room, rows.size(1)}, rows.options().dtype(type));
+  made.narrow(0, 0, rows.size(0)).copy_(rows);
+  made.narrow(0, rows.size(0), room - rows.size(0)).zero_();
+  return made;
+}
+
+/// oneDNN's layout of a float32 or bfloat16 matrix, and its products with rows of the same type.
+class OneDnnMatrix {
+ public:
+  OneDnnMatrix(const at::Tensor& weight, Weights kind)
+      : linear_(engine<Linear>("mkldnn::_linear_pointwise", kind)),
+        packed_(engine<Reorder>("mkldnn::_reorder_linear_weight", kind).call(weight.contiguous(), kRowsPackedFor)),
+        bytes_(bytes_of(packed_, kind)),
+        type_(weight.scalar_type()) {}
+
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+  /// `rows` of any type.
+  [[nodiscard]] at::Tensor multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const {
+    return linear_.call(with_room(rows, type_), packed_, bias, "none", no_scalars_, std::nullopt)
+        .narrow(0, 0, rows.size(0));
+  }
+
+ private:
+  using Reorder = at::Tensor(const at::Tensor&, std::optional<std::int64_t>);
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static constexpr std::int64_t kRowsPackedFor = 32;
+
+  c10::TypedOperatorHandle<Linear> linear_;
+  c10::List<std::optional<at::Scalar>> no_scalars_;
+  at::Tensor packed_;
+  std::size_t bytes_;
+  at::ScalarType type_;
+};
+
 class PackedFp32 final : public PackedLinear {
  public:
-  explicit PackedFp32(const at::Tensor& weight) : PackedLinear(weight) {
-    using Reorder = at::Tensor(const at::Tensor&, std::optional<std::int64_t>);
-    packed_ = engine<Reorder>("mkldnn::_reorder_linear_weight", Weights::kPackedFp32)
-                  .call(weight.contiguous(), kRowsPackedFor);
-    bytes_ = static_cast<std::size_t>(
-        engine<std::int64_t(const at::Tensor&)>("mkldnn::_nbytes", Weights::kPackedFp32).call(packed_));
+  explicit PackedFp32(const at::Tensor& weight) : PackedLinear(weight), matrix_(weight, Weights::kPackedFp32) {}
+
+  std::size_t bytes() const override { return matrix_.bytes(); }
+
+ private:
+  at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
+    return matrix_.multiply(rows, if_defined(finish.bias));
+  }
+
+  OneDnnMatrix matrix_;
+};
+
+/// The type of the module stands around the products, which are bfloat16.
+class PackedBFloat16 final : public PackedLinear {
+ public:
+  PackedBFloat16(const at::Tensor& weight, const std::string& name)
+      : PackedLinear(weight), matrix_(matrix_of(rounded(weight, name))) {}
+
+  std::size_t bytes() const override { return matrix_.bytes(); }
+
+ private:
+  static at::Tensor rounded(const at::Tensor& weight, const std::string& name) {
+    auto made = weight.to(at::kBFloat16);
+    if (made.isinf().logical_and_(weight.isfinite()).any().item<bool>()) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("Options.weights is packed-bf16, but '{}' holds a value that rounds to no bfloat16; use "
+                              "packed-fp32",
+                              name));
+    }
+    return made;
+  }
+
+  /// LibTorch refuses products in bfloat16 on a CPU that cannot make them.
+  static OneDnnMatrix matrix_of(const at::Tensor& weight) {
+    try {
+      OneDnnMatrix made(weight, Weights::kPackedBFloat16);
+      (void)made.multiply(at::zeros({1, weight.size(1)}, weight.options()), std::nullopt);
+      return made;
+    } catch (const c10::Error& error) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("Options.weights is packed-bf16, but LibTorch makes no product in bfloat16 on this CPU "
+                              "({}); use another format",
+                              error.what_without_backtrace()));
+    }
+  }
+
+  at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
+    return finish_rows(matrix_.multiply(rows, std::nullopt), finish, rows.scalar_type());
+  }
+
+  OneDnnMatrix matrix_;
+};
+
+/// 8 bits with a scale for each output channel, times rows of 8 bits with a scale for each. Sums are whole numbers, so
+/// that they are the same in any order.
+class PackedInt8 final : public PackedLinear {
+ public:
+  PackedInt8(const at::Tensor& weight, const std::string& name)
+      : PackedLinear(weight), linear_(engine<Linear>("onednn::qlinear_pointwise", Weights::kPackedInt8)) {
+    const auto wide = weight.to(at::kFloat);
+    const auto largest = wide.abs().amax(1);
+    if (!largest.isfinite().all().item<bool>()) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("Options.weights is packed-int8, but '{}' holds a value that is not finite; use "
+                              "packed-fp32",
+                              name));
+    }
+    scales_ = largest.clamp_min(kSmallestScaled).div_(kSteps);
+    zeros_ = at::zeros({outputs()}, at::kLong);
+    const auto values = wide.div(scales_.unsqueeze(1)).round_().to(at::kChar).contiguous();
+    torch::jit::Stack arguments{values, c10::IValue()};
+    engine<Pack>("onednn::qlinear_prepack", Weights::kPackedInt8).callBoxed(&arguments);
+    packed_ = arguments.at(0).toTensor();
+    bytes_ = bytes_of(packed_, Weights::kPackedInt8) + scales_.nbytes() + zeros_.nbytes();
+    check_sums(values, name);
   }
 
   std::size_t bytes() const override { return bytes_; }
 
  private:
-  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
-                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  static constexpr std::int64_t kRowsPackedFor = 32;
+  using Pack = at::Tensor(at::Tensor, std::optional<c10::List<std::int64_t>>);
+  using Linear = at::Tensor(at::Tensor, double, std::int64_t, at::Tensor, at::Tensor, at::Tensor,
+                            std::optional<at::Tensor>, double, std::int64_t, std::optional<at::ScalarType>,
+                            std::string_view, c10::List<std::optional<at::Scalar>>, std::string_view);
+  static constexpr double kSteps = 127;
+  static constexpr double kSmallestScaled = 1e-30;  // a channel of zeros has a scale too
 
-  at::Tensor multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const override {
-    return linear_.call(rows, packed_, bias, "none", no_scalars_, std::nullopt);
+  at::Tensor product_of(const at::Tensor& rows) const {
+    return linear_.call(rows, 1.0, 0, packed_, scales_, zeros_, std::nullopt, 1.0, 0, at::kFloat, "none", no_scalars_,
+                        "");
   }
 
-  c10::TypedOperatorHandle<Linear> linear_ = engine<Linear>("mkldnn::_linear_pointwise", Weights::kPackedFp32);
+  /// Some CPUs add pairs of products in 16 bits, which overflow: rows with the largest sums tell.
+  void check_sums(const at::Tensor& values, const std::string& name) const {
+    const auto rows = at::stack({values[0].sign(), values[0].sign().neg(), at::ones_like(values[0])}).mul_(127);
+    const auto want = at::linear(rows.to(at::kFloat), values.to(at::kFloat)).mul_(scales_);
+    const double off = (product_of(rows) - want).abs().max().item<double>();
+    if (off <= 1e-4 * want.abs().max().item<double>()) return;
+    throw Error(ErrorCode::kNotAvailable,
+                fmt::format("Options.weights is packed-int8, but this CPU's product of 8-bit integers overflows for "
+                            "'{}'; use another format",
+                            name));
+  }
+
+  at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
+    const QuantisedRows quantised = quantise_rows(rows, rows_to_run(rows.size(0)));
+    Finish scaled = finish;
+    scaled.row_scales = quantised.scales;
+    const auto product = product_of(quantised.values).narrow(0, 0, rows.size(0));
+    return finish_rows(product, scaled, rows.scalar_type());
+  }
+
+  c10::TypedOperatorHandle<Linear> linear_;
   c10::List<std::optional<at::Scalar>> no_scalars_;
+  at::Tensor scales_;
+  at::Tensor zeros_;
   at::Tensor packed_;
   std::size_t bytes_ = 0;
 };
@@ -116,9 +267,9 @@ class PackedFp16 final : public PackedLinear {
   }
 
  private:
-  at::Tensor multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const override {
+  at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
     auto result = packed_->apply_dynamic(rows);
-    return bias ? result.add_(*bias) : result;
+    return finish.bias.defined() ? result.add_(finish.bias) : result;
   }
 
   c10::intrusive_ptr<LinearPackedParamsBase> packed_;
@@ -127,7 +278,7 @@ class PackedFp16 final : public PackedLinear {
 }  // namespace
 
 PackedLinear::PackedLinear(const at::Tensor& weight)
-    : in_(weight.size(1)), out_(weight.size(0)), number_(registry().add(this)) {}
+    : in_(weight.size(1)), out_(weight.size(0)), number_(registry().add(this)), type_(weight.scalar_type()) {}
 
 PackedLinear::~PackedLinear() { registry().remove(number_); }
 
@@ -141,24 +292,42 @@ const PackedLinear& PackedLinear::find(std::int64_t number) {
 
 std::shared_ptr<const PackedLinear> PackedLinear::pack(Weights kind, const at::Tensor& weight,
                                                        const std::string& name) {
-  if (!weight.device().is_cpu() || weight.layout() != at::kStrided || weight.scalar_type() != at::kFloat) {
+  const bool both = finishes(kind);
+  const bool takes = weight.scalar_type() == at::kFloat || (both && weight.scalar_type() == at::kBFloat16);
+  if (!weight.device().is_cpu() || weight.layout() != at::kStrided || !takes) {
     throw Error(ErrorCode::kNotAvailable,
-                fmt::format("Options.weights is {}, which takes float32 weights on a CPU, but '{}' is {} on {}; use "
+                fmt::format("Options.weights is {}, which takes {} weights on a CPU, but '{}' is {} on {}; use "
                             "as-loaded, or convert the module",
-                            to_string(kind), name, c10::toString(weight.scalar_type()), weight.device().str()));
+                            to_string(kind), both ? "float32 or bfloat16" : "float32", name,
+                            c10::toString(weight.scalar_type()), weight.device().str()));
   }
-  TORCH_INTERNAL_ASSERT(kind != Weights::kAsLoaded && weight.dim() == 2 && weight.numel() > 0);
+  TORCH_INTERNAL_ASSERT(weight.dim() == 2 && weight.numel() > 0);
   if (kind == Weights::kPackedFp32) return std::make_shared<const PackedFp32>(weight);
-  return std::make_shared<const PackedFp16>(weight, name);
+  if (kind == Weights::kPackedFp16) return std::make_shared<const PackedFp16>(weight, name);
+  if (kind == Weights::kPackedBFloat16) return std::make_shared<const PackedBFloat16>(weight, name);
+  TORCH_INTERNAL_ASSERT(kind == Weights::kPackedInt8, to_string(kind), " is no packed format");
+  return std::make_shared<const PackedInt8>(weight, name);
 }
 
 at::Tensor PackedLinear::apply(const at::Tensor& x, const std::optional<at::Tensor>& bias) const {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.device().is_cpu() && x.dim() > 0 && x.size(-1) == in_,
-              "a packed linear layer expects float32 [..., ", in_, "] on the CPU, got ", x.toString(), " ", x.sizes());
+  return apply(x, bias, Activation::kNone, std::nullopt);
+}
+
+at::Tensor PackedLinear::apply(const at::Tensor& x, const std::optional<at::Tensor>& bias, Activation activation,
+                               const std::optional<at::Tensor>& residual) const {
+  TORCH_CHECK(x.scalar_type() == type_ && x.device().is_cpu() && x.dim() > 0 && x.size(-1) == in_,
+              "a packed linear layer expects ", c10::toString(type_), " [..., ", in_, "] on the CPU, got ",
+              x.toString(), " ", x.sizes());
   auto shape = x.sizes().vec();
   shape.back() = out_;
+  TORCH_CHECK(!residual || (residual->scalar_type() == type_ && residual->numel() == c10::multiply_integers(shape)),
+              "what a packed linear layer adds to its result must have its type and size, got ", residual->toString());
   if (x.numel() == 0) return at::empty(shape, x.options());
-  return multiply(x.reshape({-1, in_}).contiguous(), bias).view(shape);
+  Finish finish;
+  if (bias) finish.bias = bias->contiguous();
+  finish.activation = activation;
+  if (residual) finish.residual = residual->contiguous();
+  return multiply(x.reshape({-1, in_}).contiguous(), finish).view(shape);
 }
 
 }  // namespace llmcache

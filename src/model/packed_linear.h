@@ -9,6 +9,7 @@
 #include <string>
 
 #include "llmcache/options.h"
+#include "model/row_kernels.h"
 
 namespace llmcache {
 
@@ -20,16 +21,26 @@ class PackedLinear {
   virtual ~PackedLinear();
 
   /// Packs `weight`, `[out, in]` of any strides. `name` stands in errors. Throws Error(kNotAvailable): not on a CPU,
-  /// not float32, a value that half precision cannot hold, a LibTorch without the engine.
+  /// not of a type that `kind` takes, a value that the format cannot hold, a LibTorch without the engine.
   static std::shared_ptr<const PackedLinear> pack(Weights kind, const at::Tensor& weight, const std::string& name);
 
   /// The one of this number. Throws Error(kModelFailed) if it is gone.
   static const PackedLinear& find(std::int64_t number);
   [[nodiscard]] std::int64_t number() const noexcept { return number_; }
 
-  /// at::linear(x, weight, bias) for float32 `x`, `[..., in]`, of any strides. What a row becomes depends on the number
-  /// of rows in its rounding only.
+  /// True if apply() of this kind takes more than a bias, at no other pass over its result.
+  static bool finishes(Weights kind) noexcept {
+    return kind == Weights::kPackedBFloat16 || kind == Weights::kPackedInt8;
+  }
+
+  /// at::linear(x, weight, bias) for `x`, `[..., in]`, of any strides and of the weight's type. What a row becomes
+  /// depends on the number of rows in its rounding only; with kPackedInt8 it does not at all.
   [[nodiscard]] at::Tensor apply(const at::Tensor& x, const std::optional<at::Tensor>& bias) const;
+
+  /// The same with an activation behind it, and then `residual` added, which has as many elements as the result and its
+  /// type. For kinds that finishes() names.
+  [[nodiscard]] at::Tensor apply(const at::Tensor& x, const std::optional<at::Tensor>& bias, Activation activation,
+                                 const std::optional<at::Tensor>& residual) const;
 
   [[nodiscard]] std::int64_t inputs() const noexcept { return in_; }
   [[nodiscard]] std::int64_t outputs() const noexcept { return out_; }
@@ -38,13 +49,15 @@ class PackedLinear {
 
  protected:
   explicit PackedLinear(const at::Tensor& weight);
-  /// The same for a contiguous `[rows, in]` of at least one row.
-  [[nodiscard]] virtual at::Tensor multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const = 0;
+  /// The same for a contiguous `[rows, in]` of at least one row. `finish` has no scales of rows, and more than a bias
+  /// for kinds that finishes() names only.
+  [[nodiscard]] virtual at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const = 0;
 
  private:
   std::int64_t in_;
   std::int64_t out_;
   std::int64_t number_;
+  at::ScalarType type_;
 };
 
 }  // namespace llmcache

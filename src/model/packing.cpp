@@ -88,7 +88,9 @@ double rounding_tolerance(at::ScalarType dtype) {
   }
 }
 
-bool nearly_equal(const at::Tensor& a, const at::Tensor& b) {
+bool nearly_equal(const at::Tensor& a, const at::Tensor& b) { return nearly_equal(a, b, b.scalar_type()); }
+
+bool nearly_equal(const at::Tensor& a, const at::Tensor& b, at::ScalarType rounding) {
   if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;
   if (a.numel() == 0) return true;
   if (!at::isFloatingType(b.scalar_type())) return at::equal(a, b);
@@ -98,7 +100,8 @@ bool nearly_equal(const at::Tensor& a, const at::Tensor& b) {
   const auto y = b.to(at::kDouble).masked_fill(nan, 0.0);
   if (x.isinf().any().item<bool>() || y.isinf().any().item<bool>()) return at::equal(x, y);
   const double scale = std::max(y.abs().max().item<double>(), 1e-3);
-  return (x - y).abs().max().item<double>() <= rounding_tolerance(b.scalar_type()) * scale;
+  const double tolerance = std::max(rounding_tolerance(b.scalar_type()), rounding_tolerance(rounding));
+  return (x - y).abs().max().item<double>() <= tolerance * scale;
 }
 
 }  // namespace llmcache

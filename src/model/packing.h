@@ -24,6 +24,8 @@ at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const Pa
 /// Equal up to the rounding of their type: |a - b| <= tolerance * max(|b|, 1e-3), element by element
 /// against the largest magnitude. NaN equals NaN at the same place.
 bool nearly_equal(const at::Tensor& a, const at::Tensor& b);
+/// The same for results that carry the rounding of `rounding` (Model::rounding()), whatever their type.
+bool nearly_equal(const at::Tensor& a, const at::Tensor& b, at::ScalarType rounding);
 
 /// The tolerance of nearly_equal for a type.
 double rounding_tolerance(at::ScalarType dtype);

@@ -127,7 +127,7 @@ bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>
     const auto alone = row_of(model.plain(one), spec, 0, 0, length(row), kWidth);
     const auto among = row_of(together, spec, row, 0, length(row), kWidth);
     for (std::size_t i = 0; i < among.size(); ++i) {
-      if (alone.size() != among.size() || !nearly_equal(among[i], alone[i])) return false;
+      if (alone.size() != among.size() || !nearly_equal(among[i], alone[i], model.rounding())) return false;
     }
   }
   return true;
@@ -217,7 +217,7 @@ OutputSpec probe(const Model& model, const InputSpec& input_spec, std::optional<
     const auto a = spec.per_row ? row_of(first, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
     const auto b = spec.per_row ? row_of(third, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
     for (std::size_t i = 0; i < a.size(); ++i) {
-      if (!nearly_equal(a[i], b[i])) profile.rows_independent = false;
+      if (!nearly_equal(a[i], b[i], model.rounding())) profile.rows_independent = false;
     }
 
     // Nor how many rows there are.
@@ -226,7 +226,8 @@ OutputSpec probe(const Model& model, const InputSpec& input_spec, std::optional<
       for (c10::IValue& input : one) input = input.toTensor().narrow(0, 0, 1).contiguous();
       const auto alone = row_of(model.plain(one), spec, 0, 0, 6, 6);
       for (std::size_t i = 0; i < a.size(); ++i) {
-        if (alone.size() != a.size() || !nearly_equal(alone[i], a[i])) profile.rows_independent = false;
+        if (alone.size() != a.size() || !nearly_equal(alone[i], a[i], model.rounding()))
+          profile.rows_independent = false;
       }
     }
 

@@ -51,6 +51,7 @@ std::string ModelProfile::to_string() const {
     text += fmt::format("packed weights:    {}, {} linear layers, {}; {} of the weights released\n", weights,
                         packed_weights, size_text(packed_weight_bytes), size_text(released_weight_bytes));
   }
+  if (!weights_reason.empty()) text += fmt::format("weights chosen:    {}, as {}\n", weights, weights_reason);
   text += fmt::format("digest:            {}\n", digest);
   text += fmt::format("wrapping took:     {:.0f} ms\n", wrap_ms);
   for (const std::string& note : notes) text += "note:              " + note + "\n";

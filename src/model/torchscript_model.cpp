@@ -379,15 +379,20 @@ InputSpec spec_of(const Analysis& analysis) {
 
 class TorchScriptModel final : public Model {
  public:
-  TorchScriptModel(Analysis analysis, Weights weights)
+  /// `reason`: why the weights were chosen, if the caller left it open.
+  TorchScriptModel(Analysis analysis, Weights weights, std::string reason)
       : weights_(weights),
+        weights_reason_(std::move(reason)),
         guard_(analysis.module, exempt_of(analysis)),
         spec_(spec_of(analysis)),
         structure_(fmt::format("{} {} {} {}", structure_digest(analysis.module), analysis.path, analysis.flat.layers,
                                to_string(weights))),
         notes_(analysis.flat.writes.notes) {
     digest_ = guard_.digest(structure_);
+    structure_identity_ = fmt::format("{} {} {} {}", structure_identity(analysis.module), analysis.path,
+                                      analysis.flat.layers, to_string(weights));
     if (weights != Weights::kAsLoaded) {
+      identity_ = guard_.identity(structure_identity_);  // what it is made of is let go of
       packed_ = pack_weights(analysis, weights);
       if (packed_.empty())
         notes_.push_back(fmt::format("no linear layer was found whose weights could be {}", to_string(weights)));
@@ -431,9 +436,23 @@ class TorchScriptModel final : public Model {
 
   at::Device device() const override { return analysis_->device; }
   at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
+  at::ScalarType rounding() const override {
+    const bool rounds_rows = weights_ == Weights::kPackedBFloat16 || weights_ == Weights::kPackedInt8;
+    return rounds_rows ? at::kBFloat16 : dtype();
+  }
   std::string digest() const override {
     const std::shared_lock lock(guard_mutex_);
     return digest_;
+  }
+  std::string identity() const override {
+    const std::lock_guard one_at_a_time(identity_mutex_);
+    if (identity_.empty()) {
+      const std::shared_lock lock(guard_mutex_);
+      const std::string made = guard_.identity(structure_identity_);
+      guard_.check_every();  // it is that of the weights which were wrapped
+      identity_ = made;
+    }
+    return identity_;
   }
 
   InputSpec input_spec() const override { return spec_; }
@@ -460,8 +479,10 @@ class TorchScriptModel final : public Model {
                               "now",
                               to_string(weights_)));
     }
+    const std::lock_guard no_identity(identity_mutex_);
     const std::unique_lock lock(guard_mutex_);
     guard_.retake();
+    identity_.clear();
     digest_ = guard_.digest(structure_);
   }
   const TokenLevelModel* token_level() const override { return token_level_.get(); }
@@ -488,6 +509,7 @@ class TorchScriptModel final : public Model {
     profile.device = device().str();
     profile.weight_bytes = guard_.bytes();
     profile.weights = to_string(weights_);
+    profile.weights_reason = weights_reason_;
     profile.packed_weights = packed_.size();
     for (const auto& packed : packed_) profile.packed_weight_bytes += packed->bytes();
     if (own_guard_) profile.released_weight_bytes = guard_.bytes() - own_guard_->bytes();
@@ -513,12 +535,16 @@ class TorchScriptModel final : public Model {
   }
 
   Weights weights_;
+  std::string weights_reason_;
   WeightGuard guard_;                     ///< of the caller's module
   std::optional<WeightGuard> own_guard_;  ///< of what is used of it, if weights were packed
   InputSpec spec_;
   std::string structure_;  ///< what makes the digest, beside the weights
   std::vector<std::string> notes_;
   std::string digest_;
+  std::string structure_identity_;  ///< what makes the identity, beside the weights
+  mutable std::mutex identity_mutex_;
+  mutable std::string identity_;           ///< guarded by identity_mutex_; empty: not made yet
   mutable std::shared_mutex guard_mutex_;  ///< exclusive: the weights are taken as they are now
   PackedWeights packed_;                   ///< outlives the program
   std::shared_ptr<const Analysis> analysis_;
@@ -532,6 +558,34 @@ class TorchScriptModel final : public Model {
 }  // namespace llmcache::ts
 
 namespace llmcache {
+namespace {
+
+std::unique_ptr<Model> wrap_as(const torch::jit::Module& module, const Options& options, ts::Analysis analysis,
+                               const RankedFormat& format) {
+  if (format.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
+  auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), format.weights, format.reason);
+  if (format.weights != Weights::kAsLoaded) ts::check_packed(*model, module, format.weights);
+  return model;
+}
+
+/// The fastest format that this model bears.
+std::unique_ptr<Model> wrap_fastest(const torch::jit::Module& module, const Options& options, ts::Analysis analysis) {
+  tell(options.progress, "timing formats of weights");
+  RankedFormat chosen;
+  for (const RankedFormat& format : rank_formats(ts::layer_shapes(analysis), options.fastest_may_be_int8)) {
+    chosen = format;
+    if (format.weights == Weights::kAsLoaded) break;
+    try {
+      return wrap_as(module, options, std::move(analysis), format);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kNotAvailable) throw;
+      analysis = ts::analyse(module, options);  // packing had changed it
+    }
+  }
+  return wrap_as(module, options, std::move(analysis), chosen);
+}
+
+}  // namespace
 
 std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
   const at::NoGradGuard no_grad;
@@ -542,10 +596,8 @@ std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const 
     throw Error(ErrorCode::kUnsupportedModel,
                 fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
   }
-  if (options.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
-  auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), options.weights);
-  if (options.weights != Weights::kAsLoaded) ts::check_packed(*model, module, options.weights);
-  return model;
+  if (options.weights == Weights::kFastest) return wrap_fastest(module, options, std::move(analysis));
+  return wrap_as(module, options, std::move(analysis), {options.weights, {}});
 }
 
 }  // namespace llmcache

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "llmcache/options.h"
+#include "model/fastest_weights.h"
 #include "model/packed_linear.h"
 #include "model/torchscript_model.h"
 
@@ -15,10 +16,15 @@ using PackedWeights = std::vector<std::shared_ptr<const PackedLinear>>;
 
 /// Replaces the linear layers of the flat graph, nodes of nested blocks included, by an operator on packed weights:
 /// aten::linear, aten::addmm (beta and alpha 1), aten::mm and aten::matmul whose weight is an attribute of the module,
-/// transposed or not. A weight that several of them use is packed once. The graph then reads what is left of the
-/// attributes from an object of its own, which replaces Analysis::module: the caller's module stays as it was, and what
-/// was packed is no longer held for it. Throws Error(kNotAvailable) as PackedLinear::pack().
+/// transposed or not. A weight that several of them use is packed once. Where the format takes it, what stands right
+/// behind a layer becomes a part of it: a bias, an activation, an addition (model/torchscript_follow_up.h). The graph
+/// then reads what is left of the attributes from an object of its own, which replaces Analysis::module: the caller's
+/// module stays as it was, and what was packed is no longer held for it. Throws Error(kNotAvailable) as
+/// PackedLinear::pack().
 PackedWeights pack_weights(Analysis& analysis, Weights kind);
+
+/// The shapes of the layers that pack_weights() would pack, and how many layers have each.
+std::vector<LayerShape> layer_shapes(const Analysis& analysis);
 
 /// Compares `model`, made on packed weights, with `module` as it was given, on tiny inputs: no later check does. Throws
 /// Error(kNotAvailable) if results move by more than what the format explains.

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "llmcache/error.h"
+#include "store/digest.h"
 
 namespace llmcache::ts {
 namespace {
@@ -23,22 +24,31 @@ namespace {
                   "LayerCache from the module as it is now");
 }
 
-/// Hash of what is given to it, part after part.
-class Hasher {
+/// Takes what a model holds, part after part.
+class ContentSink {
  public:
-  Hasher() : state_(XXH3_createState()) {
-    if (state_ == nullptr) throw std::bad_alloc();
-    XXH3_128bits_reset(state_);
-  }
-  ~Hasher() { XXH3_freeState(state_); }
-  Hasher(const Hasher&) = delete;
-  Hasher& operator=(const Hasher&) = delete;
-  void add(const void* data, std::size_t bytes) { XXH3_128bits_update(state_, data, bytes); }
+  ContentSink() = default;
+  ContentSink(const ContentSink&) = delete;
+  ContentSink& operator=(const ContentSink&) = delete;
+  virtual ~ContentSink() = default;
+  virtual void add(const void* data, std::size_t bytes) = 0;
   void add(const std::string& text) {
     const std::uint64_t size = text.size();
     add(&size, sizeof(size));
     add(text.data(), text.size());
   }
+};
+
+/// Fast, for within the process.
+class Hasher final : public ContentSink {
+ public:
+  using ContentSink::add;
+  Hasher() : state_(XXH3_createState()) {
+    if (state_ == nullptr) throw std::bad_alloc();
+    XXH3_128bits_reset(state_);
+  }
+  ~Hasher() override { XXH3_freeState(state_); }
+  void add(const void* data, std::size_t bytes) override { XXH3_128bits_update(state_, data, bytes); }
   [[nodiscard]] XXH128_hash_t hash() const { return XXH3_128bits_digest(state_); }
   [[nodiscard]] std::string text() const {
     const auto sum = hash();
@@ -49,44 +59,55 @@ class Hasher {
   XXH3_state_t* state_;
 };
 
+/// Cryptographic, for what leaves the process.
+class IdentitySink final : public ContentSink {
+ public:
+  using ContentSink::add;
+  void add(const void* data, std::size_t bytes) override { digest_.add(data, bytes); }
+  [[nodiscard]] std::string text() const { return digest_.hex(); }
+
+ private:
+  Digest digest_;
+};
+
 /// Contents in logical order, whatever the strides: copies of a part at a time where they are not in memory like that.
-void add_contents(Hasher& hasher, const at::Tensor& tensor) {
+void add_contents(ContentSink& sink, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   if (tensor.is_contiguous()) {
-    hasher.add(tensor.const_data_ptr(), tensor.nbytes());
+    sink.add(tensor.const_data_ptr(), tensor.nbytes());
     return;
   }
   constexpr std::size_t kCopied = std::size_t{8} << 20;
   if (tensor.dim() == 0 || static_cast<std::size_t>(tensor.numel()) * tensor.element_size() <= kCopied) {
     const auto copy = tensor.contiguous();
-    hasher.add(copy.const_data_ptr(), copy.nbytes());
+    sink.add(copy.const_data_ptr(), copy.nbytes());
     return;
   }
-  for (std::int64_t i = 0; i < tensor.size(0); ++i) add_contents(hasher, tensor.select(0, i));
+  for (std::int64_t i = 0; i < tensor.size(0); ++i) add_contents(sink, tensor.select(0, i));
 }
 
-void add_tensor(Hasher& hasher, const at::Tensor& given) {
-  hasher.add(fmt::format("{} {} {}", c10::toString(given.scalar_type()), fmt::join(given.sizes().vec(), "x"),
-                         c10::str(given.layout())));
+void add_tensor(ContentSink& sink, const at::Tensor& given) {
+  sink.add(fmt::format("{} {} {}", c10::toString(given.scalar_type()), fmt::join(given.sizes().vec(), "x"),
+                       c10::str(given.layout())));
   const at::NoGradGuard no_grad;
   at::Tensor tensor = given.detach();
   if (tensor.is_quantized()) {
-    hasher.add(tensor.toString());
-    add_tensor(hasher, tensor.int_repr());
-    add_tensor(hasher, tensor.dequantize());
+    sink.add(tensor.toString());
+    add_tensor(sink, tensor.int_repr());
+    add_tensor(sink, tensor.dequantize());
     return;
   }
   if (tensor.layout() == at::kSparse) {
     const auto summed = tensor.coalesce();
-    add_tensor(hasher, summed.indices());
-    add_tensor(hasher, summed.values());
+    add_tensor(sink, summed.indices());
+    add_tensor(sink, summed.values());
     return;
   }
   if (tensor.layout() != at::kStrided) tensor = tensor.to_dense();
   if (tensor.is_meta()) return;
   if (tensor.is_conj()) tensor = tensor.resolve_conj();
   if (tensor.is_neg()) tensor = tensor.resolve_neg();
-  add_contents(hasher, tensor.is_cpu() ? tensor : tensor.cpu());
+  add_contents(sink, tensor.is_cpu() ? tensor : tensor.cpu());
 }
 
 bool is_scalar(const c10::IValue& value) {
@@ -126,38 +147,39 @@ void flatten_into(const c10::IValue& value, std::vector<c10::IValue>& parts, int
 }
 
 /// Custom classes, such as the packed parameters of a quantized layer, are hashed by the state that they save.
-void add_object(Hasher& hasher, const c10::IValue& value);
+void add_object(ContentSink& sink, const c10::IValue& value);
 
-void add_part(Hasher& hasher, const c10::IValue& part) {
+void add_part(ContentSink& sink, const c10::IValue& part) {
   if (part.isTensor()) {
-    hasher.add(part.toTensor().defined() ? "tensor" : "no tensor");
-    if (part.toTensor().defined()) add_tensor(hasher, part.toTensor());
+    sink.add(part.toTensor().defined() ? "tensor" : "no tensor");
+    if (part.toTensor().defined()) add_tensor(sink, part.toTensor());
   } else if (part.isObject()) {
-    add_object(hasher, part);
+    add_object(sink, part);
   } else if (part.isDouble()) {
     const double number = part.toDouble();
-    hasher.add(&number, sizeof(number));
+    sink.add("number");
+    sink.add(&number, sizeof(number));
   } else if (part.isString()) {
-    hasher.add(part.toStringRef());
+    sink.add(part.toStringRef());
   } else if (is_scalar(part)) {
     std::ostringstream text;
     text << part.tagKind() << ' ' << part;
-    hasher.add(text.str());
+    sink.add(text.str());
   } else {
-    hasher.add(part.tagKind());
+    sink.add(part.tagKind());
   }
 }
 
-void add_value(Hasher& hasher, const c10::IValue& value) {
+void add_value(ContentSink& sink, const c10::IValue& value) {
   std::vector<c10::IValue> parts;
   flatten_into(value, parts);
-  for (const c10::IValue& part : parts) add_part(hasher, part);
+  for (const c10::IValue& part : parts) add_part(sink, part);
 }
 
-void add_object(Hasher& hasher, const c10::IValue& value) {
+void add_object(ContentSink& sink, const c10::IValue& value) {
   const auto type = value.toObjectRef().type();
-  hasher.add(type->name() ? type->name()->name() : "object");
-  if (auto* save = type->findMethod("__getstate__")) add_value(hasher, (*save)({value}));
+  sink.add(type->name() ? type->name()->name() : "object");
+  if (auto* save = type->findMethod("__getstate__")) add_value(sink, (*save)({value}));
 }
 
 /// Says what it holds by a method of its own, as the packed parameters of a quantized layer do.
@@ -181,26 +203,36 @@ std::string without_mangling(const std::string& text) {
   return plain;
 }
 
-void add_constants(Hasher& hasher, const torch::jit::Block* block) {
+void add_constants(ContentSink& sink, const torch::jit::Block* block) {
   for (const torch::jit::Node* node : block->nodes()) {
     if (node->kind() == c10::prim::Constant && !node->outputs().empty()) {
       const auto value = torch::jit::toIValue(node->output());
-      if (value && !value->isNone()) add_value(hasher, *value);
+      if (value && !value->isNone()) add_value(sink, *value);
     }
-    for (const torch::jit::Block* inner : node->blocks()) add_constants(hasher, inner);
+    for (const torch::jit::Block* inner : node->blocks()) add_constants(sink, inner);
   }
+}
+
+void add_structure(ContentSink& sink, const torch::jit::Module& module) {
+  auto graph = torch::jit::toGraphFunction(module.get_method("forward").function()).graph()->copy();
+  torch::jit::Inline(*graph);
+  graph = torch::jit::Canonicalize(graph, /*keep_unique_names=*/false);
+  sink.add(without_mangling(graph->toString(/*print_source_locations=*/false)));
+  add_constants(sink, graph->block());
 }
 
 }  // namespace
 
 std::string structure_digest(const torch::jit::Module& module) {
-  auto graph = torch::jit::toGraphFunction(module.get_method("forward").function()).graph()->copy();
-  torch::jit::Inline(*graph);
-  graph = torch::jit::Canonicalize(graph, /*keep_unique_names=*/false);
   Hasher hasher;
-  hasher.add(without_mangling(graph->toString(/*print_source_locations=*/false)));
-  add_constants(hasher, graph->block());
+  add_structure(hasher, module);
   return hasher.text();
+}
+
+std::string structure_identity(const torch::jit::Module& module) {
+  IdentitySink sink;
+  add_structure(sink, module);
+  return sink.text();
 }
 
 WeightGuard::State::State(const at::Tensor& tensor)
@@ -461,6 +493,20 @@ std::string WeightGuard::digest(const std::string& structure) const {
     }
   }
   return hasher.text();
+}
+
+std::string WeightGuard::identity(const std::string& structure) const {
+  IdentitySink sink;
+  sink.add(structure);
+  for (const Slot& slot : slots_) {
+    sink.add(slot.name);
+    add_tensor(sink, slot.tensor);
+  }
+  for (const Held& held : held_) {
+    sink.add(held.name);
+    for (const c10::IValue& part : held.parts) add_part(sink, part);
+  }
+  return sink.text();
 }
 
 }  // namespace llmcache::ts

@@ -19,6 +19,8 @@ namespace llmcache::ts {
 /// The graph's structure and its constants, hashed: the same for the same model exported or loaded again, whatever
 /// names its values and classes got. 32 hexadecimal digits.
 std::string structure_digest(const torch::jit::Module& module);
+/// The same by a cryptographic hash: 64 digits.
+std::string structure_identity(const torch::jit::Module& module);
 
 /// Notices changes of what a module holds: attributes that were replaced, moved, converted or written to; tensors in
 /// lists, tuples, dictionaries and objects of scripted classes among them.
@@ -46,6 +48,8 @@ class WeightGuard {
   [[nodiscard]] std::size_t bytes() const { return bytes_; }  ///< each storage once
   /// Hash of all that the module holds and of `structure`, 32 hexadecimal digits.
   [[nodiscard]] std::string digest(const std::string& structure) const;
+  /// The same by a cryptographic hash, made of all that is held as it is now: 64 digits. Not once it was let go.
+  [[nodiscard]] std::string identity(const std::string& structure) const;
 
  private:
   static constexpr std::size_t kSamples = 16;

@@ -1,12 +1,37 @@
 #include "model/wrapped_model.h"
 
+#include <fmt/core.h>
+#include <torch/version.h>
+
 #include <algorithm>
 
 namespace llmcache {
+namespace {
+
+std::string sites_text(const std::vector<AttentionSite>& sites) {
+  std::string text;
+  for (const AttentionSite& site : sites) {
+    text += fmt::format("{} {} {} {}; ", site.layer, site.kind, site.query_inputs, site.key_inputs);
+  }
+  return text;
+}
+
+}  // namespace
 
 bool WrappedModel::all_per_token() const noexcept {
   return std::all_of(output.leaves.begin(), output.leaves.end(),
                      [](const TokenDims& dims) { return dims.tokens >= 0; });
+}
+
+ModelIdentity WrappedModel::identity() const {
+  ModelIdentity identity;
+  identity.contents = model->identity();
+  identity.weights = profile.weights;
+  identity.attention = sites_text(profile.attention);
+  identity.numerics = fmt::format("{} in {}, {}", c10::DeviceTypeName(model->device().type(), /*lower_case=*/true),
+                                  c10::toString(model->dtype()), to_string(wrapped_under));
+  identity.torch = TORCH_VERSION;
+  return identity;
 }
 
 }  // namespace llmcache

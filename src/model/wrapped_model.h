@@ -9,6 +9,7 @@
 #include "llmcache/model/profile.h"
 #include "model/numeric_state.h"
 #include "model/probe.h"
+#include "store/model_identity.h"
 
 namespace llmcache {
 
@@ -21,6 +22,10 @@ struct WrappedModel {
   NumericState wrapped_under;  ///< what kept results hold under
   /// The structure of a result of one row, its tensors without data; None where rows are not kept.
   c10::IValue result_form;
+
+  /// What kept states belong to outside of the process. Slow at its first call: it reads all weights. Throws
+  /// Error(kModelChanged).
+  [[nodiscard]] ModelIdentity identity() const;
 
   [[nodiscard]] std::int32_t layers() const { return static_cast<std::int32_t>(model->layers()); }
   [[nodiscard]] const TokenLevelModel& token_level() const { return *model->token_level(); }

@@ -1,4 +1,6 @@
 // Calibration profiles on disk: PATH holds JSON, PATH.safetensors the tensors that it names.
+#include "refresh/profile_file.h"
+
 #include <ATen/ATen.h>
 #include <fmt/core.h>
 
@@ -138,51 +140,68 @@ std::shared_ptr<const ExitModel> exit_model(const Safetensors& tensors, const Pr
   return model;
 }
 
+/// Of a profile whose text has been read.
+void take_exit_tensors(ProfileText& text, std::string_view content) {
+  if (text.exit->tensors_xxh3 != content_hash(content)) throw DamagedData("its content was changed or cut off");
+  const Safetensors tensors(content);
+  check_exit_tensors(tensors, text);
+  text.profile.exit = exit_model(tensors, text);
+}
+
 }  // namespace
 
-void CalibrationProfile::save(const fs::path& path) const {
+ProfileBytes profile_bytes(const CalibrationProfile& profile) {
+  const Budget& budget = profile.budget;
+  ProfileBytes files;
   OrderedJson json = {
       {"format", kProfileFormat},
       {"version", kProfileVersion},
-      {"budget",
-       {{"metric", llmcache::to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
-      {"early_exit", llmcache::to_string(early_exit)},
-      {"model", model_digest},
-      {"fitted", fitted},
-      {"certified", certified},
-      {"certified_error", certified_error},
-      {"reason", reason},
-      {"error_bound", error_bound},
-      {"expected_share", expected_share},
-      {"expected_exits", expected_exits},
-      {"typical_distance", typical_distance},
-      {"bytes", bytes}};
-  if (exit) {
-    const std::string tensors = packed(*exit);
+      {"budget", {{"metric", to_string(budget.metric)}, {"epsilon", budget.epsilon}, {"delta", budget.delta}}},
+      {"early_exit", to_string(profile.early_exit)},
+      {"model", profile.model_digest},
+      {"fitted", profile.fitted},
+      {"certified", profile.certified},
+      {"certified_error", profile.certified_error},
+      {"reason", profile.reason},
+      {"error_bound", profile.error_bound},
+      {"expected_share", profile.expected_share},
+      {"expected_exits", profile.expected_exits},
+      {"typical_distance", profile.typical_distance},
+      {"bytes", profile.bytes}};
+  if (profile.exit) {
+    files.tensors = packed(*profile.exit);
     OrderedJson gates = OrderedJson::array();
-    for (const ExitLayer& layer : exit->layers) gates.push_back(gate_json(layer.gate));
-    json["exit"] = {
-        {"tensors_xxh3", content_hash(tensors)}, {"thresholds", exit->thresholds}, {"gates", std::move(gates)}};
-    write(tensors_path(path), tensors);
+    for (const ExitLayer& layer : profile.exit->layers) gates.push_back(gate_json(layer.gate));
+    json["exit"] = {{"tensors_xxh3", content_hash(files.tensors)},
+                    {"thresholds", profile.exit->thresholds},
+                    {"gates", std::move(gates)}};
   }
-  if (exit_below > 0) json["exit_below"] = exit_below;
-  if (reuse) json["reuse"] = choice_json(*reuse);
-  if (!verified.codes.empty()) json["verified"] = verified_json(verified);
+  if (profile.exit_below > 0) json["exit_below"] = profile.exit_below;
+  if (profile.reuse) json["reuse"] = choice_json(*profile.reuse);
+  if (!profile.verified.codes.empty()) json["verified"] = verified_json(profile.verified);
   json["content_xxh3"] = content_hash(json.dump());  // the last member: what is in front of it is what was hashed
-  write(path, json.dump(2) + "\n");
+  files.json = json.dump(2) + "\n";
+  return files;
+}
+
+CalibrationProfile profile_of(std::string_view json, std::string_view tensors) {
+  ProfileText text = parse_profile(json);
+  if (text.exit) take_exit_tensors(text, tensors);
+  check_numbers(text.profile);
+  return std::move(text.profile);
+}
+
+void CalibrationProfile::save(const fs::path& path) const {
+  const ProfileBytes files = profile_bytes(*this);
+  if (exit) write(tensors_path(path), files.tensors);
+  write(path, files.json);
 }
 
 CalibrationProfile CalibrationProfile::load(const fs::path& path) {
   ProfileText text = reading(path, [&] { return parse_profile(read_bounded_file(path, kMostProfileBytes)); });
   if (text.exit) {
     const fs::path beside = tensors_path(path);
-    text.profile.exit = reading(beside, [&] {
-      const std::string content = read_bounded_file(beside, text.most_tensor_bytes());
-      if (text.exit->tensors_xxh3 != content_hash(content)) throw DamagedData("its content was changed or cut off");
-      const Safetensors tensors(content);
-      check_exit_tensors(tensors, text);
-      return exit_model(tensors, text);
-    });
+    reading(beside, [&] { take_exit_tensors(text, read_bounded_file(beside, text.most_tensor_bytes())); });
   }
   check_numbers(text.profile);
   return std::move(text.profile);

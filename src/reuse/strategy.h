@@ -10,6 +10,7 @@
 #include "llmcache/report.h"
 #include "reuse/answers.h"
 #include "reuse/call.h"
+#include "reuse/snapshot/snapshot_part.h"
 
 namespace llmcache {
 
@@ -33,6 +34,8 @@ class ReuseStrategy {
   /// The weights are others now: forgets what holds for the old ones.
   virtual void weights_changed() { clear(); }
   virtual void add_to(Stats& /*stats*/) const {}
+  /// Adds what a snapshot holds of it, in the order in which it is written and taken.
+  virtual void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& /*parts*/) {}
 
   /// True if it computes only the tokens that the request's Output names.
   [[nodiscard]] virtual bool cuts_output(const Call& /*call*/) const { return false; }

@@ -89,9 +89,11 @@ struct Difference {
   std::string what;
 };
 
-double difference(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b, std::size_t leaf) {
+/// 0 if a tensor is what it is to be, up to the rounding of its type and of `rounding` (Model::rounding()).
+double difference(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b, std::size_t leaf,
+                  at::ScalarType rounding) {
   const double off = leaf < a.size() ? relative_difference(a[leaf], b[leaf]) : kInfinite;
-  return off <= answer_tolerance(b[leaf].scalar_type()) ? 0 : off;
+  return off <= std::max(answer_tolerance(b[leaf].scalar_type()), answer_tolerance(rounding)) ? 0 : off;
 }
 
 }  // namespace
@@ -118,6 +120,7 @@ struct Verifier::Comparison {
   Execution execution;
   std::vector<SequenceReport> sequences;
   std::vector<Mechanism> mechanisms;  ///< by row
+  at::ScalarType rounding;            ///< Model::rounding()
 
   /// Compares the rows that are to be what the plain model gives, up to rounding. One difference for each mechanism at
   /// most.
@@ -132,7 +135,7 @@ struct Verifier::Comparison {
       const auto a = tensors_of(result);
       const auto b = tensors_of(plain);
       for (std::size_t i = 0; i < b.size(); ++i) {
-        const double off = difference(a, b, i);
+        const double off = difference(a, b, i, rounding);
         if (off == 0) continue;
         add(execution == Execution::kPacked ? Mechanism::kPacked : Mechanism::kDense,
             fmt::format("tensor {} of a batch of {} rows of {} tokens is off by {:.2g} of its scale", i, batch->rows,
@@ -152,7 +155,7 @@ struct Verifier::Comparison {
       const auto a = part(result);
       const auto b = part(plain);
       for (std::size_t i = 0; i < b.size(); ++i) {
-        const double off = difference(a, b, i);
+        const double off = difference(a, b, i, rounding);
         if (off == 0) continue;
         add(mechanisms[r], fmt::format("a sequence of {} tokens, {} of them known, in a batch of {} rows of {} is off "
                                        "by {:.2g} of its scale",
@@ -172,7 +175,7 @@ struct Verifier::Comparison {
 
 Verifier::Verifier(const WrappedModel& wrapped, const Options& options, Verification& verification, Cache cache)
     : wrapped_(wrapped),
-      only_layers_(!wrapped.inputs.vocabulary_known || options.weights != Weights::kAsLoaded),
+      only_layers_(!wrapped.inputs.vocabulary_known || wrapped.profile.packed_weights > 0),
       cache_(std::move(cache)),
       verification_(verification) {
   if (options.verify_rate > 0 && options.verify_in_background) jobs_ = std::make_unique<BackgroundJobs>();
@@ -189,7 +192,8 @@ c10::IValue Verifier::verified(const Call& call, Answers& answers, c10::IValue r
                         call.request.output,
                         report.execution,
                         report.sequences,
-                        {}};
+                        {},
+                        wrapped_.model->rounding()};
   const AnswerSizes& sizes = comparison.sizes;
   const bool nothing_to_compare = only_layers_ && report.execution == Execution::kDense && !sizes.reused;
   if (!sizes.checkable || nothing_to_compare) return result;

@@ -1,4 +1,4 @@
-// What the readers of this folder throw.
+// What the readers and writers of this folder throw.
 #pragma once
 
 #include <stdexcept>
@@ -14,6 +14,12 @@ class DamagedData : public std::runtime_error {
 
 /// A file that is missing, is not to be read, or is no file at all. The text says why ("it is a directory").
 class UnreadableFile : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// A file that cannot be written. The text says why ("No space left on device").
+class UnwritableFile : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };

@@ -324,6 +324,34 @@ TYPED_TEST(EvictionPolicies, WhatIsUsedAgainAndAgainStays) {
   EXPECT_TRUE(this->policy_.contains(0));
 }
 
+TYPED_TEST(EvictionPolicies, OrderIsThatInWhichEntriesGo) {
+  std::mt19937 generator(7);
+  CountingResource memory;
+  TypeParam policy({}, &memory);
+  EXPECT_TRUE(policy.order().empty());
+  for (int round = 0; round < 20; ++round) {
+    for (int i = 0; i < 60; ++i) {
+      const Slot slot = generator() % 40;
+      const double now = round * 60 + i;
+      if (policy.contains(slot) && i % 3 != 0) {
+        policy.hit(slot, now);
+      } else {
+        policy.insert(slot, {100 + generator() % 900, static_cast<double>(generator() % 50), slot + 1}, now);
+      }
+    }
+    auto order = policy.order();
+    ASSERT_EQ(order.size(), policy.size());
+    if constexpr (std::is_same_v<TypeParam, S3FifoPolicy>) {
+      // Which queue gives the next victim depends on how full both are by then: only the first is certain.
+      const auto hot = policy.order().back();
+      EXPECT_NE(hot, *policy.victim(0));
+      EXPECT_THAT(order, ::testing::UnorderedElementsAreArray(drain(policy, 0)));
+    } else {
+      EXPECT_EQ(order, drain(policy, 0));
+    }
+  }
+}
+
 TYPED_TEST(EvictionPolicies, VictimIsHeldAndStaysTheSameUntilErased) {
   std::mt19937 random(1);
   std::set<Slot> held;

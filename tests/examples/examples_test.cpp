@@ -398,6 +398,12 @@ TEST_F(InspectTest, SaysInOneLineWhatIsWrong) {
   }
 }
 
+TEST_F(ExampleTest, ARestartKnowsWhatWasKnown) {
+  const auto result = run("llmcache-restart", {"--model", model("tiny-gpt2-sdpa"), "--texts", "3", "--tokens", "20"});
+  ASSERT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("60 of 60 tokens known"), HasSubstr("times as fast as computing")));
+}
+
 class HookTest : public ExampleTest {};
 
 TEST_F(HookTest, NormsAreThoseOfTheStates) {

@@ -205,6 +205,43 @@ def token_file_seeds():
     write("token_file", "short", b"\0\0\0")
 
 
+def snapshot_seeds():
+    """Entries as they are: of whole files no seed has right checks for long, see snapshot_file_test.cpp."""
+
+    def text(value):
+        return struct.pack("<Q", len(value)) + value
+
+    def numbers(code, values):
+        return struct.pack(f"<Q{len(values)}{code}", len(values), *values)
+
+    def tensors(*forms, data=b"\0" * 24):
+        head = struct.pack("<I", len(forms))
+        return head + b"".join(bytes([kind]) + numbers("q", sizes) for kind, sizes in forms) + data
+
+    sound = tensors((8, [1, 2, 3]))
+    output = text(b"key of a row") + struct.pack("<Bii", 1, 1, 2)
+    prefix = text(b"tenant") + struct.pack("<IQ", 2, 1) + numbers("q", [1, 1, 2, 1, 3, 1]) + struct.pack("<BBf", 1, 2, 0.5)
+    states = text(b"tenant") + struct.pack("<I", 1) + numbers("q", [5, 6, 7])
+    counts = numbers("H", [1, 1, 4]) + struct.pack("<d", 2.5) + numbers("B", [0])
+    write("snapshot", "output", output + sound)
+    write("snapshot", "prefix", prefix + sound)
+    write("snapshot", "states", states + counts + sound)
+    write("snapshot", "calibration", text(b"{}") + text(b""))
+    write("snapshot", "file_head", b"LLMCSNAP" + struct.pack("<II", 1, 0))
+    write("snapshot", "frame_far", b"LLMCSNAP" + struct.pack("<IIIIQQ", 1, 0, 1, 0, 2**63, 0) + b"\0" * 16)
+    write("snapshot", "later", b"LLMCSNAP" + struct.pack("<II", 9, 0) + b"\0" * 64)
+    write("snapshot", "sizes_overflow", output + tensors((8, [2**62, 2**62])))
+    write("snapshot", "sizes_negative", output + tensors((8, [-1, -6])))
+    write("snapshot", "key_far", struct.pack("<Q", 2**63) + output + sound)
+    write("snapshot", "no_tokens", text(b"tenant") + struct.pack("<IQ", 0, 0) + numbers("q", []) + sound)
+    write("snapshot", "half_a_token", text(b"tenant") + struct.pack("<IQ", 4, 0) + numbers("q", [1, 2, 3]) + sound)
+    write("snapshot", "many_tensors", output + struct.pack("<I", 2**32 - 1))
+    write("snapshot", "no_bool", output + tensors((10, [3]), data=b"\0\1\2"))
+    write("snapshot", "header", '{"library": "0", "model": {"contents": "", "digest": ""}, "parts": [{"kind": -1}]}')
+    write("snapshot", "empty", b"")
+
+
 json_seeds()
 profile_seeds()
+snapshot_seeds()
 token_file_seeds()

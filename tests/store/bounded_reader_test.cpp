@@ -14,6 +14,7 @@
 #include "refresh/profile_text.h"
 #include "store/bounded_json.h"
 #include "store/safetensors.h"
+#include "store/snapshot_entries.h"
 
 namespace llmcache {
 namespace {
@@ -164,6 +165,14 @@ TEST(Seeds, AreReadOrRefused) {
   each("json", [](const std::string& bytes, const std::string& name) {
     fuzz::check_json(bytes);
     EXPECT_EQ(json_refusal(bytes, {.depth = 6}).empty(), name == "object" || name == "fields" || name == "numbers");
+  });
+  each("snapshot", [](const std::string& bytes, const std::string& name) {
+    fuzz::check_snapshot(bytes);
+    const bool sound = refusal([&] { return read_output(bytes); }).empty() ||
+                       refusal([&] { return read_prefix(bytes); }).empty() ||
+                       refusal([&] { return read_token_states(bytes); }).empty() ||
+                       refusal([&] { return read_calibration(bytes); }).empty();
+    EXPECT_EQ(sound, name == "output" || name == "prefix" || name == "states" || name == "calibration");
   });
   each("profile", [](const std::string& bytes, const std::string& name) {
     fuzz::check_profile(bytes);

@@ -74,8 +74,8 @@ def _further(scenarios: list[Scenario]) -> list[tuple[str, str]]:
         lacking.append(("what happens to answers, with trained weights", f"{BENCH} --model minilm-pooled,smollm2"))
     if not any(row.generates for row in rows):
         lacking.append(("text generation", f"{BENCH} --model smollm2 --workload generate,chat"))
-    if not any(row.weights_held in ("packed-fp32", "packed-fp16") for row in rows):
-        lacking.append(("weights in other formats", f"{BENCH} --weights as-loaded,packed-fp32,packed-fp16"))
+    if not any(str(row.weights_held).startswith("packed-") for row in rows):
+        lacking.append(("weights in other formats", f"{BENCH} --weights as-loaded,packed-fp16,packed-bf16,packed-int8"))
     if not scenarios or any(one.traffic.written for one in scenarios):
         lacking.append(("real data in place of written samples", f"{BENCH} --download"))
     lacking.append(("ONNX Runtime and transformers beside this library", "tools/run.sh peers"))

@@ -16,7 +16,12 @@ from tools.report.scenarios import KV_CACHE, NO_CACHE, Ratio, Scenario, by_model
 from tools.report.traces import best_policies
 
 MOST_LINES = 12
-PACKED = {"packed-fp16": "weights packed in half precision", "packed-fp32": "packed weights"}
+PACKED = {
+    "packed-fp16": "weights packed in half precision",
+    "packed-bf16": "weights packed in bfloat16",
+    "packed-int8": "weights packed in 8 bits",
+    "packed-fp32": "packed weights",
+}
 
 
 @dataclass

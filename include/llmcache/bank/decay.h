@@ -118,6 +118,15 @@ class DecayPolicy {
     return std::nullopt;
   }
 
+  [[nodiscard]] std::vector<std::uint32_t> order() const {
+    std::vector<std::uint32_t> slots;
+    decayed_.append_to(table_, slots);
+    for (std::size_t i = 0; i < buckets_.size(); ++i) {
+      buckets_[position(base_ + static_cast<std::int64_t>(i))].append_to(table_, slots);
+    }
+    return slots;
+  }
+
   void clear() noexcept {
     table_.clear();
     release_if_empty();

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "llmcache/bank/decay.h"
 #include "llmcache/bank/entry_cost.h"
@@ -79,6 +80,11 @@ class EvictionPolicy {
   /// done in between, it gives the same slot.
   [[nodiscard]] std::optional<std::uint32_t> victim(double now_s) {
     return std::visit([&](auto& policy) { return policy.victim(now_s); }, policy_);
+  }
+  /// All slots held, in the order in which they would go if nothing was used any more, as near as can be told without
+  /// changing anything. O(n log n). Throws std::bad_alloc.
+  [[nodiscard]] std::vector<std::uint32_t> order() const {
+    return std::visit([](const auto& policy) { return policy.order(); }, policy_);
   }
   /// Forgets all entries, and what is remembered of evicted ones.
   void clear() {

@@ -112,6 +112,15 @@ class GdsfPolicy {
     return victim_;
   }
 
+  [[nodiscard]] std::vector<std::uint32_t> order() const {
+    std::vector<std::uint32_t> slots;
+    for (const Group& group : groups_) group.list.append_to(table_, slots);
+    std::stable_sort(slots.begin(), slots.end(), [this](std::uint32_t a, std::uint32_t b) {
+      return table_.find(a)->priority < table_.find(b)->priority;
+    });
+    return slots;
+  }
+
   void clear() noexcept {
     table_.clear();
     release_if_empty();

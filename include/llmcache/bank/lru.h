@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory_resource>
 #include <optional>
+#include <vector>
 
 #include "llmcache/bank/entry_cost.h"
 #include "llmcache/bank/slot_table.h"
@@ -55,6 +56,12 @@ class LruPolicy {
   [[nodiscard]] std::optional<std::uint32_t> victim(double /*now_s*/) noexcept {
     ++steps_;
     return list_.empty() ? std::nullopt : std::optional(list_.first);
+  }
+
+  [[nodiscard]] std::vector<std::uint32_t> order() const {
+    std::vector<std::uint32_t> slots;
+    list_.append_to(table_, slots);
+    return slots;
   }
 
   void clear() noexcept {

@@ -1,6 +1,7 @@
 // Eviction by three first-in-first-out queues.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -10,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "llmcache/bank/entry_cost.h"
 #include "llmcache/bank/slot_table.h"
@@ -133,6 +135,20 @@ class S3FifoPolicy {
       put_in(slot, node);
     }
     return std::nullopt;
+  }
+
+  /// First the small queue, but for those that would move on, then the main one by the hits that spare them.
+  [[nodiscard]] std::vector<std::uint32_t> order() const {
+    std::vector<std::uint32_t> slots;
+    small_.append_to(table_, slots);
+    main_.append_to(table_, slots);
+    const auto rounds = [this](std::uint32_t slot) -> std::uint32_t {
+      const Node& node = *table_.find(slot);
+      return node.in_main ? node.hits + 1U : node.hits < config_.hits_to_stay ? 0U : 2U;
+    };
+    std::stable_sort(slots.begin(), slots.end(),
+                     [&](std::uint32_t a, std::uint32_t b) { return rounds(a) < rounds(b); });
+    return slots;
   }
 
   void clear() noexcept {

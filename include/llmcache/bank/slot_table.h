@@ -166,6 +166,12 @@ struct SlotList {
     (node.next == kNoSlot ? last : table.at(node.next).previous) = node.previous;
   }
 
+  /// Appends the slots of the list, first to last.
+  template <typename Node>
+  void append_to(const SlotTable<Node>& table, std::vector<std::uint32_t>& slots) const {
+    for (std::uint32_t slot = first; slot != kNoSlot; slot = table.find(slot)->next) slots.push_back(slot);
+  }
+
   /// Moves all of `other` behind the last slot of this list, in order.
   template <typename Node>
   void splice_back(SlotTable<Node>& table, SlotList& other) noexcept {

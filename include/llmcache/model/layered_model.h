@@ -35,7 +35,8 @@ struct Activations {
 ///  - layer(i, activations): runs layer i in place, on `activations.hidden`.
 ///  - head(activations): everything behind the last layer; returns what the model returns.
 ///  - device(), dtype(): of the weights.
-///  - digest(): text that differs between models whose structure or weights differ.
+///  - digest(): text that differs between models whose structure or weights differ. Snapshots go by it
+///    (LayerCacheBase::save()): it must then differ between processes too, and be the same for the same model.
 ///
 /// If the model also has `input_spec()` (see InputSpec), that says what it takes; otherwise it takes
 /// input_ids and an optional attention_mask, and is probed with the ids 0 and 1 only.
@@ -77,7 +78,14 @@ class Model {
   [[nodiscard]] virtual c10::IValue head(Activations& activations) const = 0;
   [[nodiscard]] virtual at::Device device() const = 0;
   [[nodiscard]] virtual at::ScalarType dtype() const = 0;
+  /// The type whose rounding the results carry, by which runs of unlike shapes are compared. Unless it says otherwise:
+  /// dtype(). Packed weights may round what they multiply to fewer bits.
+  [[nodiscard]] virtual at::ScalarType rounding() const { return dtype(); }
   [[nodiscard]] virtual std::string digest() const = 0;
+  /// The same for what leaves the process: a cryptographic hash of structure, weights and other attributes, the same in
+  /// every process. Slow: it reads all weights, once. Unless it says otherwise: of digest(). Throws
+  /// Error(kModelChanged).
+  [[nodiscard]] virtual std::string identity() const;
 
   /// Inputs as declared by the model. Unless it says otherwise: input_ids, and attention_mask, which
   /// may be left out.

@@ -55,7 +55,8 @@ struct ModelProfile {
   at::ScalarType dtype = at::kFloat;
   std::string device;
   std::size_t weight_bytes = 0;           ///< parameters and buffers of the model, each storage once
-  std::string weights;                    ///< how those of linear layers are held: as-loaded, packed-fp32, packed-fp16
+  std::string weights;                    ///< how those of linear layers are held: a name of Weights, never "fastest"
+  std::string weights_reason;             ///< why Weights::kFastest chose that, one sentence; empty: the caller did
   std::size_t packed_weights = 0;         ///< linear layers whose weights were packed
   std::size_t packed_weight_bytes = 0;    ///< what the packed weights take
   std::size_t released_weight_bytes = 0;  ///< of `weight_bytes`, what the library no longer holds because of packing

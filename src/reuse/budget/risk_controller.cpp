@@ -15,6 +15,7 @@
 #include "llmcache/error.h"
 #include "refresh/exit_calibration.h"
 #include "refresh/profile_check.h"
+#include "reuse/budget/calibration_part.h"
 #include "reuse/budget/calibrator.h"
 #include "reuse/early_exit/exit_sampler.h"
 #include "reuse/segment_reuse/segment_strategy.h"
@@ -407,6 +408,14 @@ void RiskController::reserve_exits(std::size_t bytes) {
     if (states_) states_->clear();
   }
   exit_bytes_ = bytes;
+}
+
+void RiskController::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
+  auto calibration = std::make_unique<CalibrationPart>(*this);
+  const CalibrationPart& in_front = *calibration;
+  parts.push_back(std::move(calibration));
+  auto states = states_ ? states_->snapshot_part() : nullptr;
+  if (states) parts.push_back(std::make_unique<CalibratedPart>(std::move(states), in_front));
 }
 
 // --- telling ------------------------------------------------------------------------------------------

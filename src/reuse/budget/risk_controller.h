@@ -41,6 +41,7 @@ class RiskController final : public ReuseStrategy {
   /// Goes by no profile any more.
   void weights_changed() override;
   void add_to(Stats& stats) const override;
+  void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
   bool cuts_output(const Call& call) const override;
   bool exact() const override { return false; }
 
@@ -60,6 +61,8 @@ class RiskController final : public ReuseStrategy {
   /// The profile in use; unset if there is none.
   [[nodiscard]] std::optional<CalibrationProfile> profile() const;
   [[nodiscard]] bool has_profile() const;
+  /// Bytes that it can still take.
+  [[nodiscard]] std::size_t room() const noexcept { return account_.left(); }
 
  private:
   void make_states();

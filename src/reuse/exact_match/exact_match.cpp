@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "execute/clock.h"
+#include "reuse/exact_match/output_part.h"
 
 namespace llmcache {
 namespace {
@@ -80,6 +81,10 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
   answers.writes().add([this, rows = std::move(rows), exact, size] {
     for (const Row& row : rows) bank_.insert(row.key, row.tensors, exact, size);
   });
+}
+
+void ExactMatch::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
+  if (wrapped_.keeps_rows()) parts.push_back(std::make_unique<OutputPart>(wrapped_, bank_));
 }
 
 void ExactMatch::add_to(Stats& stats) const { add(stats, bank_.counters()); }

@@ -25,6 +25,7 @@ class ExactMatch final : public ReuseStrategy {
   void store(const Call& call, Answers& answers) override;
   void clear() override { bank_.clear(); }
   void add_to(Stats& stats) const override;
+  void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
 
  private:
   void store(const Call& call, const Answers::Pass& pass, Answers& answers);

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <span>
@@ -10,6 +11,7 @@
 #include "match/size_class.h"
 #include "model/packing.h"
 #include "model/tensors_of.h"
+#include "reuse/prefix/prefix_part.h"
 
 namespace llmcache {
 namespace {
@@ -259,6 +261,11 @@ void PrefixReuse::serve(const Call& call, Answers& answers) {
   answers.put(run(answers.open(), call.request.tenant, call.request.output, answers.writes()));
 }
 
+void PrefixReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
+  std::string layers = options_.layers.empty() ? "all" : fmt::format("{}", fmt::join(options_.layers, ","));
+  parts.push_back(std::make_unique<PrefixPart>(bank_, std::move(layers), [this] { return now(); }));
+}
+
 void PrefixReuse::add_to(Stats& stats) const { add(stats, bank_.counters()); }
 
 PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, DeferredWrites& writes) {
@@ -329,7 +336,7 @@ bool PrefixReuse::agrees(const Inputs& inputs, std::string& why) {
     const auto a = row_of(got.value, wrapped_.output, r, span.first, span.tokens, batch.width);
     const auto b = row_of(plain, wrapped_.output, r, span.first, span.tokens, batch.width);
     for (std::size_t i = 0; i < b.size(); ++i) {
-      if (a.size() == b.size() && nearly_equal(a[i], b[i])) continue;
+      if (a.size() == b.size() && nearly_equal(a[i], b[i], model_.rounding())) continue;
       why = fmt::format("a sequence of {} tokens, {} of them known, comes out otherwise than from the plain model",
                         span.tokens, got.report.sequences[static_cast<std::size_t>(r)].reused_tokens);
       return false;

@@ -28,6 +28,7 @@ class PrefixReuse final : public ReuseStrategy {
   void serve(const Call& call, Answers& answers) override;
   void clear() override { bank_.clear(); }
   void add_to(Stats& stats) const override;
+  void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
   bool cuts_output(const Call&) const override { return true; }
 
   /// Runs a batch that can be packed (check_packable) and has a real token. The result covers the tokens that `output`

@@ -287,7 +287,7 @@ void SegmentReuse::verify(const SegmentOptions& options) {
         row_of(plain.isNone() ? run_dense(model_, given) : plain, wrapped_.output, 0, 0, batch.width, batch.width);
     const auto have = row_of(got, wrapped_.output, 0, 0, batch.width, batch.width);
     for (std::size_t i = 0; i < want.size(); ++i) {
-      if (nearly_equal(have.at(i), want[i])) continue;
+      if (nearly_equal(have.at(i), want[i], model_.rounding())) continue;
       throw Error(
           ErrorCode::kNotAvailable,
           fmt::format("a sequence of {} tokens, {} of them known, comes out otherwise than from the plain model",

@@ -273,7 +273,7 @@ std::int64_t SimilarityReuse::check_resuming(const std::vector<std::int64_t>& vo
     const Donors donors{donor_of(recorder.behind(bank->layer), bank->layer, layers)};
     const auto got = tensors_of(execute_packed(model_, inputs, plan, donors, nullptr, report));
     bool same = got.size() == want.size();
-    for (std::size_t i = 0; same && i < got.size(); ++i) same = nearly_equal(got[i], want[i]);
+    for (std::size_t i = 0; same && i < got.size(); ++i) same = nearly_equal(got[i], want[i], model_.rounding());
     if (!same) {
       throw Error(ErrorCode::kNotAvailable,
                   fmt::format("fidelity 'threshold' is not available for this model: going on behind layer {} from its "

@@ -12,6 +12,7 @@
 #include "execute/engine.h"
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
+#include "reuse/token_reuse/token_part.h"
 
 namespace llmcache {
 namespace {
@@ -228,7 +229,7 @@ void TokenReuse::verify() {
     const auto got = tensors_of(value);
     if (got.size() != plain.size()) return false;
     for (std::size_t i = 0; i < got.size(); ++i) {
-      if (!nearly_equal(got[i], plain[i])) return false;
+      if (!nearly_equal(got[i], plain[i], model_.rounding())) return false;
     }
     return true;
   };
@@ -249,12 +250,17 @@ double TokenReuse::now() const {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
 }
 
-std::vector<RowKey> TokenReuse::keys_of(const Batch& batch, const std::string& tenant) const {
-  std::vector<char> left_out;  // inputs that no state depends on
-  for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
-    left_out.push_back(positions_.head_only[i] || static_cast<int>(i) == wrapped_.profile.mask_argument ? 1 : 0);
+/// By input, 1 if no state depends on it.
+std::vector<char> TokenReuse::left_out() const {
+  std::vector<char> left;
+  for (std::size_t i = 0; i < wrapped_.inputs.names.size(); ++i) {
+    left.push_back(positions_.head_only[i] || static_cast<int>(i) == wrapped_.profile.mask_argument ? 1 : 0);
   }
-  auto keys = batch.keys(tenant, left_out);
+  return left;
+}
+
+std::vector<RowKey> TokenReuse::keys_of(const Batch& batch, const std::string& tenant) const {
+  auto keys = batch.keys(tenant, left_out());
   // Padding in front decides places.
   std::erase_if(keys,
                 [&](const RowKey& key) { return key.span.tokens < options_.least_tokens || key.span.first != 0; });
@@ -406,6 +412,12 @@ TokenReuse::Result TokenReuse::run(const Batch& batch, const Matches& matches, c
   run_pass(batch, matches, settings, tenant, capture, result, stopped, report);
   if (!stopped.empty()) run_stopped(batch, stopped, tenant, capture, result, report);
   return result;
+}
+
+std::unique_ptr<SnapshotPart> TokenReuse::snapshot_part() {
+  std::size_t width = 0;
+  for (const char none : left_out()) width += none == 0 ? 1 : 0;
+  return std::make_unique<TokenPart>(*bank_, width, model_.device(), [this] { return now(); });
 }
 
 void TokenReuse::keep(std::vector<Computed> computed) {

@@ -18,6 +18,7 @@
 #include "llmcache/report.h"
 #include "model/output_positions.h"
 #include "model/wrapped_model.h"
+#include "reuse/snapshot/snapshot_part.h"
 
 namespace llmcache {
 
@@ -108,6 +109,8 @@ class TokenReuse {
   void keep(std::vector<Computed> computed);
 
   void clear() { bank_->clear(); }
+  /// What a snapshot holds of its bank.
+  [[nodiscard]] std::unique_ptr<SnapshotPart> snapshot_part();
   [[nodiscard]] TokenBank::Counters counters() const { return bank_->counters(); }
   [[nodiscard]] const OutputPositions& output_positions() const noexcept { return positions_; }
   /// Whether text may be reused in another place than where it was cached.
@@ -122,6 +125,7 @@ class TokenReuse {
                                                      MemoryAccount* total = nullptr) const;
   void verify();
   [[nodiscard]] double now() const;
+  [[nodiscard]] std::vector<char> left_out() const;
   [[nodiscard]] std::vector<RowKey> keys_of(const Batch& batch, const std::string& tenant) const;
   [[nodiscard]] std::vector<std::int64_t> read_tokens(const Batch& batch, std::int64_t row) const;
   [[nodiscard]] ActiveSet active_set(const Match& match, const TokenReuseSettings& settings) const;

@@ -1,0 +1,37 @@
+// What stands before and behind a product of packed weights: rows are quantised, and results are finished in one pass.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace llmcache {
+
+/// What becomes of a product before it is stored.
+enum class Activation : std::int8_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
+
+/// Rows of 8 bits, `[room, columns]`, and what each is to be multiplied with, float32 `[rows]`.
+struct QuantisedRows {
+  at::Tensor values;
+  at::Tensor scales;
+};
+
+/// Rounds each row of a contiguous float32 or bfloat16 `[rows, columns]` to whole multiples of its largest magnitude
+/// / 127. What becomes of a row depends on nothing but the row. One that holds a value that is not finite gets a scale
+/// that is not a number. `room`: rows of the result, at least as many as there are; further ones are zeros.
+QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room);
+
+/// How a product is finished: activation(product * row_scales[row] + bias) + residual. Undefined tensors are left out.
+struct Finish {
+  at::Tensor row_scales = {};  ///< float32 [rows]
+  at::Tensor bias = {};        ///< float32 or bfloat16 [columns]
+  Activation activation = Activation::kNone;
+  at::Tensor residual = {};  ///< contiguous, of as many elements as the result and of its type
+};
+
+/// Finishes a contiguous `[rows, columns]` of float32 or bfloat16, as a tensor of `type`, float32 or bfloat16; that is
+/// the product itself where it has the type. All is computed in float32.
+at::Tensor finish_rows(const at::Tensor& product, const Finish& finish, at::ScalarType type);
+
+}  // namespace llmcache

@@ -1,0 +1,90 @@
+#include "reuse/exact_match/output_part.h"
+
+#include <fmt/core.h>
+
+#include "bank/tensor_bytes.h"
+#include "bank/tensor_record.h"
+#include "model/tensors_of.h"
+#include "store/byte_io.h"
+
+namespace llmcache {
+namespace {
+
+/// Of containers, index and policy, with what allocators add.
+constexpr std::size_t kOutputEntryBytes = 512;
+
+/// Tokens that the tensors of a key's row have: Batch::whole_key() puts tenant and first token in front of them.
+std::int64_t tokens_of_key(std::string_view key) {
+  ByteReader reader(key);
+  const std::string_view tenant = reader.text();
+  static_cast<void>(tenant);
+  const auto first = reader.number<std::int64_t>();
+  const auto tokens = reader.number<std::int64_t>();
+  if (first < 0 || tokens < 1) throw DamagedData("it has the output of no token");
+  return tokens;
+}
+
+}  // namespace
+
+std::string OutputPart::layout() const {
+  std::string text;
+  for (const at::Tensor& form : tensors_of(wrapped_.result_form)) text += fmt::format("{} ", form.toString());
+  for (const TokenDims& dims : wrapped_.output.leaves) text += fmt::format("{}/{} ", dims.batch, dims.tokens);
+  return text;
+}
+
+void OutputPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const {
+  for (const auto& listed : bank_.listed()) {
+    const auto entry = listed.lock();
+    if (!entry) continue;  // it went meanwhile
+    const std::vector<at::Tensor> tensors(entry->tensors().begin(), entry->tensors().end());
+    auto records = records_of(tensors);
+    if (!records || !forms_fit(entry->key(), *records)) {
+      if (report.left++ == 0) report.why = "an output has a form or a type that files do not hold";
+      continue;
+    }
+    const OutputRecord record{entry->key(), entry->exact(), entry->rows(), entry->width(), std::move(*records)};
+    write_entry(writer, kind(), write_output(record), tensors);
+    ++report.entries;
+  }
+}
+
+/// True if the tensors are those of a row of this model's result, of as many tokens as the key says.
+bool OutputPart::forms_fit(std::string_view key, const std::vector<TensorRecord>& tensors) const {
+  const auto forms = tensors_of(wrapped_.result_form);
+  const auto& leaves = wrapped_.output.leaves;
+  if (tensors.size() != forms.size() || forms.size() != leaves.size()) return false;
+  const std::int64_t tokens = tokens_of_key(key);
+  for (std::size_t i = 0; i < forms.size(); ++i) {
+    auto sizes = forms[i].sizes().vec();
+    const TokenDims& dims = leaves[i];
+    if (dims.batch >= 0) sizes[static_cast<std::size_t>(dims.batch)] = 1;
+    if (dims.tokens >= 0) sizes[static_cast<std::size_t>(dims.tokens)] = tokens;
+    if (!has_form(tensors[i], sizes, forms[i].scalar_type())) return false;
+  }
+  return true;
+}
+
+std::size_t OutputPart::check(std::string_view entry) const {
+  const OutputRecord record = read_output(entry);
+  if (!forms_fit(record.key, record.tensors)) throw DamagedData("it has an output of another form than the model's");
+  std::size_t bytes = record.key.size() + kOutputEntryBytes;
+  for (const TensorRecord& tensor : record.tensors) bytes += tensor.bytes.size() + kTensorOverhead;
+  return bytes;
+}
+
+SnapshotPart::Outcome OutputPart::take(std::string_view entry, SnapshotPartReport& /*report*/) {
+  const OutputRecord record = read_output(entry);
+  if (bank_.holds(record.key, record.exact)) return Outcome::kKnown;
+  std::vector<at::Tensor> tensors;
+  for (const TensorRecord& tensor : record.tensors) tensors.push_back(tensor_of(tensor, wrapped_.model->device()));
+  bank_.insert(record.key, tensors, record.exact, {record.rows, record.width});
+  taken_.emplace_back(record.key);
+  return bank_.holds(record.key, record.exact) ? Outcome::kTaken : Outcome::kNoRoom;
+}
+
+void OutputPart::finish() {
+  for (auto key = taken_.rbegin(); key != taken_.rend(); ++key) bank_.find(*key, false);
+}
+
+}  // namespace llmcache

@@ -1,0 +1,206 @@
+#include "store/snapshot_entries.h"
+
+#include <limits>
+
+#include "store/byte_io.h"
+#include "store/damaged_data.h"
+
+namespace llmcache {
+namespace {
+
+constexpr std::size_t kMostTensors = 65'536;
+constexpr std::size_t kMostSizes = 16;
+
+void write_tensors(ByteWriter& writer, const std::vector<TensorRecord>& tensors) {
+  writer.number(static_cast<std::uint32_t>(tensors.size()));
+  for (const TensorRecord& tensor : tensors) {
+    writer.number(static_cast<std::uint8_t>(tensor.type));
+    writer.numbers(tensor.sizes.data(), tensor.sizes.size());
+  }
+}
+
+/// Of all its numbers. Throws for sizes that no tensor has.
+std::uint64_t record_bytes(const TensorRecord& tensor) {
+  std::uint64_t bytes = bytes_of_number(tensor.type);
+  if (bytes == 0 || tensor.sizes.size() > kMostSizes) throw DamagedData("it has a tensor of no known form");
+  for (const std::int64_t size : tensor.sizes) {
+    const auto most = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(bytes > 0 ? bytes : 1);
+    if (size < 0 || size > most) throw DamagedData("it has a tensor of impossible size");
+    bytes *= static_cast<std::uint64_t>(size);
+  }
+  return bytes;
+}
+
+/// Up to the end of the entry.
+std::vector<TensorRecord> read_tensors(ByteReader& reader) {
+  const auto count = reader.number<std::uint32_t>();
+  if (count > kMostTensors) throw DamagedData("it has too many tensors");
+  std::vector<TensorRecord> tensors;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    TensorRecord& tensor = tensors.emplace_back();
+    tensor.type = static_cast<NumberType>(reader.number<std::uint8_t>());
+    tensor.sizes = reader.numbers<std::int64_t>();
+  }
+  for (TensorRecord& tensor : tensors) {
+    tensor.bytes = reader.take(record_bytes(tensor));
+    if (tensor.type != NumberType::kBool) continue;
+    for (const char value : tensor.bytes) {
+      if (value != 0 && value != 1) throw DamagedData("it has neither yes nor no where one of them is expected");
+    }
+  }
+  reader.finish();
+  return tensors;
+}
+
+/// Whole tokens, and at least one.
+std::vector<std::int64_t> read_sequence(ByteReader& reader, std::uint32_t width) {
+  auto tokens = reader.numbers<std::int64_t>();
+  if (width == 0 || tokens.empty() || tokens.size() % width != 0) throw DamagedData("it has no whole tokens");
+  return tokens;
+}
+
+}  // namespace
+
+std::uint64_t bytes_of_number(NumberType type) noexcept {
+  switch (type) {
+    case NumberType::kUInt8:
+    case NumberType::kInt8:
+    case NumberType::kBool:
+      return 1;
+    case NumberType::kInt16:
+    case NumberType::kFloat16:
+    case NumberType::kBFloat16:
+      return 2;
+    case NumberType::kInt32:
+    case NumberType::kFloat32:
+      return 4;
+    case NumberType::kInt64:
+    case NumberType::kFloat64:
+      return 8;
+  }
+  return 0;
+}
+
+std::string write_output(const OutputRecord& record) {
+  ByteWriter writer;
+  writer.text(record.key);
+  writer.number(static_cast<std::uint8_t>(record.exact));
+  writer.number(record.rows);
+  writer.number(record.width);
+  write_tensors(writer, record.tensors);
+  return writer.bytes();
+}
+
+OutputRecord read_output(std::string_view bytes) {
+  ByteReader reader(bytes);
+  OutputRecord record;
+  record.key = reader.text();
+  record.exact = reader.flag();
+  record.rows = reader.number<std::int32_t>();
+  record.width = reader.number<std::int32_t>();
+  if (record.rows < 0 || record.width < 0) throw DamagedData("it has a batch of negative size");
+  record.tensors = read_tensors(reader);
+  return record;
+}
+
+std::string write_prefix(const PrefixRecord& record) {
+  ByteWriter writer;
+  writer.text(record.partition);
+  writer.number(record.width);
+  writer.number(record.begin);
+  writer.numbers(record.tokens.data(), record.tokens.size());
+  writer.number(record.shortest);
+  writer.number(record.longest);
+  writer.number(record.saved_ms);
+  write_tensors(writer, record.tensors);
+  return writer.bytes();
+}
+
+PrefixRecord read_prefix(std::string_view bytes) {
+  ByteReader reader(bytes);
+  PrefixRecord record;
+  record.partition = reader.text();
+  record.width = reader.number<std::uint32_t>();
+  record.begin = reader.number<std::uint64_t>();
+  record.tokens = read_sequence(reader, record.width);
+  if (record.begin >= record.end()) throw DamagedData("it has the states of no token");
+  record.shortest = reader.number<std::uint8_t>();
+  record.longest = reader.number<std::uint8_t>();
+  constexpr std::uint8_t kMostClass = 64;
+  if (record.shortest > record.longest || record.longest > kMostClass) throw DamagedData("it has impossible classes");
+  record.saved_ms = reader.number<float>();
+  record.tensors = read_tensors(reader);
+  return record;
+}
+
+std::string write_token_states(const TokenRecord& record) {
+  ByteWriter writer;
+  writer.text(record.partition);
+  writer.number(record.width);
+  writer.numbers(record.tokens.data(), record.tokens.size());
+  writer.numbers(record.counts.data(), record.counts.size());
+  writer.number(record.saved_ms);
+  writer.numbers(record.encoded.data(), record.encoded.size());
+  write_tensors(writer, record.tensors);
+  return writer.bytes();
+}
+
+TokenRecord read_token_states(std::string_view bytes) {
+  ByteReader reader(bytes);
+  TokenRecord record;
+  record.partition = reader.text();
+  record.width = reader.number<std::uint32_t>();
+  record.tokens = read_sequence(reader, record.width);
+  record.counts = reader.numbers<std::uint16_t>();
+  if (record.counts.size() != record.tokens.size() / record.width) {
+    throw DamagedData("it has another number of tokens than of counts");
+  }
+  for (const std::uint16_t count : record.counts) {
+    if (count == 0) throw DamagedData("it has states that are the mean over nothing");
+  }
+  record.saved_ms = reader.number<double>();
+  record.encoded = reader.numbers<std::uint8_t>();
+  record.tensors = read_tensors(reader);
+  return record;
+}
+
+std::string write_calibration(const CalibrationRecord& record) {
+  ByteWriter writer;
+  writer.text(record.json);
+  writer.text(record.tensors);
+  return writer.bytes();
+}
+
+CalibrationRecord read_calibration(std::string_view bytes) {
+  ByteReader reader(bytes);
+  CalibrationRecord record;
+  record.json = reader.text();
+  record.tensors = reader.text();
+  reader.finish();
+  return record;
+}
+
+std::string write_header(const SnapshotHeader& header) {
+  nlohmann::ordered_json parts = nlohmann::ordered_json::array();
+  for (const auto& [name, kind, layout] : header.parts) {
+    parts.push_back({{"name", name}, {"kind", kind}, {"layout", layout}});
+  }
+  const nlohmann::ordered_json json = {
+      {"library", header.library}, {"model", identity_json(header.identity)}, {"parts", std::move(parts)}};
+  return json.dump();
+}
+
+SnapshotHeader read_header(std::string_view bytes) {
+  const nlohmann::json json = parse_bounded_json(bytes, {}, "its header");
+  const JsonObject object(json, "its header");
+  SnapshotHeader header;
+  header.library = object.text("library");
+  header.identity = identity_from(object.object("model"));
+  for (const JsonObject& part : object.objects("parts")) {
+    const auto kind = part.whole("kind", 0, std::numeric_limits<std::uint32_t>::max());
+    header.parts.push_back({part.text("name"), static_cast<std::uint32_t>(kind), part.text("layout")});
+  }
+  return header;
+}
+
+}  // namespace llmcache
