@@ -269,7 +269,7 @@ INSTANTIATE_TEST_SUITE_P(, FinishingLinearTest, ::testing::ValuesIn(finishing())
                          [](const auto& param) { return std::string(to_string(param.param)).substr(7); });
 
 TEST(PackedLinear, ARowOfEightBitsDependsOnNoOtherBitForBit) {
-  if (!has(Weights::kPackedInt8)) GTEST_SKIP();
+  if (!has(Weights::kPackedInt8)) GTEST_SKIP() << "this CPU's products of 8-bit integers overflow: packing is refused";
   const auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
   for (const auto& [in, out] : {std::pair{80, 96}, {33, 17}, {768, 64}}) {
     const auto packed =

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "budget_support.h"
+#include "passages.h"
 #include "refresh/exit_model.h"
 
 namespace llmcache::test {
@@ -165,16 +166,7 @@ TEST(CalibrationIsPrivate, SegmentsOfASampleServeNobody) {
   options.budget.budget = {BudgetMetric::kTokenAgreement, 0.4, 0.2};
   options.budget.audit_rate = 0;
   LayerCache<Module> cache(load_model(info.name), options);
-  const auto passages = right_padded(info, {40, 40, 40, 40}, 77).ids();
-  std::mt19937_64 random(5);
-  const auto prompt = [&] {
-    std::vector<at::Tensor> parts = {passages[0].narrow(0, 0, 8)};
-    for (const auto i : {random() % 4, random() % 4, random() % 4})
-      parts.push_back(passages[static_cast<std::int64_t>(i)]);
-    parts.push_back(right_padded(info, {6}, random() % 100000).ids()[0]);
-    const auto ids = at::cat(parts).unsqueeze(0);
-    return Inputs{ids, at::ones_like(ids)};
-  };
+  PassagePrompts prompt(info);
   std::vector<Inputs> sample;
   for (int i = 0; i < 300; ++i) sample.push_back(prompt());
   ASSERT_TRUE(cache.calibrate(sample).reuse);
