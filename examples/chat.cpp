@@ -66,6 +66,7 @@ void run(const std::string& model, const std::string& weights) {
   llmcache::Options options;
   options.capacity_bytes = std::size_t{512} << 20;
   options.weights = llmcache::weights_from_string(weights);
+  options.profile_path = profile_beside(model, options.weights);
   options.progress = progress_on_terminal();
   Chat chat(llmcache::load(model, options), tokenizer);
   for (std::string line; std::getline(std::cin, line);) {

@@ -59,6 +59,7 @@ void run(const std::string& model, const std::string& labels_path, const std::st
   at::set_num_threads(1);  // the workers are the parallelism
   Tokenizer tokenizer(default_python(), default_helper(), tokenizer_beside(model));
   llmcache::Options options;
+  options.profile_path = profile_beside(model);
   options.progress = progress_on_terminal();
   llmcache::TorchScriptCache plain = llmcache::load(model, options);
 

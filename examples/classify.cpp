@@ -204,7 +204,8 @@ void run(const Arguments& arguments) {
 
   auto module = load_module(model);
   Tokenizer tokenizer(arguments.python, arguments.helper, tokenizer_for(model, arguments.tokenizer));
-  Cache cache(module, {.weights = llmcache::weights_from_string(arguments.weights)});
+  const auto weights = llmcache::weights_from_string(arguments.weights);
+  Cache cache(module, {.weights = weights, .profile_path = profile_beside(model, weights)});
   if (cache.profile().causal) throw std::runtime_error("the model is a causal one, expected an encoder");
   const auto max_tokens =
       sidecar.max_tokens > 0 ? std::min(arguments.max_tokens, sidecar.max_tokens) : arguments.max_tokens;

@@ -144,6 +144,7 @@ void run(const Arguments& arguments) {
   llmcache::Options chosen;
   chosen.capacity_bytes = arguments.capacity_mib << 20;
   chosen.weights = llmcache::weights_from_string(arguments.weights);
+  chosen.profile_path = profile_beside(model, chosen.weights);
   chosen.progress = progress_on_terminal();
   Cache cache(std::move(module), chosen);
 

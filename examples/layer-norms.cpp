@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
   try {
     Tokenizer tokenizer(python, helper, tokenizer_for(model, tokenizer_path));
     llmcache::Options options;
+    options.profile_path = profile_beside(model);
     options.progress = progress_on_terminal();
     llmcache::TorchScriptCache cache = llmcache::load(model, options);
     const auto batch = llmcache::pad({tokenizer.encode(text)});

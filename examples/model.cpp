@@ -40,6 +40,10 @@ ProgressFunction progress_on_terminal() {
   };
 }
 
+std::filesystem::path profile_beside(const std::filesystem::path& model, Weights weights) {
+  return model.string() + "." + to_string(weights) + ".profile";
+}
+
 std::string one_line(const std::exception& error) {
   const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
   std::string text = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();

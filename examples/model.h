@@ -23,6 +23,10 @@ at::Tensor first_tensor(const c10::IValue& result);
 /// is no terminal.
 ProgressFunction progress_on_terminal();
 
+/// For Options::profile_path: MODEL.pt.WEIGHTS.profile beside the model, so that each format of weights has its own.
+/// Where the folder cannot be written to, the model is probed each time.
+std::filesystem::path profile_beside(const std::filesystem::path& model, Weights weights = Weights::kAsLoaded);
+
 /// The first line of an error, without LibTorch's backtrace.
 std::string one_line(const std::exception& error);
 

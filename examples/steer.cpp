@@ -54,6 +54,7 @@ struct Arguments {
 void run(const Arguments& arguments) {
   Tokenizer tokenizer(arguments.python, arguments.helper, tokenizer_for(arguments.model, arguments.tokenizer));
   llmcache::Options options;
+  options.profile_path = profile_beside(arguments.model);
   options.progress = progress_on_terminal();
   llmcache::TorchScriptCache cache = llmcache::load(arguments.model, options);
   const auto write = [&](const char* title) {

@@ -61,8 +61,7 @@ LayerCacheBase::LayerCacheBase(const std::function<std::unique_ptr<Model>(const 
         const c10::NoGradGuard no_grad;
         options.validate();
         Stopwatch clock;
-        auto model = wrap(options);
-        auto impl = std::make_unique<Impl>(std::move(model), options);
+        auto impl = std::make_unique<Impl>(wrap, options);
         impl->wrapped.profile.wrap_ms = clock.lap();
         tell(impl->options.progress, "done");
         return impl;

@@ -30,10 +30,47 @@ std::string whole_reason(const std::exception& error) {
   return text;
 }
 
-WrappedModel wrap_all(std::unique_ptr<Model> model, const Options& options) {
+WrappedModel probed(std::shared_ptr<Model> model, const Options& options) {
   WrappedModel wrapped = wrap(std::move(model), options);
   tell(options.progress, "checking prefix reuse");
   find_prefix_reuse(wrapped);
+  return wrapped;
+}
+
+/// As the file says; none, and `why` not, if it does not fit the model.
+std::optional<WrappedModel> as_saved(const std::shared_ptr<Model>& model, const Options& options, std::string& why) {
+  try {
+    const SavedProfile saved = read_saved_profile(options.profile_path);
+    saved.check_conditions(options, model->device());
+    tell(options.progress, "comparing a packed pass with the plain model");
+    return wrap_as_saved(model, saved);
+  } catch (const CallerFailed&) {
+    throw;
+  } catch (const std::exception& error) {
+    why = reason_of(error);
+    return std::nullopt;
+  }
+}
+
+/// `make` may be called twice where the model knows its findings from a file.
+WrappedModel wrap_all(const std::function<std::unique_ptr<Model>(const Options&)>& make, const Options& options) {
+  std::shared_ptr<Model> model = make(options);
+  if (options.profile_path.empty()) return probed(std::move(model), options);
+  std::string why;
+  if (auto wrapped = as_saved(model, options, why)) {
+    wrapped->profile.from_file = true;
+    wrapped->profile.file_note = "was read";
+    return *std::move(wrapped);
+  }
+  if (const GraphFindings* found = model->findings(); found != nullptr && found->known) {
+    Options anew = options;
+    anew.profile_path.clear();
+    model.reset();  // packed copies of its weights
+    model = make(anew);
+  }
+  WrappedModel wrapped = probed(std::move(model), options);
+  const std::string failed = write_saved_profile(options.profile_path, saved_profile_of(wrapped, options));
+  wrapped.profile.file_note = failed.empty() ? "was written (" + why + ")" : "cannot be written: " + failed;
   return wrapped;
 }
 
@@ -64,8 +101,8 @@ LayerCacheBase::Impl::Impl(Options chosen, WrappedModel found)
   snapshots_.start();
 }
 
-LayerCacheBase::Impl::Impl(std::unique_ptr<Model> model, const Options& chosen)
-    : Impl(chosen, wrap_all(std::move(model), chosen)) {}
+LayerCacheBase::Impl::Impl(const std::function<std::unique_ptr<Model>(const Options&)>& make, const Options& chosen)
+    : Impl(chosen, wrap_all(make, chosen)) {}
 
 LayerCacheBase::Impl::Impl(Impl& other, const Options& chosen)
     : Impl(same_model(chosen, other.options), (std::shared_lock(other.weights_mutex_), WrappedModel(other.wrapped))) {

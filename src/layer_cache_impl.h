@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -23,7 +24,7 @@
 namespace llmcache {
 
 struct LayerCacheBase::Impl {
-  Impl(std::unique_ptr<Model> model, const Options& chosen);
+  Impl(const std::function<std::unique_ptr<Model>(const Options&)>& make, const Options& chosen);
   /// Around the model of `other`, as that one found it.
   Impl(Impl& other, const Options& chosen);
   ~Impl();

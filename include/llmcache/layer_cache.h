@@ -142,7 +142,8 @@ class LayerCacheBase {
   void clear();
 
  protected:
-  /// `wrap` makes the model, with these options.
+  /// `wrap` makes the model, with these options; once more if what Options::profile_path told it (Model::findings())
+  /// turns out not to fit.
   LayerCacheBase(const std::function<std::unique_ptr<Model>(const Options&)>& wrap, Options options);
   /// See LayerCache::with_options().
   LayerCacheBase(const LayerCacheBase& wrapped, Options options);

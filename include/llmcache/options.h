@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -163,6 +164,15 @@ struct Options {
   /// True: Weights::kFastest may choose kPackedInt8, whose results differ most from the module's. Default: it chooses
   /// among formats whose error is at most that of bfloat16.
   bool fastest_may_be_int8 = false;
+
+  /// A file that keeps what probing found, so that wrapping the same model again probes nothing: seconds become tenths
+  /// of one. It holds for one module (structure, weights and their format), `layers`, `mask_argument`, device, version
+  /// of library and LibTorch, and kind of CPU; beside a model, "gpt2.pt.profile" is a good name. When it is
+  /// read, one small packed pass is compared with the plain module. A file that is missing, damaged or of something
+  /// else is ignored: the model is probed, and the file written anew, first beside it and then put in its place.
+  /// ModelProfile::from_file and file_note tell what happened; where it cannot be written the note says so, and nothing
+  /// else changes. It is as trusted as the model file: keep it where nobody else can write. Default: none.
+  std::filesystem::path profile_path = {};
 
   /// For Fidelity::kLossless and causal models.
   PrefixOptions prefix = {};

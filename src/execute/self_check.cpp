@@ -11,6 +11,7 @@
 #include "match/size_class.h"
 #include "model/tensors_of.h"
 #include "refresh/verification.h"
+#include "store/damaged_data.h"
 
 namespace llmcache {
 namespace {
@@ -24,11 +25,21 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
 
 class Checker {
  public:
-  Checker(const Model& model, const InputSpec& input_spec, const OutputSpec& spec, ModelProfile& profile)
-      : model_(model), input_spec_(input_spec), vocabulary_(input_spec.vocabulary), spec_(spec), profile_(profile) {}
+  /// `shallow` may be null.
+  Checker(const Model& model, const Model* shallow, const InputSpec& input_spec, const OutputSpec& spec,
+          ModelProfile& profile)
+      : model_(model),
+        spec_(spec),
+        whole_{model_, spec_},
+        few_{shallow == nullptr ? model_ : *shallow, shallow == nullptr ? spec_ : states_},
+        input_spec_(input_spec),
+        vocabulary_(input_spec.vocabulary),
+        profile_(profile) {}
 
-  void run() {
-    whole_layers();
+  /// `runs` have up to three rows.
+  void run(std::vector<PlainRun> runs) {
+    add_short_and_long(runs);
+    for (const PlainRun& plain : runs) compare_whole_layers(plain);
     verified(Kind::kDenseWidth, 40);
     verified(Kind::kDenseRows, 3);
     profile_.verified.tokens = 40;
@@ -61,9 +72,54 @@ class Checker {
     if (token_level->partial() && partial()) profile_.granularity = Granularity::kTokens;
   }
 
+  /// One ragged batch, plain and as it will be run.
+  c10::IValue run_once() {
+    constexpr std::int64_t kWidth = 5;
+    const bool masked = profile_.mask_argument >= 0;
+    const Spans spans{{0, kWidth}, {0, masked ? 3 : kWidth}};
+    const auto given = inputs(spans, kWidth, 3);
+    auto plain = model_.plain(given);
+    if (plain.isNone()) return plain;
+    check_shapes(plain, static_cast<std::int64_t>(spans.size()), kWidth);
+    if (profile_.granularity == Granularity::kWholeLayers) {
+      const auto want = tensors_of(plain);
+      const auto got = tensors_of(run_dense(model_, given));
+      bool same = want.size() == got.size();
+      for (std::size_t i = 0; same && i < want.size(); ++i) same = same_bits(want[i], got[i]);
+      if (!same) throw DamagedData("with it the layers give another result than the model");
+      return plain;
+    }
+    ForwardReport report;
+    const auto packed = execute_packed(model_, given, plan(whole_, spans, kWidth), {}, nullptr, report);
+    if (!agrees(whole_, packed, plain, spans, kWidth)) {
+      throw DamagedData("with it packed rows give another result than the plain model");
+    }
+    return plain;
+  }
+
  private:
   using Spans = std::vector<RowSpan>;
   using Kind = SizeCode::Kind;
+  /// What is compared with its own plain passes.
+  struct Subject {
+    const Model& model;
+    const OutputSpec& spec;
+  };
+
+  /// Is a result as the output's description says?
+  void check_shapes(const c10::IValue& result, std::int64_t rows, std::int64_t width) const {
+    const auto leaves = tensors_of(result);
+    bool fits = leaves.size() == spec_.leaves.size();
+    for (std::size_t i = 0; fits && i < leaves.size(); ++i) {
+      const auto is = [&](int dim, std::int64_t size) {
+        return dim < 0 || (dim < leaves[i].dim() && leaves[i].size(dim) == size);
+      };
+      const TokenDims& dims = spec_.leaves[i];
+      fits = is(dims.batch, rows) && is(dims.tokens, width) && is(dims.merged, rows * width) &&
+             (!spec_.per_row || (dims.batch >= 0 && dims.merged < 0 && dims.tokens != -2));
+    }
+    if (!fits) throw DamagedData("its description of the output is not the model's");
+  }
 
   /// Sizes up to the largest power of two that `size` reaches.
   void verified(Kind kind, std::int64_t size) {
@@ -96,78 +152,84 @@ class Checker {
     return made;
   }
 
-  Plan plan(const Spans& spans, std::int64_t width) const {
+  static Plan plan(const Subject& of, const Spans& spans, std::int64_t width) {
     Batch batch;
     batch.rows = static_cast<std::int64_t>(spans.size());
     batch.width = width;
     batch.spans = spans;
-    return batch.full_plan(static_cast<std::int32_t>(model_.layers()));
+    return batch.full_plan(static_cast<std::int32_t>(of.model.layers()));
   }
 
-  /// Whole layers against the plain model, bit by bit; short sequences too, whose sizes could be
-  /// mistaken for constants.
-  void whole_layers() {
-    const std::int64_t shapes[][2] = {{2, 5}, {1, 1}, {1, 2}, {1, 3}, {3, 8}, {1, 40}};
-    for (const auto& shape : shapes) {
-      const auto given = probe_inputs(vocabulary_, model_.device(), shape[0], shape[1], 3);
-      c10::IValue plain;
+  /// Short sequences, whose sizes could be mistaken for constants, and a longer one.
+  void add_short_and_long(std::vector<PlainRun>& runs) const {
+    for (const std::int64_t tokens : {1, 2, 3, 40}) {
+      auto given = probe_inputs(vocabulary_, model_.device(), 1, tokens, 3);
       try {
-        plain = model_.plain(given);
+        auto result = model_.plain(given);
+        runs.push_back({1, tokens, std::move(given), std::move(result)});
       } catch (const std::exception&) {
-        continue;  // the model itself does not take this shape
-      }
-      std::string why;
-      try {
-        const auto want = tensors_of(plain);
-        const auto got = tensors_of(run_dense(model_, given));
-        if (want.size() != got.size()) why = "another number of tensors";
-        for (std::size_t i = 0; why.empty() && i < want.size(); ++i) {
-          if (!same_bits(want[i], got[i])) why = "another result";
-        }
-      } catch (const std::exception& error) {
-        why = reason_of(error);
-      }
-      if (!why.empty()) {
-        throw Error(ErrorCode::kUnsupportedModel,
-                    fmt::format("cut at its layers, the model does not do what it does whole (batch {}, {} tokens): {}",
-                                shape[0], shape[1], why));
+        // The model itself does not take as few or as many.
       }
     }
   }
 
-  bool agrees(const c10::IValue& got, const c10::IValue& want, const Spans& spans, std::int64_t width) const {
+  /// Whole layers against the plain model, bit by bit: what is wrong, if anything.
+  [[nodiscard]] std::string whole_layers_differ(const PlainRun& plain) const {
+    try {
+      const auto want = tensors_of(plain.result);
+      const auto got = tensors_of(run_dense(model_, plain.inputs));
+      if (want.size() != got.size()) return "another number of tensors";
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        if (!same_bits(want[i], got[i])) return "another result";
+      }
+      return {};
+    } catch (const std::exception& error) {
+      return reason_of(error);
+    }
+  }
+
+  void compare_whole_layers(const PlainRun& plain) const {
+    const auto why = whole_layers_differ(plain);
+    if (why.empty()) return;
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("cut at its layers, the model does not do what it does whole (batch {}, {} tokens): {}",
+                            plain.rows, plain.tokens, why));
+  }
+
+  static bool agrees(const Subject& of, const c10::IValue& got, const c10::IValue& want, const Spans& spans,
+                     std::int64_t width) {
     for (std::size_t i = 0; i < spans.size(); ++i) {
       const auto row = static_cast<std::int64_t>(i);
-      const auto a = row_of(got, spec_, row, spans[i].first, spans[i].tokens, width);
-      const auto b = row_of(want, spec_, row, spans[i].first, spans[i].tokens, width);
+      const auto a = row_of(got, of.spec, row, spans[i].first, spans[i].tokens, width);
+      const auto b = row_of(want, of.spec, row, spans[i].first, spans[i].tokens, width);
       if (a.size() != b.size()) return false;
       for (std::size_t k = 0; k < a.size(); ++k) {
-        if (!nearly_equal(a[k], b[k], model_.rounding())) return false;
+        if (!nearly_equal(a[k], b[k], of.model.rounding())) return false;
       }
     }
     return true;
   }
 
   /// Packed against plain on one ragged batch. Empty if they agree, else what is wrong.
-  std::string packed_differs(const Spans& spans, std::int64_t width, std::int64_t seed) const {
+  std::string packed_differs(const Subject& of, const Spans& spans, std::int64_t width, std::int64_t seed) const {
     const auto given = inputs(spans, width, seed);
     c10::IValue plain;
     try {
-      plain = model_.plain(given);
+      plain = of.model.plain(given);
     } catch (const std::exception&) {
       return {};
     }
     try {
       ForwardReport report;
-      const auto got = execute_packed(model_, given, plan(spans, width), {}, nullptr, report);
-      if (!agrees(got, plain, spans, width)) return "packed rows give another result than the plain model";
+      const auto got = execute_packed(of.model, given, plan(of, spans, width), {}, nullptr, report);
+      if (!agrees(of, got, plain, spans, width)) return "packed rows give another result than the plain model";
       if (spans.size() < 2) return {};
       // What other sequences hold must not be seen at all: bit for bit.
       auto others = inputs(spans, width, seed + 1);
       for (std::size_t i = 0; i < given.size(); ++i) others[i].toTensor()[0].copy_(given[i].toTensor()[0]);
-      const auto again = execute_packed(model_, others, plan(spans, width), {}, nullptr, report);
-      const auto a = row_of(got, spec_, 0, spans[0].first, spans[0].tokens, width);
-      const auto b = row_of(again, spec_, 0, spans[0].first, spans[0].tokens, width);
+      const auto again = execute_packed(of.model, others, plan(of, spans, width), {}, nullptr, report);
+      const auto a = row_of(got, of.spec, 0, spans[0].first, spans[0].tokens, width);
+      const auto b = row_of(again, of.spec, 0, spans[0].first, spans[0].tokens, width);
       for (std::size_t i = 0; i < a.size(); ++i) {
         if (!same_bits(a[i], b[i])) return "packed sequences see each other";
       }
@@ -188,8 +250,8 @@ class Checker {
       alone.emplace_back(input.toTensor().narrow(0, 0, 1).narrow(1, 0, 5).contiguous());
     }
     try {
-      const auto padded = row_of(model_.plain(given), spec_, 0, 0, 5, 12);
-      const auto bare = row_of(model_.plain(alone), spec_, 0, 0, 5, 5);
+      const auto padded = row_of(few_.model.plain(given), few_.spec, 0, 0, 5, 12);
+      const auto bare = row_of(few_.model.plain(alone), few_.spec, 0, 0, 5, 5);
       for (std::size_t i = 0; i < padded.size(); ++i) {
         if (!nearly_equal(padded[i], bare[i], model_.rounding())) return true;
       }
@@ -211,7 +273,11 @@ class Checker {
       cases.push_back({{{0, 50}, {0, 33}, {0, 27}}, 52});
     }
     for (std::size_t i = 0; i < cases.size(); ++i) {
-      const auto why = packed_differs(cases[i].spans, cases[i].width, static_cast<std::int64_t>(i) * 5);
+      // The whole depth once: without padding, or with.
+      const bool deep = &few_.model != &model_ && i == (profile_.mask_argument >= 0 ? 2 : 1);
+      const auto seed = static_cast<std::int64_t>(i) * 5;
+      auto why = packed_differs(few_, cases[i].spans, cases[i].width, seed);
+      if (why.empty() && deep) why = packed_differs(whole_, cases[i].spans, cases[i].width, seed);
       if (why.empty()) continue;
       note(why);
       return false;
@@ -221,7 +287,7 @@ class Checker {
       note("a sequence's output depends on how far it is padded");
       return false;
     }
-    const auto why = packed_differs({{3, 3}, {0, 6}, {5, 1}}, 6, 77);
+    const auto why = packed_differs(few_, {{3, 3}, {0, 6}, {5, 1}}, 6, 77);
     profile_.left_padding = why.empty();
     if (!why.empty()) profile_.notes.push_back("left-padded batches are not packed: " + why);
     return true;
@@ -233,12 +299,12 @@ class Checker {
     const std::int64_t width = 9;
     const bool mask = profile_.mask_argument >= 0;
     const Spans used = mask ? spans : Spans{{0, 9}, {0, 9}};
-    const auto layers = static_cast<std::int32_t>(model_.layers());
+    const auto layers = static_cast<std::int32_t>(few_.model.layers());
     try {
       const auto given = inputs(used, width, 21);
       Donors donors;
       ForwardReport report;
-      const auto full = execute_packed(model_, given, plan(used, width), {}, &donors, report);
+      const auto full = execute_packed(few_.model, given, plan(few_, used, width), {}, &donors, report);
       const std::vector<std::vector<std::int64_t>> actives[] = {
           {{8}, {5}}, {{1, 4, 5}, {0}}, {{}, {2, 3}}, {{0, 1, 2}, {0, 1, 2, 3, 4, 5}}};
       for (const auto& active : actives) {
@@ -247,8 +313,8 @@ class Checker {
           const auto& span = used[static_cast<std::size_t>(i)];
           part.sequences.push_back(compute_some(i, 0, span.tokens, layers, active[static_cast<std::size_t>(i)], i));
         }
-        const auto got = execute_packed(model_, given, part, donors, nullptr, report);
-        if (!agrees(got, full, used, width)) {
+        const auto got = execute_packed(few_.model, given, part, donors, nullptr, report);
+        if (!agrees(few_, got, full, used, width)) {
           note("recomputing some tokens gives another result than computing all");
           return false;
         }
@@ -262,16 +328,24 @@ class Checker {
   }
 
   const Model& model_;
+  const OutputSpec& spec_;
+  const OutputSpec states_ = states_output();  ///< of a shallow model
+  const Subject whole_;
+  const Subject few_;  ///< one layer of each kind, if there are fewer of these
   const InputSpec& input_spec_;
   const std::vector<std::int64_t>& vocabulary_;
-  const OutputSpec& spec_;
   ModelProfile& profile_;
 };
 
 }  // namespace
 
-void self_check(const Model& model, const InputSpec& inputs, const OutputSpec& spec, ModelProfile& profile) {
-  Checker(model, inputs, spec, profile).run();
+void self_check(const Model& model, const Model* shallow, const InputSpec& inputs, const Probed& probed,
+                ModelProfile& profile) {
+  Checker(model, shallow, inputs, probed.output, profile).run(probed.runs);
+}
+
+c10::IValue check_once(const Model& model, const InputSpec& inputs, const OutputSpec& spec, ModelProfile& profile) {
+  return Checker(model, nullptr, inputs, spec, profile).run_once();
 }
 
 }  // namespace llmcache

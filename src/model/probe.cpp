@@ -37,14 +37,26 @@ double difference(const c10::IValue& a, const c10::IValue& b, const OutputSpec& 
   return largest;
 }
 
-OutputSpec output_spec(const Model& model, const std::vector<std::int64_t>& vocabulary) {
-  constexpr std::int64_t kShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
+constexpr std::int64_t kShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
+
+std::vector<PlainRun> run_shapes(const Model& model, const std::vector<std::int64_t>& vocabulary) {
+  std::vector<PlainRun> runs;
+  for (const auto& [rows, tokens] : kShapes) {
+    auto inputs = probe_inputs(vocabulary, model.device(), rows, tokens);
+    auto result = model.plain(inputs);
+    runs.push_back({rows, tokens, std::move(inputs), std::move(result)});
+  }
+  return runs;
+}
+
+/// By runs of kShapes.
+OutputSpec output_spec(const std::vector<PlainRun>& runs) {
   std::vector<std::vector<at::Tensor>> seen;
   OutputSpec spec;
   spec.per_row = true;
-  for (const auto& shape : kShapes) {
+  for (const PlainRun& run : runs) {
     bool pure = true;
-    seen.push_back(tensors_of(model.plain(probe_inputs(vocabulary, model.device(), shape[0], shape[1])), &pure));
+    seen.push_back(tensors_of(run.result, &pure));
     if (!pure || seen.back().size() != seen.front().size()) spec.per_row = false;
   }
   if (seen[0].empty()) spec.per_row = false;
@@ -184,93 +196,126 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs) {
   return model.head(activations);
 }
 
-OutputSpec probe(const Model& model, const InputSpec& input_spec, std::optional<int> mask_argument,
-                 ModelProfile& profile) {
-  const auto& vocabulary = input_spec.vocabulary;
-  const auto ids_vocabulary = vocabulary.at(static_cast<std::size_t>(profile.ids_argument));
-  OutputSpec spec;
+OutputSpec states_output() { return {{{0, 1, -1}}, true}; }
+
+namespace {
+
+/// Asks a model, or its layers alone, about rows, order and masks. `model` and `spec` are of what is asked.
+class Prober {
+ public:
+  Prober(const Model& model, const OutputSpec& spec, const InputSpec& inputs, const ModelProfile& profile)
+      : model_(model), spec_(spec), inputs_(inputs), profile_(profile) {}
+
+  /// Row 0 must notice neither what stands in row 1 nor whether there is one.
+  [[nodiscard]] bool rows_independent(const Inputs& two_rows, const c10::IValue& result) const {
+    const auto ids = static_cast<std::size_t>(profile_.ids_argument);
+    const auto tokens = two_rows[ids].toTensor().size(1);
+    auto others = two_rows[ids].toTensor().clone();
+    // The lowest ids are often marks, and some models look for them.
+    const auto special = special_values(inputs_, ids);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const auto i = static_cast<std::size_t>(t);
+      const auto id = i < special.size() ? special[special.size() - 1 - i] : t;
+      others[1][t].fill_(std::min(id, std::max<std::int64_t>(ids_vocabulary() - 1, 0)));
+    }
+    auto changed = two_rows;
+    changed[ids] = others;
+    Inputs one = two_rows;
+    for (c10::IValue& input : one) input = input.toTensor().narrow(0, 0, 1).contiguous();
+    const auto own = row_of(result, spec_, 0, 0, tokens, tokens);
+    for (const Inputs& given : {changed, one}) {
+      const auto again = row_of(model_.plain(given), spec_, 0, 0, tokens, tokens);
+      if (again.size() != own.size()) return false;
+      for (std::size_t i = 0; i < own.size(); ++i) {
+        if (!nearly_equal(own[i], again[i], model_.rounding())) return false;
+      }
+    }
+    return true;
+  }
+
+  /// Final states before the last token do not notice a change of the last token.
+  [[nodiscard]] bool causal(const Inputs& single) const {
+    const auto states = [&](const Inputs& given) {
+      Activations activations = model_.embed(given);
+      for (std::int64_t l = 0; l < model_.layers(); ++l) model_.layer(l, activations);
+      return activations.hidden.to(at::kDouble).nan_to_num(0.0);
+    };
+    const auto last = single[0].toTensor().size(1) - 1;
+    const auto other = with_id(single, profile_.ids_argument, 0, last, ids_vocabulary());
+    const auto change = (states(single) - states(other)).abs();
+    const double own = change.select(1, last).max().item<double>();
+    const double before = change.narrow(1, 0, last).max().item<double>();
+    return own > 0 && before <= 1e-6 * own;
+  }
+
+  /// -1: none.
+  [[nodiscard]] int mask_argument(const Inputs& single) const {
+    for (const int i : marks(inputs_.vocabulary, profile_.ids_argument)) {
+      if (is_mask(model_, single, i, spec_, profile_, inputs_.vocabulary, ids_vocabulary())) return i;
+    }
+    return -1;
+  }
+
+  [[nodiscard]] bool padded_rows_independent() const {
+    return llmcache::padded_rows_independent(model_, inputs_.vocabulary, spec_, profile_);
+  }
+
+ private:
+  [[nodiscard]] std::int64_t ids_vocabulary() const {
+    return inputs_.vocabulary.at(static_cast<std::size_t>(profile_.ids_argument));
+  }
+
+  const Model& model_;
+  const OutputSpec& spec_;
+  const InputSpec& inputs_;
+  const ModelProfile& profile_;
+};
+
+void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile& profile) {
+  const auto count = static_cast<int>(inputs.vocabulary.size());
+  if (mask_argument >= -1 && mask_argument < count && mask_argument != profile.ids_argument) return;
+  throw Error(ErrorCode::kInvalidOptions,
+              fmt::format("Options.mask_argument is {}; the model has {} inputs, input_ids is number {}", mask_argument,
+                          count, profile.ids_argument));
+}
+
+}  // namespace
+
+Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
+             ModelProfile& profile) {
+  Probed found;
   try {
-    spec = output_spec(model, vocabulary);
-    const auto inputs = probe_inputs(vocabulary, model.device(), 2, 6);
-    const auto first = model.plain(inputs);
-    const auto second = model.plain(inputs);
-    if (difference(first, second, spec, 0, 0) != 0) {
+    found.runs = run_shapes(model, inputs.vocabulary);
+    found.output = output_spec(found.runs);
+    found.runs.pop_back();
+    const PlainRun& first = found.runs.front();
+    if (difference(first.result, model.plain(first.inputs), found.output, 0, 0) != 0) {
       throw Error(ErrorCode::kUnsupportedModel,
                   "the model answers the same inputs differently each time (random numbers, or state kept between "
                   "calls); such a model cannot be cached");
     }
-    profile.per_row_output = spec.per_row;
+    profile.per_row_output = found.output.per_row;
+    profile.rows_independent = profile.rows_independent && profile.per_row_output;
 
-    // Row 0 must not notice what stands in row 1.
-    auto changed = inputs;
-    // The lowest ids are often marks, and some models look for them.
-    auto others = changed[static_cast<std::size_t>(profile.ids_argument)].toTensor().clone();
-    const auto special = special_values(input_spec, static_cast<std::size_t>(profile.ids_argument));
-    for (std::int64_t t = 0; t < 6; ++t) {
-      const auto i = static_cast<std::size_t>(t);
-      const auto id = i < special.size() ? special[special.size() - 1 - i] : t;
-      others[1][t].fill_(std::min(id, std::max<std::int64_t>(ids_vocabulary - 1, 0)));
-    }
-    changed[static_cast<std::size_t>(profile.ids_argument)] = others;
-    const auto third = model.plain(changed);
-    profile.rows_independent = profile.rows_independent && spec.per_row;
-    const auto a = spec.per_row ? row_of(first, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
-    const auto b = spec.per_row ? row_of(third, spec, 0, 0, 6, 6) : std::vector<at::Tensor>{};
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      if (!nearly_equal(a[i], b[i], model.rounding())) profile.rows_independent = false;
-    }
-
-    // Nor how many rows there are.
-    if (spec.per_row) {
-      Inputs one = inputs;
-      for (c10::IValue& input : one) input = input.toTensor().narrow(0, 0, 1).contiguous();
-      const auto alone = row_of(model.plain(one), spec, 0, 0, 6, 6);
-      for (std::size_t i = 0; i < a.size(); ++i) {
-        if (alone.size() != a.size() || !nearly_equal(alone[i], a[i], model.rounding()))
-          profile.rows_independent = false;
-      }
-    }
-
-    // Causal: final states before the last token do not notice a change of the last token.
-    const auto single = probe_inputs(vocabulary, model.device(), 1, 6);
-    const auto states = [&](const Inputs& given) {
-      Activations activations = model.embed(given);
-      for (std::int64_t l = 0; l < model.layers(); ++l) model.layer(l, activations);
-      return activations.hidden.to(at::kDouble).nan_to_num(0.0);
-    };
-    const auto change = (states(single) - states(with_id(single, profile.ids_argument, 0, 5, ids_vocabulary))).abs();
-    const double own = change.select(1, 5).max().item<double>();
-    const double before = change.narrow(1, 0, 5).max().item<double>();
-    profile.causal = own > 0 && before <= 1e-6 * own;
-
-    if (mask_argument) {
-      if (*mask_argument < -1 || *mask_argument >= static_cast<int>(vocabulary.size()) ||
-          *mask_argument == profile.ids_argument) {
-        throw Error(ErrorCode::kInvalidOptions,
-                    fmt::format("Options.mask_argument is {}; the model has {} inputs, input_ids is number {}",
-                                *mask_argument, vocabulary.size(), profile.ids_argument));
-      }
-      profile.mask_argument = *mask_argument;
-    } else {
-      profile.mask_argument = -1;
-      for (std::size_t i = 0; i < vocabulary.size(); ++i) {
-        if (vocabulary[i] != 0 || static_cast<int>(i) == profile.ids_argument) continue;
-        if (is_mask(model, single, static_cast<int>(i), spec, profile, vocabulary, ids_vocabulary)) {
-          profile.mask_argument = static_cast<int>(i);
-          break;
-        }
-      }
-    }
-    if (profile.rows_independent && !padded_rows_independent(model, vocabulary, spec, profile)) {
-      profile.rows_independent = false;
-    }
+    const OutputSpec states = states_output();
+    const Prober prober =
+        shallow == nullptr ? Prober(model, found.output, inputs, profile) : Prober(*shallow, states, inputs, profile);
+    const auto& two_rows = first.inputs;
+    profile.rows_independent =
+        profile.rows_independent &&
+        prober.rows_independent(two_rows, shallow == nullptr ? first.result : shallow->plain(two_rows));
+    const auto single = probe_inputs(inputs.vocabulary, model.device(), 1, 6);
+    profile.causal = prober.causal(single);
+    if (mask_argument) check_option(*mask_argument, inputs, profile);
+    profile.mask_argument = mask_argument ? *mask_argument : prober.mask_argument(single);
+    profile.rows_independent = profile.rows_independent && prober.padded_rows_independent();
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
     throw Error(ErrorCode::kUnsupportedModel,
                 fmt::format("probing the model with tiny inputs failed: {}", reason_of(error)));
   }
-  return spec;
+  return found;
 }
 
 void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile) {

@@ -18,6 +18,22 @@ struct OutputSpec {
   bool per_row = false;  ///< every tensor has the batch as a dimension, and there is nothing else
 };
 
+/// One pass of the plain model.
+struct PlainRun {
+  std::int64_t rows = 0, tokens = 0;
+  Inputs inputs;
+  c10::IValue result;
+};
+
+/// What probe() found beside what it fills in of a profile.
+struct Probed {
+  OutputSpec output;
+  std::vector<PlainRun> runs;  ///< two of unlike sizes, to be compared with other ways of running the model
+};
+
+/// The shape of hidden states, as a result.
+OutputSpec states_output();
+
 /// Deterministic inputs `[batch, tokens]`: ids spread over each embedding, `seed` varies them; ones
 /// where an input selects from no embedding.
 Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
@@ -38,8 +54,10 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs);
 
 /// Fills causal, rows_independent, per_row_output and mask_argument of `profile`, whose ids_argument
 /// and inputs the adapter has filled. Throws Error(kUnsupportedModel) for a model that answers the
-/// same inputs differently or fails on tiny ones, or if `mask_argument` is out of range.
-OutputSpec probe(const Model& model, const InputSpec& inputs, std::optional<int> mask_argument, ModelProfile& profile);
+/// same inputs differently or fails on tiny ones, or if `mask_argument` is out of range. What depends on the graph of
+/// the layers alone is asked of `shallow` (ShallowModel), unless that is null.
+Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
+             ModelProfile& profile);
 
 /// Keeps profile.max_tokens, which the adapter has read off, only where the model takes as many tokens and no more, as
 /// far as its work before the first layer tells; a bound beyond 4,096 is taken as it is.

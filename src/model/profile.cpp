@@ -53,6 +53,7 @@ std::string ModelProfile::to_string() const {
   }
   if (!weights_reason.empty()) text += fmt::format("weights chosen:    {}, as {}\n", weights, weights_reason);
   text += fmt::format("digest:            {}\n", digest);
+  if (!file_note.empty()) text += fmt::format("saved profile:     {}\n", file_note);
   text += fmt::format("wrapping took:     {:.0f} ms\n", wrap_ms);
   for (const std::string& note : notes) text += "note:              " + note + "\n";
   return text;

@@ -292,9 +292,11 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   fix_scalar_attributes(graph.block(), graph.inputs()[0], module);
   flat.writes = remove_writes(graph, module);
   auto owner = flat.graph;
-  torch::jit::ConstantPropagation(owner);
-  torch::jit::PeepholeOptimize(owner, /*disable_shape_peepholes=*/true);
-  torch::jit::ConstantPropagation(owner);
+  // As often as it finds something: what a single run leaves depends on addresses.
+  constexpr int kMostRounds = 16;
+  for (int round = 0; round < kMostRounds && torch::jit::ConstantPropagation(owner); ++round) {
+    torch::jit::PeepholeOptimize(owner, /*disable_shape_peepholes=*/true);
+  }
   torch::jit::LowerSimpleTuples(owner);
   // In-place operations on fresh values become ordinary ones: the same numbers, but free to be moved.
   torch::jit::RemoveTensorMutation(owner);

@@ -3,7 +3,9 @@
 
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -46,6 +48,7 @@ struct FlatGraph {
   std::unordered_map<const Node*, int> part;   ///< of each top-level node
   std::vector<std::vector<Value*>> arguments;  ///< of each layer call, without self
   Writes writes;                               ///< to the module's attributes, that were taken out
+  bool on_cpu = false;                         ///< its weights are
 
   [[nodiscard]] Value* self() const { return graph->inputs()[0]; }
   [[nodiscard]] Value* input(std::size_t i) const { return graph->inputs()[i + 1]; }
@@ -90,18 +93,37 @@ struct ValueInfo {
 
 using ValueInfos = std::unordered_map<const Value*, ValueInfo>;
 
+/// Values of a graph in one run.
+using Values = std::unordered_map<const Value*, c10::IValue>;
+
+/// What top-level nodes compute for `inputs`: the values of those that are `wanted`, and no more work than they take.
+Values run_some(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                const std::function<bool(const Node*)>& wanted);
+
 /// Everything that the top-level nodes compute for `inputs`.
-std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, const Module& module,
-                                                      const Inputs& inputs);
+Values run_all(const FlatGraph& flat, const Module& module, const Inputs& inputs);
+
+/// How parts of a graph are run. On a CPU as they are: TorchScript's optimiser, which looks at the first two runs of
+/// each, finds nothing there that would make up for the time that it takes.
+std::optional<torch::jit::ExecutorExecutionMode> executor_of(const FlatGraph& flat);
 
 inline constexpr std::int64_t kLabelShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
 
 /// Labels of all top-level values, from runs on kLabelShapes.
-ValueInfos label_values(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
+ValueInfos label_values(const std::vector<Values>& runs);
+
+/// The same for each tensor in the result, in order; none if their number varies.
+std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs);
+
+/// Label and kind of a value as plain numbers, for GraphFindings, and back. Throws DamagedData for those of no value.
+std::vector<std::int64_t> numbers_of(const ValueInfo& info);
+ValueInfo info_of(const std::vector<std::int64_t>& numbers);
+
+/// The values that have labels, in the order of the graph: its inputs, and what its top-level nodes make.
+std::vector<const Value*> labelled_values(const FlatGraph& flat);
 
 /// The longest sequence that the tables of positions have room for, by the same runs; 0: there are none.
-std::int64_t token_limit(const FlatGraph& flat, const Module& module,
-                         const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs);
+std::int64_t token_limit(const FlatGraph& flat, const Module& module, const std::vector<Values>& runs);
 
 /// Rows of the embedding that each model input selects from directly; 0: none.
 std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module);

@@ -1,12 +1,15 @@
 // Labels the values of a flat graph by running it on several input shapes: which dimension is the
 // batch, which the tokens, which follows from both. Nothing is guessed from names or positions.
 #include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
 
 #include <algorithm>
 #include <array>
 
 #include "llmcache/error.h"
+#include "model/tensors_of.h"
 #include "model/torchscript_graph.h"
+#include "store/damaged_data.h"
 
 namespace llmcache::ts {
 namespace {
@@ -59,14 +62,18 @@ int ValueInfo::count(Label::Kind wanted) const {
   return static_cast<int>(std::count_if(dims.begin(), dims.end(), [&](const Label& l) { return l.kind == wanted; }));
 }
 
-std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, const Module& module,
-                                                      const Inputs& inputs) {
+std::optional<torch::jit::ExecutorExecutionMode> executor_of(const FlatGraph& flat) {
+  return flat.on_cpu ? std::optional(torch::jit::ExecutorExecutionMode::SIMPLE) : std::nullopt;
+}
+
+Values run_some(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                const std::function<bool(const Node*)>& wanted) {
   auto graph = flat.graph->copy();
   std::vector<Value*> copied;
   std::vector<const Value*> originals;
   auto original = flat.graph->nodes().begin();
   for (Node* node : graph->nodes()) {
-    for (std::size_t i = 0; i < node->outputs().size(); ++i) {
+    for (std::size_t i = 0; i < node->outputs().size() && wanted(*original); ++i) {
       copied.push_back(node->output(i));
       originals.push_back((*original)->output(i));
     }
@@ -75,6 +82,7 @@ std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, con
   while (!graph->outputs().empty()) graph->eraseOutput(graph->outputs().size() - 1);
   Node* tuple = graph->insertNode(graph->createTuple(copied));
   graph->registerOutput(tuple->output());
+  torch::jit::EliminateDeadCode(graph);
 
   torch::jit::GraphFunction function("llmcache_probe", graph, nullptr, torch::jit::ExecutorExecutionMode::SIMPLE);
   torch::jit::Stack stack;
@@ -83,14 +91,34 @@ std::unordered_map<const Value*, c10::IValue> run_all(const FlatGraph& flat, con
   for (std::size_t i = stack.size(); i < graph->inputs().size(); ++i) stack.emplace_back();
   function.run(stack);
 
-  std::unordered_map<const Value*, c10::IValue> values;
+  Values values;
   const auto& elements = stack.back().toTupleRef().elements();
   for (std::size_t i = 0; i < originals.size(); ++i) values.emplace(originals[i], elements[i]);
   for (std::size_t i = 0; i < inputs.size(); ++i) values.emplace(flat.input(i), inputs[i]);
   return values;
 }
 
-ValueInfos label_values(const std::vector<std::unordered_map<const Value*, c10::IValue>>& runs) {
+Values run_all(const FlatGraph& flat, const Module& module, const Inputs& inputs) {
+  return run_some(flat, module, inputs, [](const Node*) { return true; });
+}
+
+std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs) {
+  const Value* result = flat.graph->outputs()[0];
+  std::vector<std::vector<at::Tensor>> leaves;
+  for (const Values& run : runs) {
+    leaves.push_back(tensors_of(run.at(result)));
+    if (leaves.back().size() != leaves[0].size()) return std::nullopt;
+  }
+  std::vector<ValueInfo> infos;
+  for (std::size_t i = 0; i < leaves[0].size(); ++i) {
+    std::vector<Values> seen;
+    for (const auto& run : leaves) seen.push_back({{result, run[i]}});
+    infos.push_back(label_values(seen).at(result));
+  }
+  return infos;
+}
+
+ValueInfos label_values(const std::vector<Values>& runs) {
   ValueInfos infos;
   for (const auto& [value, first] : runs.at(0)) {
     const std::array<const c10::IValue*, 3> seen{&first, &runs.at(1).at(value), &runs.at(2).at(value)};
@@ -123,6 +151,45 @@ ValueInfos label_values(const std::vector<std::unordered_map<const Value*, c10::
     infos.emplace(value, std::move(info));
   }
   return infos;
+}
+
+std::vector<std::int64_t> numbers_of(const ValueInfo& info) {
+  std::vector<std::int64_t> numbers{static_cast<std::int64_t>(info.kind), static_cast<std::int64_t>(info.dtype),
+                                    info.nested ? 1 : 0};
+  const auto add = [&](const Label& label) {
+    numbers.push_back(static_cast<std::int64_t>(label.kind));
+    numbers.push_back(label.factor);
+  };
+  add(info.integer);
+  for (const Label& label : info.dims) add(label);
+  return numbers;
+}
+
+ValueInfo info_of(const std::vector<std::int64_t>& numbers) {
+  constexpr std::size_t kFixed = 5;  // numbers before those of the dimensions
+  const auto whole = [&](std::size_t i, std::int64_t end) {
+    if (numbers[i] < 0 || numbers[i] >= end) throw DamagedData("it has labels of values that there are not");
+    return numbers[i];
+  };
+  const auto label = [&](std::size_t i) {
+    return Label{static_cast<Kind>(whole(i, static_cast<std::int64_t>(Kind::kUnknown) + 1)), numbers[i + 1]};
+  };
+  if (numbers.size() < kFixed || numbers.size() % 2 == 0) throw DamagedData("it has a label that is cut off");
+  ValueInfo info;
+  info.kind = static_cast<ValueInfo::Kind>(whole(0, static_cast<std::int64_t>(ValueInfo::Kind::kOther) + 1));
+  info.dtype = static_cast<at::ScalarType>(whole(1, static_cast<std::int64_t>(at::ScalarType::NumOptions)));
+  info.nested = whole(2, 2) == 1;
+  info.integer = label(3);
+  for (std::size_t i = kFixed; i < numbers.size(); i += 2) info.dims.push_back(label(i));
+  return info;
+}
+
+std::vector<const Value*> labelled_values(const FlatGraph& flat) {
+  std::vector<const Value*> values(flat.graph->inputs().begin() + 1, flat.graph->inputs().end());
+  for (const Node* node : flat.graph->nodes()) {
+    values.insert(values.end(), node->outputs().begin(), node->outputs().end());
+  }
+  return values;
 }
 
 std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module) {

@@ -15,6 +15,8 @@
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
 #include "model/probe.h"
+#include "model/saved_profile.h"
+#include "model/torchscript_layer_kinds.h"
 #include "model/torchscript_packed_weights.h"
 #include "model/torchscript_sites.h"
 
@@ -248,7 +250,43 @@ Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t t
   return llmcache::probe_inputs(analysis.vocabulary, analysis.device, batch, tokens);
 }
 
-Analysis analyse(const Module& module, const Options& options) {
+namespace {
+
+/// Labels of all values and of the result, and the longest sequence.
+void find_labels(Analysis& analysis) {
+  const FlatGraph& flat = analysis.flat;
+  std::vector<Values> runs;
+  for (const auto& [batch, tokens] : kLabelShapes) {
+    runs.push_back(run_all(flat, analysis.module, probe_inputs(analysis, batch, tokens)));
+  }
+  analysis.infos = label_values(runs);
+  analysis.result = label_result(flat, runs);
+  analysis.max_tokens = token_limit(flat, analysis.module, runs);
+  GraphFindings& findings = *analysis.findings;
+  findings.values.clear();
+  for (const Value* value : labelled_values(flat)) findings.values.push_back(numbers_of(analysis.infos.at(value)));
+  findings.max_tokens = analysis.max_tokens;
+  findings.result.reset();
+  if (!analysis.result) return;
+  findings.result.emplace();
+  for (const ValueInfo& info : *analysis.result) findings.result->push_back(numbers_of(info));
+}
+
+/// The same from a file.
+void take_labels(Analysis& analysis) {
+  const GraphFindings& findings = *analysis.findings;
+  const auto values = labelled_values(analysis.flat);
+  if (values.size() != findings.values.size()) throw DamagedData("it has labels of another number of values");
+  for (std::size_t i = 0; i < values.size(); ++i) analysis.infos[values[i]] = info_of(findings.values[i]);
+  analysis.max_tokens = findings.max_tokens;
+  if (!findings.result) return;
+  analysis.result.emplace();
+  for (const auto& numbers : *findings.result) analysis.result->push_back(info_of(numbers));
+}
+
+}  // namespace
+
+Analysis analyse(const Module& module, const Options& options, std::shared_ptr<GraphFindings> findings) {
   refuse_what_cannot_be_wrapped(module);
   const auto& graph = *torch::jit::toGraphFunction(module.get_method("forward").function()).graph();
   for (std::size_t i = 1; i < graph.inputs().size(); ++i) {
@@ -258,6 +296,7 @@ Analysis analyse(const Module& module, const Options& options) {
     unsupported(fmt::format("input {} of forward ('{}') is a {}; token-level tensors are expected", i - 1,
                             graph.inputs()[i]->debugName(), type->repr_str()));
   }
+  if (!findings->known) findings->structure = structure_digest(module);
   auto chains = find_chains(module, options.layers);
   if (chains.empty()) {
     unsupported(
@@ -266,11 +305,15 @@ Analysis analyse(const Module& module, const Options& options) {
   }
   std::string reasons;
   bool nested = false;
-  for (const Chain& chain : chains) {
+  for (std::size_t i = findings->known ? findings->chain : 0; i < chains.size(); ++i) {
+    const Chain& chain = chains[i];
+    findings->chain = i;
     Analysis analysis;
     analysis.module = module;
+    analysis.findings = findings;
     analysis.device = device_of(module);
     analysis.flat = flatten(module, chain);
+    analysis.flat.on_cpu = analysis.device.is_cpu();
     analysis.path = chain.path;
     auto& flat = analysis.flat;
     if (has_training_dropout(flat.graph->block())) {
@@ -290,12 +333,7 @@ Analysis analyse(const Module& module, const Options& options) {
     }
     analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
     try {
-      std::vector<std::unordered_map<const Value*, c10::IValue>> runs;
-      for (const auto& [batch, tokens] : kLabelShapes) {
-        runs.push_back(run_all(flat, module, probe_inputs(analysis, batch, tokens)));
-      }
-      analysis.infos = label_values(runs);
-      analysis.max_tokens = token_limit(flat, module, runs);
+      findings->known ? take_labels(analysis) : find_labels(analysis);
     } catch (const std::exception& error) {
       unsupported(
           fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
@@ -338,14 +376,16 @@ Program build_program(const Analysis& analysis) {
   Program program;
   const auto layers = analysis.flat.layers;
   const auto embed_nodes = analysis.nodes(0);
-  program.embed = Segment("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots);
+  program.embed = Segment("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots,
+                          Executor::kOfModule);
   for (std::int64_t l = 0; l < layers; ++l) {
     const auto nodes = analysis.nodes(l + 1);
     program.layers.emplace_back("llmcache_layer_" + std::to_string(l), analysis.flat, nodes, analysis.escaping(nodes),
-                                program.slots);
+                                program.slots, Executor::kOfModule);
   }
   const std::vector<const Value*> result{analysis.flat.graph->outputs()[0]};
-  program.head = Segment("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots);
+  program.head =
+      Segment("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, Executor::kOfModule);
   for (const Value* value : analysis.hidden) program.hidden.push_back(program.slots.of(value));
 
   program.dead.resize(static_cast<std::size_t>(layers));
@@ -385,7 +425,7 @@ class TorchScriptModel final : public Model {
         weights_reason_(std::move(reason)),
         guard_(analysis.module, exempt_of(analysis)),
         spec_(spec_of(analysis)),
-        structure_(fmt::format("{} {} {} {}", structure_digest(analysis.module), analysis.path, analysis.flat.layers,
+        structure_(fmt::format("{} {} {} {}", analysis.findings->structure, analysis.path, analysis.flat.layers,
                                to_string(weights))),
         notes_(analysis.flat.writes.notes) {
     digest_ = guard_.digest(structure_);
@@ -403,6 +443,9 @@ class TorchScriptModel final : public Model {
     self_ = analysis_->module._ivalue();
     program_ = build_program(*analysis_);
     token_level_ = make_token_level(analysis_, program_, sites_, notes_);
+    if (token_level_ != nullptr && token_level_->self_contained() && head_takes_one_state()) {
+      analysis_->findings->distinct_layers = distinct_layers(*analysis_, sites_);
+    }
   }
 
   Activations embed(const Inputs& inputs) const override {
@@ -486,6 +529,7 @@ class TorchScriptModel final : public Model {
     digest_ = guard_.digest(structure_);
   }
   const TokenLevelModel* token_level() const override { return token_level_.get(); }
+  const GraphFindings* findings() const override { return analysis_->findings.get(); }
 
   void describe(ModelProfile& profile) const override {
     profile.layers_path = analysis_->path;
@@ -529,6 +573,14 @@ class TorchScriptModel final : public Model {
     }
   }
 
+  [[nodiscard]] bool head_takes_one_state() const {
+    const auto& slots = program_.head.in();
+    return std::none_of(slots.begin(), slots.end(), [&](int slot) {
+      const Value* value = program_.slots.value(slot);
+      return analysis_->dependent.count(value) > 0 && value != analysis_->hidden.back();
+    });
+  }
+
   static std::unordered_set<std::string> exempt_of(const Analysis& analysis) {
     const auto& names = analysis.flat.writes.exempt;
     return {names.begin(), names.end()};
@@ -562,9 +614,10 @@ namespace {
 
 std::unique_ptr<Model> wrap_as(const torch::jit::Module& module, const Options& options, ts::Analysis analysis,
                                const RankedFormat& format) {
+  const bool known = analysis.findings->known;
   if (format.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
   auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), format.weights, format.reason);
-  if (format.weights != Weights::kAsLoaded) ts::check_packed(*model, module, format.weights);
+  if (format.weights != Weights::kAsLoaded && !known) ts::check_packed(*model, module, format.weights);
   return model;
 }
 
@@ -579,23 +632,50 @@ std::unique_ptr<Model> wrap_fastest(const torch::jit::Module& module, const Opti
       return wrap_as(module, options, std::move(analysis), format);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotAvailable) throw;
-      analysis = ts::analyse(module, options);  // packing had changed it
+      analysis = ts::analyse(module, options, std::make_shared<GraphFindings>());  // packing had changed it
     }
   }
   return wrap_as(module, options, std::move(analysis), chosen);
+}
+
+ts::Analysis analysed(const torch::jit::Module& module, const Options& options,
+                      std::shared_ptr<GraphFindings> findings) {
+  tell(options.progress, "reading the model's graph");
+  auto analysis = ts::analyse(module, options, std::move(findings));
+  const auto dtype = analysis.infos.at(analysis.hidden[0]).dtype;
+  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    throw Error(ErrorCode::kUnsupportedModel,
+                fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
+  }
+  return analysis;
+}
+
+/// As it was found when the same module was wrapped before; null if it was not, or what is saved does not fit. Nothing
+/// is refused here: what cannot be wrapped says why when it is probed.
+std::unique_ptr<Model> model_as_saved(const torch::jit::Module& module, const Options& options) {
+  if (options.profile_path.empty()) return nullptr;
+  try {
+    SavedProfile saved = read_saved_profile(options.profile_path);
+    saved.check_conditions(options, ts::device_of(module));
+    if (!saved.graph || saved.graph->structure != ts::structure_digest(module)) return nullptr;
+    const RankedFormat format{saved.weights, saved.profile.weights_reason};
+    auto findings = std::make_shared<GraphFindings>(*std::move(saved.graph));
+    auto model = wrap_as(module, options, analysed(module, options, std::move(findings)), format);
+    const GraphFindings& used = *model->findings();
+    return model->digest() == saved.digest && used.asked == used.answers.size() ? std::move(model) : nullptr;
+  } catch (const CallerFailed&) {
+    throw;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 
 }  // namespace
 
 std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
   const at::NoGradGuard no_grad;
-  tell(options.progress, "reading the model's graph");
-  auto analysis = ts::analyse(module, options);
-  const auto dtype = analysis.infos.at(analysis.hidden[0]).dtype;
-  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
-    throw Error(ErrorCode::kUnsupportedModel,
-                fmt::format("hidden states of type {} are not supported", c10::toString(dtype)));
-  }
+  if (auto model = model_as_saved(module, options)) return model;
+  auto analysis = analysed(module, options, std::make_shared<GraphFindings>());
   if (options.weights == Weights::kFastest) return wrap_fastest(module, options, std::move(analysis));
   return wrap_as(module, options, std::move(analysis), {options.weights, {}});
 }

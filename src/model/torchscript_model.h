@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "llmcache/options.h"
+#include "model/graph_findings.h"
 #include "model/torchscript_dependence.h"
 #include "model/torchscript_segment.h"
 #include "model/torchscript_weights.h"
@@ -16,9 +17,11 @@ namespace llmcache::ts {
 /// What analysis of the graph found; shared by whole-layer and token-level operation.
 struct Analysis {
   Module module;
+  std::shared_ptr<GraphFindings> findings;  ///< of runs of the graph
   at::Device device = at::kCPU;
   FlatGraph flat;
   ValueInfos infos;
+  std::optional<std::vector<ValueInfo>> result;       ///< of each tensor in the result; none: their number varies
   std::unordered_set<const Value*> dependent;         ///< on the hidden state that enters the first layer
   std::unordered_map<const Value*, Value*> detached;  ///< dependent scalars and their twins made from the input
   std::vector<Value*> hidden;                         ///< hidden[l] enters layer l; hidden[L] is the final state
@@ -41,8 +44,9 @@ struct Analysis {
 /// Deterministic token-level inputs for probing: in range for every embedding, masks all ones.
 Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens);
 
-/// Throws Error(kUnsupportedModel) with the reason.
-Analysis analyse(const Module& module, const Options& options);
+/// Runs nothing if the findings are known; fills them otherwise. Throws Error(kUnsupportedModel) with the reason, and
+/// anything where known findings do not fit the module.
+Analysis analyse(const Module& module, const Options& options, std::shared_ptr<GraphFindings> findings);
 
 /// Drops nodes whose values nobody uses, and all that is known of them.
 void remove_dead(Analysis& analysis);

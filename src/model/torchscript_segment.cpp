@@ -33,7 +33,7 @@ std::vector<const Value*> external_inputs(const FlatGraph& flat, const std::vect
 }
 
 Segment::Segment(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-                 const std::vector<const Value*>& outputs, Slots& slots) {
+                 const std::vector<const Value*>& outputs, Slots& slots, Executor executor) {
   auto graph = std::make_shared<Graph>();
   std::unordered_map<const Value*, Value*> made;
   Value* self = graph->addInput("self");
@@ -76,7 +76,8 @@ Segment::Segment(const std::string& name, const FlatGraph& flat, const std::vect
   } else {
     graph->registerOutput(graph->appendNode(graph->createTuple(results))->output());
   }
-  function_ = std::make_shared<torch::jit::GraphFunction>(name, std::move(graph), nullptr);
+  function_ = std::make_shared<torch::jit::GraphFunction>(
+      name, std::move(graph), nullptr, executor == Executor::kSimple ? executor_of(flat) : std::nullopt);
 }
 
 void Segment::run(const c10::IValue& self, Env& env) const {

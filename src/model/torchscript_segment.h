@@ -3,6 +3,7 @@
 
 #include <torch/csrc/jit/api/function_impl.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -36,13 +37,19 @@ class Slots {
   std::vector<const Value*> values_;
 };
 
+/// How a piece of graph is run.
+enum class Executor : std::uint8_t {
+  kOfModule,  ///< as TorchScript runs the module: the same bits, after two slow runs in which it is optimised
+  kSimple,    ///< on a CPU as it is: the optimiser finds nothing there that would make up for the time that it takes
+};
+
 /// A compiled piece of graph. Const and thread-safe: TorchScript's executors are.
 class Segment {
  public:
   Segment() = default;
   /// `nodes` in the graph's order. Inputs are found; `outputs` are the values wanted.
   Segment(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-          const std::vector<const Value*>& outputs, Slots& slots);
+          const std::vector<const Value*>& outputs, Slots& slots, Executor executor);
 
   [[nodiscard]] const std::vector<int>& in() const { return in_; }
   [[nodiscard]] const std::vector<int>& out() const { return out_; }

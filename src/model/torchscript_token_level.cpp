@@ -117,7 +117,11 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
                     (has_fused_layers(analysis.flat) ? kFusedLayers : ""));
     return false;
   }
-  const auto values = run_all(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5));
+  const auto in_front_of_head = [&](const Node* node) { return analysis.flat.part.at(node) <= layers; };
+  Values values;  // that questions are answered with, if there are any
+  if (!analysis.findings->known) {
+    values = run_some(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5), in_front_of_head);
+  }
   std::unordered_set<const Value*> earlier;  // hidden-dependent values of layers before
   for (std::int64_t l = 0; l < layers; ++l) {
     const auto give_up = [&] {
@@ -132,7 +136,7 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
       const auto& nodes = split->pieces[p];
       auto outputs = analysis.escaping(nodes);
       layer.pieces.emplace_back(fmt::format("llmcache_layer_{}_piece_{}", l, p), analysis.flat, nodes, outputs,
-                                program_.slots);
+                                program_.slots, Executor::kSimple);
       if (!add_rules(layer.pieces.back().in(), reason)) return give_up();
       for (const Value* value : external_inputs(analysis.flat, nodes)) {
         if (earlier.count(value) && value != analysis.hidden[static_cast<std::size_t>(l)]) self_contained_ = false;
@@ -142,7 +146,7 @@ bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::strin
       Site site;
       site.region = std::move(split->regions[s]);
       site.segment = Segment(fmt::format("llmcache_layer_{}_attention_{}", l, s), analysis.flat, site.region.nodes,
-                             {site.region.output}, program_.slots);
+                             {site.region.output}, program_.slots, Executor::kSimple);
       for (const SiteInput& input : site.region.inputs) site.slots.push_back(program_.slots.of(input.value));
       site.output_slot = program_.slots.of(site.region.output);
       if (!find_roles(site, values, reason)) return give_up();
@@ -209,23 +213,11 @@ void TokenLevel::build_narrow_embed() {
 
 void TokenLevel::build_head(std::vector<std::string>& notes) {
   const auto& analysis = *analysis_;
-  // What the result looks like on three shapes.
-  std::vector<std::vector<at::Tensor>> leaves;
+  if (!analysis.result) return;
   const Value* result = analysis.flat.graph->outputs()[0];
-  for (const auto& shape : kLabelShapes) {
-    auto inputs = probe_inputs(analysis, shape[0], shape[1]);
-    auto values = run_all(analysis.flat, analysis.module, inputs);
-    leaves.push_back(tensors_of(values.at(result)));
-  }
-  bool tokenwise = !leaves[0].empty();
-  for (std::size_t i = 0; i < leaves[0].size() && tokenwise; ++i) {
-    std::vector<std::unordered_map<const Value*, c10::IValue>> seen;
-    for (const auto& run : leaves) {
-      if (run.size() != leaves[0].size()) return;
-      seen.push_back({{result, run[i]}});
-    }
-    const auto info = label_values(seen).at(result);
-    const auto dims = token_dims(info);
+  bool tokenwise = !analysis.result->empty();
+  for (std::size_t i = 0; i < analysis.result->size() && tokenwise; ++i) {
+    const auto dims = token_dims((*analysis.result)[i]);
     tokenwise = (dims.batch >= 0 && dims.tokens >= 0 && dims.merged == -1) ||
                 (dims.merged >= 0 && dims.batch == -1 && dims.tokens == -1);
     result_dims_.push_back(dims);
@@ -243,7 +235,7 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
     }
   }
   if (tokenwise) {
-    packed_head_ = Segment("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots);
+    packed_head_ = Segment("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, Executor::kSimple);
     head_tokenwise_ = add_rules(packed_head_.in(), reason);
   }
   for (const int slot : program_.head.in()) {
@@ -272,8 +264,7 @@ void TokenLevel::check_side_outputs(std::vector<std::string>& notes) {
       "the model without it: use_cache=False, output_hidden_states=False");
 }
 
-bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values,
-                           bool partial) const {
+bool TokenLevel::try_roles(const Site& site, const Values& values, bool partial) const {
   // One sequence of 5 tokens, of which some are active: the rows must come out as in the full run.
   const std::int64_t tokens = 5;
   const auto device = values.at(site.region.output).toTensor().device();
@@ -308,8 +299,7 @@ bool TokenLevel::try_roles(const Site& site, const std::unordered_map<const Valu
   }
 }
 
-std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site,
-                                              const std::unordered_map<const Value*, c10::IValue>& values) const {
+std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site, const Values& values) const {
   const Node* node = site.region.sdpa;
   const auto& inputs = site.region.inputs;
   if (node->inputs().size() != 8) return std::nullopt;
@@ -351,25 +341,29 @@ std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site,
     return input.role == Role::kQuery || input.role == Role::kKey || input.role == Role::kSide;
   }));
   if (tensors > known) return std::nullopt;
-  // Does it give what the graph gives, from keys whose heads are not repeated yet?
+  if (!analysis_->findings->ask([&] { return sdpa_agrees(site, found, values); })) return std::nullopt;
+  return found;
+}
+
+/// Does the operator give what the graph gives, from keys whose heads are not repeated yet?
+bool TokenLevel::sdpa_agrees(const Site& site, const SdpaSite& found, const Values& values) const {
+  const auto& inputs = site.region.inputs;
   try {
     const auto tensor = [&](std::size_t i) { return values.at(inputs[i].value).toTensor(); };
     std::optional<at::Tensor> mask;
     if (found.mask >= 0) mask = tensor(static_cast<std::size_t>(found.mask));
     for (const auto i : {found.query, found.key, found.value}) {
-      if (tensor(i).dim() != 4 || tensor(i).size(0) != 1 || inputs[i].token_dim != 2) return std::nullopt;
+      if (tensor(i).dim() != 4 || tensor(i).size(0) != 1 || inputs[i].token_dim != 2) return false;
     }
     const auto got = attend(found.settings, tensor(found.query),
                             {{tensor(found.key).size(2), {tensor(found.key), tensor(found.value)}}}, mask, {});
-    if (!nearly_equal(got, values.at(site.region.output).toTensor())) return std::nullopt;
+    return nearly_equal(got, values.at(site.region.output).toTensor());
   } catch (const std::exception&) {
-    return std::nullopt;
+    return false;
   }
-  return found;
 }
 
-bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c10::IValue>& values,
-                            std::string& reason) {
+bool TokenLevel::find_roles(Site& site, const Values& values, std::string& reason) {
   auto& inputs = site.region.inputs;
   std::vector<SiteInput*> open;  // inputs that are either on the query or on the key side
   for (SiteInput& input : inputs) {
@@ -413,7 +407,8 @@ bool TokenLevel::find_roles(Site& site, const std::unordered_map<const Value*, c
         has_query = has_query || input.role == Role::kQuery;
         has_key = has_key || input.role == Role::kKey;
       }
-      if (!has_query || !has_key || !try_roles(site, values, partial)) continue;
+      const auto tried = [&] { return try_roles(site, values, partial); };
+      if (!has_query || !has_key || !analysis_->findings->ask(tried)) continue;
       site.region.partial = partial;
       partial_ = partial_ && partial;
       if (site.region.sdpa != nullptr) site.sdpa = find_sdpa(site, values);

@@ -85,10 +85,10 @@ class TokenLevel final : public TokenLevelModel {
   friend class Run;
   const PackedLayer& at(std::int64_t layer) const { return layers_.at(static_cast<std::size_t>(layer)); }
   bool add_rules(const std::vector<int>& slots, std::string& reason);
-  bool find_roles(Site& site, const std::unordered_map<const Value*, c10::IValue>& values, std::string& reason);
-  std::optional<SdpaSite> find_sdpa(const Site& site,
-                                    const std::unordered_map<const Value*, c10::IValue>& values) const;
-  bool try_roles(const Site& site, const std::unordered_map<const Value*, c10::IValue>& values, bool partial) const;
+  bool find_roles(Site& site, const Values& values, std::string& reason);
+  std::optional<SdpaSite> find_sdpa(const Site& site, const Values& values) const;
+  bool sdpa_agrees(const Site& site, const SdpaSite& found, const Values& values) const;
+  bool try_roles(const Site& site, const Values& values, bool partial) const;
   void build_head(std::vector<std::string>& notes);
   void check_side_outputs(std::vector<std::string>& notes);
   void build_narrow_embed();

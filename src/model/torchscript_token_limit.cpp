@@ -10,7 +10,7 @@
 namespace llmcache::ts {
 namespace {
 
-using Runs = std::vector<std::unordered_map<const Value*, c10::IValue>>;
+using Runs = std::vector<Values>;
 
 /// How far the largest number of an integer tensor is above the number of tokens, if it is as far in all runs.
 std::optional<std::int64_t> above_tokens(const Runs& runs, const Value* value) {

@@ -213,9 +213,19 @@ void add_constants(ContentSink& sink, const torch::jit::Block* block) {
   }
 }
 
+/// Numbers that TorchScript counts up with every module that a process loads.
+void drop_numbers_of_warnings(torch::jit::Block* block) {
+  static const auto kNumber = c10::Symbol::attr("warn_id");
+  for (torch::jit::Node* node : block->nodes()) {
+    if (node->hasAttribute(kNumber)) node->removeAttribute(kNumber);
+    for (torch::jit::Block* inner : node->blocks()) drop_numbers_of_warnings(inner);
+  }
+}
+
 void add_structure(ContentSink& sink, const torch::jit::Module& module) {
   auto graph = torch::jit::toGraphFunction(module.get_method("forward").function()).graph()->copy();
   torch::jit::Inline(*graph);
+  drop_numbers_of_warnings(graph->block());
   graph = torch::jit::Canonicalize(graph, /*keep_unique_names=*/false);
   sink.add(without_mangling(graph->toString(/*print_source_locations=*/false)));
   add_constants(sink, graph->block());

@@ -136,6 +136,12 @@ std::string JsonObject::text(const char* key) const {
   return value.get<std::string>();
 }
 
+bool JsonObject::flag(const char* key) const {
+  const Json& value = at(key);
+  if (!value.is_boolean()) refuse(key, value, "true or false");
+  return value.get<bool>();
+}
+
 std::int64_t JsonObject::whole_of(const std::string& key, const Json& value, std::int64_t low,
                                   std::int64_t high) const {
   const bool fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= static_cast<std::uint64_t>(high)
@@ -179,6 +185,26 @@ std::vector<std::vector<double>> JsonObject::tables(const char* key, double low,
     for (const Json& value : row) numbers.push_back(number_of(key, value, low, high));
   }
   return tables;
+}
+
+std::vector<std::vector<std::int64_t>> JsonObject::whole_tables(const char* key, std::int64_t low,
+                                                                std::int64_t high) const {
+  std::vector<std::vector<std::int64_t>> tables;
+  for (const Json& row : list(key)) {
+    if (!row.is_array()) refuse(key, row, "a list of lists");
+    auto& wholes = tables.emplace_back();
+    for (const Json& value : row) wholes.push_back(whole_of(key, value, low, high));
+  }
+  return tables;
+}
+
+std::vector<std::string> JsonObject::texts(const char* key) const {
+  std::vector<std::string> texts;
+  for (const Json& value : list(key)) {
+    if (!value.is_string()) refuse(key, value, "a list of texts");
+    texts.push_back(value.get<std::string>());
+  }
+  return texts;
 }
 
 std::vector<JsonObject> JsonObject::objects(const char* key) const {

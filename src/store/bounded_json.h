@@ -40,6 +40,7 @@ class JsonObject {
   [[nodiscard]] bool has(const char* key) const;
   [[nodiscard]] JsonObject object(const char* key) const;
   [[nodiscard]] std::string text(const char* key) const;
+  [[nodiscard]] bool flag(const char* key) const;
   /// A whole number, `low` to `high`.
   [[nodiscard]] std::int64_t whole(const char* key, std::int64_t low = 0,
                                    std::int64_t high = std::numeric_limits<std::int64_t>::max()) const;
@@ -51,6 +52,9 @@ class JsonObject {
                                                  std::int64_t high = std::numeric_limits<std::int64_t>::max()) const;
   /// A list of lists of them.
   [[nodiscard]] std::vector<std::vector<double>> tables(const char* key, double low, double high) const;
+  [[nodiscard]] std::vector<std::vector<std::int64_t>> whole_tables(const char* key, std::int64_t low,
+                                                                    std::int64_t high) const;
+  [[nodiscard]] std::vector<std::string> texts(const char* key) const;
   [[nodiscard]] std::vector<JsonObject> objects(const char* key) const;
 
  private:

@@ -243,7 +243,7 @@ TEST_P(FinishingLinearTest, BFloat16RowsStayBFloat16) {
       wide->apply(x.to(at::kFloat), bias.to(at::kFloat), Activation::kGelu, residual.to(at::kFloat)).to(at::kBFloat16);
   EXPECT_EQ(got.scalar_type(), at::kBFloat16);
   EXPECT_TRUE(at::equal(got, want));
-  EXPECT_THROW(packed->apply(x.to(at::kFloat), std::nullopt), c10::Error);
+  EXPECT_THROW((void)packed->apply(x.to(at::kFloat), std::nullopt), c10::Error);
 }
 
 TEST_P(FinishingLinearTest, WhatIsNotFiniteStaysInItsRow) {
@@ -261,7 +261,7 @@ TEST_P(FinishingLinearTest, AResidualOfAnotherSizeOrTypeIsRefused) {
   const auto packed = PackedLinear::pack(GetParam(), random({24, 16}), "w");
   const auto x = random({2, 16});
   for (const auto& residual : {random({1, 24}), random({2, 24}).to(at::kDouble)}) {
-    EXPECT_THROW(packed->apply(x, std::nullopt, Activation::kNone, residual), c10::Error);
+    EXPECT_THROW((void)packed->apply(x, std::nullopt, Activation::kNone, residual), c10::Error);
   }
 }
 

@@ -132,6 +132,25 @@ TEST(Identity, FollowsFromAConstantOfTheGraph) {
   EXPECT_NE(folded(1.0), folded(1.001));
 }
 
+/// Whatever the process has loaded before: TorchScript counts what it makes.
+class IdentityOf : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(IdentityOf, IsTheSameWhenLoadedAgain) {
+  const auto identity_of = [&] {
+    const auto model = wrap_torchscript(load_model(GetParam()), {});
+    return model->digest() + " " + model->identity();
+  };
+  EXPECT_EQ(identity_of(), identity_of());
+}
+
+std::vector<std::string> identified() {
+  auto names = wrappable_names({"tiny-", "unusual-", "zoo-"});
+  std::erase(names, "zoo-xlnet");  // is refused
+  return names;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, IdentityOf, ::testing::ValuesIn(identified()), test_name);
+
 TEST(Identity, IsKeptByFiles) {
   for (const Place& place : places()) {
     SCOPED_TRACE(place.name);

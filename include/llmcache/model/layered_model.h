@@ -17,6 +17,8 @@
 
 namespace llmcache {
 
+struct GraphFindings;
+
 /// Positional inputs of a model. Input tensors are token-level: integral or bool, `[batch, tokens]`.
 using Inputs = std::vector<c10::IValue>;
 
@@ -102,6 +104,8 @@ class Model {
   virtual void weights_changed() {}
   /// Token-level operation, or null where the model only runs whole layers.
   [[nodiscard]] virtual const TokenLevelModel* token_level() const { return nullptr; }
+  /// What the adapter found by running the model while it was wrapped, for Options::profile_path. Null: nothing.
+  [[nodiscard]] virtual const GraphFindings* findings() const { return nullptr; }
   /// Fills what the adapter knows: layers_path, layers, hidden_argument, attention, inputs, notes,
   /// dtype, device, weight_bytes, digest.
   virtual void describe(ModelProfile& profile) const;

@@ -62,6 +62,9 @@ struct ModelProfile {
   std::size_t released_weight_bytes = 0;  ///< of `weight_bytes`, what the library no longer holds because of packing
   std::string digest;                     ///< of structure and weights, hexadecimal
   double wrap_ms = 0;                     ///< time that finding, probing and checking took
+  bool from_file = false;  ///< what probing finds was read from Options::profile_path: nothing was probed
+  std::string file_note;  ///< what became of that file ("was read", "was written: there is no such file"); empty: there
+                          ///< is none
 
   [[nodiscard]] std::string to_string() const;
 };

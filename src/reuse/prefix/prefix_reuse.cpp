@@ -10,6 +10,7 @@
 #include "execute/clock.h"
 #include "match/size_class.h"
 #include "model/packing.h"
+#include "model/shallow_model.h"
 #include "model/tensors_of.h"
 #include "reuse/prefix/prefix_part.h"
 
@@ -345,7 +346,7 @@ bool PrefixReuse::agrees(const Inputs& inputs, std::string& why) {
   return true;
 }
 
-bool PrefixReuse::verify(std::string& why) {
+bool PrefixReuse::verify(std::string& why, bool briefly) {
   const auto device = model_.device();
   const auto mask = wrapped_.profile.mask_argument;
   // All sequences are beginnings of `main`, or leave it for `other` at some token.
@@ -391,12 +392,12 @@ bool PrefixReuse::verify(std::string& why) {
   };
   bool right = false;
   try {
-    right = check({{9, 9}}, false) &&    // computed
-            check({{5, 14}}, false) &&   // leaves it in the middle
-            check({{12, 12}}, false) &&  // continues it
-            check({{3, 36}}, false);     // leaves it early, and is far longer
-    if (right && mask >= 0) right = check({{14, 18}, {6, 9}, {22, 24}, {14, 15}}, false);
-    if (right && mask >= 0 && wrapped_.profile.left_padding) {
+    right = check({{9, 9}}, false) &&                 // computed
+            check({{5, 14}}, false) &&                // leaves it in the middle
+            (briefly || (check({{12, 12}}, false) &&  // continues it
+                         check({{3, 36}}, false)));   // leaves it early, and is far longer
+    if (right && mask >= 0 && !briefly) right = check({{14, 18}, {6, 9}, {22, 24}, {14, 15}}, false);
+    if (right && mask >= 0 && !briefly && wrapped_.profile.left_padding) {
       right = check({{4, 6}, {9, 11}}, true) && check({{4, 7}, {9, 12}}, true);
     }
   } catch (const std::exception& error) {
@@ -420,7 +421,17 @@ void find_prefix_reuse(WrappedModel& wrapped) {
     constexpr std::size_t kVerifying = std::size_t{1} << 30;
     try {
       const Verification none(0);
-      profile.prefix_reuse = PrefixReuse(wrapped, none, PrefixOptions{}, kVerifying).verify(why);
+      const auto verified = [&](const WrappedModel& of, bool briefly) {
+        return PrefixReuse(of, none, PrefixOptions{}, kVerifying).verify(why, briefly);
+      };
+      if (const auto shallow = ShallowModel::of(wrapped.model)) {
+        WrappedModel few = wrapped;
+        few.model = shallow;
+        few.output = states_output();
+        profile.prefix_reuse = verified(few, false) && verified(wrapped, true);
+      } else {
+        profile.prefix_reuse = verified(wrapped, false);
+      }
     } catch (const std::exception& error) {
       why = reason_of(error);
     }

@@ -39,8 +39,8 @@ class PrefixReuse final : public ReuseStrategy {
   /// size_class() of the longest sequences that verify() compares.
   static constexpr std::uint8_t kVerifiedClass = 5;
   /// Does a sequence come out right that takes its beginning from another one, whose tokens differ behind it? Compares
-  /// tiny sequences with the plain model; says why not in `why`. What it kept is dropped.
-  bool verify(std::string& why);
+  /// tiny sequences with the plain model, or one of them (`briefly`); says why not in `why`. What it kept is dropped.
+  bool verify(std::string& why, bool briefly);
 
   [[nodiscard]] PrefixBank::Counters counters() const { return bank_.counters(); }
 

@@ -1,0 +1,52 @@
+// What runs of a model's graph told while it was wrapped: plain numbers, which can be saved and taken up again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "store/damaged_data.h"
+
+namespace llmcache {
+
+/// Filled as the graph is run; or known, from a file: then nothing is run to wrap the model. The numbers of a value are
+/// those of ts::numbers_of() (model/torchscript_labels.cpp).
+struct GraphFindings {
+  using Numbers = std::vector<std::int64_t>;
+
+  bool known = false;                          ///< from a file
+  std::string structure;                       ///< digest of the graph and its constants
+  std::size_t chain = 0;                       ///< which of the chains that might be layers they are
+  std::int64_t max_tokens = 0;                 ///< as tables of positions have room for; 0: unknown
+  std::vector<Numbers> values;                 ///< of each value of the graph, in its order
+  std::optional<std::vector<Numbers>> result;  ///< of each tensor in the result; none: their number varies
+  std::vector<bool> answers;                   ///< that ask() gave, in order
+  std::size_t asked = 0;                       ///< how many of them, where they are known
+
+  /// One layer of each kind and the last, where layers hand on nothing but the hidden state; empty: not known. Not
+  /// saved.
+  Numbers distinct_layers;
+
+  /// What `find` says, where an exception is a no; or what it said when the model was probed. Throws DamagedData if
+  /// that is not known.
+  bool ask(const std::function<bool()>& find) {
+    if (known) {
+      if (asked++ >= answers.size()) throw DamagedData("it has fewer answers than wrapping the model asks for");
+      return answers[asked - 1];
+    }
+    bool answer = false;
+    try {
+      answer = find();
+    } catch (const std::exception&) {
+      answer = false;
+    }
+    answers.push_back(answer);
+    return answer;
+  }
+};
+
+}  // namespace llmcache

@@ -1,0 +1,89 @@
+#include "model/shallow_model.h"
+
+#include <utility>
+
+#include "model/graph_findings.h"
+#include "model/packing.h"
+
+namespace llmcache {
+namespace {
+
+using Layers = std::vector<std::int64_t>;
+
+class ShallowRun final : public TokenRun {
+ public:
+  ShallowRun(std::unique_ptr<TokenRun> run, const Layers& layers) : run_(std::move(run)), layers_(layers) {}
+
+  void set_rows(const PackedLayout& layout, at::Tensor hidden) override { run_->set_rows(layout, std::move(hidden)); }
+  const at::Tensor& hidden() const override { return run_->hidden(); }
+  SiteTensors before(std::int64_t l, std::int64_t s) override { return run_->before(at(l), s); }
+  at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
+                    const std::vector<KeySegment>& keys) override {
+    return run_->attend(at(l), s, q, queries, keys);
+  }
+  void after(std::int64_t l, std::int64_t s, at::Tensor attended) override {
+    run_->after(at(l), s, std::move(attended));
+  }
+  void finish(std::int64_t l) override { run_->finish(at(l)); }
+  c10::IValue head(const PackedLayout& placed) override { return unpack_rows(run_->hidden(), {0, 1, -1}, placed); }
+
+ private:
+  [[nodiscard]] std::int64_t at(std::int64_t l) const { return layers_.at(static_cast<std::size_t>(l)); }
+
+  std::unique_ptr<TokenRun> run_;
+  const Layers& layers_;
+};
+
+class ShallowTokens final : public TokenLevelModel {
+ public:
+  ShallowTokens(const TokenLevelModel& whole, const Layers& layers) : whole_(whole), layers_(layers) {}
+
+  std::int64_t sites(std::int64_t layer) const override { return whole_.sites(at(layer)); }
+  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const override {
+    return whole_.query_dims(at(layer), site);
+  }
+  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t site) const override {
+    return whole_.key_dims(at(layer), site);
+  }
+  std::int64_t output_dim(std::int64_t layer, std::int64_t site) const override {
+    return whole_.output_dim(at(layer), site);
+  }
+  bool partial() const override { return whole_.partial(); }
+  bool self_contained() const override { return whole_.self_contained(); }
+  bool head_tokenwise() const override { return true; }
+
+  std::unique_ptr<TokenRun> start(const Activations& embedded, const PackedLayout& layout) const override {
+    return shallow(whole_.start(embedded, layout));
+  }
+  std::unique_ptr<TokenRun> start_at(const std::vector<c10::IValue>& inputs, const at::Tensor& positions,
+                                     const PackedLayout& layout) const override {
+    return shallow(whole_.start_at(inputs, positions, layout));
+  }
+
+ private:
+  [[nodiscard]] std::int64_t at(std::int64_t l) const { return layers_.at(static_cast<std::size_t>(l)); }
+  [[nodiscard]] std::unique_ptr<TokenRun> shallow(std::unique_ptr<TokenRun> run) const {
+    return run == nullptr ? nullptr : std::make_unique<ShallowRun>(std::move(run), layers_);
+  }
+
+  const TokenLevelModel& whole_;
+  const Layers& layers_;
+};
+
+}  // namespace
+
+std::shared_ptr<Model> ShallowModel::of(const std::shared_ptr<Model>& model) {
+  const GraphFindings* findings = model->findings();
+  const TokenLevelModel* token_level = model->token_level();
+  if (findings == nullptr || token_level == nullptr || !token_level->head_tokenwise()) return nullptr;
+  const Layers& distinct = findings->distinct_layers;
+  if (distinct.empty() || static_cast<std::int64_t>(distinct.size()) == model->layers()) return nullptr;
+  return std::make_shared<ShallowModel>(model, distinct);
+}
+
+ShallowModel::ShallowModel(std::shared_ptr<Model> model, Layers layers)
+    : model_(std::move(model)),
+      layers_(std::move(layers)),
+      token_level_(std::make_unique<ShallowTokens>(*model_->token_level(), layers_)) {}
+
+}  // namespace llmcache

@@ -1,0 +1,17 @@
+// Which layers of a model do the same, with other weights. Internal to model/torchscript*.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "llmcache/model/profile.h"
+#include "model/torchscript_model.h"
+
+namespace llmcache::ts {
+
+/// The first layer of each kind, and the last layer, ascending. Layers of a kind have the same operators in the same
+/// order, with the same constants and weights of the same shapes, on the same values from before the layers, and
+/// attention sites alike. For layers that hand on the hidden state alone.
+std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionSite>& sites);
+
+}  // namespace llmcache::ts
