@@ -1,4 +1,4 @@
-// What a function of the caller's raised, on its way through code that turns other errors into Error.
+// What a function of the caller's raised, on its way through code that angles other errors into Error.
 #pragma once
 
 #include <cstdint>

@@ -163,7 +163,7 @@ std::string LayerCacheBase::Impl::plain_reason(const Call& call) const {
   }
   const bool empty_row =
       std::any_of(batch.spans.begin(), batch.spans.end(), [](const RowSpan& s) { return !s.tokens; });
-  if (batch.width > 0 && empty_row && !wrapped.all_per_token()) {
+  if (batch.padded_length > 0 && empty_row && !wrapped.all_per_token()) {
     return "a row has no real token, and the output of a row is more than that of its tokens";
   }
   return {};

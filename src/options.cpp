@@ -191,6 +191,10 @@ void Options::validate() const {
   if (!(verify_rate >= 0 && verify_rate <= 1)) {
     throw Error(ErrorCode::kInvalidOptions, fmt::format("Options.verify_rate is {}; 0 to 1 is expected", verify_rate));
   }
+  if (packing_cost_tokens < 0) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("Options.packing_cost_tokens is {}; 0 or more is expected", packing_cost_tokens));
+  }
   prefix.validate();
   budget.validate();
   threshold.validate();

@@ -38,20 +38,20 @@ Inputs PaddedBatch::inputs(const ModelProfile& profile) const {
 }
 
 PaddedBatch pad(const std::vector<std::vector<std::int64_t>>& sequences, std::int64_t pad_id) {
-  std::size_t width = 0;
-  for (const auto& sequence : sequences) width = std::max(width, sequence.size());
-  if (width == 0) {
+  std::size_t padded_length = 0;
+  for (const auto& sequence : sequences) padded_length = std::max(padded_length, sequence.size());
+  if (padded_length == 0) {
     throw Error(ErrorCode::kInvalidInput,
                 sequences.empty() ? "pad: there is no sequence" : "pad: no sequence has a token");
   }
   const std::vector<std::int64_t> shape = {static_cast<std::int64_t>(sequences.size()),
-                                           static_cast<std::int64_t>(width)};
+                                           static_cast<std::int64_t>(padded_length)};
   PaddedBatch batch{.ids = at::full(shape, pad_id, at::kLong), .mask = at::zeros(shape, at::kLong)};
   auto* ids = batch.ids.mutable_data_ptr<std::int64_t>();
   auto* mask = batch.mask.mutable_data_ptr<std::int64_t>();
   for (std::size_t row = 0; row < sequences.size(); ++row) {
-    std::copy(sequences[row].begin(), sequences[row].end(), ids + row * width);
-    std::fill_n(mask + row * width, sequences[row].size(), std::int64_t{1});
+    std::copy(sequences[row].begin(), sequences[row].end(), ids + row * padded_length);
+    std::fill_n(mask + row * padded_length, sequences[row].size(), std::int64_t{1});
   }
   return batch;
 }

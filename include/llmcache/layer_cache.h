@@ -39,9 +39,9 @@ class LayerCacheBase {
 
   /// Runs the model on `inputs` and returns what the model itself would return, within the
   /// request's fidelity. Runs without gradients. Inputs are not modified; nothing returned aliases
-  /// a cached tensor. Where a batch is packed or a row comes from the cache, output entries at
-  /// padding positions are zero (the plain model leaves arbitrary values there). With
-  /// RequestOptions::output other than kAll, token dimensions cover the tokens asked for only.
+  /// a cached tensor. Where a batch is packed (Options::packing_cost_tokens) or a row comes from the cache, output
+  /// entries at padding positions are zero (the plain model leaves arbitrary values there). With RequestOptions::output
+  /// other than kAll, token dimensions cover the tokens asked for only.
   ///
   /// Fidelity kLossless on a causal model (ModelProfile::prefix_reuse): tokens of the longest prefix
   /// known from any request of the tenant are not computed again, and those that are become known.

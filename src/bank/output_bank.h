@@ -18,10 +18,10 @@
 
 namespace llmcache {
 
-/// What a row was computed in: a batch of `rows` rows, `width` tokens wide. 0: not told.
+/// What a row was computed in: a batch of `rows` rows, `padded_length` tokens wide. 0: not told.
 struct BatchSize {
   std::int32_t rows = 0;
-  std::int32_t width = 0;
+  std::int32_t padded_length = 0;
 };
 
 /// The output tensors of one sequence: batch dimension 1, token dimension cut to its real tokens.
@@ -42,9 +42,9 @@ class OutputEntry {
   [[nodiscard]] bool exact() const noexcept { return exact_; }
   /// Of the batch in which it was computed; 0: not told.
   [[nodiscard]] std::int32_t rows() const noexcept { return computed_in_.rows; }
-  [[nodiscard]] std::int32_t width() const noexcept { return computed_in_.width; }
+  [[nodiscard]] std::int32_t padded_length() const noexcept { return computed_in_.padded_length; }
   [[nodiscard]] std::uint8_t rows_class() const noexcept { return size_class(rows()); }
-  [[nodiscard]] std::uint8_t width_class() const noexcept { return size_class(width()); }
+  [[nodiscard]] std::uint8_t length_class() const noexcept { return size_class(padded_length()); }
 
  private:
   Reservation reserved_;  ///< for the tensors

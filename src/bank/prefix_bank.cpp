@@ -81,7 +81,7 @@ PrefixBank::PrefixBank(Settings settings)
     : CapacityBank(settings.capacity_bytes, settings.eviction, settings.total),
       settings_(std::move(settings)),
       passes_(settings_.capacity_bytes),
-      tree_(settings_.token_width, &memory_) {
+      tree_(settings_.ids_per_token, &memory_) {
   for (const KeySpec& spec : settings_.specs) {
     token_bytes_.push_back(bytes_of_token(spec));
     all_token_bytes_ += token_bytes_.back();
@@ -172,8 +172,8 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view partition, std::spa
                         std::span<const KeyRange> ranges, double saved_ms, double now_s) {
   std::size_t held = 0;
   for (const KeyRange& range : ranges) held += static_cast<std::size_t>(range.tokens);
-  const std::size_t count = std::min(tokens.size() / settings_.token_width, held);
-  const Sequence sequence{partition, tokens.first(count * settings_.token_width), ranges, saved_ms, now_s};
+  const std::size_t count = std::min(tokens.size() / settings_.ids_per_token, held);
+  const Sequence sequence{partition, tokens.first(count * settings_.ids_per_token), ranges, saved_ms, now_s};
   const std::lock_guard lock(mutex_);
   bool room = !std::exchange(lease.refused_, false);
   // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
@@ -209,7 +209,7 @@ bool PrefixBank::take_over(const Sequence& sequence) noexcept {
 /// then.
 bool PrefixBank::grow(const Sequence& sequence) {
   const PrefixTree::Match match = tree_.match(sequence.partition, sequence.tokens);
-  if (match.tokens == sequence.tokens.size() / settings_.token_width) return false;
+  if (match.tokens == sequence.tokens.size() / settings_.ids_per_token) return false;
   try {
     append_behind(match, sequence);
     return true;
@@ -222,7 +222,7 @@ bool PrefixBank::grow(const Sequence& sequence) {
 
 /// Appends what the ranges hold behind the tokens of the match, as many ranges as possible in one node.
 void PrefixBank::append_behind(const PrefixTree::Match& match, const Sequence& sequence) {
-  const std::size_t count = sequence.tokens.size() / settings_.token_width;
+  const std::size_t count = sequence.tokens.size() / settings_.ids_per_token;
   std::uint32_t node = match.node;
   if (node == PrefixTree::kNone) {
     node = tree_.root(sequence.partition);
@@ -278,9 +278,9 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
 /// they continue in its own block is extended, and keeps its place in the policy too.
 std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, const Sequence& sequence,
                                  std::size_t begin) {
-  const std::size_t width = settings_.token_width;
+  const std::size_t ids_per_token = settings_.ids_per_token;
   const auto count = static_cast<std::size_t>(range.tokens);
-  const auto tokens = sequence.tokens.subspan(begin * width, count * width);
+  const auto tokens = sequence.tokens.subspan(begin * ids_per_token, count * ids_per_token);
   std::uint32_t holder = node;
   if (!tree_.is_root(node) && tree_.is_leaf(node) && follows(held(node), range)) {
     tree_.extend(node, tokens);
@@ -310,7 +310,7 @@ std::uint32_t PrefixBank::prepare(std::int64_t tokens, const Sequence& sequence,
   EntryCost cost;
   cost.bytes = static_cast<std::size_t>(tokens) * all_token_bytes_;
   cost.saved_ms = static_cast<double>(tokens) * sequence.saved_ms;
-  cost.key = XXH3_64bits_withSeed(sequence.tokens.data(), end * settings_.token_width * sizeof(std::int64_t),
+  cost.key = XXH3_64bits_withSeed(sequence.tokens.data(), end * settings_.ids_per_token * sizeof(std::int64_t),
                                   XXH3_64bits(sequence.partition.data(), sequence.partition.size()));
   policy_.insert(slot, cost, sequence.now_s);
   return slot;
@@ -365,7 +365,7 @@ PrefixBank::Listed PrefixBank::listed(std::uint32_t node) const {
   for (; !tree_.is_root(root); root = tree_.parent(root)) path.push_back(root);
   one.partition = tree_.partition(root);
   for (; !path.empty(); path.pop_back()) {
-    one.begin = one.tokens.size() / settings_.token_width;
+    one.begin = one.tokens.size() / settings_.ids_per_token;
     const auto tokens = tree_.tokens(path.back());
     one.tokens.insert(one.tokens.end(), tokens.begin(), tokens.end());
   }
@@ -376,7 +376,7 @@ std::optional<std::size_t> PrefixBank::bytes_for(std::size_t tokens) const noexc
   constexpr std::size_t kNodeBytes = 512;  // of tree, index, policy: with what allocators add
   const auto block = block_bytes(static_cast<std::int64_t>(tokens));
   if (!block) return std::nullopt;
-  return *block + tokens * settings_.token_width * sizeof(std::int64_t) + kNodeBytes;
+  return *block + tokens * settings_.ids_per_token * sizeof(std::int64_t) + kNodeBytes;
 }
 
 PrefixBank::Counters PrefixBank::counters() const {

@@ -118,9 +118,9 @@ class PrefixLease {
 /// evicts, makes known and counts. A call that fails drops its leases, and nothing has happened, but that what it found
 /// counts as used.
 ///
-/// A token is a tuple of `token_width` numbers (its value in each of the model's inputs). Sequences live in partitions
-/// that never see each other (tenant, position of the first token). Tokens are compared, hashes only find. Entries are
-/// the nodes of the tree, their slots its own; leases stay valid when they go.
+/// A token is a tuple of `ids_per_token` numbers (its value in each of the model's inputs). Sequences live in
+/// partitions that never see each other (tenant, position of the first token). Tokens are compared, hashes only find.
+/// Entries are the nodes of the tree, their slots its own; leases stay valid when they go.
 ///
 /// When room is needed the eviction policy names a node; if that has children, a leaf below it goes instead. Nodes
 /// whose blocks a running pass uses are skipped. Blocks must not outlive the bank.
@@ -129,7 +129,7 @@ class PrefixBank final : public CapacityBank {
   struct Settings {
     std::size_t capacity_bytes = 0;
     EvictionOptions eviction;
-    std::size_t token_width = 1;
+    std::size_t ids_per_token = 1;
     std::vector<KeySpec> specs;
     MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
@@ -141,8 +141,8 @@ class PrefixBank final : public CapacityBank {
 
   explicit PrefixBank(Settings settings);
 
-  /// The longest known prefix of `tokens` (token after token, token_width numbers each), at the granularity of tokens.
-  /// All nodes on its path count as used. Throws nothing but std::bad_alloc of the lease itself.
+  /// The longest known prefix of `tokens` (token after token, ids_per_token numbers each), at the granularity of
+  /// tokens. All nodes on its path count as used. Throws nothing but std::bad_alloc of the lease itself.
   [[nodiscard]] PrefixLease find(std::string_view partition, std::span<const std::int64_t> tokens, double now_s);
 
   /// Room for `count` tokens, added to lease.reserved(). The spare room behind `after`, one of the lease's ranges or
@@ -179,7 +179,7 @@ class PrefixBank final : public CapacityBank {
   [[nodiscard]] std::optional<std::size_t> bytes_for(std::size_t tokens) const noexcept;
 
   [[nodiscard]] const std::vector<KeySpec>& specs() const noexcept { return settings_.specs; }
-  [[nodiscard]] std::size_t token_width() const noexcept { return settings_.token_width; }
+  [[nodiscard]] std::size_t ids_per_token() const noexcept { return settings_.ids_per_token; }
   [[nodiscard]] Counters counters() const;
 
  private:

@@ -57,8 +57,8 @@ SegmentBank::SegmentBank(Settings settings)
       settings_(std::move(settings)),
       pending_(settings_.capacity_bytes),
       entries_(&memory_),
-      index_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_),
-      means_(settings_.token_width, settings_.block_tokens, tokens_of_slot(), &memory_) {}
+      index_(settings_.ids_per_token, settings_.block_tokens, tokens_of_slot(), &memory_),
+      means_(settings_.ids_per_token, settings_.block_tokens, tokens_of_slot(), &memory_) {}
 
 BlockHashIndex::Tokens SegmentBank::tokens_of_slot() {
   return [this](std::uint32_t slot) {
@@ -127,7 +127,7 @@ std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const {
 SegmentBank::Room SegmentBank::reserve(std::string_view partition, std::span<const std::int64_t> tokens) {
   try {
     const std::lock_guard lock(mutex_);
-    if (index_.prefix({partition, tokens}).tokens == tokens.size() / settings_.token_width) return {};
+    if (index_.prefix({partition, tokens}).tokens == tokens.size() / settings_.ids_per_token) return {};
   } catch (const std::bad_alloc&) {
     return {nullptr, true};
   }
@@ -137,7 +137,7 @@ SegmentBank::Room SegmentBank::reserve(std::string_view partition, std::span<con
 SegmentBank::Room SegmentBank::reserve_mean(std::string_view partition, std::span<const std::int64_t> tokens,
                                             SegmentOrigin origin) {
   try {
-    const auto bytes = entry_bytes(tokens.size() / settings_.token_width);
+    const auto bytes = entry_bytes(tokens.size() / settings_.ids_per_token);
     if (!bytes) return {nullptr, true};
     auto pending = std::make_unique<SegmentEntry>(partition, tokens, origin, settings_.specs, settings_.format,
                                                   std::pmr::new_delete_resource());

@@ -86,7 +86,7 @@ class SegmentBank final : public CapacityBank {
   struct Settings {
     std::size_t capacity_bytes = 0;
     EvictionOptions eviction;
-    std::size_t token_width = 1;
+    std::size_t ids_per_token = 1;
     std::size_t block_tokens = 16;  ///< of the index: runs below it are never found, from twice as many on always
     std::vector<KeySpec> specs;
     BankFormat format = BankFormat::kAsComputed;
@@ -133,7 +133,7 @@ class SegmentBank final : public CapacityBank {
 
  private:
   [[nodiscard]] std::size_t tokens_of(const SegmentEntry& entry) const noexcept {
-    return entry.tokens().size() / settings_.token_width;
+    return entry.tokens().size() / settings_.ids_per_token;
   }
   [[nodiscard]] BlockHashIndex::Tokens tokens_of_slot();
   [[nodiscard]] std::vector<BlockMatch> runs(const BlockHashIndex::Sequence& request,

@@ -228,7 +228,8 @@ bool TokenBank::restore(std::string_view partition, const TokenView& tokens, con
 std::shared_ptr<const TokenEntry> TokenBank::same(std::string_view partition, const TokenView& tokens) {
   for (auto& entry : similar(partition, shingle_hashes(tokens, settings_.alignment.least_shifted), 3)) {
     const TokenView view = entry->view();
-    if (view.width == tokens.width && std::ranges::equal(view.values, tokens.values)) return std::move(entry);
+    if (view.ids_per_token == tokens.ids_per_token && std::ranges::equal(view.values, tokens.values))
+      return std::move(entry);
   }
   return nullptr;
 }

@@ -55,7 +55,7 @@ TokenEntry::TokenEntry(const StateLayout& layout, PendingEntry& pending, const T
                        std::pmr::memory_resource* memory)
     : layout_(layout),
       values_(tokens.values.begin(), tokens.values.end(), memory),
-      width_(tokens.width),
+      ids_per_token_(tokens.ids_per_token),
       counts_(counts.begin(), counts.end(), memory),
       encoded_(memory) {
   encoded_.reserve(pending.tensors_.size());
@@ -72,14 +72,14 @@ TokenEntry::TokenEntry(const StateLayout& layout, std::vector<EncodedTensor> ten
                        std::pmr::memory_resource* memory)
     : layout_(layout),
       values_(tokens.values.begin(), tokens.values.end(), memory),
-      width_(tokens.width),
+      ids_per_token_(tokens.ids_per_token),
       counts_(counts.begin(), counts.end(), memory),
       encoded_(tensors.begin(), tensors.end(), memory) {
   reserved_ = std::move(reserved);
 }
 
-at::Tensor TokenEntry::keys(std::int32_t layer, std::int64_t site, std::size_t input) const {
-  return rows(layout_.first_key[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)] + input);
+at::Tensor TokenEntry::keys(std::int32_t layer, std::int64_t attention_op, std::size_t input) const {
+  return rows(layout_.first_key[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)] + input);
 }
 
 at::Tensor TokenEntry::hidden(std::int32_t layer) const {

@@ -21,8 +21,9 @@ struct StateLayout {
     at::TensorOptions options;
   };
   std::vector<Spec> specs;
-  std::vector<std::vector<std::size_t>> first_key;  ///< by layer and site: spec of its first key-side tensor
-  BankFormat format = BankFormat::kAsComputed;      ///< how entries hold them; pending ones are as computed
+  std::vector<std::vector<std::size_t>>
+      first_key;                                ///< by layer and attention operator: spec of its first key-side tensor
+  BankFormat format = BankFormat::kAsComputed;  ///< how entries hold them; pending ones are as computed
   std::vector<int> hidden;  ///< by layer, 0 .. L: spec of the states that enter it (L: the final ones); -1: not kept
 
   /// Of the tensors of a sequence, with what they take beside their data.
@@ -87,10 +88,10 @@ class TokenEntry final : public CachedStates {
   TokenEntry& operator=(const TokenEntry&) = delete;
 
   [[nodiscard]] std::int64_t tokens() const override { return static_cast<std::int64_t>(counts_.size()); }
-  [[nodiscard]] at::Tensor keys(std::int32_t layer, std::int64_t site, std::size_t input) const override;
+  [[nodiscard]] at::Tensor keys(std::int32_t layer, std::int64_t attention_op, std::size_t input) const override;
   [[nodiscard]] at::Tensor hidden(std::int32_t layer) const override;
 
-  [[nodiscard]] TokenView view() const { return {values_, width_}; }
+  [[nodiscard]] TokenView view() const { return {values_, ids_per_token_}; }
   [[nodiscard]] std::uint16_t count(std::int64_t token) const { return counts_[static_cast<std::size_t>(token)]; }
   [[nodiscard]] at::Tensor rows(std::size_t spec) const { return encoded_[spec].rows(); }
   [[nodiscard]] const EncodedTensor& encoded(std::size_t spec) const { return encoded_[spec]; }
@@ -102,7 +103,7 @@ class TokenEntry final : public CachedStates {
   Reservation reserved_;
   const StateLayout& layout_;
   std::pmr::vector<std::int64_t> values_;
-  std::size_t width_;
+  std::size_t ids_per_token_;
   std::pmr::vector<std::uint16_t> counts_;
   std::pmr::vector<EncodedTensor> encoded_;  ///< by spec
 };

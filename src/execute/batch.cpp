@@ -35,7 +35,7 @@ void refuse_outside(const Batch& batch, std::size_t input, const std::string& na
     if (number[i] >= 0 && number[i] < vocabulary) continue;
     if (real.defined() && real.const_data_ptr<std::int64_t>()[i] == 0) continue;
     invalid(fmt::format("'{}' holds {} in row {} at position {}; the model's embedding has the ids 0 to {}", name,
-                        number[i], i / batch.width, i % batch.width, vocabulary - 1));
+                        number[i], i / batch.padded_length, i % batch.padded_length, vocabulary - 1));
   }
 }
 
@@ -50,7 +50,7 @@ void refuse_too_long(const Batch& batch, std::int64_t max_tokens) {
 
 /// Numbers that no probe holds: what the library found out about the model says nothing about them.
 void look_at_values(Batch& batch, const InputSpec& spec, int mask_argument) {
-  if (batch.rows * batch.width == 0) return;
+  if (batch.rows * batch.padded_length == 0) return;
   for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
     if (!batch.on_host[i].defined()) continue;
     const Range range = range_of(batch.on_host[i]);
@@ -87,12 +87,12 @@ void append_number(std::string& text, std::int64_t number) { append_bytes(text, 
 
 const std::int64_t* row_on_host(const Batch& batch, std::size_t input, std::int64_t row) {
   const at::Tensor& all = batch.on_host[input];
-  return all.defined() ? all.const_data_ptr<std::int64_t>() + row * batch.width : nullptr;
+  return all.defined() ? all.const_data_ptr<std::int64_t>() + row * batch.padded_length : nullptr;
 }
 
 void find_spans(Batch& batch, int mask_argument) {
-  batch.spans.assign(static_cast<std::size_t>(batch.rows), {0, batch.width});
-  batch.tokens = batch.rows * batch.width;
+  batch.spans.assign(static_cast<std::size_t>(batch.rows), {0, batch.padded_length});
+  batch.tokens = batch.rows * batch.padded_length;
   if (mask_argument < 0 || batch.tokens == 0) return;
   const at::Tensor& mask = batch.on_host[static_cast<std::size_t>(mask_argument)];
   if (!mask.defined()) return;
@@ -100,7 +100,7 @@ void find_spans(Batch& batch, int mask_argument) {
   const auto is_real = [](std::int64_t value) { return value != 0; };
   batch.tokens = 0;
   for (RowSpan& span : batch.spans) {
-    const std::int64_t* end = cell + batch.width;
+    const std::int64_t* end = cell + batch.padded_length;
     const std::int64_t* first = std::find_if(cell, end, is_real);
     const std::int64_t count = std::count_if(first, end, is_real);
     span = {count == 0 ? 0 : first - cell, count};
@@ -109,7 +109,7 @@ void find_spans(Batch& batch, int mask_argument) {
       if (hole - first != count) batch.contiguous = false;
       if (first != cell) batch.right_padded = false;
     }
-    if (count != batch.width) batch.padded = true;
+    if (count != batch.padded_length) batch.padded = true;
     batch.tokens += count;
     cell = end;
   }
@@ -133,9 +133,9 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
   batch.inputs.resize(declared);
   const auto describe = [&](std::size_t i) { return fmt::format("input {} ('{}')", i, spec.names[i]); };
   const auto ids = static_cast<std::size_t>(profile.ids_argument);
-  for (std::size_t turn = 0; turn < declared; ++turn) {
+  for (std::size_t round = 0; round < declared; ++round) {
     // The ids first: the others must have their shape.
-    const std::size_t i = turn == 0 ? ids : turn <= ids ? turn - 1 : turn;
+    const std::size_t i = round == 0 ? ids : round <= ids ? round - 1 : round;
     const c10::IValue& value = batch.inputs[i];
     if (value.isNone()) {
       if (!spec.optional[i] || i == ids) invalid(describe(i) + " is None, a tensor [batch, tokens] is expected");
@@ -165,10 +165,10 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
     }
     if (i == ids) {
       batch.rows = tensor.size(0);
-      batch.width = tensor.size(1);
-    } else if (tensor.size(0) != batch.rows || tensor.size(1) != batch.width) {
+      batch.padded_length = tensor.size(1);
+    } else if (tensor.size(0) != batch.rows || tensor.size(1) != batch.padded_length) {
       invalid(fmt::format("{} is [{}, {}], but {} is [{}, {}]; both must have one entry a token", describe(i),
-                          tensor.size(0), tensor.size(1), describe(ids), batch.rows, batch.width));
+                          tensor.size(0), tensor.size(1), describe(ids), batch.rows, batch.padded_length));
     }
   }
   read_on_host(batch);
@@ -191,7 +191,7 @@ Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfil
 }
 
 Plan Batch::full_plan(std::int32_t layers) const {
-  Plan plan{rows, width, layers, {}};
+  Plan plan{rows, padded_length, layers, {}};
   for (std::int64_t row = 0; row < rows; ++row) {
     const RowSpan& span = spans[static_cast<std::size_t>(row)];
     if (span.tokens > 0) plan.sequences.push_back(compute_all(row, span.first, span.tokens, layers));
@@ -208,7 +208,7 @@ std::size_t Batch::input_bytes() const {
 Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   Batch part;
   part.rows = static_cast<std::int64_t>(chosen.size());
-  part.width = width;
+  part.padded_length = padded_length;
   part.types = types;
   const auto index = at::tensor(chosen, at::TensorOptions().dtype(at::kLong));
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -226,7 +226,7 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
     const RowSpan& span = spans[static_cast<std::size_t>(row)];
     part.spans.push_back(span);
     part.tokens += span.tokens;
-    part.padded = part.padded || span.tokens != width;
+    part.padded = part.padded || span.tokens != padded_length;
     part.right_padded = part.right_padded && (span.tokens == 0 || span.first == 0);
   }
   part.contiguous = contiguous;
@@ -270,7 +270,7 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
 std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool padding) const {
   const RowSpan& span = spans[static_cast<std::size_t>(row)];
   const std::int64_t first = padding ? 0 : span.first;
-  const std::int64_t count = padding ? width : span.tokens;
+  const std::int64_t count = padding ? padded_length : span.tokens;
   std::string key;
   append_number(key, static_cast<std::int64_t>(tenant.size()));
   key += tenant;

@@ -28,13 +28,13 @@ struct RowKey {
 
 struct Batch {
   Inputs inputs;  ///< one entry for every input the model declares
-  /// The same on the host, int64 `[rows, width]`, contiguous; undefined for inputs that are None. Read once.
+  /// The same on the host, int64 `[rows, padded_length]`, contiguous; undefined for inputs that are None. Read once.
   std::vector<at::Tensor> on_host;
   std::string types;  ///< a character for each input: its type, or -1 for None
   std::int64_t rows = 0;
-  std::int64_t width = 0;  ///< tokens a row, padding included
+  std::int64_t padded_length = 0;  ///< tokens a row, padding included
   std::vector<RowSpan> spans;
-  bool padded = false;       ///< some row has fewer real tokens than the width
+  bool padded = false;       ///< some row has fewer real tokens than the padded length
   bool right_padded = true;  ///< every row begins with a real token
   bool contiguous = true;    ///< the real tokens of every row stand side by side
   std::int64_t tokens = 0;   ///< real tokens of all rows

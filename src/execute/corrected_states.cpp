@@ -96,17 +96,17 @@ LayerAction CorrectedStates::before_layer(std::size_t sequence, std::int32_t lay
   return course;
 }
 
-std::vector<KeySegment> CorrectedStates::keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+std::vector<KeySegment> CorrectedStates::keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                               std::vector<at::Tensor> fresh) {
   const ReusedSequence& reused = sequences_[sequence];
   State& state = at(sequence);
-  const auto& dims = model_.key_dims(layer, site);
+  const auto& dims = model_.key_dims(layer, attention_op);
   if (!reused.donor || layer >= state.widened) return {{fresh.at(0).size(dims[0]), std::move(fresh)}};
   SampleShift& measured = state.shifts[static_cast<std::size_t>(layer)];
-  const double share = 1.0 / static_cast<double>(fresh.size() * static_cast<std::size_t>(model_.sites(layer)));
+  const double share = 1.0 / static_cast<double>(fresh.size() * static_cast<std::size_t>(model_.attention_ops(layer)));
   for (std::size_t i = 0; i < fresh.size(); ++i) {
     const auto own = fresh[i].movedim(dims[i], 0);
-    const auto cached = reused.donor->keys(layer, site, i);
+    const auto cached = reused.donor->keys(layer, attention_op, i);
     // Known tokens enter layer 0 as they did in the donor.
     const Shift shift = layer == 0 ? Shift{} : measure(state, own, cached);
     measured.relative += share * shift.measured.relative;

@@ -21,16 +21,16 @@ struct ReusedSequence {
 
 /// How far the cached states of the samples were off in one layer.
 struct SampleShift {
-  double relative =
-      0;  ///< length of the mean difference, relative to that of the cached keys; mean over the site inputs
+  double relative = 0;  ///< length of the mean difference, relative to that of the cached keys; mean over the attention
+                        ///< operator inputs
   double shrinkage = 0;  ///< what part of the mean difference was added; mean over these
 };
 
-/// Each sequence takes what it does not compute from its donor. At every attention site, for keys and values apart, the
-/// mean difference mu between fresh and cached rows of the samples is added to the cached rows, times the shrinkage
-/// a = max(0, 1 - (trace cov / samples) / |mu|^2), as James and Stein shrink a mean (positive part); the final states,
-/// and states that enter the layer from which on all tokens run, likewise. With fewer than two samples nothing is
-/// added.
+/// Each sequence takes what it does not compute from its donor. At every attention operator, for keys and values
+/// apart, the mean difference mu between fresh and cached rows of the samples is added to the cached rows, times the
+/// shrinkage a = max(0, 1 - (trace cov / samples) / |mu|^2), as James and Stein shrink a mean (positive part); the
+/// final states, and states that enter the layer from which on all tokens run, likewise. With fewer than two samples
+/// nothing is added.
 ///
 /// Tokens that the donor has are embedded as they were there (their place included), computed or not: a block that
 /// moved keeps its places as a whole. So layers must not look at places themselves where blocks moved.
@@ -47,7 +47,7 @@ class CorrectedStates final : public EngineHook {
   bool wants_hooks() const override { return true; }
   void embedded(std::size_t sequence, at::Tensor rows) override;
   LayerAction before_layer(std::size_t sequence, std::int32_t layer, const at::Tensor& active) override;
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override;
   at::Tensor entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) override;
   void finished(std::size_t sequence, const at::Tensor& fresh) override { at(sequence).finished = fresh; }

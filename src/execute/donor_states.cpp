@@ -36,12 +36,13 @@ const SequenceState* DonorStates::donor_of(std::size_t sequence) const {
   return donor < 0 ? nullptr : donors_[static_cast<std::size_t>(donor)].get();
 }
 
-std::vector<KeySegment> DonorStates::keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+std::vector<KeySegment> DonorStates::keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                           std::vector<at::Tensor> fresh) {
   const SequencePlan& plan = plan_->sequences[sequence];
   if (!all_active(plan, layer)) {
-    const auto& cached = donor_of(sequence)->keys[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
-    const auto& dims = model_->key_dims(layer, site);
+    const auto& cached =
+        donor_of(sequence)->keys[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)];
+    const auto& dims = model_->key_dims(layer, attention_op);
     for (std::size_t i = 0; i < fresh.size(); ++i) fresh[i] = merge(plan, layer, fresh[i], cached[i], dims[i]);
   }
   return {{plan.tokens, std::move(fresh)}};

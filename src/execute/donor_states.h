@@ -17,7 +17,7 @@ class DonorStates final : public EngineHook {
  public:
   explicit DonorStates(const Donors& donors) : donors_(donors) {}
 
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override;
   at::Tensor entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) override;
   at::Tensor final_states(std::size_t sequence, std::int64_t begin, std::int64_t end) override;

@@ -44,8 +44,8 @@ void append_filler(std::vector<at::Tensor>& pieces, std::int64_t rows, std::int6
 
 PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device device) {
   PackedLayout layout;
-  layout.batch = plan.batch;
-  layout.width = plan.width;
+  layout.batch = plan.rows;
+  layout.padded_length = plan.padded_length;
   std::vector<std::int64_t> position;
   std::vector<std::int64_t> flat;
   const auto options = at::TensorOptions().dtype(at::kLong);
@@ -57,7 +57,7 @@ PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device 
     if (packed.rows != packed.tokens) packed.active = at::tensor(active[i], options).to(device);
     for (const std::int64_t t : active[i]) {
       position.push_back(sequence.first + t);
-      flat.push_back(sequence.row * plan.width + sequence.first + t);
+      flat.push_back(sequence.row * plan.padded_length + sequence.first + t);
     }
     layout.rows += packed.rows;
     layout.sequences.push_back(std::move(packed));
@@ -152,7 +152,7 @@ class PackedExecution {
 
   /// Positions of the tokens that run, and of those whose results are wanted.
   [[nodiscard]] std::vector<std::int64_t> needed_positions() const {
-    std::vector<char> needed(static_cast<std::size_t>(plan_.width), 0);
+    std::vector<char> needed(static_cast<std::size_t>(plan_.padded_length), 0);
     for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
       const SequencePlan& sequence = plan_.sequences[i];
       const auto mark = [&](std::int64_t begin, std::int64_t end) {
@@ -176,7 +176,7 @@ class PackedExecution {
   void prepare() {
     if (!hook_.watches(0) && captured_.empty() && model_.head_tokenwise()) {
       const auto needed = needed_positions();
-      if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.width) {
+      if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.padded_length) {
         positions_ = at::tensor(needed, at::TensorOptions().dtype(at::kLong)).to(device_);
         return;
       }
@@ -302,7 +302,7 @@ class PackedExecution {
   bool choose(std::int32_t l) {
     if (!enter(l)) return false;
     const at::Tensor entering = run_->hidden();
-    const SiteTensors tensors = run_->before(l, 0);
+    const AttentionTensors tensors = run_->before(l, 0);
     const auto& dims = model_.key_dims(l, 0);
     for (std::size_t q = 0; q < listed_.size(); ++q) {
       const PackedSequence& packed = layout_.sequences[q];
@@ -351,8 +351,8 @@ class PackedExecution {
 
   void run_layer(std::int32_t l) {
     capture_hidden(l);
-    for (std::int64_t s = 0; s < model_.sites(l); ++s) {
-      const SiteTensors tensors = run_->before(l, s);
+    for (std::int64_t s = 0; s < model_.attention_ops(l); ++s) {
+      const AttentionTensors tensors = run_->before(l, s);
       const auto& query_dims = model_.query_dims(l, s);
       const auto& key_dims = model_.key_dims(l, s);
       const auto own_rows = [&](const at::Tensor& all, std::int64_t dim, const PackedSequence& packed) {
@@ -439,7 +439,7 @@ class PackedExecution {
   /// The layout with the places of the results instead of those of the tokens.
   [[nodiscard]] PackedLayout placed(const PackedLayout& layout, const std::vector<std::size_t>& sequences) const {
     PackedLayout result = layout;
-    result.width = selection_.width;
+    result.padded_length = selection_.padded_length;
     for (std::size_t i = 0; i < result.sequences.size(); ++i) {
       const auto& span = selection_.spans[sequences[i]];
       result.sequences[i].first = span.first;
@@ -480,15 +480,15 @@ std::size_t SequenceState::bytes() const {
     if (state.defined()) total += state.nbytes();
   }
   for (const auto& layer : keys) {
-    for (const auto& site : layer) {
-      for (const at::Tensor& key : site) total += key.nbytes();
+    for (const auto& attention_op : layer) {
+      for (const at::Tensor& key : attention_op) total += key.nbytes();
     }
   }
   return total;
 }
 
 std::vector<SequenceReport> count_tokens(const Plan& plan) {
-  std::vector<SequenceReport> reports(static_cast<std::size_t>(plan.batch));
+  std::vector<SequenceReport> reports(static_cast<std::size_t>(plan.rows));
   for (auto& report : reports) report.layers.resize(static_cast<std::size_t>(plan.layers));
   for (const SequencePlan& sequence : plan.sequences) {
     auto& report = reports[static_cast<std::size_t>(sequence.row)];
@@ -520,7 +520,7 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
 }
 
 Selection select_all(const Plan& plan) {
-  Selection all{plan.width, {}, {}};
+  Selection all{plan.padded_length, {}, {}};
   for (const SequencePlan& sequence : plan.sequences) all.spans.push_back({0, sequence.tokens, sequence.first});
   return all;
 }

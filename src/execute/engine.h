@@ -31,8 +31,8 @@ struct Selection {
     std::int64_t tokens = 0;
     std::int64_t first = 0;  ///< position in the row of sequence `to`
   };
-  std::int64_t width = 0;   ///< of the result's rows
-  std::vector<Span> spans;  ///< one a sequence of the plan
+  std::int64_t padded_length = 0;  ///< of the result's rows
+  std::vector<Span> spans;         ///< one a sequence of the plan
   std::vector<Copy> copies;
 };
 

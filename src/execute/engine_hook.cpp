@@ -10,7 +10,7 @@ void EngineHook::begin(const TokenLevelModel& model, const Plan& plan) {
   finished_.resize(plan.sequences.size());
 }
 
-std::vector<KeySegment> EngineHook::keys(std::size_t sequence, std::int32_t /*layer*/, std::int64_t /*site*/,
+std::vector<KeySegment> EngineHook::keys(std::size_t sequence, std::int32_t /*layer*/, std::int64_t /*attention_op*/,
                                          std::vector<at::Tensor> fresh) {
   return {{plan_->sequences[sequence].tokens, std::move(fresh)}};
 }

@@ -43,15 +43,15 @@ class EngineHook {
   }
   /// True if attended() wants to see the tensors that meet at the attention of a layer.
   [[nodiscard]] virtual bool watches_attention(std::int32_t /*layer*/) const { return false; }
-  virtual void attended(std::int32_t /*layer*/, std::int64_t /*site*/, std::size_t /*sequence*/,
-                        const SiteTensors& /*tensors*/) {}
+  virtual void attended(std::int32_t /*layer*/, std::int64_t /*attention_op*/, std::size_t /*sequence*/,
+                        const AttentionTensors& /*tensors*/) {}
 
   // --- Supplying states that the pass does not compute.
 
-  /// The keys of all tokens of a sequence at an attention site, in order. `fresh`: those of its active tokens, one
-  /// tensor a key-side input, valid for this call and until the site has been attended. Called for all sequences with
-  /// active tokens before the first of them is attended: what one writes another may read.
-  virtual std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  /// The keys of all tokens of a sequence at an attention operator, in order. `fresh`: those of its active tokens,
+  /// one tensor a key-side input, valid for this call and until the attention operator has been attended. Called for
+  /// all sequences with active tokens before the first of them is attended: what one writes another may read.
+  virtual std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                        std::vector<at::Tensor> fresh);
   /// The hidden state that enters `layer` of tokens that first run there, from other layers than the pass computed:
   /// `[1, end - begin, hidden]`.
@@ -78,12 +78,12 @@ class EngineHook {
   virtual LayerAction before_layer(std::size_t /*sequence*/, std::int32_t /*layer*/, const at::Tensor& /*active*/) {
     return LayerAction::kGoOn;
   }
-  /// The layer, above 0 and with an attention site, by whose keys the hook chooses which tokens go on; -1: none. The
-  /// model must be self-contained.
+  /// The layer, above 0 and with an attention operator, by whose keys the hook chooses which tokens go on; -1:
+  /// none. The model must be self-contained.
   [[nodiscard]] virtual std::int32_t choosing_layer() const { return -1; }
-  /// Shown the keys that a sequence's active tokens have at the first site of that layer, before any token runs through
-  /// it. Returns the ranges by which the sequence goes on, which must say the same as the plan's about the layers
-  /// before.
+  /// Shown the keys that a sequence's active tokens have at the first attention operator of that layer, before any
+  /// token runs through it. Returns the ranges by which the sequence goes on, which must say the same as the plan's
+  /// about the layers before.
   virtual std::vector<TokenRange> choose(std::size_t /*sequence*/, const std::vector<at::Tensor>& /*fresh*/) {
     return {};
   }
@@ -110,12 +110,13 @@ class WatchedStates final : public EngineHook {
     return watcher_.at_layer(layer, states);
   }
   bool watches_attention(std::int32_t layer) const override { return watcher_.watches_attention(layer); }
-  void attended(std::int32_t layer, std::int64_t site, std::size_t sequence, const SiteTensors& tensors) override {
-    watcher_.attended(layer, site, sequence, tensors);
+  void attended(std::int32_t layer, std::int64_t attention_op, std::size_t sequence,
+                const AttentionTensors& tensors) override {
+    watcher_.attended(layer, attention_op, sequence, tensors);
   }
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override {
-    return states_.keys(sequence, layer, site, std::move(fresh));
+    return states_.keys(sequence, layer, attention_op, std::move(fresh));
   }
   at::Tensor entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) override {
     return states_.entering(sequence, layer, begin, end);

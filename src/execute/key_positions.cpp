@@ -13,7 +13,8 @@ namespace {
 
 constexpr std::int64_t kSequences = 2;
 
-/// Key-side tensors of a pass, by layer, site and tensor: of all sequences, put together as if they were heads.
+/// Key-side tensors of a pass, by layer, attention operator and tensor: of all sequences, put together as if they were
+/// heads.
 using Keys = std::vector<std::vector<std::vector<at::Tensor>>>;
 
 /// Keeps the keys of a pass that computes everything, and nothing else.
@@ -21,13 +22,13 @@ class KeyRecorder final : public EngineHook {
  public:
   explicit KeyRecorder(const Model& model) {
     for (std::int64_t l = 0; l < model.layers(); ++l) {
-      keys_.emplace_back(static_cast<std::size_t>(model.token_level()->sites(l)));
+      keys_.emplace_back(static_cast<std::size_t>(model.token_level()->attention_ops(l)));
     }
   }
 
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override {
-    auto& kept = keys_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
+    auto& kept = keys_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)];
     const bool first = kept.empty();
     for (std::size_t i = 0; i < fresh.size(); ++i) {
       if (first) {
@@ -36,7 +37,7 @@ class KeyRecorder final : public EngineHook {
         kept[i] = at::cat({kept[i], fresh[i].unsqueeze(0)});
       }
     }
-    return EngineHook::keys(sequence, layer, site, std::move(fresh));
+    return EngineHook::keys(sequence, layer, attention_op, std::move(fresh));
   }
 
   Keys run(const Model& model, const Inputs& inputs, std::int64_t tokens) {
@@ -93,7 +94,7 @@ bool moves_as_found(const Model& model, const std::vector<std::int64_t>& vocabul
       if (const int number = found.rotation_of[0][s][i]; number >= 0) {
         const KeyRotation& rotation = found.rotations[static_cast<std::size_t>(number)];
         rotate_(moved, dim, rotation,
-                turn_of(rotation, std::vector<std::int64_t>(kTokens - kMove, kMove), model.device()));
+                angles_of(rotation, std::vector<std::int64_t>(kTokens - kMove, kMove), model.device()));
       }
       const auto own = after[0][s][i].narrow(dim, kMove, kTokens - kMove);
       const auto allowed = key_tolerance(model.rounding()) * own.abs().max().item<double>();

@@ -16,8 +16,8 @@ struct KeyPositions {
   std::string why;                     ///< it is not movable: the reason
   std::int64_t positions = 0;          ///< how many of them were looked at
   std::vector<KeyRotation> rotations;  ///< that differ
-  /// By layer, site and key-side tensor: index into rotations; -1: stays as it is at every position (values; keys of
-  /// models that see positions elsewhere, as with ALiBi, arXiv 2108.12409).
+  /// By layer, attention operator and key-side tensor: index into rotations; -1: stays as it is at every position
+  /// (values; keys of models that see positions elsewhere, as with ALiBi, arXiv 2108.12409).
   std::vector<std::vector<std::vector<int>>> rotation_of;
 };
 

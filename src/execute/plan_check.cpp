@@ -9,14 +9,14 @@ namespace llmcache {
 namespace {
 
 /// Are these the key-side tensors of layer l, over `tokens` tokens?
-bool fits(const TokenLevelModel& model, const std::vector<std::vector<at::Tensor>>& sites, std::int64_t l,
+bool fits(const TokenLevelModel& model, const std::vector<std::vector<at::Tensor>>& attention_ops, std::int64_t l,
           std::int64_t tokens) {
-  if (static_cast<std::int64_t>(sites.size()) != model.sites(l)) return false;
-  for (std::size_t s = 0; s < sites.size(); ++s) {
+  if (static_cast<std::int64_t>(attention_ops.size()) != model.attention_ops(l)) return false;
+  for (std::size_t s = 0; s < attention_ops.size(); ++s) {
     const auto& dims = model.key_dims(l, static_cast<std::int64_t>(s));
-    if (sites[s].size() != dims.size()) return false;
+    if (attention_ops[s].size() != dims.size()) return false;
     for (std::size_t i = 0; i < dims.size(); ++i) {
-      const at::Tensor& key = sites[s][i];
+      const at::Tensor& key = attention_ops[s][i];
       if (!key.defined() || key.dim() <= dims[i] || key.size(dims[i]) != tokens) return false;
     }
   }
@@ -47,9 +47,9 @@ void check_plan(const Plan& plan, const Batch& batch, const Model& model, const 
                 const Donors& donors) {
   const auto invalid = [](const std::string& what) { throw Error(ErrorCode::kInvalidOptions, "plan: " + what); };
   plan.validate(donors.size());
-  if (plan.batch != batch.rows || plan.width != batch.width || plan.layers != model.layers()) {
-    invalid(fmt::format("made for batch {}, width {}, {} layers; these inputs and this model have {}, {}, {}",
-                        plan.batch, plan.width, plan.layers, batch.rows, batch.width, model.layers()));
+  if (plan.rows != batch.rows || plan.padded_length != batch.padded_length || plan.layers != model.layers()) {
+    invalid(fmt::format("made for {} rows, padded length {}, {} layers; these inputs and this model have {}, {}, {}",
+                        plan.rows, plan.padded_length, plan.layers, batch.rows, batch.padded_length, model.layers()));
   }
   check_granularity(model, profile);
   std::vector<char> named(static_cast<std::size_t>(batch.rows), 0);

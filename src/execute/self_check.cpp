@@ -40,7 +40,7 @@ class Checker {
   void run(std::vector<PlainRun> runs) {
     add_short_and_long(runs);
     for (const PlainRun& plain : runs) compare_whole_layers(plain);
-    verified(Kind::kDenseWidth, 40);
+    verified(Kind::kDenseLength, 40);
     verified(Kind::kDenseRows, 3);
     profile_.verified.tokens = 40;
     profile_.verified.rows = 3;
@@ -49,7 +49,7 @@ class Checker {
       for (std::uint8_t a = 0; a <= kEight; ++a) {
         for (std::uint8_t b = 0; b <= kEight; ++b) {
           profile_.verified.codes.push_back(SizeCode(Kind::kMatchRows, a, b).number());
-          profile_.verified.codes.push_back(SizeCode(Kind::kMatchWidth, a, b).number());
+          profile_.verified.codes.push_back(SizeCode(Kind::kMatchLength, a, b).number());
         }
       }
     }
@@ -64,7 +64,7 @@ class Checker {
     if (!packed()) return;
     profile_.granularity = Granularity::kPacked;
     const bool masked = profile_.mask_argument >= 0;
-    verified(Kind::kPackedWidth, masked ? 52 : 5);
+    verified(Kind::kPackedLength, masked ? 52 : 5);
     verified(Kind::kPackedRows, masked ? 4 : 2);
     if (masked) verified(Kind::kPadding, 26);
     if (profile_.left_padding) verified(Kind::kLeftPadding, 6);
@@ -107,7 +107,7 @@ class Checker {
   };
 
   /// Is a result as the output's description says?
-  void check_shapes(const c10::IValue& result, std::int64_t rows, std::int64_t width) const {
+  void check_shapes(const c10::IValue& result, std::int64_t rows, std::int64_t padded_length) const {
     const auto leaves = tensors_of(result);
     bool fits = leaves.size() == spec_.leaves.size();
     for (std::size_t i = 0; fits && i < leaves.size(); ++i) {
@@ -115,7 +115,7 @@ class Checker {
         return dim < 0 || (dim < leaves[i].dim() && leaves[i].size(dim) == size);
       };
       const TokenDims& dims = spec_.leaves[i];
-      fits = is(dims.batch, rows) && is(dims.tokens, width) && is(dims.merged, rows * width) &&
+      fits = is(dims.batch, rows) && is(dims.tokens, padded_length) && is(dims.merged, rows * padded_length) &&
              (!spec_.per_row || (dims.batch >= 0 && dims.merged < 0 && dims.tokens != -2));
     }
     if (!fits) throw DamagedData("its description of the output is not the model's");
@@ -129,8 +129,9 @@ class Checker {
 
   void note(const std::string& why) { profile_.notes.push_back("token-level reuse is not available: " + why); }
 
-  Inputs inputs(const Spans& spans, std::int64_t width, std::int64_t seed) const {
-    auto made = probe_inputs(vocabulary_, model_.device(), static_cast<std::int64_t>(spans.size()), width, seed);
+  Inputs inputs(const Spans& spans, std::int64_t padded_length, std::int64_t seed) const {
+    auto made =
+        probe_inputs(vocabulary_, model_.device(), static_cast<std::int64_t>(spans.size()), padded_length, seed);
     if (profile_.mask_argument < 0) return made;
     for (const int argument : marks(vocabulary_, profile_.ids_argument)) {
       auto mark = made[static_cast<std::size_t>(argument)].toTensor().zero_();
@@ -144,7 +145,7 @@ class Checker {
     const auto tokens = made[ids].toTensor();
     std::size_t next = 0;
     for (std::size_t i = 0; i < spans.size(); ++i) {
-      for (std::int64_t t = 0; t < width; ++t) {
+      for (std::int64_t t = 0; t < padded_length; ++t) {
         if (t >= spans[i].first && t < spans[i].first + spans[i].tokens) continue;
         tokens[static_cast<std::int64_t>(i)][t].fill_(special[next++ % special.size()]);
       }
@@ -152,10 +153,10 @@ class Checker {
     return made;
   }
 
-  static Plan plan(const Subject& of, const Spans& spans, std::int64_t width) {
+  static Plan plan(const Subject& of, const Spans& spans, std::int64_t padded_length) {
     Batch batch;
     batch.rows = static_cast<std::int64_t>(spans.size());
-    batch.width = width;
+    batch.padded_length = padded_length;
     batch.spans = spans;
     return batch.full_plan(static_cast<std::int32_t>(of.model.layers()));
   }
@@ -197,11 +198,11 @@ class Checker {
   }
 
   static bool agrees(const Subject& of, const c10::IValue& got, const c10::IValue& want, const Spans& spans,
-                     std::int64_t width) {
+                     std::int64_t padded_length) {
     for (std::size_t i = 0; i < spans.size(); ++i) {
       const auto row = static_cast<std::int64_t>(i);
-      const auto a = row_of(got, of.spec, row, spans[i].first, spans[i].tokens, width);
-      const auto b = row_of(want, of.spec, row, spans[i].first, spans[i].tokens, width);
+      const auto a = row_of(got, of.spec, row, spans[i].first, spans[i].tokens, padded_length);
+      const auto b = row_of(want, of.spec, row, spans[i].first, spans[i].tokens, padded_length);
       if (a.size() != b.size()) return false;
       for (std::size_t k = 0; k < a.size(); ++k) {
         if (!nearly_equal(a[k], b[k], of.model.rounding())) return false;
@@ -211,8 +212,9 @@ class Checker {
   }
 
   /// Packed against plain on one ragged batch. Empty if they agree, else what is wrong.
-  std::string packed_differs(const Subject& of, const Spans& spans, std::int64_t width, std::int64_t seed) const {
-    const auto given = inputs(spans, width, seed);
+  std::string packed_differs(const Subject& of, const Spans& spans, std::int64_t padded_length,
+                             std::int64_t seed) const {
+    const auto given = inputs(spans, padded_length, seed);
     c10::IValue plain;
     try {
       plain = of.model.plain(given);
@@ -221,15 +223,15 @@ class Checker {
     }
     try {
       ForwardReport report;
-      const auto got = execute_packed(of.model, given, plan(of, spans, width), {}, nullptr, report);
-      if (!agrees(of, got, plain, spans, width)) return "packed rows give another result than the plain model";
+      const auto got = execute_packed(of.model, given, plan(of, spans, padded_length), {}, nullptr, report);
+      if (!agrees(of, got, plain, spans, padded_length)) return "packed rows give another result than the plain model";
       if (spans.size() < 2) return {};
       // What other sequences hold must not be seen at all: bit for bit.
-      auto others = inputs(spans, width, seed + 1);
+      auto others = inputs(spans, padded_length, seed + 1);
       for (std::size_t i = 0; i < given.size(); ++i) others[i].toTensor()[0].copy_(given[i].toTensor()[0]);
-      const auto again = execute_packed(of.model, others, plan(of, spans, width), {}, nullptr, report);
-      const auto a = row_of(got, of.spec, 0, spans[0].first, spans[0].tokens, width);
-      const auto b = row_of(again, of.spec, 0, spans[0].first, spans[0].tokens, width);
+      const auto again = execute_packed(of.model, others, plan(of, spans, padded_length), {}, nullptr, report);
+      const auto a = row_of(got, of.spec, 0, spans[0].first, spans[0].tokens, padded_length);
+      const auto b = row_of(again, of.spec, 0, spans[0].first, spans[0].tokens, padded_length);
       for (std::size_t i = 0; i < a.size(); ++i) {
         if (!same_bits(a[i], b[i])) return "packed sequences see each other";
       }
@@ -264,7 +266,7 @@ class Checker {
   bool packed() {
     struct Case {
       Spans spans;
-      std::int64_t width;
+      std::int64_t padded_length;
     };
     std::vector<Case> cases{{{{0, 5}}, 5}, {{{0, 4}, {0, 4}}, 4}};
     if (profile_.mask_argument >= 0) {
@@ -276,8 +278,8 @@ class Checker {
       // The whole depth once: without padding, or with.
       const bool deep = &few_.model != &model_ && i == (profile_.mask_argument >= 0 ? 2 : 1);
       const auto seed = static_cast<std::int64_t>(i) * 5;
-      auto why = packed_differs(few_, cases[i].spans, cases[i].width, seed);
-      if (why.empty() && deep) why = packed_differs(whole_, cases[i].spans, cases[i].width, seed);
+      auto why = packed_differs(few_, cases[i].spans, cases[i].padded_length, seed);
+      if (why.empty() && deep) why = packed_differs(whole_, cases[i].spans, cases[i].padded_length, seed);
       if (why.empty()) continue;
       note(why);
       return false;
@@ -296,25 +298,25 @@ class Checker {
   /// Some tokens recomputed, the others taken from a run on the same input: the same result.
   bool partial() {
     const Spans spans{{0, 9}, {0, 6}};
-    const std::int64_t width = 9;
+    const std::int64_t padded_length = 9;
     const bool mask = profile_.mask_argument >= 0;
     const Spans used = mask ? spans : Spans{{0, 9}, {0, 9}};
     const auto layers = static_cast<std::int32_t>(few_.model.layers());
     try {
-      const auto given = inputs(used, width, 21);
+      const auto given = inputs(used, padded_length, 21);
       Donors donors;
       ForwardReport report;
-      const auto full = execute_packed(few_.model, given, plan(few_, used, width), {}, &donors, report);
+      const auto full = execute_packed(few_.model, given, plan(few_, used, padded_length), {}, &donors, report);
       const std::vector<std::vector<std::int64_t>> actives[] = {
           {{8}, {5}}, {{1, 4, 5}, {0}}, {{}, {2, 3}}, {{0, 1, 2}, {0, 1, 2, 3, 4, 5}}};
       for (const auto& active : actives) {
-        Plan part{2, width, layers, {}};
+        Plan part{2, padded_length, layers, {}};
         for (std::int32_t i = 0; i < 2; ++i) {
           const auto& span = used[static_cast<std::size_t>(i)];
           part.sequences.push_back(compute_some(i, 0, span.tokens, layers, active[static_cast<std::size_t>(i)], i));
         }
         const auto got = execute_packed(few_.model, given, part, donors, nullptr, report);
-        if (!agrees(few_, got, full, used, width)) {
+        if (!agrees(few_, got, full, used, padded_length)) {
           note("recomputing some tokens gives another result than computing all");
           return false;
         }

@@ -18,11 +18,17 @@ std::uint64_t seed_of(std::string_view partition) { return XXH3_64bits(partition
 }  // namespace
 
 // The tables start empty and allocate nothing until the first insertion.
-BlockHashIndex::BlockHashIndex(std::size_t width, std::size_t block, Tokens tokens, std::pmr::memory_resource* memory)
-    : width_(width), block_(block), tokens_(std::move(tokens)), memory_(memory), blocks_(memory), prefixes_(memory) {}
+BlockHashIndex::BlockHashIndex(std::size_t ids_per_token, std::size_t block, Tokens tokens,
+                               std::pmr::memory_resource* memory)
+    : ids_per_token_(ids_per_token),
+      block_(block),
+      tokens_(std::move(tokens)),
+      memory_(memory),
+      blocks_(memory),
+      prefixes_(memory) {}
 
 std::uint64_t BlockHashIndex::token_hash(const std::int64_t* token) const noexcept {
-  return XXH3_64bits(token, width_ * sizeof *token);
+  return XXH3_64bits(token, ids_per_token_ * sizeof *token);
 }
 
 /// Calls visit(first token, hash of the block, hash of all tokens up to its end) for each whole block.
@@ -33,7 +39,7 @@ void BlockHashIndex::each_block(const Sequence& sequence, Visit visit) const {
   for (std::size_t begin = 0; begin + block_ <= count(sequence); begin += block_) {
     std::uint64_t hash = 0;
     for (std::size_t t = begin; t < begin + block_; ++t) {
-      hash = hash * kFactor + token_hash(sequence.tokens.data() + t * width_);
+      hash = hash * kFactor + token_hash(sequence.tokens.data() + t * ids_per_token_);
     }
     all = mixed(hash, all);
     if (!visit(begin, mixed(hash, seed), all)) return;
@@ -83,10 +89,10 @@ void BlockHashIndex::clear() noexcept {
 /// Tokens that two sequences have in common from these on.
 std::size_t BlockHashIndex::common(const Sequence& a, std::size_t a_begin, const Sequence& b,
                                    std::size_t b_begin) const {
-  const auto left = a.tokens.subspan(a_begin * width_);
-  const auto right = b.tokens.subspan(b_begin * width_);
+  const auto left = a.tokens.subspan(a_begin * ids_per_token_);
+  const auto right = b.tokens.subspan(b_begin * ids_per_token_);
   const auto end = std::mismatch(left.begin(), left.end(), right.begin(), right.end()).first;
-  return static_cast<std::size_t>(end - left.begin()) / width_;
+  return static_cast<std::size_t>(end - left.begin()) / ids_per_token_;
 }
 
 BlockMatch BlockHashIndex::prefix(const Sequence& request) const {
@@ -128,8 +134,8 @@ BlockMatch BlockHashIndex::longest(const Sequence& request, std::size_t begin, s
     const std::size_t right = common(request, begin, known, place);
     if (right < block_) continue;
     const auto same = [&](std::size_t a, std::size_t b) {
-      const auto own = request.tokens.subspan(a * width_, width_);
-      return std::equal(own.begin(), own.end(), known.tokens.subspan(b * width_, width_).begin());
+      const auto own = request.tokens.subspan(a * ids_per_token_, ids_per_token_);
+      return std::equal(own.begin(), own.end(), known.tokens.subspan(b * ids_per_token_, ids_per_token_).begin());
     };
     std::size_t left = 0;
     const std::size_t most = std::min<std::size_t>(begin - taken, place);
@@ -150,7 +156,7 @@ std::vector<BlockMatch> BlockHashIndex::segments(const Sequence& request, const 
   std::uint64_t leaving = 1;  // factor of the token that leaves the window
   for (std::size_t i = 1; i < block_; ++i) leaving *= kFactor;
   std::vector<std::uint64_t> hashes(total);
-  for (std::size_t t = begin; t < total; ++t) hashes[t] = token_hash(request.tokens.data() + t * width_);
+  for (std::size_t t = begin; t < total; ++t) hashes[t] = token_hash(request.tokens.data() + t * ids_per_token_);
   const auto window = [&](std::size_t first) {
     std::uint64_t hash = 0;
     for (std::size_t t = first; t < first + block_; ++t) hash = hash * kFactor + hashes[t];

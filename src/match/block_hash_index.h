@@ -27,9 +27,9 @@ struct BlockMatch {
 /// automatic prefix caching), so that the longest prefix is found among many sequences that begin alike. Hashes only
 /// find: tokens are compared before anything is called the same.
 ///
-/// A token is a tuple of `width` numbers. Sequences live in partitions that never see each other. They are named by
-/// slots, small dense numbers of the caller, who also keeps the tokens: `Tokens` returns those of a slot, which must
-/// not change while it is in the index.
+/// A token is a tuple of `ids_per_token` numbers. Sequences live in partitions that never see each other. They are
+/// named by slots, small dense numbers of the caller, who also keeps the tokens: `Tokens` returns those of a slot,
+/// which must not change while it is in the index.
 ///
 /// Cost: insertion and erasure O(tokens) (erasure also O(sequences with that block)); look-up O(tokens) when each hash
 /// has few candidates, of which no more than kCandidates are looked at.
@@ -45,7 +45,7 @@ class BlockHashIndex {
   };
   using Tokens = std::function<Sequence(std::uint32_t)>;
 
-  BlockHashIndex(std::size_t width, std::size_t block, Tokens tokens, std::pmr::memory_resource* memory);
+  BlockHashIndex(std::size_t ids_per_token, std::size_t block, Tokens tokens, std::pmr::memory_resource* memory);
 
   /// Enters the sequence of `slot`. May throw.
   void insert(std::uint32_t slot);
@@ -79,10 +79,12 @@ class BlockHashIndex {
   [[nodiscard]] std::uint64_t token_hash(const std::int64_t* token) const noexcept;
   [[nodiscard]] std::size_t common(const Sequence& a, std::size_t a_begin, const Sequence& b,
                                    std::size_t b_begin) const;
-  [[nodiscard]] std::size_t count(const Sequence& sequence) const noexcept { return sequence.tokens.size() / width_; }
+  [[nodiscard]] std::size_t count(const Sequence& sequence) const noexcept {
+    return sequence.tokens.size() / ids_per_token_;
+  }
   static void erase_from(Table& table, std::uint64_t hash, const Place& place) noexcept;
 
-  const std::size_t width_;
+  const std::size_t ids_per_token_;
   const std::size_t block_;
   const Tokens tokens_;
   std::pmr::memory_resource* const memory_;

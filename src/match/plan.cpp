@@ -22,19 +22,20 @@ bool SequencePlan::computes_all(std::int32_t layers) const noexcept {
 
 void Plan::validate(std::size_t donors) const {
   const auto invalid = [](const std::string& what) { throw Error(ErrorCode::kInvalidOptions, "plan: " + what); };
-  if (batch < 0 || width < 0 || layers < 1) invalid(fmt::format("batch {}, width {}, layers {}", batch, width, layers));
+  if (rows < 0 || padded_length < 0 || layers < 1)
+    invalid(fmt::format("{} rows, padded length {}, layers {}", rows, padded_length, layers));
   std::int64_t last_row = -1;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const SequencePlan& sequence = sequences[i];
     const auto at = [&](const std::string& what) { invalid(fmt::format("sequence {}: {}", i, what)); };
-    if (sequence.row <= last_row || sequence.row >= batch) {
-      at(fmt::format("row {} is out of order or not below {}", sequence.row, batch));
+    if (sequence.row <= last_row || sequence.row >= rows) {
+      at(fmt::format("row {} is out of order or not below {}", sequence.row, rows));
     }
     last_row = sequence.row;
-    if (sequence.tokens < 1 || sequence.tokens > width || sequence.first < 0 ||
-        sequence.first > width - sequence.tokens) {
-      at(fmt::format("{} tokens from position {} do not fit into a width of {}", sequence.tokens, sequence.first,
-                     width));
+    if (sequence.tokens < 1 || sequence.tokens > padded_length || sequence.first < 0 ||
+        sequence.first > padded_length - sequence.tokens) {
+      at(fmt::format("{} tokens from position {} do not fit into a padded length of {}", sequence.tokens,
+                     sequence.first, padded_length));
     }
     if (sequence.donor < -1 || sequence.donor >= static_cast<std::int32_t>(donors)) {
       at(fmt::format("donor {} of {}", sequence.donor, donors));
@@ -59,7 +60,7 @@ void Plan::validate(std::size_t donors) const {
 }
 
 std::string Plan::to_string() const {
-  std::string text = fmt::format("plan: batch {}, width {}, {} layers\n", batch, width, layers);
+  std::string text = fmt::format("plan: {} rows, padded length {}, {} layers\n", rows, padded_length, layers);
   for (const SequencePlan& sequence : sequences) {
     text += fmt::format("  row {}: {} tokens from position {}", sequence.row, sequence.tokens, sequence.first);
     if (sequence.donor >= 0) text += fmt::format(", donor {}", sequence.donor);

@@ -8,23 +8,23 @@
 namespace llmcache {
 
 // The containers start empty and allocate nothing until the first root.
-PrefixTree::PrefixTree(std::size_t width, std::pmr::memory_resource* memory)
-    : width_(width), memory_(memory), partitions_(memory), index_(memory) {}
+PrefixTree::PrefixTree(std::size_t ids_per_token, std::pmr::memory_resource* memory)
+    : ids_per_token_(ids_per_token), memory_(memory), partitions_(memory), index_(memory) {}
 
 PrefixTree::Match PrefixTree::match(std::string_view partition, std::span<const std::int64_t> tokens) const noexcept {
   const auto it = partitions_.find(partition);
   if (it == partitions_.end()) return {};
   Match match{it->second, 0, 0};
-  const std::size_t count = tokens.size() / width_;
+  const std::size_t count = tokens.size() / ids_per_token_;
   while (match.tokens < count) {
-    const std::int64_t* rest = tokens.data() + match.tokens * width_;
+    const std::int64_t* rest = tokens.data() + match.tokens * ids_per_token_;
     const std::uint32_t next = child(match.node, rest);
     if (next == kNone) break;
     const auto& own = at(next).tokens;
-    const std::size_t most = std::min(own.size(), (count - match.tokens) * width_);
+    const std::size_t most = std::min(own.size(), (count - match.tokens) * ids_per_token_);
     const auto end = std::mismatch(own.begin(), own.begin() + static_cast<std::ptrdiff_t>(most), rest).first;
     match.node = next;
-    match.in_node = static_cast<std::size_t>(end - own.begin()) / width_;
+    match.in_node = static_cast<std::size_t>(end - own.begin()) / ids_per_token_;
     match.tokens += match.in_node;
     if (match.in_node < size(next)) break;
   }
@@ -65,7 +65,7 @@ std::uint32_t PrefixTree::attach(std::uint32_t parent, std::span<const std::int6
 std::uint32_t PrefixTree::split(std::uint32_t node, std::size_t count) {
   const std::uint32_t slot = next_slot();
   Node& lower = at(node);
-  const auto cut = lower.tokens.begin() + static_cast<std::ptrdiff_t>(count * width_);
+  const auto cut = lower.tokens.begin() + static_cast<std::ptrdiff_t>(count * ids_per_token_);
   std::pmr::vector<std::int64_t> head(lower.tokens.begin(), cut, memory_);
   std::pmr::vector<std::int64_t> tail(cut, lower.tokens.end(), memory_);
   std::uint32_t& place = indexed(node)->second;  // stays where it is when the index grows
@@ -127,14 +127,14 @@ void PrefixTree::clear() noexcept {
 }
 
 std::uint64_t PrefixTree::hash(std::uint32_t parent, const std::int64_t* token) const noexcept {
-  return XXH3_64bits_withSeed(token, width_ * sizeof *token, parent);
+  return XXH3_64bits_withSeed(token, ids_per_token_ * sizeof *token, parent);
 }
 
 std::uint32_t PrefixTree::child(std::uint32_t parent, const std::int64_t* token) const noexcept {
   const auto [first, last] = index_.equal_range(hash(parent, token));
   for (auto it = first; it != last; ++it) {
     const Node& node = at(it->second);
-    if (node.parent == parent && std::equal(token, token + width_, node.tokens.begin())) return it->second;
+    if (node.parent == parent && std::equal(token, token + ids_per_token_, node.tokens.begin())) return it->second;
   }
   return kNone;
 }

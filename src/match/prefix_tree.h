@@ -17,8 +17,9 @@
 
 namespace llmcache {
 
-/// A radix tree for each partition. A token is a tuple of `width` numbers; a node holds one token or more, the root of
-/// a partition none. The children of a node differ in their first token. A root exists as long as it has children.
+/// A radix tree for each partition. A token is a tuple of `ids_per_token` numbers; a node holds one token or more, the
+/// root of a partition none. The children of a node differ in their first token. A root exists as long as it has
+/// children.
 ///
 /// Nodes are named by slots: small dense numbers, used again when the node is gone. What a node stands for is the
 /// caller's affair; he keeps it by slot.
@@ -41,7 +42,7 @@ class PrefixTree {
     std::size_t tokens = 0;      ///< length of the prefix
   };
 
-  PrefixTree(std::size_t width, std::pmr::memory_resource* memory);
+  PrefixTree(std::size_t ids_per_token, std::pmr::memory_resource* memory);
   PrefixTree(const PrefixTree&) = delete;
   PrefixTree& operator=(const PrefixTree&) = delete;
 
@@ -73,7 +74,7 @@ class PrefixTree {
   // Of a slot in use; for the last two kNone if there is none.
   [[nodiscard]] bool is_root(std::uint32_t node) const noexcept { return at(node).parent == kNone; }
   [[nodiscard]] bool is_leaf(std::uint32_t node) const noexcept { return at(node).first_child == kNone; }
-  [[nodiscard]] std::size_t size(std::uint32_t node) const noexcept { return at(node).tokens.size() / width_; }
+  [[nodiscard]] std::size_t size(std::uint32_t node) const noexcept { return at(node).tokens.size() / ids_per_token_; }
   [[nodiscard]] std::span<const std::int64_t> tokens(std::uint32_t node) const noexcept { return at(node).tokens; }
   /// Of a root.
   [[nodiscard]] std::string_view partition(std::uint32_t root) const noexcept { return at(root).partition->first; }
@@ -88,7 +89,7 @@ class PrefixTree {
 
   struct Node {
     explicit Node(std::pmr::memory_resource* memory) : tokens(memory) {}
-    std::pmr::vector<std::int64_t> tokens;  ///< token after token, width numbers each
+    std::pmr::vector<std::int64_t> tokens;  ///< token after token, ids_per_token numbers each
     Partitions::iterator partition;         ///< of a root
     std::uint32_t parent = kNone;           ///< of a free slot: the next free one
     std::uint32_t first_child = kNone;
@@ -106,7 +107,7 @@ class PrefixTree {
   void free_slot(std::uint32_t slot) noexcept;
   void drop_if_empty(Partitions::iterator partition) noexcept;
 
-  const std::size_t width_;
+  const std::size_t ids_per_token_;
   std::pmr::memory_resource* const memory_;
   Partitions partitions_;  ///< roots
   /// By slot. None while the tree is empty: an empty one takes memory. It grows without being copied.

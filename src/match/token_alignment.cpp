@@ -109,7 +109,7 @@ class Aligner {
     if (tokens_.size() - from < least || donor_.size() - donor_from < least) return;
     common_ending(from, donor_from);
     const auto cut = [](const TokenView& view, std::int64_t begin) {
-      return TokenView{view.values.subspan(static_cast<std::size_t>(begin) * view.width), view.width};
+      return TokenView{view.values.subspan(static_cast<std::size_t>(begin) * view.ids_per_token), view.ids_per_token};
     };
     const auto hashes = shingle_hashes(cut(tokens_, from), least);
     const auto donor_hashes = shingle_hashes(cut(donor_, donor_from), least);
@@ -222,8 +222,8 @@ std::vector<std::uint64_t> shingle_hashes(const TokenView& tokens, std::int64_t 
   for (std::int64_t i = 0; i < length; ++i) leaving *= kBase;
   std::vector<std::uint64_t> keys(static_cast<std::size_t>(tokens.size()), 0);
   for (std::size_t t = 0; t < keys.size(); ++t) {
-    for (std::size_t i = 0; i < tokens.width; ++i) {
-      keys[t] = mix(keys[t] ^ static_cast<std::uint64_t>(tokens.values[t * tokens.width + i]));
+    for (std::size_t i = 0; i < tokens.ids_per_token; ++i) {
+      keys[t] = mix(keys[t] ^ static_cast<std::uint64_t>(tokens.values[t * tokens.ids_per_token + i]));
     }
   }
   hashes.reserve(keys.size() - static_cast<std::size_t>(length) + 1);
@@ -241,9 +241,9 @@ TokenAlignment align_tokens(const TokenView& tokens, const TokenView& donor, con
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("least_shifted is {}; at least 2 tokens are expected", settings.least_shifted));
   }
-  if (tokens.width != donor.width || tokens.width == 0) {
-    throw Error(ErrorCode::kInvalidOptions,
-                fmt::format("tokens of {} numbers cannot be aligned to tokens of {}", tokens.width, donor.width));
+  if (tokens.ids_per_token != donor.ids_per_token || tokens.ids_per_token == 0) {
+    throw Error(ErrorCode::kInvalidOptions, fmt::format("tokens of {} numbers cannot be aligned to tokens of {}",
+                                                        tokens.ids_per_token, donor.ids_per_token));
   }
   return Aligner(tokens, donor, settings).run();
 }

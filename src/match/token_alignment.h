@@ -8,17 +8,17 @@
 
 namespace llmcache {
 
-/// Tokens of one sequence, each of `width` numbers (one a token-level input of the model), token after token. Two
-/// tokens are the same if all their numbers are. A view.
+/// Tokens of one sequence, each of `ids_per_token` numbers (one a token-level input of the model), token after token.
+/// Two tokens are the same if all their numbers are. A view.
 struct TokenView {
   std::span<const std::int64_t> values;
-  std::size_t width = 1;
+  std::size_t ids_per_token = 1;
 
-  [[nodiscard]] std::int64_t size() const noexcept { return static_cast<std::int64_t>(values.size() / width); }
+  [[nodiscard]] std::int64_t size() const noexcept { return static_cast<std::int64_t>(values.size() / ids_per_token); }
   [[nodiscard]] bool same(std::int64_t token, const TokenView& other, std::int64_t other_token) const noexcept {
-    const auto* a = values.data() + static_cast<std::size_t>(token) * width;
-    const auto* b = other.values.data() + static_cast<std::size_t>(other_token) * width;
-    for (std::size_t i = 0; i < width; ++i) {
+    const auto* a = values.data() + static_cast<std::size_t>(token) * ids_per_token;
+    const auto* b = other.values.data() + static_cast<std::size_t>(other_token) * ids_per_token;
+    for (std::size_t i = 0; i < ids_per_token; ++i) {
       if (a[i] != b[i]) return false;
     }
     return true;

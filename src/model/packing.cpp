@@ -45,8 +45,8 @@ namespace {
 bool in_place(const PackedLayout& layout) {
   std::int64_t row = 0;
   for (const PackedSequence& sequence : layout.sequences) {
-    if (sequence.row != row || sequence.first != 0 || sequence.tokens != layout.width) return false;
-    if (sequence.offset != row * layout.width) return false;
+    if (sequence.row != row || sequence.first != 0 || sequence.tokens != layout.padded_length) return false;
+    if (sequence.offset != row * layout.padded_length) return false;
     ++row;
   }
   return row == layout.batch;
@@ -58,20 +58,20 @@ at::Tensor unpack_rows(const at::Tensor& packed, const TokenDims& dims, const Pa
   const auto rows = dims.merged >= 0 ? packed.movedim(dims.merged, 0)
                                      : packed.movedim({dims.batch, dims.tokens}, {0, 1}).select(0, 0);
   auto shape = rows.sizes().vec();
-  shape[0] = layout.batch * layout.width;
+  shape[0] = layout.batch * layout.padded_length;
   at::Tensor all;
   if (in_place(layout) && rows.is_contiguous()) {
     all = rows.narrow(0, 0, shape[0]);  // logits are large: not copied
   } else {
     all = zeros_to_fill(shape, rows.options());
     for (const PackedSequence& sequence : layout.sequences) {
-      all.narrow(0, sequence.row * layout.width + sequence.first, sequence.tokens)
+      all.narrow(0, sequence.row * layout.padded_length + sequence.first, sequence.tokens)
           .copy_(rows.narrow(0, sequence.offset, sequence.tokens));
     }
   }
   if (dims.merged >= 0) return all.movedim(0, dims.merged);
   shape.erase(shape.begin());
-  shape.insert(shape.begin(), {layout.batch, layout.width});
+  shape.insert(shape.begin(), {layout.batch, layout.padded_length});
   return all.view(shape).movedim({0, 1}, {dims.batch, dims.tokens});
 }
 

@@ -271,6 +271,13 @@ class Prober {
   const ModelProfile& profile_;
 };
 
+/// What is not a number is equal to nothing: no way of running the model could be compared with another.
+bool comparable(const Model& model, const c10::IValue& result) {
+  const auto tensors = tensors_of(result);
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [&](const at::Tensor& t) { return nearly_equal(t, t, model.rounding()); });
+}
+
 void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile& profile) {
   const auto count = static_cast<int>(inputs.vocabulary.size());
   if (mask_argument >= -1 && mask_argument < count && mask_argument != profile.ids_argument) return;
@@ -295,7 +302,7 @@ Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, 
                   "calls); such a model cannot be cached");
     }
     profile.per_row_output = found.output.per_row;
-    profile.rows_independent = profile.rows_independent && profile.per_row_output;
+    profile.rows_independent = profile.rows_independent && profile.per_row_output && comparable(model, first.result);
 
     const OutputSpec states = states_output();
     const Prober prober =
@@ -333,13 +340,13 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
 }
 
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
-                               std::int64_t tokens, std::int64_t width) {
+                               std::int64_t tokens, std::int64_t padded_length) {
   std::vector<at::Tensor> rows;
   const auto leaves = tensors_of(result);
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     const TokenDims& dims = spec.leaves.at(i);
     at::Tensor leaf = leaves[i].narrow(dims.batch, row, 1);
-    if (dims.tokens >= 0 && leaf.size(dims.tokens) == width) leaf = leaf.narrow(dims.tokens, first, tokens);
+    if (dims.tokens >= 0 && leaf.size(dims.tokens) == padded_length) leaf = leaf.narrow(dims.tokens, first, tokens);
     rows.push_back(leaf);
   }
   return rows;

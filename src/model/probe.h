@@ -65,6 +65,6 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
 
 /// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,
-                               std::int64_t tokens, std::int64_t width);
+                               std::int64_t tokens, std::int64_t padded_length);
 
 }  // namespace llmcache

@@ -29,10 +29,10 @@ std::string ModelProfile::to_string() const {
                       ids_argument, mask_argument, vocabulary,
                       max_tokens > 0 ? fmt::format("at most {} tokens", max_tokens) : "no known limit of tokens");
   std::string kinds;
-  for (const AttentionSite& site : attention) {
-    if (kinds.find(site.kind) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + site.kind;
+  for (const AttentionOp& attention_op : attention) {
+    if (kinds.find(attention_op.kind) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + attention_op.kind;
   }
-  text += fmt::format("attention sites:   {}{}\n", attention.size(), kinds.empty() ? "" : " (" + kinds + ")");
+  text += fmt::format("attention ops:     {}{}\n", attention.size(), kinds.empty() ? "" : " (" + kinds + ")");
   text += fmt::format("causal:            {}\n", yes(causal));
   text += fmt::format("granularity:       {}{}\n", llmcache::to_string(granularity),
                       granularity != Granularity::kWholeLayers && mask_argument >= 0

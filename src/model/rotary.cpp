@@ -49,7 +49,7 @@ double length_change(const at::Tensor& keys, Layout layout, std::int64_t pairs, 
 }
 
 /// Angles between neighbours at growing distance: each doubling halves the error, and the estimate before it says how
-/// many whole turns to add.
+/// many whole angles to add.
 std::vector<double> frequencies_of(const at::Tensor& z) {
   const auto advance = [&](std::int64_t step) {
     const auto n = z.size(1) - step;
@@ -160,24 +160,24 @@ bool foretells(const KeyRotation& rotation, const at::Tensor& keys, std::int64_t
   return error_of(rotation, all) <= key_tolerance(keys.scalar_type());
 }
 
-Turn turn_of(const KeyRotation& rotation, const std::vector<std::int64_t>& moves, at::Device device) {
+RotationAngles angles_of(const KeyRotation& rotation, const std::vector<std::int64_t>& moves, at::Device device) {
   const auto options = at::TensorOptions().dtype(at::kDouble);
   const auto angles = at::tensor(moves, options.dtype(at::kLong)).to(at::kDouble).unsqueeze(1) *
                       at::tensor(rotation.frequencies, options);
   return {angles.cos().to(device, at::kFloat), angles.sin().to(device, at::kFloat)};
 }
 
-void rotate_(at::Tensor& keys, std::int64_t token_dim, const KeyRotation& rotation, const Turn& turn) {
+void rotate_(at::Tensor& keys, std::int64_t token_dim, const KeyRotation& rotation, const RotationAngles& angles) {
   const KeyDims dims = key_dims_of(keys, token_dim);
   const auto pairs = static_cast<std::int64_t>(rotation.frequencies.size());
   std::vector<std::int64_t> shape(static_cast<std::size_t>(keys.dim()), 1);
-  shape[static_cast<std::size_t>(dims.tokens)] = turn.cos.size(0);
+  shape[static_cast<std::size_t>(dims.tokens)] = angles.cos.size(0);
   shape[static_cast<std::size_t>(dims.channels)] = pairs;
   const auto fit = [&](const at::Tensor& table) {
     return (dims.tokens < dims.channels ? table : table.t()).reshape(shape);
   };
-  const auto cos = fit(turn.cos);
-  const auto sin = fit(turn.sin);
+  const auto cos = fit(angles.cos);
+  const auto sin = fit(angles.sin);
   const auto [a, b] = pairs_of(keys, dims.channels, rotation.layout, pairs);
   const auto x = a.to(at::kFloat);
   const auto y = b.to(at::kFloat);

@@ -11,7 +11,7 @@
 
 namespace llmcache {
 
-/// How keys turn with the position of their token. Pair i of channels (a, b) at position p is the pair at position 0,
+/// How keys angles with the position of their token. Pair i of channels (a, b) at position p is the pair at position 0,
 /// turned by p * frequencies[i]: (a cos - b sin, b cos + a sin). Channels behind the last pair stay as they are.
 struct KeyRotation {
   enum class Layout {
@@ -50,14 +50,14 @@ std::optional<KeyRotation> find_rotation(const at::Tensor& keys, std::int64_t to
 bool foretells(const KeyRotation& rotation, const at::Tensor& keys, std::int64_t token_dim);
 
 /// Cosines and sines of a move, float32 `[tokens, pairs]` on the keys' device.
-struct Turn {
+struct RotationAngles {
   at::Tensor cos, sin;
 };
 
 /// `moves`: how far each token's position changes, on the CPU.
-Turn turn_of(const KeyRotation& rotation, const std::vector<std::int64_t>& moves, at::Device device);
+RotationAngles angles_of(const KeyRotation& rotation, const std::vector<std::int64_t>& moves, at::Device device);
 
 /// Turns keys in place, in float32 whatever their type. Tokens that do not move keep their bits.
-void rotate_(at::Tensor& keys, std::int64_t token_dim, const KeyRotation& rotation, const Turn& turn);
+void rotate_(at::Tensor& keys, std::int64_t token_dim, const KeyRotation& rotation, const RotationAngles& angles);
 
 }  // namespace llmcache

@@ -16,7 +16,7 @@ class ShallowRun final : public TokenRun {
 
   void set_rows(const PackedLayout& layout, at::Tensor hidden) override { run_->set_rows(layout, std::move(hidden)); }
   const at::Tensor& hidden() const override { return run_->hidden(); }
-  SiteTensors before(std::int64_t l, std::int64_t s) override { return run_->before(at(l), s); }
+  AttentionTensors before(std::int64_t l, std::int64_t s) override { return run_->before(at(l), s); }
   at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
                     const std::vector<KeySegment>& keys) override {
     return run_->attend(at(l), s, q, queries, keys);
@@ -38,15 +38,15 @@ class ShallowTokens final : public TokenLevelModel {
  public:
   ShallowTokens(const TokenLevelModel& whole, const Layers& layers) : whole_(whole), layers_(layers) {}
 
-  std::int64_t sites(std::int64_t layer) const override { return whole_.sites(at(layer)); }
-  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const override {
-    return whole_.query_dims(at(layer), site);
+  std::int64_t attention_ops(std::int64_t layer) const override { return whole_.attention_ops(at(layer)); }
+  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t attention_op) const override {
+    return whole_.query_dims(at(layer), attention_op);
   }
-  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t site) const override {
-    return whole_.key_dims(at(layer), site);
+  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t attention_op) const override {
+    return whole_.key_dims(at(layer), attention_op);
   }
-  std::int64_t output_dim(std::int64_t layer, std::int64_t site) const override {
-    return whole_.output_dim(at(layer), site);
+  std::int64_t output_dim(std::int64_t layer, std::int64_t attention_op) const override {
+    return whole_.output_dim(at(layer), attention_op);
   }
   bool partial() const override { return whole_.partial(); }
   bool self_contained() const override { return whole_.self_contained(); }

@@ -116,13 +116,13 @@ class Follower {
       control.add(of(node->input(1)));
     }
     step(control, node);
-    for (int turn = 0; turn < (node->kind() == prim::Loop ? 2 : 1); ++turn) {
+    for (int round = 0; round < (node->kind() == prim::Loop ? 2 : 1); ++round) {
       for (const torch::jit::Block* block : node->blocks()) {
         const std::size_t skip = node->kind() == prim::Loop ? 1 : 0;  // the counter
         for (std::size_t i = 0; i < block->inputs().size(); ++i) {
           Taint& own = taints_[block->inputs()[i]];
           own = i < skip ? control : of(node->input(i + 2 - skip));
-          if (turn > 0 && i >= skip) own.add(of(block->outputs()[i]));
+          if (round > 0 && i >= skip) own.add(of(block->outputs()[i]));
         }
         visit(block);
       }

@@ -238,164 +238,183 @@ std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& 
   return rows;
 }
 
-std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
-                                              std::unordered_map<const Value*, Value*>& detached) {
-  Graph& graph = *flat.graph;
-  Value* ids = flat.input(static_cast<std::size_t>(ids_argument));
-  std::unordered_set<const Value*> dependent{hidden};
+namespace {
 
-  const auto is_scalar = [&](const Value* v) {
-    const auto info = infos.find(v);
-    return info != infos.end() && info->second.is_scalar() && info->second.kind != ValueInfo::Kind::kUnknown;
-  };
-  const auto insert = [&](Node* made, const Node* like, Node* before) {
-    made->insertBefore(before);
-    flat.part[made] = 0;
-    for (std::size_t i = 0; i < made->outputs().size(); ++i) {
-      if (like != nullptr) infos[made->output(i)] = infos[like->output(i)];
+/// See detach_sizes().
+class SizeDetacher {
+ public:
+  SizeDetacher(FlatGraph& flat, const Value* hidden, Value* ids, ValueInfos& infos,
+               std::unordered_map<const Value*, Value*>& detached)
+      : flat_(flat), graph_(*flat.graph), hidden_(hidden), ids_(ids), infos_(infos), detached_(detached) {}
+
+  std::unordered_set<const Value*> run() {
+    dependent_ = {hidden_};
+    first_dependent_ = find_first_dependent();
+    if (first_dependent_ == nullptr) return dependent_;
+    const std::vector<Node*> nodes(graph_.nodes().begin(), graph_.nodes().end());
+    for (Node* node : nodes) {
+      if (depends(node)) follow(node);
     }
-  };
-  // Everything made here stands before the first node that depends on the hidden state.
-  Node* first_dependent = nullptr;
-  for (Node* node : graph.nodes()) {
+    use_twins();
+    // What still depends on the hidden state and stands before the first layer belongs to it.
+    dependent_ = dependants(flat_, hidden_);
+    for (Node* node : graph_.nodes()) {
+      int& part = flat_.part.at(node);
+      if (part == 0 && depends(node)) part = 1;
+    }
+    return std::move(dependent_);
+  }
+
+ private:
+  /// Everything made here stands before it.
+  Node* find_first_dependent() const {
+    for (Node* node : graph_.nodes()) {
+      const auto inputs = all_inputs(node);
+      if (std::find(inputs.begin(), inputs.end(), hidden_) != inputs.end()) return node;
+    }
+    return nullptr;
+  }
+
+  bool depends(const Node* node) const {
     const auto inputs = all_inputs(node);
-    if (std::find(inputs.begin(), inputs.end(), hidden) != inputs.end()) {
-      first_dependent = node;
-      break;
-    }
+    return std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent_.count(v) > 0; });
   }
-  if (first_dependent == nullptr) return dependent;
 
-  std::vector<Node*> nodes(graph.nodes().begin(), graph.nodes().end());
-  const auto available_early = [&](const Value* v, Node* before) {
-    return v->node()->kind() == prim::Param || v->node()->isBefore(before);
-  };
-  for (Node* node : nodes) {
-    auto inputs = all_inputs(node);
-    const bool depends =
-        std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; });
-    if (!depends) continue;
+  bool is_scalar(const Value* v) const {
+    const auto info = infos_.find(v);
+    return info != infos_.end() && info->second.is_scalar() && info->second.kind != ValueInfo::Kind::kUnknown;
+  }
+  bool scalar_results(const Node* node) const {
+    return std::all_of(node->outputs().begin(), node->outputs().end(), [&](const Value* v) { return is_scalar(v); });
+  }
 
-    // A size of a hidden state becomes a size of the input.
-    if (node->kind() == aten::size && node->inputs().size() == 2 && infos.count(node->output())) {
-      const Label label = infos[node->output()].integer;
-      std::optional<std::int64_t> dim;
-      if (label.kind == Label::Kind::kBatch) dim = 0;
-      if (label.kind == Label::Kind::kTokens) dim = 1;
-      if (label.kind == Label::Kind::kConstant) {
-        torch::jit::WithInsertPoint guard(first_dependent);
-        Value* constant = graph.insertConstant(label.factor);
-        flat.part[constant->node()] = 0;
-        infos[constant] = infos[node->output()];
-        detached[node->output()] = constant;
-      } else if (dim) {
-        torch::jit::WithInsertPoint guard(first_dependent);
-        Value* position = graph.insertConstant(*dim);
-        flat.part[position->node()] = 0;
-        infos[position].kind = ValueInfo::Kind::kInteger;
-        Node* size = graph.create(aten::size, {ids, position});
-        size->output()->setType(c10::IntType::get());
-        insert(size, node, first_dependent);
-        detached[node->output()] = size->output();
-        if (label.factor != 1) {
-          Value* factor = graph.insertConstant(label.factor);
-          flat.part[factor->node()] = 0;
-          infos[factor].kind = ValueInfo::Kind::kInteger;
-          Node* product = graph.create(aten::mul, {size->output(), factor});
-          product->output()->setType(c10::IntType::get());
-          insert(product, node, first_dependent);
-          detached[node->output()] = product->output();
-        }
-      }
-      dependent.insert(node->outputs().begin(), node->outputs().end());
-      continue;
-    }
-    // So do its type, rank and device, which are the same for every request.
-    if ((node->kind() == prim::dtype || node->kind() == aten::dim) && infos.count(node->output()) &&
-        infos[node->output()].integer.kind == Label::Kind::kConstant) {
-      torch::jit::WithInsertPoint guard(first_dependent);
-      Value* constant = graph.insertConstant(infos[node->output()].integer.factor);
-      flat.part[constant->node()] = 0;
-      infos[constant] = infos[node->output()];
-      detached[node->output()] = constant;
-      dependent.insert(node->output());
-      continue;
-    }
-    if (node->kind() == prim::device) {
-      Node* device = graph.create(prim::device, {ids});
+  void insert(Node* made, const Node* like, Node* before) {
+    made->insertBefore(before);
+    flat_.part[made] = 0;
+    for (std::size_t i = 0; i < made->outputs().size(); ++i) infos_[made->output(i)] = infos_[like->output(i)];
+  }
+  Value* constant(std::int64_t number) {
+    const torch::jit::WithInsertPoint guard(first_dependent_);
+    Value* made = graph_.insertConstant(number);
+    flat_.part[made->node()] = 0;
+    infos_[made].kind = ValueInfo::Kind::kInteger;
+    return made;
+  }
+  /// An integer of the input that stands for the result of `like`.
+  Value* integer(c10::Symbol kind, at::ArrayRef<Value*> inputs, const Node* like) {
+    Node* made = graph_.create(kind, inputs);
+    made->output()->setType(c10::IntType::get());
+    insert(made, like, first_dependent_);
+    return made->output();
+  }
+  void detach_as_constant(const Node* node) {
+    Value* made = constant(infos_[node->output()].integer.factor);
+    infos_[made] = infos_[node->output()];
+    detached_[node->output()] = made;
+  }
+
+  void follow(Node* node) {
+    const bool labelled = !node->outputs().empty() && infos_.count(node->outputs()[0]) > 0;
+    if (node->kind() == aten::size && node->inputs().size() == 2 && labelled) {
+      detach_size(node);
+    } else if ((node->kind() == prim::dtype || node->kind() == aten::dim) && labelled &&
+               infos_[node->output()].integer.kind == Label::Kind::kConstant) {
+      detach_as_constant(node);  // the same for every request
+    } else if (node->kind() == prim::device) {
+      Node* device = graph_.create(prim::device, {ids_});
       device->output()->setType(c10::DeviceObjType::get());
-      insert(device, node, first_dependent);
-      detached[node->output()] = device->output();
-      dependent.insert(node->output());
-      continue;
+      insert(device, node, first_dependent_);
+      detached_[node->output()] = device->output();
+    } else if (follows_from_sizes(node)) {
+      if (!scalar_results(node)) return use_sizes_of_the_input(node);
+      make_twin(node);
     }
-    const auto replaceable = [&](const Value* v) { return dependent.count(v) == 0 || detached.count(v) > 0; };
-    const bool all_replaceable = node->blocks().empty() && is_pure(node) &&
-                                 std::all_of(node->inputs().begin(), node->inputs().end(), replaceable);
-    if (!all_replaceable) {
-      dependent.insert(node->outputs().begin(), node->outputs().end());
-      continue;
-    }
-    const bool scalar_result =
-        std::all_of(node->outputs().begin(), node->outputs().end(), [&](const Value* v) { return is_scalar(v); });
-    if (scalar_result) {
-      // Arithmetic on sizes: keep it for whoever works on hidden states, make a second one from the input.
-      Node* twin = graph.createClone(node, [&](Value* v) {
-        const auto found = detached.find(v);
-        return found == detached.end() ? v : found->second;
-      });
-      Node* before = first_dependent;
-      for (const Value* v : twin->inputs()) {
-        if (!available_early(v, before)) before = node;
-      }
-      insert(twin, node, before);
-      for (std::size_t i = 0; i < node->outputs().size(); ++i) detached[node->output(i)] = twin->output(i);
-      dependent.insert(node->outputs().begin(), node->outputs().end());
-    } else {
-      // A table made from sizes alone: it no longer depends on the hidden state.
-      for (std::size_t i = 0; i < node->inputs().size(); ++i) {
-        const auto found = detached.find(node->input(i));
-        if (found != detached.end()) node->replaceInput(i, found->second);
-      }
+    dependent_.insert(node->outputs().begin(), node->outputs().end());
+  }
+
+  /// A size of a hidden state becomes a size of the input.
+  void detach_size(const Node* node) {
+    const Label label = infos_[node->output()].integer;
+    if (label.kind == Label::Kind::kConstant) return detach_as_constant(node);
+    if (label.kind != Label::Kind::kBatch && label.kind != Label::Kind::kTokens) return;
+    Value* dim = constant(label.kind == Label::Kind::kBatch ? 0 : 1);
+    Value* made = integer(aten::size, {ids_, dim}, node);
+    if (label.factor != 1) made = integer(aten::mul, {made, constant(label.factor)}, node);
+    detached_[node->output()] = made;
+  }
+
+  bool follows_from_sizes(Node* node) const {
+    return node->blocks().empty() && is_pure(node) &&
+           std::all_of(node->inputs().begin(), node->inputs().end(),
+                       [&](const Value* v) { return dependent_.count(v) == 0 || detached_.count(v) > 0; });
+  }
+
+  /// A table made from sizes alone no longer depends on the hidden state.
+  void use_sizes_of_the_input(Node* node) {
+    for (std::size_t i = 0; i < node->inputs().size(); ++i) {
+      const auto found = detached_.find(node->input(i));
+      if (found != detached_.end()) node->replaceInput(i, found->second);
     }
   }
-  // Work before and behind the layers, and in another layer than the size was taken in, uses the
-  // size of the input.
-  const auto part_of = [&](const Node* node) {
-    while (node->owningBlock() != graph.block()) node = node->owningBlock()->owningNode();
-    const auto found = flat.part.find(node);
-    return found == flat.part.end() ? -1 : found->second;
-  };
-  // So does a tensor operation that takes the number for its value, not for a shape.
-  const auto by_value = [&](const torch::jit::Use& use) {
+
+  /// Arithmetic on sizes stays for whoever works on hidden states; a second one is made from the input.
+  void make_twin(Node* node) {
+    Node* twin = graph_.createClone(node, [&](Value* v) {
+      const auto found = detached_.find(v);
+      return found == detached_.end() ? v : found->second;
+    });
+    const bool early = std::all_of(twin->inputs().begin(), twin->inputs().end(), [&](const Value* v) {
+      return v->node()->kind() == prim::Param || v->node()->isBefore(first_dependent_);
+    });
+    insert(twin, node, early ? first_dependent_ : node);
+    for (std::size_t i = 0; i < node->outputs().size(); ++i) detached_[node->output(i)] = twin->output(i);
+  }
+
+  int part_of(const Node* node) const {
+    while (node->owningBlock() != graph_.block()) node = node->owningBlock()->owningNode();
+    const auto found = flat_.part.find(node);
+    return found == flat_.part.end() ? -1 : found->second;
+  }
+
+  /// A tensor operation takes the number for its value, not for a shape.
+  bool by_value(const torch::jit::Use& use) const {
     const auto* schema = use.user->maybeSchema();
-    if (schema == nullptr || use.offset >= schema->arguments().size()) return false;
-    if (std::all_of(use.user->outputs().begin(), use.user->outputs().end(), is_scalar)) return false;
+    if (schema == nullptr || use.offset >= schema->arguments().size() || scalar_results(use.user)) return false;
     const auto& type = schema->arguments()[use.offset].type();
     return type->isSubtypeOf(*c10::TensorType::get()) ||
            (type->isSubtypeOf(*c10::NumberType::get()) && type->kind() != c10::TypeKind::IntType);
-  };
-  for (const auto& [original, twin] : detached) {
-    const auto uses = original->uses();
-    const int home = part_of(original->node());
-    for (const auto& use : uses) {
-      const int part = part_of(use.user);
-      if (part == home && part != 0 && !by_value(use)) continue;
-      if (!twin->node()->isBefore(use.user) || use.user == twin->node()) continue;
-      use.user->replaceInput(use.offset, twin);
+  }
+
+  /// Work before and behind the layers, and in another layer than the size was taken in, uses the size of the input. So
+  /// does what takes it for its value.
+  void use_twins() {
+    for (const auto& [original, twin] : detached_) {
+      const auto uses = original->uses();
+      const int home = part_of(original->node());
+      for (const auto& use : uses) {
+        const int part = part_of(use.user);
+        if (part == home && part != 0 && !by_value(use)) continue;
+        if (!twin->node()->isBefore(use.user) || use.user == twin->node()) continue;
+        use.user->replaceInput(use.offset, twin);
+      }
     }
   }
-  // What still depends on the hidden state and stands before the first layer belongs to it.
-  dependent = dependants(flat, hidden);
-  for (Node* node : graph.nodes()) {
-    int& part = flat.part.at(node);
-    const auto inputs = all_inputs(node);
-    if (part == 0 &&
-        std::any_of(inputs.begin(), inputs.end(), [&](const Value* v) { return dependent.count(v) > 0; })) {
-      part = 1;
-    }
-  }
-  return dependent;
+
+  FlatGraph& flat_;
+  Graph& graph_;
+  const Value* hidden_;
+  Value* ids_;
+  ValueInfos& infos_;
+  std::unordered_map<const Value*, Value*>& detached_;
+  std::unordered_set<const Value*> dependent_;
+  Node* first_dependent_ = nullptr;
+};
+
+}  // namespace
+
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
+                                              std::unordered_map<const Value*, Value*>& detached) {
+  return SizeDetacher(flat, hidden, flat.input(static_cast<std::size_t>(ids_argument)), infos, detached).run();
 }
 
 }  // namespace llmcache::ts

@@ -69,14 +69,14 @@ class Numbering {
 
 }  // namespace
 
-std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionSite>& sites) {
+std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops) {
   const auto layers = static_cast<std::size_t>(analysis.flat.layers);
   std::vector<std::string> kinds;
   Numbering numbering(analysis);
   for (std::size_t l = 0; l < layers; ++l) kinds.push_back(std::to_string(numbering.of_layer(l)));
-  for (const AttentionSite& site : sites) {
-    kinds.at(static_cast<std::size_t>(site.layer)) +=
-        fmt::format(" {} {} {}", site.kind, site.query_inputs, site.key_inputs);
+  for (const AttentionOp& attention_op : attention_ops) {
+    kinds.at(static_cast<std::size_t>(attention_op.layer)) +=
+        fmt::format(" {} {} {}", attention_op.kind, attention_op.query_inputs, attention_op.key_inputs);
   }
   std::map<std::string, std::size_t> first;
   std::vector<std::int64_t> distinct;

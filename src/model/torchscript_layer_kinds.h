@@ -11,7 +11,7 @@ namespace llmcache::ts {
 
 /// The first layer of each kind, and the last layer, ascending. Layers of a kind have the same operators in the same
 /// order, with the same constants and weights of the same shapes, on the same values from before the layers, and
-/// attention sites alike. For layers that hand on the hidden state alone.
-std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionSite>& sites);
+/// attention operators alike. For layers that hand on the hidden state alone.
+std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops);
 
 }  // namespace llmcache::ts

@@ -16,9 +16,9 @@
 #include "llmcache/model/torchscript.h"
 #include "model/probe.h"
 #include "model/saved_profile.h"
+#include "model/torchscript_attention_ops.h"
 #include "model/torchscript_layer_kinds.h"
 #include "model/torchscript_packed_weights.h"
-#include "model/torchscript_sites.h"
 
 namespace llmcache::ts {
 namespace {
@@ -145,7 +145,7 @@ bool choose_hidden(Analysis& analysis, bool named) {
   flat.layers = best_end - best_begin;
   analysis.hidden.assign(chosen.begin() + best_begin, chosen.begin() + best_end + 1);
   analysis.hidden_argument.assign(argument.begin() + best_begin, argument.begin() + best_end);
-  analysis.width = width(analysis.hidden[0]);
+  analysis.hidden_size = width(analysis.hidden[0]);
   return true;
 }
 
@@ -284,10 +284,7 @@ void take_labels(Analysis& analysis) {
   for (const auto& numbers : *findings.result) analysis.result->push_back(info_of(numbers));
 }
 
-}  // namespace
-
-Analysis analyse(const Module& module, const Options& options, std::shared_ptr<GraphFindings> findings) {
-  refuse_what_cannot_be_wrapped(module);
+void check_inputs(const Module& module) {
   const auto& graph = *torch::jit::toGraphFunction(module.get_method("forward").function()).graph();
   for (std::size_t i = 1; i < graph.inputs().size(); ++i) {
     const auto type = graph.inputs()[i]->type();
@@ -296,70 +293,89 @@ Analysis analyse(const Module& module, const Options& options, std::shared_ptr<G
     unsupported(fmt::format("input {} of forward ('{}') is a {}; token-level tensors are expected", i - 1,
                             graph.inputs()[i]->debugName(), type->repr_str()));
   }
+}
+
+void check_flat(const FlatGraph& flat) {
+  if (has_training_dropout(flat.graph->block())) {
+    unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
+  }
+  if (const Value* list = grown_elsewhere(flat)) {
+    unsupported(
+        fmt::format("forward() changes the list '{}' between its layers by other means than append(), or keeps it in "
+                    "a tuple meanwhile; such a model cannot be run layer by layer: let it append() only, or collect "
+                    "the states in variables of their own",
+                    list->debugName()));
+  }
+}
+
+/// The graph cut at the layers of a chain, and what its values are. Throws Error(kUnsupportedModel).
+Analysis analyse_chain(const Module& module, const Chain& chain, const std::shared_ptr<GraphFindings>& findings) {
+  Analysis analysis;
+  analysis.module = module;
+  analysis.findings = findings;
+  analysis.device = device_of(module);
+  analysis.flat = flatten(module, chain);
+  analysis.flat.on_cpu = analysis.device.is_cpu();
+  analysis.path = chain.path;
+  check_flat(analysis.flat);
+  analysis.vocabulary = input_vocabulary(analysis.flat, module);
+  const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
+  if (largest == analysis.vocabulary.end() || *largest == 0) {
+    unsupported("no input selects from an embedding, so none of them can be input_ids");
+  }
+  analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
+  try {
+    findings->known ? take_labels(analysis) : find_labels(analysis);
+  } catch (const std::exception& error) {
+    unsupported(
+        fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
+                    "token-level: {}",
+                    reason_of(error)));
+  }
+  return analysis;
+}
+
+/// Once it is known what the layers hand on: what depends on it, and what does not and moves to before the layers.
+void separate_layers(Analysis& analysis) {
+  FlatGraph& flat = analysis.flat;
+  analysis.dependent = dependants(flat, analysis.hidden[0]);
+  analysis.obstacle = find_obstacle(analysis);
+  analysis.rows_meet = rows_may_meet(analysis);
+  analysis.dependence = find_dependence(analysis);
+  if (!analysis.obstacle.empty()) {
+    start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
+    return;
+  }
+  analysis.dependent = detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
+  detach_region_scalars(analysis);
+  remove_dead(analysis);
+  hoist(analysis);
+}
+
+}  // namespace
+
+Analysis analyse(const Module& module, const Options& options, std::shared_ptr<GraphFindings> findings) {
+  refuse_what_cannot_be_wrapped(module);
+  check_inputs(module);
   if (!findings->known) findings->structure = structure_digest(module);
-  auto chains = find_chains(module, options.layers);
+  const auto chains = find_chains(module, options.layers);
   if (chains.empty()) {
     unsupported(
         "no chain of layers was found: forward() calls no two modules of one container, the second fed by the first; "
         "if there is one layer only, name it in Options.layers");
   }
-  std::string reasons;
+  std::vector<std::string> tried;
   bool nested = false;
   for (std::size_t i = findings->known ? findings->chain : 0; i < chains.size(); ++i) {
-    const Chain& chain = chains[i];
     findings->chain = i;
-    Analysis analysis;
-    analysis.module = module;
-    analysis.findings = findings;
-    analysis.device = device_of(module);
-    analysis.flat = flatten(module, chain);
-    analysis.flat.on_cpu = analysis.device.is_cpu();
-    analysis.path = chain.path;
-    auto& flat = analysis.flat;
-    if (has_training_dropout(flat.graph->block())) {
-      unsupported("the graph was traced in training mode (dropout is active); trace the model after eval()");
-    }
-    if (const Value* list = grown_elsewhere(flat)) {
-      unsupported(
-          fmt::format("forward() changes the list '{}' between its layers by other means than append(), or keeps it in "
-                      "a tuple meanwhile; such a model cannot be run layer by layer: let it append() only, or collect "
-                      "the states in variables of their own",
-                      list->debugName()));
-    }
-    analysis.vocabulary = input_vocabulary(flat, module);
-    const auto largest = std::max_element(analysis.vocabulary.begin(), analysis.vocabulary.end());
-    if (largest == analysis.vocabulary.end() || *largest == 0) {
-      unsupported("no input selects from an embedding, so none of them can be input_ids");
-    }
-    analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
-    try {
-      findings->known ? take_labels(analysis) : find_labels(analysis);
-    } catch (const std::exception& error) {
-      unsupported(
-          fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
-                      "token-level: {}",
-                      reason_of(error)));
+    auto analysis = analyse_chain(module, chains[i], findings);
+    if (choose_hidden(analysis, !options.layers.empty())) {
+      separate_layers(analysis);
+      return analysis;
     }
     nested = nested || std::any_of(analysis.infos.begin(), analysis.infos.end(),
                                    [](const auto& info) { return info.second.nested; });
-    if (!choose_hidden(analysis, !options.layers.empty())) {
-      reasons += (reasons.empty() ? "'" : "', '") + analysis.path;
-      continue;
-    }
-    analysis.dependent = dependants(flat, analysis.hidden[0]);
-    analysis.obstacle = find_obstacle(analysis);
-    analysis.rows_meet = rows_may_meet(analysis);
-    analysis.dependence = find_dependence(analysis);
-    if (analysis.obstacle.empty()) {
-      analysis.dependent =
-          detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
-      detach_region_scalars(analysis);
-      remove_dead(analysis);
-      hoist(analysis);
-    } else {
-      start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
-    }
-    return analysis;
+    tried.push_back(analysis.path);
   }
   if (nested) {
     unsupported(
@@ -367,17 +383,16 @@ Analysis analyse(const Module& module, const Options& options, std::shared_ptr<G
         "makes them of padded batches; construct it with enable_nested_tensor=False and export the model again");
   }
   unsupported(
-      fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried "
-                  "{}'",
-                  reasons));
+      fmt::format("the modules called in a row do not hand on a hidden state [batch, tokens, hidden]; tried '{}'",
+                  fmt::join(tried, "', '")));
 }
 
 Program build_program(const Analysis& analysis) {
   Program program;
   const auto layers = analysis.flat.layers;
   const auto embed_nodes = analysis.nodes(0);
-  program.embed = Segment("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots,
-                          Executor::kOfModule);
+  program.embed = Subgraph("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots,
+                           Executor::kOfModule);
   for (std::int64_t l = 0; l < layers; ++l) {
     const auto nodes = analysis.nodes(l + 1);
     program.layers.emplace_back("llmcache_layer_" + std::to_string(l), analysis.flat, nodes, analysis.escaping(nodes),
@@ -385,7 +400,7 @@ Program build_program(const Analysis& analysis) {
   }
   const std::vector<const Value*> result{analysis.flat.graph->outputs()[0]};
   program.head =
-      Segment("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, Executor::kOfModule);
+      Subgraph("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, Executor::kOfModule);
   for (const Value* value : analysis.hidden) program.hidden.push_back(program.slots.of(value));
 
   program.dead.resize(static_cast<std::size_t>(layers));
@@ -442,9 +457,9 @@ class TorchScriptModel final : public Model {
     analysis_ = std::make_shared<const Analysis>(std::move(analysis));
     self_ = analysis_->module._ivalue();
     program_ = build_program(*analysis_);
-    token_level_ = make_token_level(analysis_, program_, sites_, notes_);
+    token_level_ = make_token_level(analysis_, program_, attention_ops_, notes_);
     if (token_level_ != nullptr && token_level_->self_contained() && head_takes_one_state()) {
-      analysis_->findings->distinct_layers = distinct_layers(*analysis_, sites_);
+      analysis_->findings->distinct_layers = distinct_layers(*analysis_, attention_ops_);
     }
   }
 
@@ -534,9 +549,9 @@ class TorchScriptModel final : public Model {
   void describe(ModelProfile& profile) const override {
     profile.layers_path = analysis_->path;
     profile.layers = layers();
-    profile.hidden = analysis_->width;
+    profile.hidden = analysis_->hidden_size;
     profile.hidden_argument = analysis_->hidden_argument;
-    profile.attention = sites_;
+    profile.attention = attention_ops_;
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
@@ -569,7 +584,8 @@ class TorchScriptModel final : public Model {
     if (!dependence.rows.empty()) {
       profile.notes.push_back("no row is kept for another batch, and none is packed: " + dependence.rows);
     } else if (!dependence.length.empty()) {
-      profile.notes.push_back("rows are kept for batches of the same width and padding only: " + dependence.length);
+      profile.notes.push_back("rows are kept for batches of the same padded length and padding only: " +
+                              dependence.length);
     }
   }
 
@@ -602,7 +618,7 @@ class TorchScriptModel final : public Model {
   std::shared_ptr<const Analysis> analysis_;
   c10::IValue self_;
   Program program_;
-  std::vector<AttentionSite> sites_;
+  std::vector<AttentionOp> attention_ops_;
   std::unique_ptr<TokenLevelModel> token_level_;
 };
 

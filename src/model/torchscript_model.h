@@ -9,7 +9,7 @@
 #include "llmcache/options.h"
 #include "model/graph_findings.h"
 #include "model/torchscript_dependence.h"
-#include "model/torchscript_segment.h"
+#include "model/torchscript_subgraph.h"
 #include "model/torchscript_weights.h"
 
 namespace llmcache::ts {
@@ -26,7 +26,7 @@ struct Analysis {
   std::unordered_map<const Value*, Value*> detached;  ///< dependent scalars and their twins made from the input
   std::vector<Value*> hidden;                         ///< hidden[l] enters layer l; hidden[L] is the final state
   std::vector<std::int64_t> hidden_argument;
-  std::int64_t width = 0;                ///< of the hidden state
+  std::int64_t hidden_size = 0;          ///< of the hidden state
   std::string path;                      ///< of the container of the layers
   std::vector<std::int64_t> vocabulary;  ///< per input
   std::int64_t max_tokens = 0;           ///< that tables of positions have room for; 0: unknown
@@ -54,9 +54,9 @@ void remove_dead(Analysis& analysis);
 /// Slots of the values that cross between the parts of an analysed model.
 struct Program {
   Slots slots;
-  Segment embed;
-  std::vector<Segment> layers;
-  Segment head;
+  Subgraph embed;
+  std::vector<Subgraph> layers;
+  Subgraph head;
   std::vector<int> hidden;             ///< slot of hidden[l]
   std::vector<std::vector<int>> dead;  ///< dead[l]: slots that nobody reads after layer l
 };
@@ -65,6 +65,7 @@ Program build_program(const Analysis& analysis);
 
 /// Token-level operation of an analysed model; null and a reason if there is none.
 std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis, Program& program,
-                                                  std::vector<AttentionSite>& sites, std::vector<std::string>& notes);
+                                                  std::vector<AttentionOp>& attention_ops,
+                                                  std::vector<std::string>& notes);
 
 }  // namespace llmcache::ts

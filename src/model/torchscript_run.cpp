@@ -27,11 +27,12 @@ Run::Run(const TokenLevel& model, std::shared_ptr<Env> full, Env cut, const at::
 /// The layout in tensors that are cut to positions_.
 PackedLayout Run::narrowed(const PackedLayout& layout) const {
   PackedLayout narrow = layout;
-  narrow.width = positions_.size(0);
+  narrow.padded_length = positions_.size(0);
   narrow.position = at::searchsorted(positions_, layout.position);
-  narrow.flat_index = layout.batch == 1
-                          ? narrow.position
-                          : layout.flat_index.div(layout.width, "floor").mul(narrow.width).add(narrow.position);
+  narrow.flat_index =
+      layout.batch == 1
+          ? narrow.position
+          : layout.flat_index.div(layout.padded_length, "floor").mul(narrow.padded_length).add(narrow.position);
   return narrow;
 }
 
@@ -62,22 +63,22 @@ void Run::pack_sides() {
   }
 }
 
-SiteTensors Run::before(std::int64_t l, std::int64_t s) {
+AttentionTensors Run::before(std::int64_t l, std::int64_t s) {
   const PackedLayer& layer = model_.at(l);
   if (s == 0) env_[static_cast<std::size_t>(model_.program_.hidden[static_cast<std::size_t>(l)])] = std::move(hidden_);
   layer.pieces[static_cast<std::size_t>(s)].run(model_.self_, env_);
-  const Site& site = layer.sites[static_cast<std::size_t>(s)];
-  SiteTensors tensors;
-  for (std::size_t i = 0; i < site.slots.size(); ++i) {
-    const Role role = site.region.inputs[i].role;
+  const PackedAttention& attention_op = layer.attention_ops[static_cast<std::size_t>(s)];
+  AttentionTensors tensors;
+  for (std::size_t i = 0; i < attention_op.slots.size(); ++i) {
+    const Role role = attention_op.region.inputs[i].role;
     if (role != Role::kQuery && role != Role::kKey) continue;
-    auto tensor = env_[static_cast<std::size_t>(site.slots[i])].toTensor();
+    auto tensor = env_[static_cast<std::size_t>(attention_op.slots[i])].toTensor();
     (role == Role::kQuery ? tensors.queries : tensors.keys).push_back(std::move(tensor));
   }
   return tensors;
 }
 
-const c10::IValue& Run::side_of(const SiteInput& input, int slot, std::size_t q) {
+const c10::IValue& Run::side_of(const AttentionInput& input, int slot, std::size_t q) {
   const std::uint64_t key = static_cast<std::uint64_t>(slot) << 32 | q;
   const auto [it, fresh] = sides_.try_emplace(key);
   if (!fresh) return it->second;
@@ -101,66 +102,66 @@ const c10::IValue& Run::side_of(const SiteInput& input, int slot, std::size_t q)
   return it->second;
 }
 
-const c10::IValue& Run::value_of(const SiteInput& input, int slot) const {
+const c10::IValue& Run::value_of(const AttentionInput& input, int slot) const {
   const bool packed = model_.analysis_->dependent.count(input.value) > 0;
   return packed ? env_[static_cast<std::size_t>(slot)] : (*full_)[static_cast<std::size_t>(slot)];
 }
 
 at::Tensor Run::attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
                        const std::vector<KeySegment>& keys) {
-  const Site& site = model_.at(l).sites[static_cast<std::size_t>(s)];
+  const PackedAttention& attention_op = model_.at(l).attention_ops[static_cast<std::size_t>(s)];
   const PackedSequence& sequence = layout_.sequences[q];
-  if (site.sdpa) {
+  if (attention_op.sdpa) {
     std::optional<at::Tensor> mask;
-    if (site.sdpa->mask >= 0) {
-      const auto i = static_cast<std::size_t>(site.sdpa->mask);
-      const SiteInput& input = site.region.inputs[i];
-      mask = input.role == Role::kSide ? side_of(input, site.slots[i], q).toTensor()
-                                       : value_of(input, site.slots[i]).toTensor();
+    if (attention_op.sdpa->mask >= 0) {
+      const auto i = static_cast<std::size_t>(attention_op.sdpa->mask);
+      const AttentionInput& input = attention_op.region.inputs[i];
+      mask = input.role == Role::kSide ? side_of(input, attention_op.slots[i], q).toTensor()
+                                       : value_of(input, attention_op.slots[i]).toTensor();
     }
-    return llmcache::attend(site.sdpa->settings, queries[0], keys, mask, sequence.active);
+    return llmcache::attend(attention_op.sdpa->settings, queries[0], keys, mask, sequence.active);
   }
   std::vector<c10::IValue> inputs;
   std::size_t next_query = 0;
   std::size_t next_key = 0;
-  for (std::size_t i = 0; i < site.slots.size(); ++i) {
-    const SiteInput& input = site.region.inputs[i];
+  for (std::size_t i = 0; i < attention_op.slots.size(); ++i) {
+    const AttentionInput& input = attention_op.region.inputs[i];
     switch (input.role) {
       case Role::kQuery:
         inputs.emplace_back(queries[next_query++]);
         break;
       case Role::kKey: {
         std::vector<at::Tensor> parts;
-        for (const KeySegment& segment : keys) parts.push_back(segment.keys[next_key]);
+        for (const KeySegment& subgraph : keys) parts.push_back(subgraph.keys[next_key]);
         inputs.emplace_back(parts.size() == 1 ? parts[0] : at::cat(parts, input.token_dim));
         ++next_key;
         break;
       }
       case Role::kSide:
-        inputs.push_back(side_of(input, site.slots[i], q));
+        inputs.push_back(side_of(input, attention_op.slots[i], q));
         break;
       case Role::kLength:
         inputs.push_back(
-            integer_like(value_of(input, site.slots[i]),
+            integer_like(value_of(input, attention_op.slots[i]),
                          length_of(input.length, 1, input.length_of_keys ? sequence.tokens : sequence.rows)));
         break;
       case Role::kFixed:
-        inputs.push_back(value_of(input, site.slots[i]));
+        inputs.push_back(value_of(input, attention_op.slots[i]));
         break;
     }
   }
-  return site.segment.call(model_.self_, std::move(inputs)).toTensor();
+  return attention_op.subgraph.call(model_.self_, std::move(inputs)).toTensor();
 }
 
 void Run::after(std::int64_t l, std::int64_t s, at::Tensor attended) {
-  const Site& site = model_.at(l).sites[static_cast<std::size_t>(s)];
-  env_[static_cast<std::size_t>(site.output_slot)] = std::move(attended);
+  const PackedAttention& attention_op = model_.at(l).attention_ops[static_cast<std::size_t>(s)];
+  env_[static_cast<std::size_t>(attention_op.output_slot)] = std::move(attended);
 }
 
 void Run::finish(std::int64_t l) {
   const PackedLayer& layer = model_.at(l);
   const auto& hidden_slots = model_.program_.hidden;
-  if (layer.sites.empty()) env_[static_cast<std::size_t>(hidden_slots[static_cast<std::size_t>(l)])] = hidden_;
+  if (layer.attention_ops.empty()) env_[static_cast<std::size_t>(hidden_slots[static_cast<std::size_t>(l)])] = hidden_;
   layer.pieces.back().run(model_.self_, env_);
   hidden_ = env_[static_cast<std::size_t>(hidden_slots[static_cast<std::size_t>(l) + 1])].toTensor();
   for (const int slot : layer.dead) env_[static_cast<std::size_t>(slot)] = {};

@@ -17,7 +17,7 @@ class Run final : public TokenRun {
 
   void set_rows(const PackedLayout& layout, at::Tensor hidden) override;
   const at::Tensor& hidden() const override { return hidden_; }
-  SiteTensors before(std::int64_t l, std::int64_t s) override;
+  AttentionTensors before(std::int64_t l, std::int64_t s) override;
   at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
                     const std::vector<KeySegment>& keys) override;
   void after(std::int64_t l, std::int64_t s, at::Tensor attended) override;
@@ -27,14 +27,14 @@ class Run final : public TokenRun {
  private:
   void pack_sides();
   [[nodiscard]] PackedLayout narrowed(const PackedLayout& layout) const;
-  const c10::IValue& side_of(const SiteInput& input, int slot, std::size_t q);
-  const c10::IValue& value_of(const SiteInput& input, int slot) const;
+  const c10::IValue& side_of(const AttentionInput& input, int slot, std::size_t q);
+  const c10::IValue& value_of(const AttentionInput& input, int slot) const;
 
   const TokenLevel& model_;
   std::shared_ptr<Env> full_;  ///< values from before the layers, batch by tokens
   Env cut_;                    ///< those of them that are there at positions_ only
   at::Tensor positions_;       ///< undefined: nothing is cut
-  Env env_;                    ///< values of the packed segments
+  Env env_;                    ///< values of the packed subgraphs
   PackedLayout layout_;
   at::Tensor hidden_;
   std::unordered_map<std::uint64_t, c10::IValue> sides_;  ///< by slot and sequence, reused by all layers

@@ -1,4 +1,4 @@
-// Token-level operation of a TorchScript module: its layers, cut at the attention sites.
+// Token-level operation of a TorchScript module: its layers, cut at the attention operators.
 #include "model/torchscript_token_level.h"
 
 #include <ATen/ATen.h>
@@ -66,10 +66,10 @@ std::unique_ptr<TokenRun> TokenLevel::start(const Activations& embedded, const P
 
 std::unique_ptr<TokenRun> TokenLevel::start_at(const std::vector<c10::IValue>& inputs, const at::Tensor& positions,
                                                const PackedLayout& layout) const {
-  if (!narrow_embed_) return nullptr;
+  if (!partial_embed_) return nullptr;
   auto whole = std::make_shared<Env>(program_.slots.size());
   Env cut(program_.slots.size());
-  narrow_embed_->run(self_, inputs, positions, *whole, cut);
+  partial_embed_->run(self_, inputs, positions, *whole, cut);
   return std::make_unique<Run>(*this, std::move(whole), std::move(cut), positions, layout);
 }
 
@@ -108,107 +108,111 @@ bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
   return true;
 }
 
-bool TokenLevel::build(std::vector<AttentionSite>& sites, std::vector<std::string>& notes) {
+bool TokenLevel::build(std::vector<AttentionOp>& attention_ops, std::vector<std::string>& notes) {
   const auto& analysis = *analysis_;
-  const auto layers = analysis.flat.layers;
-  std::string reason;
-  if (!analysis.obstacle.empty()) {
-    notes.push_back("token-level reuse is not available: " + analysis.obstacle +
-                    (has_fused_layers(analysis.flat) ? kFusedLayers : ""));
+  const auto give_up = [&](const std::string& why, const char* more) {
+    notes.push_back("token-level reuse is not available: " + why + more);
     return false;
-  }
-  const auto in_front_of_head = [&](const Node* node) { return analysis.flat.part.at(node) <= layers; };
+  };
+  const char* fused = has_fused_layers(analysis.flat) ? kFusedLayers : "";
+  if (!analysis.obstacle.empty()) return give_up(analysis.obstacle, fused);
   Values values;  // that questions are answered with, if there are any
   if (!analysis.findings->known) {
+    const auto in_front_of_head = [&](const Node* node) { return analysis.flat.part.at(node) <= analysis.flat.layers; };
     values = run_some(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5), in_front_of_head);
   }
-  std::unordered_set<const Value*> earlier;  // hidden-dependent values of layers before
-  for (std::int64_t l = 0; l < layers; ++l) {
-    const auto give_up = [&] {
-      notes.push_back(
-          fmt::format("token-level reuse is not available: layer {} cannot be split at its attention: {}", l, reason));
-      return false;
-    };
-    auto split = split_layer(analysis, l + 1, reason);
-    if (!split) return give_up();
+  std::unordered_set<const Value*> earlier;
+  for (std::int64_t l = 0; l < analysis.flat.layers; ++l) {
     PackedLayer layer;
-    for (std::size_t p = 0; p < split->pieces.size(); ++p) {
-      const auto& nodes = split->pieces[p];
-      auto outputs = analysis.escaping(nodes);
-      layer.pieces.emplace_back(fmt::format("llmcache_layer_{}_piece_{}", l, p), analysis.flat, nodes, outputs,
-                                program_.slots, Executor::kSimple);
-      if (!add_rules(layer.pieces.back().in(), reason)) return give_up();
-      for (const Value* value : external_inputs(analysis.flat, nodes)) {
-        if (earlier.count(value) && value != analysis.hidden[static_cast<std::size_t>(l)]) self_contained_ = false;
-      }
-    }
-    for (std::size_t s = 0; s < split->regions.size(); ++s) {
-      Site site;
-      site.region = std::move(split->regions[s]);
-      site.segment = Segment(fmt::format("llmcache_layer_{}_attention_{}", l, s), analysis.flat, site.region.nodes,
-                             {site.region.output}, program_.slots, Executor::kSimple);
-      for (const SiteInput& input : site.region.inputs) site.slots.push_back(program_.slots.of(input.value));
-      site.output_slot = program_.slots.of(site.region.output);
-      if (!find_roles(site, values, reason)) return give_up();
-      for (const SiteInput& input : site.region.inputs) {
-        if (input.role == Role::kQuery) site.query_dims.push_back(input.token_dim);
-        if (input.role == Role::kKey) site.key_dims.push_back(input.token_dim);
-        if (earlier.count(input.value)) self_contained_ = false;
-      }
-      sites.push_back({l, site.region.sdpa ? "sdpa" : "eager", site.query_dims.size(), site.key_dims.size()});
-      layer.sites.push_back(std::move(site));
-    }
-    const auto nodes = analysis.nodes(l + 1);
-    const auto surviving = analysis.escaping(nodes);
-    for (const Node* node : nodes) {
-      earlier.insert(node->outputs().begin(), node->outputs().end());
-      for (const Value* value : node->outputs()) {
-        const int slot = program_.slots.find(value);
-        const bool survives = std::find(surviving.begin(), surviving.end(), value) != surviving.end();
-        if (slot >= 0 && !survives) layer.dead.push_back(slot);
-      }
-    }
+    const auto reason = build_layer(l, values, earlier, layer, attention_ops);
+    if (!reason.empty()) return give_up(fmt::format("layer {} cannot be split at its attention: {}", l, reason), "");
+    add_dead_slots(l, earlier, layer);
     layers_.push_back(std::move(layer));
   }
-  if (sites.empty()) {
-    notes.push_back(std::string("token-level reuse is not available: no attention was found in the layers") +
-                    (has_fused_layers(analysis.flat) ? kFusedLayers : ""));
-    return false;
-  }
+  if (attention_ops.empty()) return give_up("no attention was found in the layers", fused);
   if (!partial_) notes.push_back("attention needs as many queries as keys: a sequence runs whole or not at all");
   if (!self_contained_) {
     notes.push_back("layers use values of other layers than the one before: all layers run the same tokens");
   }
   build_head(notes);
-  build_narrow_embed();
+  build_partial_embed();
   return true;
 }
 
-void TokenLevel::build_narrow_embed() {
+std::string TokenLevel::build_layer(std::int64_t l, const Values& values, const ValueSet& earlier, PackedLayer& layer,
+                                    std::vector<AttentionOp>& attention_ops) {
+  const auto& analysis = *analysis_;
+  std::string reason;
+  auto split = split_layer(analysis, l + 1, reason);
+  if (!split) return reason;
+  for (std::size_t p = 0; p < split->pieces.size(); ++p) {
+    const auto& nodes = split->pieces[p];
+    layer.pieces.emplace_back(fmt::format("llmcache_layer_{}_piece_{}", l, p), analysis.flat, nodes,
+                              analysis.escaping(nodes), program_.slots, Executor::kSimple);
+    if (!add_rules(layer.pieces.back().in(), reason)) return reason;
+    for (const Value* value : external_inputs(analysis.flat, nodes)) {
+      if (earlier.count(value) && value != analysis.hidden[static_cast<std::size_t>(l)]) self_contained_ = false;
+    }
+  }
+  for (std::size_t s = 0; s < split->regions.size(); ++s) {
+    PackedAttention attention_op;
+    attention_op.region = std::move(split->regions[s]);
+    const Region& region = attention_op.region;
+    attention_op.subgraph = Subgraph(fmt::format("llmcache_layer_{}_attention_{}", l, s), analysis.flat, region.nodes,
+                                     {region.output}, program_.slots, Executor::kSimple);
+    for (const AttentionInput& input : region.inputs) attention_op.slots.push_back(program_.slots.of(input.value));
+    attention_op.output_slot = program_.slots.of(region.output);
+    if (!find_roles(attention_op, values, reason)) return reason;
+    for (const AttentionInput& input : region.inputs) {
+      if (input.role == Role::kQuery) attention_op.query_dims.push_back(input.token_dim);
+      if (input.role == Role::kKey) attention_op.key_dims.push_back(input.token_dim);
+      if (earlier.count(input.value)) self_contained_ = false;
+    }
+    attention_ops.push_back(
+        {l, region.sdpa ? "sdpa" : "eager", attention_op.query_dims.size(), attention_op.key_dims.size()});
+    layer.attention_ops.push_back(std::move(attention_op));
+  }
+  return {};
+}
+
+void TokenLevel::add_dead_slots(std::int64_t l, ValueSet& earlier, PackedLayer& layer) const {
+  const auto nodes = analysis_->nodes(l + 1);
+  const auto surviving = analysis_->escaping(nodes);
+  for (const Node* node : nodes) {
+    earlier.insert(node->outputs().begin(), node->outputs().end());
+    for (const Value* value : node->outputs()) {
+      const int slot = program_.slots.find(value);
+      const bool survives = std::find(surviving.begin(), surviving.end(), value) != surviving.end();
+      if (slot >= 0 && !survives) layer.dead.push_back(slot);
+    }
+  }
+}
+
+void TokenLevel::build_partial_embed() {
   if (!head_tokenwise_) return;
-  std::map<std::pair<int, int>, NarrowEmbed::Output> wanted;
+  std::map<std::pair<int, int>, PartialEmbed::Output> wanted;
   const auto want = [&](int slot, int dim) { wanted[{slot, dim}] = {program_.slots.value(slot), slot, dim}; };
   want(program_.hidden[0], 1);
   for (const PackRule& rule : rules_) {
     want(rule.slot, rule.kind == PackRule::Kind::kRows && rule.dims.merged < 0 ? rule.dims.tokens : -1);
   }
   for (const PackedLayer& layer : layers_) {
-    for (const Site& site : layer.sites) {
-      for (std::size_t i = 0; i < site.slots.size(); ++i) {
-        const SiteInput& input = site.region.inputs[i];
+    for (const PackedAttention& attention_op : layer.attention_ops) {
+      for (std::size_t i = 0; i < attention_op.slots.size(); ++i) {
+        const AttentionInput& input = attention_op.region.inputs[i];
         if (analysis_->dependent.count(input.value)) continue;
-        want(site.slots[i], input.role == Role::kSide ? input.query_dim : -1);
+        want(attention_op.slots[i], input.role == Role::kSide ? input.query_dim : -1);
       }
     }
   }
-  std::vector<NarrowEmbed::Output> outputs;
+  std::vector<PartialEmbed::Output> outputs;
   std::set<int> cut;
   for (const auto& [key, output] : wanted) {
     // One cut a slot: a value that is needed along two of its dimensions is none that we know.
     if (output.dim >= 0 && !cut.insert(output.slot).second) return;
     outputs.push_back(output);
   }
-  narrow_embed_ = NarrowEmbed::build(*analysis_, outputs);
+  partial_embed_ = PartialEmbed::build(*analysis_, outputs);
 }
 
 void TokenLevel::build_head(std::vector<std::string>& notes) {
@@ -235,7 +239,7 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
     }
   }
   if (tokenwise) {
-    packed_head_ = Segment("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, Executor::kSimple);
+    packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, Executor::kSimple);
     head_tokenwise_ = add_rules(packed_head_.in(), reason);
   }
   for (const int slot : program_.head.in()) {
@@ -264,14 +268,14 @@ void TokenLevel::check_side_outputs(std::vector<std::string>& notes) {
       "the model without it: use_cache=False, output_hidden_states=False");
 }
 
-bool TokenLevel::try_roles(const Site& site, const Values& values, bool partial) const {
+bool TokenLevel::try_roles(const PackedAttention& attention_op, const Values& values, bool partial) const {
   // One sequence of 5 tokens, of which some are active: the rows must come out as in the full run.
   const std::int64_t tokens = 5;
-  const auto device = values.at(site.region.output).toTensor().device();
+  const auto device = values.at(attention_op.region.output).toTensor().device();
   const auto rows = partial ? at::tensor({1, 2, 4}, at::TensorOptions().dtype(at::kLong)).to(device)
                             : at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
   std::vector<c10::IValue> inputs;
-  for (const SiteInput& input : site.region.inputs) {
+  for (const AttentionInput& input : attention_op.region.inputs) {
     const c10::IValue& value = values.at(input.value);
     switch (input.role) {
       case Role::kQuery:
@@ -291,23 +295,24 @@ bool TokenLevel::try_roles(const Site& site, const Values& values, bool partial)
     }
   }
   try {
-    const auto got = site.segment.call(self_, std::move(inputs)).toTensor();
-    const auto want = values.at(site.region.output).toTensor().index_select(site.region.output_dim, rows);
+    const auto got = attention_op.subgraph.call(self_, std::move(inputs)).toTensor();
+    const auto want =
+        values.at(attention_op.region.output).toTensor().index_select(attention_op.region.output_dim, rows);
     return got.sizes() == want.sizes() && nearly_equal(got, want);
   } catch (const std::exception&) {
     return false;
   }
 }
 
-std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site, const Values& values) const {
-  const Node* node = site.region.sdpa;
-  const auto& inputs = site.region.inputs;
+std::optional<SdpaOp> TokenLevel::find_sdpa(const PackedAttention& attention_op, const Values& values) const {
+  const Node* node = attention_op.region.sdpa;
+  const auto& inputs = attention_op.region.inputs;
   if (node->inputs().size() != 8) return std::nullopt;
   const auto dropout = torch::jit::constant_as<double>(node->input(4));
   const auto causal = torch::jit::constant_as<bool>(node->input(5));
   const auto scale = torch::jit::toIValue(node->input(6));
   if (!dropout || *dropout != 0.0 || !causal || !scale || (!scale->isNone() && !scale->isDouble())) return std::nullopt;
-  SdpaSite found;
+  SdpaOp found;
   found.settings.causal = *causal;
   if (scale->isDouble()) found.settings.scale = scale->toDouble();
   std::size_t known = 0;
@@ -320,8 +325,8 @@ std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site, const Values& va
     return std::nullopt;
   };
   const auto query = index_of(node->input(0), Role::kQuery);
-  const auto key = index_of(site.region.keys, Role::kKey);
-  const auto value = index_of(site.region.values, Role::kKey);
+  const auto key = index_of(attention_op.region.keys, Role::kKey);
+  const auto value = index_of(attention_op.region.values, Role::kKey);
   if (!query || !key || !value || *value < *key) return std::nullopt;
   found.query = *query;
   found.key = *key;
@@ -333,21 +338,22 @@ std::optional<SdpaSite> TokenLevel::find_sdpa(const Site& site, const Values& va
     if (!mask) return std::nullopt;
     found.mask = static_cast<int>(*mask);
   }
-  for (const SiteInput& input : inputs) {
+  for (const AttentionInput& input : inputs) {
     if (input.role == Role::kQuery || input.role == Role::kKey) continue;
     if (input.role == Role::kSide && found.mask < 0) return std::nullopt;
   }
-  const auto tensors = static_cast<std::size_t>(std::count_if(inputs.begin(), inputs.end(), [](const SiteInput& input) {
-    return input.role == Role::kQuery || input.role == Role::kKey || input.role == Role::kSide;
-  }));
+  const auto tensors =
+      static_cast<std::size_t>(std::count_if(inputs.begin(), inputs.end(), [](const AttentionInput& input) {
+        return input.role == Role::kQuery || input.role == Role::kKey || input.role == Role::kSide;
+      }));
   if (tensors > known) return std::nullopt;
-  if (!analysis_->findings->ask([&] { return sdpa_agrees(site, found, values); })) return std::nullopt;
+  if (!analysis_->findings->ask([&] { return sdpa_agrees(attention_op, found, values); })) return std::nullopt;
   return found;
 }
 
 /// Does the operator give what the graph gives, from keys whose heads are not repeated yet?
-bool TokenLevel::sdpa_agrees(const Site& site, const SdpaSite& found, const Values& values) const {
-  const auto& inputs = site.region.inputs;
+bool TokenLevel::sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& found, const Values& values) const {
+  const auto& inputs = attention_op.region.inputs;
   try {
     const auto tensor = [&](std::size_t i) { return values.at(inputs[i].value).toTensor(); };
     std::optional<at::Tensor> mask;
@@ -357,16 +363,16 @@ bool TokenLevel::sdpa_agrees(const Site& site, const SdpaSite& found, const Valu
     }
     const auto got = attend(found.settings, tensor(found.query),
                             {{tensor(found.key).size(2), {tensor(found.key), tensor(found.value)}}}, mask, {});
-    return nearly_equal(got, values.at(site.region.output).toTensor());
+    return nearly_equal(got, values.at(attention_op.region.output).toTensor());
   } catch (const std::exception&) {
     return false;
   }
 }
 
-bool TokenLevel::find_roles(Site& site, const Values& values, std::string& reason) {
-  auto& inputs = site.region.inputs;
-  std::vector<SiteInput*> open;  // inputs that are either on the query or on the key side
-  for (SiteInput& input : inputs) {
+bool TokenLevel::find_roles(PackedAttention& attention_op, const Values& values, std::string& reason) {
+  auto& inputs = attention_op.region.inputs;
+  std::vector<AttentionInput*> open;  // inputs that are either on the query or on the key side
+  for (AttentionInput& input : inputs) {
     const bool single_side = input.role == Role::kSide && (input.query_dim < 0) != (input.key_dim < 0);
     if (input.role == Role::kKey || input.role == Role::kLength || single_side) open.push_back(&input);
   }
@@ -393,7 +399,7 @@ bool TokenLevel::find_roles(Site& site, const Values& values, std::string& reaso
       bool has_query = false;
       bool has_key = false;
       for (std::size_t i = 0; i < open.size(); ++i) {
-        SiteInput& input = *open[i];
+        AttentionInput& input = *open[i];
         if (flips >> i & 1U) {
           if (input.role == Role::kQuery)
             input.role = Role::kKey;
@@ -407,11 +413,11 @@ bool TokenLevel::find_roles(Site& site, const Values& values, std::string& reaso
         has_query = has_query || input.role == Role::kQuery;
         has_key = has_key || input.role == Role::kKey;
       }
-      const auto tried = [&] { return try_roles(site, values, partial); };
+      const auto tried = [&] { return try_roles(attention_op, values, partial); };
       if (!has_query || !has_key || !analysis_->findings->ask(tried)) continue;
-      site.region.partial = partial;
+      attention_op.region.partial = partial;
       partial_ = partial_ && partial;
-      if (site.region.sdpa != nullptr) site.sdpa = find_sdpa(site, values);
+      if (attention_op.region.sdpa != nullptr) attention_op.sdpa = find_sdpa(attention_op, values);
       return true;
     }
   }
@@ -420,11 +426,12 @@ bool TokenLevel::find_roles(Site& site, const Values& values, std::string& reaso
 }
 
 std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis, Program& program,
-                                                  std::vector<AttentionSite>& sites, std::vector<std::string>& notes) {
+                                                  std::vector<AttentionOp>& attention_ops,
+                                                  std::vector<std::string>& notes) {
   auto model = std::make_unique<TokenLevel>(analysis, program);
-  std::vector<AttentionSite> found;
+  std::vector<AttentionOp> found;
   if (!model->build(found, notes)) return nullptr;
-  sites = std::move(found);
+  attention_ops = std::move(found);
   return model;
 }
 

@@ -1,4 +1,4 @@
-// Token-level operation of a TorchScript module: its layers, cut at the attention sites. Internal to
+// Token-level operation of a TorchScript module: its layers, cut at the attention operators. Internal to
 // model/torchscript*.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 #include "model/attention.h"
 #include "model/packing.h"
-#include "model/torchscript_narrow_embed.h"
-#include "model/torchscript_sites.h"
+#include "model/torchscript_attention_ops.h"
+#include "model/torchscript_partial_embed.h"
 
 namespace llmcache::ts {
 
@@ -24,7 +24,7 @@ c10::IValue integer_like(const c10::IValue& sample, std::int64_t value);
 
 TokenDims token_dims(const ValueInfo& info);
 
-/// A value from before the layers as the packed segments need it.
+/// A value from before the layers as the packed subgraphs need it.
 struct PackRule {
   enum class Kind { kAsIs, kRows, kLength };
   int slot = -1;
@@ -33,25 +33,25 @@ struct PackRule {
   Label length;
 };
 
-/// An attention site that is the operator itself, perhaps behind a repetition of its key heads.
-struct SdpaSite {
+/// An attention operator that is the operator itself, perhaps behind a repetition of its key heads.
+struct SdpaOp {
   AttentionSettings settings;
   std::size_t query = 0, key = 0, value = 0;  ///< which input of the region each is
   int mask = -1;                              ///< likewise; -1: none
 };
 
-struct Site {
+struct PackedAttention {
   Region region;
-  Segment segment;
+  Subgraph subgraph;
   std::vector<int> slots;  ///< of region.inputs
   int output_slot = -1;
-  std::optional<SdpaSite> sdpa;  ///< call the operator, not the segment
+  std::optional<SdpaOp> sdpa;  ///< call the operator, not the subgraph
   std::vector<std::int64_t> query_dims, key_dims;
 };
 
 struct PackedLayer {
-  std::vector<Segment> pieces;
-  std::vector<Site> sites;
+  std::vector<Subgraph> pieces;
+  std::vector<PackedAttention> attention_ops;
   std::vector<int> dead;  ///< slots of values that no later layer and no head reads
 };
 
@@ -61,17 +61,19 @@ class TokenLevel final : public TokenLevelModel {
       : analysis_(std::move(analysis)), program_(program), self_(analysis_->module._ivalue()) {}
 
   /// False with a reason if some layer cannot be split.
-  bool build(std::vector<AttentionSite>& sites, std::vector<std::string>& notes);
+  bool build(std::vector<AttentionOp>& attention_ops, std::vector<std::string>& notes);
 
-  std::int64_t sites(std::int64_t layer) const override { return static_cast<std::int64_t>(at(layer).sites.size()); }
-  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].query_dims;
+  std::int64_t attention_ops(std::int64_t layer) const override {
+    return static_cast<std::int64_t>(at(layer).attention_ops.size());
   }
-  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].key_dims;
+  const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t attention_op) const override {
+    return at(layer).attention_ops[static_cast<std::size_t>(attention_op)].query_dims;
   }
-  std::int64_t output_dim(std::int64_t layer, std::int64_t site) const override {
-    return at(layer).sites[static_cast<std::size_t>(site)].region.output_dim;
+  const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t attention_op) const override {
+    return at(layer).attention_ops[static_cast<std::size_t>(attention_op)].key_dims;
+  }
+  std::int64_t output_dim(std::int64_t layer, std::int64_t attention_op) const override {
+    return at(layer).attention_ops[static_cast<std::size_t>(attention_op)].region.output_dim;
   }
   bool partial() const override { return partial_; }
   bool head_tokenwise() const override { return head_tokenwise_; }
@@ -84,14 +86,20 @@ class TokenLevel final : public TokenLevelModel {
  private:
   friend class Run;
   const PackedLayer& at(std::int64_t layer) const { return layers_.at(static_cast<std::size_t>(layer)); }
+  using ValueSet = std::unordered_set<const Value*>;
+
+  /// Empty, or why the layer cannot be split. `earlier`: values of layers before that depend on hidden states.
+  std::string build_layer(std::int64_t l, const Values& values, const ValueSet& earlier, PackedLayer& layer,
+                          std::vector<AttentionOp>& attention_ops);
+  void add_dead_slots(std::int64_t l, ValueSet& earlier, PackedLayer& layer) const;
   bool add_rules(const std::vector<int>& slots, std::string& reason);
-  bool find_roles(Site& site, const Values& values, std::string& reason);
-  std::optional<SdpaSite> find_sdpa(const Site& site, const Values& values) const;
-  bool sdpa_agrees(const Site& site, const SdpaSite& found, const Values& values) const;
-  bool try_roles(const Site& site, const Values& values, bool partial) const;
+  bool find_roles(PackedAttention& attention_op, const Values& values, std::string& reason);
+  std::optional<SdpaOp> find_sdpa(const PackedAttention& attention_op, const Values& values) const;
+  bool sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& found, const Values& values) const;
+  bool try_roles(const PackedAttention& attention_op, const Values& values, bool partial) const;
   void build_head(std::vector<std::string>& notes);
   void check_side_outputs(std::vector<std::string>& notes);
-  void build_narrow_embed();
+  void build_partial_embed();
 
   std::shared_ptr<const Analysis> analysis_;
   Program& program_;
@@ -99,8 +107,8 @@ class TokenLevel final : public TokenLevelModel {
   std::vector<PackedLayer> layers_;
   std::vector<PackRule> rules_;
   std::unordered_set<int> ruled_;
-  Segment packed_head_;
-  std::optional<NarrowEmbed> narrow_embed_;
+  Subgraph packed_head_;
+  std::optional<PartialEmbed> partial_embed_;
   std::vector<int> head_rows_;          ///< slots of per-token values that the dense head needs
   std::vector<TokenDims> result_dims_;  ///< of the tensors in the result
   bool partial_ = true;

@@ -302,18 +302,18 @@ void WeightGuard::Samples::add(const std::string& name, const at::Tensor& tensor
   width.push_back(static_cast<std::uint8_t>(word_bytes));
   names.push_back(name);
   const auto* data = static_cast<const std::uint8_t*>(tensor.const_data_ptr());
-  for (std::size_t turn = 0; turn < kSamples; ++turn) {
-    const auto last = static_cast<std::int64_t>(turn);
-    places[turn].push_back(
-        dense ? data + (bytes - word_bytes) * turn / (kSamples - 1)
+  for (std::size_t sample = 0; sample < kSamples; ++sample) {
+    const auto last = static_cast<std::int64_t>(sample);
+    places[sample].push_back(
+        dense ? data + (bytes - word_bytes) * sample / (kSamples - 1)
               : element(tensor, (tensor.numel() - 1) * last / static_cast<std::int64_t>(kSamples - 1)));
-    words[turn].push_back(word(width.size() - 1, turn));
+    words[sample].push_back(word(width.size() - 1, sample));
   }
 }
 
-std::uint64_t WeightGuard::Samples::word(std::size_t i, std::size_t turn) const noexcept {
+std::uint64_t WeightGuard::Samples::word(std::size_t i, std::size_t sample) const noexcept {
   std::uint64_t value = 0;
-  const std::uint8_t* from = places[turn][i];
+  const std::uint8_t* from = places[sample][i];
   if (width[i] == 8) {
     std::memcpy(&value, from, 8);
   } else {
@@ -447,10 +447,10 @@ void WeightGuard::check() const {
   check_written();
   check_attributes();
   check_versions();
-  const std::size_t turn = turn_.fetch_add(1, std::memory_order_relaxed) % kSamples;
-  const auto& words = samples_.words[turn];
+  const std::size_t sample = next_sample_.fetch_add(1, std::memory_order_relaxed) % kSamples;
+  const auto& words = samples_.words[sample];
   for (std::size_t i = 0; i < words.size(); ++i) {
-    if (samples_.word(i, turn) != words[i]) written(samples_.names[i]);
+    if (samples_.word(i, sample) != words[i]) written(samples_.names[i]);
   }
 }
 

@@ -100,7 +100,7 @@ class WeightGuard {
     std::array<std::vector<std::uint64_t>, kSamples> words;
     std::vector<std::string> names;
     void add(const std::string& name, const at::Tensor& tensor);
-    [[nodiscard]] std::uint64_t word(std::size_t i, std::size_t turn) const noexcept;
+    [[nodiscard]] std::uint64_t word(std::size_t i, std::size_t sample) const noexcept;
   };
 
   void check_attributes() const;
@@ -119,7 +119,7 @@ class WeightGuard {
   std::vector<Held> held_;
   std::vector<Loose> loose_;  ///< instead of slots_ once the module was let go
   Samples samples_;
-  mutable std::atomic<std::uint32_t> turn_{0};
+  mutable std::atomic<std::uint32_t> next_sample_{0};
   mutable std::atomic<bool> written_{false};
   mutable std::mutex written_mutex_;
   mutable std::string written_name_;

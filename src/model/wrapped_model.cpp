@@ -8,10 +8,11 @@
 namespace llmcache {
 namespace {
 
-std::string sites_text(const std::vector<AttentionSite>& sites) {
+std::string sites_text(const std::vector<AttentionOp>& attention_ops) {
   std::string text;
-  for (const AttentionSite& site : sites) {
-    text += fmt::format("{} {} {} {}; ", site.layer, site.kind, site.query_inputs, site.key_inputs);
+  for (const AttentionOp& attention_op : attention_ops) {
+    text += fmt::format("{} {} {} {}; ", attention_op.layer, attention_op.kind, attention_op.query_inputs,
+                        attention_op.key_inputs);
   }
   return text;
 }

@@ -31,16 +31,16 @@ const char* to_string(Mechanism mechanism) noexcept;
 class SizeCode {
  public:
   enum class Kind : std::uint8_t {
-    kDenseWidth,   ///< growing: the largest that was compared covers all below
-    kDenseRows,    ///< growing
-    kPackedWidth,  ///< growing
-    kPackedRows,   ///< growing
-    kPadding,      ///< growing: padding tokens of a row behind its real ones
-    kLeftPadding,  ///< growing: in front of them
-    kMarks,        ///< growing: the largest number in an input that is no id
-    kPrefix,       ///< pair: length of the sequence that computed it, length of the one that takes it
-    kMatchRows,    ///< pair: rows of the batch that computed it, rows of the one that takes it
-    kMatchWidth,   ///< pair: likewise the widths
+    kDenseLength,   ///< growing: the largest that was compared covers all below
+    kDenseRows,     ///< growing
+    kPackedLength,  ///< growing
+    kPackedRows,    ///< growing
+    kPadding,       ///< growing: padding tokens of a row behind its real ones
+    kLeftPadding,   ///< growing: in front of them
+    kMarks,         ///< growing: the largest number in an input that is no id
+    kPrefix,        ///< pair: length of the sequence that computed it, length of the one that takes it
+    kMatchRows,     ///< pair: rows of the batch that computed it, rows of the one that takes it
+    kMatchLength,   ///< pair: likewise the widths
   };
   /// `a`, `b`: size_class() of the sizes. `b`: of pairs.
   SizeCode(Kind kind, std::uint8_t a, std::uint8_t b = 0) noexcept

@@ -99,7 +99,7 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
     done_[row] = 1;
     const bool known = sequence.source != Source::kComputed || sequence.shared_tokens > 0;
     mechanisms_[row] = known ? Mechanism::kPrefix : packed ? Mechanism::kPacked : Mechanism::kDense;
-    if (packed) padding_skipped_ += call_.batch.width - sequence.tokens;
+    if (packed) padding_skipped_ += call_.batch.padded_length - sequence.tokens;
   }
   if (report_.execution != Execution::kPacked) report_.execution = own.execution;
   report_.lookup_ms += own.lookup_ms;
@@ -181,7 +181,7 @@ at::Tensor Answers::assemble_leaf(std::size_t leaf, const std::vector<std::vecto
     }
   }
   at::Tensor sample;
-  std::int64_t tokens = cut || !call_.wrapped.ignores_padding() ? 0 : batch.width;
+  std::int64_t tokens = cut || !call_.wrapped.ignores_padding() ? 0 : batch.padded_length;
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const at::Tensor& rows = sources[i].rows;
     if (!rows.defined()) continue;
@@ -221,15 +221,15 @@ c10::IValue cut_output(const c10::IValue& result, const OutputSpec& spec, const 
   std::size_t leaf = 0;
   return map_tensors(result, [&](const at::Tensor& all) {
     const TokenDims& dims = spec.leaves.at(leaf++);
-    if (dims.tokens < 0 || dims.batch < 0 || all.size(dims.tokens) != batch.width) return all;
+    if (dims.tokens < 0 || dims.batch < 0 || all.size(dims.tokens) != batch.padded_length) return all;
     std::vector<std::int64_t> asked;
-    std::int64_t width = output == Output::kLastToken ? 1 : 0;
+    std::int64_t padded_length = output == Output::kLastToken ? 1 : 0;
     for (std::size_t row = 0; row < known.size(); ++row) {
       asked.push_back(asked_of(batch.spans[row].tokens, known[row], output));
-      width = std::max(width, asked.back());
+      padded_length = std::max(padded_length, asked.back());
     }
     auto shape = all.sizes().vec();
-    shape[static_cast<std::size_t>(dims.tokens)] = width;
+    shape[static_cast<std::size_t>(dims.tokens)] = padded_length;
     auto part = at::zeros(shape, all.options());
     for (std::int64_t row = 0; row < batch.rows; ++row) {
       const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];

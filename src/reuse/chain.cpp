@@ -58,7 +58,9 @@ std::vector<StrategyEntry> make_table() {
       {.chains = {kLossless, kBudget, kThreshold},
        .wanted = always,
        .share = nothing,
-       .make = [](const Context& c, std::size_t /*capacity*/) -> Made { return std::make_unique<Packed>(c.wrapped); }},
+       .make = [](const Context& c, std::size_t /*capacity*/) -> Made {
+         return std::make_unique<Packed>(c.wrapped, c.options.packing_cost_tokens);
+       }},
       {.chains = {kIdentical, kLossless, kBudget, kThreshold},
        .wanted = always,
        .share = nothing,

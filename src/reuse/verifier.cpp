@@ -63,12 +63,12 @@ AnswerSizes sizes_of(const Batch& batch, const Answers& answers) {
     sizes.longest = std::max(sizes.longest, span.tokens);
     if (span.tokens == 0) continue;
     in_front = std::max(in_front, span.first);
-    behind = std::max(behind, batch.width - span.first - span.tokens);
+    behind = std::max(behind, batch.padded_length - span.first - span.tokens);
   }
   sizes.padding = std::max(behind, in_front);
   for (const Answers::Pass& pass : answers.passes()) {
     const bool packed = pass.result.report.execution == Execution::kPacked;
-    add(packed ? Kind::kPackedWidth : Kind::kDenseWidth, batch.width);
+    add(packed ? Kind::kPackedLength : Kind::kDenseLength, batch.padded_length);
     add(packed ? Kind::kPackedRows : Kind::kDenseRows, batch.rows);
     sizes.reused = sizes.reused || (packed && sizes.padding > 0);
   }
@@ -139,7 +139,7 @@ struct Verifier::Comparison {
         if (off == 0) continue;
         add(execution == Execution::kPacked ? Mechanism::kPacked : Mechanism::kDense,
             fmt::format("tensor {} of a batch of {} rows of {} tokens is off by {:.2g} of its scale", i, batch->rows,
-                        batch->width, off));
+                        batch->padded_length, off));
       }
       return found;
     }
@@ -150,7 +150,8 @@ struct Verifier::Comparison {
       const bool whole = output == Output::kAll && batch->contiguous;
       const auto part = [&](const c10::IValue& value) {
         // What was cut has its tokens in front, and zeros behind them.
-        return row_of(value, spec, row, whole ? span.first : 0, whole ? span.tokens : 0, whole ? batch->width : -1);
+        return row_of(value, spec, row, whole ? span.first : 0, whole ? span.tokens : 0,
+                      whole ? batch->padded_length : -1);
       };
       const auto a = part(result);
       const auto b = part(plain);
@@ -160,7 +161,7 @@ struct Verifier::Comparison {
         add(mechanisms[r], fmt::format("a sequence of {} tokens, {} of them known, in a batch of {} rows of {} is off "
                                        "by {:.2g} of its scale",
                                        sequences[r].tokens, sequences[r].reused_tokens + sequences[r].shared_tokens,
-                                       batch->rows, batch->width, off));
+                                       batch->rows, batch->padded_length, off));
       }
     }
     return found;

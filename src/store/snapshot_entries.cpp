@@ -53,9 +53,10 @@ std::vector<TensorRecord> read_tensors(ByteReader& reader) {
 }
 
 /// Whole tokens, and at least one.
-std::vector<std::int64_t> read_sequence(ByteReader& reader, std::uint32_t width) {
+std::vector<std::int64_t> read_sequence(ByteReader& reader, std::uint32_t ids_per_token) {
   auto tokens = reader.numbers<std::int64_t>();
-  if (width == 0 || tokens.empty() || tokens.size() % width != 0) throw DamagedData("it has no whole tokens");
+  if (ids_per_token == 0 || tokens.empty() || tokens.size() % ids_per_token != 0)
+    throw DamagedData("it has no whole tokens");
   return tokens;
 }
 
@@ -86,7 +87,7 @@ std::string write_output(const OutputRecord& record) {
   writer.text(record.key);
   writer.number(static_cast<std::uint8_t>(record.exact));
   writer.number(record.rows);
-  writer.number(record.width);
+  writer.number(record.padded_length);
   write_tensors(writer, record.tensors);
   return writer.bytes();
 }
@@ -97,8 +98,8 @@ OutputRecord read_output(std::string_view bytes) {
   record.key = reader.text();
   record.exact = reader.flag();
   record.rows = reader.number<std::int32_t>();
-  record.width = reader.number<std::int32_t>();
-  if (record.rows < 0 || record.width < 0) throw DamagedData("it has a batch of negative size");
+  record.padded_length = reader.number<std::int32_t>();
+  if (record.rows < 0 || record.padded_length < 0) throw DamagedData("it has a batch of negative size");
   record.tensors = read_tensors(reader);
   return record;
 }
@@ -106,7 +107,7 @@ OutputRecord read_output(std::string_view bytes) {
 std::string write_prefix(const PrefixRecord& record) {
   ByteWriter writer;
   writer.text(record.partition);
-  writer.number(record.width);
+  writer.number(record.ids_per_token);
   writer.number(record.begin);
   writer.numbers(record.tokens.data(), record.tokens.size());
   writer.number(record.shortest);
@@ -120,9 +121,9 @@ PrefixRecord read_prefix(std::string_view bytes) {
   ByteReader reader(bytes);
   PrefixRecord record;
   record.partition = reader.text();
-  record.width = reader.number<std::uint32_t>();
+  record.ids_per_token = reader.number<std::uint32_t>();
   record.begin = reader.number<std::uint64_t>();
-  record.tokens = read_sequence(reader, record.width);
+  record.tokens = read_sequence(reader, record.ids_per_token);
   if (record.begin >= record.end()) throw DamagedData("it has the states of no token");
   record.shortest = reader.number<std::uint8_t>();
   record.longest = reader.number<std::uint8_t>();
@@ -136,7 +137,7 @@ PrefixRecord read_prefix(std::string_view bytes) {
 std::string write_token_states(const TokenRecord& record) {
   ByteWriter writer;
   writer.text(record.partition);
-  writer.number(record.width);
+  writer.number(record.ids_per_token);
   writer.numbers(record.tokens.data(), record.tokens.size());
   writer.numbers(record.counts.data(), record.counts.size());
   writer.number(record.saved_ms);
@@ -149,10 +150,10 @@ TokenRecord read_token_states(std::string_view bytes) {
   ByteReader reader(bytes);
   TokenRecord record;
   record.partition = reader.text();
-  record.width = reader.number<std::uint32_t>();
-  record.tokens = read_sequence(reader, record.width);
+  record.ids_per_token = reader.number<std::uint32_t>();
+  record.tokens = read_sequence(reader, record.ids_per_token);
   record.counts = reader.numbers<std::uint16_t>();
-  if (record.counts.size() != record.tokens.size() / record.width) {
+  if (record.counts.size() != record.tokens.size() / record.ids_per_token) {
     throw DamagedData("it has another number of tokens than of counts");
   }
   for (const std::uint16_t count : record.counts) {

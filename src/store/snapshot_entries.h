@@ -40,8 +40,8 @@ struct TensorRecord {
 struct OutputRecord {
   std::string_view key;
   bool exact = false;
-  std::int32_t rows = 0;   ///< of the batch it was computed in
-  std::int32_t width = 0;  ///< likewise
+  std::int32_t rows = 0;           ///< of the batch it was computed in
+  std::int32_t padded_length = 0;  ///< likewise
   std::vector<TensorRecord> tensors;
 };
 std::string write_output(const OutputRecord& record);
@@ -50,7 +50,7 @@ OutputRecord read_output(std::string_view bytes);
 /// A part of a sequence in the prefix tree, named by all tokens up to its end.
 struct PrefixRecord {
   std::string_view partition;
-  std::uint32_t width = 1;           ///< numbers a token
+  std::uint32_t ids_per_token = 1;   ///< numbers a token
   std::uint64_t begin = 0;           ///< first token that it has states of; they go up to the last
   std::vector<std::int64_t> tokens;  ///< of the sequence, up to its end
   std::uint8_t shortest = 0;         ///< see KeyRange
@@ -58,7 +58,7 @@ struct PrefixRecord {
   float saved_ms = 0;  ///< by one token
   std::vector<TensorRecord> tensors;
 
-  [[nodiscard]] std::uint64_t end() const noexcept { return tokens.size() / width; }
+  [[nodiscard]] std::uint64_t end() const noexcept { return tokens.size() / ids_per_token; }
 };
 std::string write_prefix(const PrefixRecord& record);
 PrefixRecord read_prefix(std::string_view bytes);
@@ -66,7 +66,7 @@ PrefixRecord read_prefix(std::string_view bytes);
 /// A sequence with the states of all its tokens.
 struct TokenRecord {
   std::string_view partition;
-  std::uint32_t width = 1;  ///< numbers a token
+  std::uint32_t ids_per_token = 1;  ///< numbers a token
   std::vector<std::int64_t> tokens;
   std::vector<std::uint16_t> counts;  ///< by token: of how many sequences its states are the mean
   double saved_ms = 0;

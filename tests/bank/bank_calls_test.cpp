@@ -426,9 +426,9 @@ TEST(OutputTags, TellTheBatchARowWasComputedIn) {
   const auto entry = bank.find("k", true);
   ASSERT_NE(entry, nullptr);
   EXPECT_EQ(entry->rows(), 5);
-  EXPECT_EQ(entry->width(), 128);
+  EXPECT_EQ(entry->padded_length(), 128);
   EXPECT_EQ(entry->rows_class(), 3);
-  EXPECT_EQ(entry->width_class(), 7);
+  EXPECT_EQ(entry->length_class(), 7);
   EXPECT_EQ(bank.find("l", true)->rows(), 0);
   bank.insert("k", {at::ones({1, 4})}, true, {9, 9});
   EXPECT_EQ(bank.find("k", true)->rows(), 5) << "it stays, and where it came from with it";

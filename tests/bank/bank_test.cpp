@@ -228,7 +228,7 @@ TEST(BankMemory, AccountNeverPassesItsLimit) {
 PackedLayout small_layout() {
   PackedLayout layout;
   layout.batch = 3;
-  layout.width = 5;
+  layout.padded_length = 5;
   layout.rows = 5;
   layout.sequences = {{0, 0, 2, 0, 2, {}}, {2, 1, 3, 2, 3, {}}};
   layout.position = at::tensor({0, 1, 1, 2, 3}, at::kLong);

@@ -136,7 +136,7 @@ class PrefixBanks : public ::testing::Test {
     PrefixBank::Settings settings;
     settings.capacity_bytes = capacity;
     settings.eviction.policy = policy;
-    settings.token_width = width;
+    settings.ids_per_token = width;
     settings.specs = specs();
     return settings;
   }

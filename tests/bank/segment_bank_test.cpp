@@ -24,7 +24,7 @@ at::Tensor turned_keys(const KeyRotation& rotation, std::int64_t channels, std::
   auto keys = at::randn({1, 2, 1, channels}).expand({1, 2, tokens, channels}).clone();
   Tokens moves(static_cast<std::size_t>(tokens));
   for (std::size_t t = 0; t < moves.size(); ++t) moves[t] = static_cast<std::int64_t>(t);
-  rotate_(keys, 2, rotation, turn_of(rotation, moves, at::kCPU));
+  rotate_(keys, 2, rotation, angles_of(rotation, moves, at::kCPU));
   return keys;
 }
 
@@ -76,7 +76,7 @@ TEST(RotationRefused, WhereKeysAreNotTurned) {
   auto keys = at::randn({1, 2, 1, 16}).expand({1, 2, 64, 16}).clone();
   Tokens squares;
   for (std::int64_t t = 0; t < 64; ++t) squares.push_back(t * t);
-  rotate_(keys, 2, rotation, turn_of(rotation, squares, at::kCPU));
+  rotate_(keys, 2, rotation, angles_of(rotation, squares, at::kCPU));
   EXPECT_FALSE(find_rotation(keys, 2, why));
   EXPECT_THAT(why, ::testing::HasSubstr("foretells"));
   EXPECT_FALSE(find_rotation(keys.narrow(2, 0, 8), 2, why));
@@ -86,11 +86,11 @@ TEST(RotationMoves, ThereAndBack) {
   const auto rotation = rotation_of(KeyRotation::Layout::kInterleaved, 8, 1e4);
   const auto keys = at::randn({1, 3, 5, 20});
   auto moved = keys.clone();
-  rotate_(moved, 2, rotation, turn_of(rotation, {0, 7, -3, 100, 4000}, at::kCPU));
+  rotate_(moved, 2, rotation, angles_of(rotation, {0, 7, -3, 100, 4000}, at::kCPU));
   EXPECT_TRUE(at::equal(moved.select(2, 0), keys.select(2, 0)));
   EXPECT_FALSE(at::allclose(moved.select(2, 1), keys.select(2, 1), 1e-2, 1e-2));
   EXPECT_TRUE(at::equal(moved.narrow(3, 16, 4), keys.narrow(3, 16, 4)));
-  rotate_(moved, 2, rotation, turn_of(rotation, {0, -7, 3, -100, -4000}, at::kCPU));
+  rotate_(moved, 2, rotation, angles_of(rotation, {0, -7, 3, -100, -4000}, at::kCPU));
   EXPECT_TRUE(at::allclose(moved, keys, 1e-4, 1e-5));
 }
 

@@ -177,8 +177,29 @@ TEST_F(Cache, TypesOfInputsAreNotConfused) {
   }
 }
 
+TEST_F(Cache, PaddingIsLeftOutWhereThatPays) {
+  struct PaddedCase {
+    std::vector<std::int64_t> lengths;
+    std::int64_t cost;
+    Execution expected;
+  };
+  const std::vector<PaddedCase> cases{
+      {{10, 9, 10, 9}, 6, Execution::kDense},   {{10, 9, 10, 9}, 0, Execution::kPacked},
+      {{10, 2}, 6, Execution::kPacked},         {{10, 5}, 6, Execution::kDense},
+      {{10, 10}, 0, Execution::kDense},         {{60, 54, 60, 60}, 6, Execution::kDense},
+      {{60, 42, 60, 60}, 6, Execution::kPacked}};
+  for (const auto& [lengths, cost, expected] : cases) {
+    LayerCache<Module> cache(load_model("tiny-scripted"), {.packing_cost_tokens = cost});
+    const auto request = right(lengths, 5);
+    EXPECT_TRUE(close_on_real(cache.forward(request.inputs), plain(request.inputs), request, 1e-4));
+    EXPECT_EQ(cache.last_report().execution, expected) << ::testing::PrintToString(lengths) << " at " << cost;
+  }
+  EXPECT_THAT([] { LayerCache<Module>(load_model("tiny-scripted"), {.packing_cost_tokens = -1}); },
+              ThrowsError(ErrorCode::kInvalidOptions, "packing_cost_tokens is -1"));
+}
+
 TEST_F(Cache, PackedEntriesAreNotServedAsIdentical) {
-  const auto ragged = right({9, 4}, 1);
+  const auto ragged = right({9, 2}, 1);
   const auto want = plain(ragged.inputs);
   EXPECT_TRUE(close_on_real(lossless(ragged.inputs), want, ragged, 1e-4));
   ASSERT_EQ(cache_.last_report().execution, Execution::kPacked);
@@ -407,10 +428,10 @@ TEST_F(CacheUnderPressure, RandomRequests) {
     for (std::size_t n = 1 + up_to(3); n > 0; --n) {
       rows.push_back(pool[up_to(pool.size() - 1)]);
       whole.spans.push_back(rows.back().spans[0]);
-      whole.width = std::max(whole.width, rows.back().width);
+      whole.padded_length = std::max(whole.padded_length, rows.back().padded_length);
     }
-    whole.width += static_cast<std::int64_t>(up_to(2));
-    whole.inputs = batch_of(rows, whole.width);
+    whole.padded_length += static_cast<std::int64_t>(up_to(2));
+    whole.inputs = batch_of(rows, whole.padded_length);
     const auto fidelity = up_to(1) == 0 ? Fidelity::kLossless : Fidelity::kIdentical;
     const auto got = cache_.forward(whole.inputs, {.fidelity = fidelity, .tenant = std::string(up_to(1), 't')});
     ASSERT_TRUE(close_on_real(got, plain(whole.inputs), whole, 1e-4)) << "round " << round;

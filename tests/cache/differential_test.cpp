@@ -137,7 +137,7 @@ TEST_P(Differential, TheProfileIsRight) {
     EXPECT_FALSE(profile().notes.empty()) << "why not more?";
   } else {
     EXPECT_GE(profile().attention.size(), static_cast<std::size_t>(info().layers));
-    for (const auto& site : profile().attention) EXPECT_EQ(site.kind, info().attention);
+    for (const auto& attention_op : profile().attention) EXPECT_EQ(attention_op.kind, info().attention);
   }
 }
 

@@ -26,10 +26,11 @@ class Threads : public ::testing::TestWithParam<std::string> {
       Request request;
       for (const auto row : rows) {
         request.spans.push_back(pool.spans[static_cast<std::size_t>(row)]);
-        request.width = std::max(request.width, request.spans.back().tokens);
+        request.padded_length = std::max(request.padded_length, request.spans.back().tokens);
       }
       for (const auto& input : pool.inputs) {
-        request.inputs.emplace_back(input.toTensor().index_select(0, index).narrow(1, 0, request.width).contiguous());
+        request.inputs.emplace_back(
+            input.toTensor().index_select(0, index).narrow(1, 0, request.padded_length).contiguous());
       }
       wanted_.push_back(run_plain(*plain, request.inputs));
       requests_.push_back(std::move(request));

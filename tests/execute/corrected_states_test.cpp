@@ -18,10 +18,10 @@ constexpr std::int64_t kHeads = 2;
 constexpr std::int64_t kWidth = 3;
 constexpr std::int64_t kHidden = 5;
 
-/// One site a layer with keys [1, heads, tokens, width] and values [1, tokens, heads, width].
+/// One attention operator a layer with keys [1, heads, tokens, width] and values [1, tokens, heads, width].
 class FakeModel final : public TokenLevelModel {
  public:
-  std::int64_t sites(std::int64_t) const override { return 1; }
+  std::int64_t attention_ops(std::int64_t) const override { return 1; }
   const std::vector<std::int64_t>& query_dims(std::int64_t, std::int64_t) const override { return dims_; }
   const std::vector<std::int64_t>& key_dims(std::int64_t, std::int64_t) const override { return dims_; }
   std::int64_t output_dim(std::int64_t, std::int64_t) const override { return 2; }

@@ -47,7 +47,7 @@ class Partial : public ModelTest {
   /// Runs `sequences` and expects the plain model's result.
   void expect_plain(const Request& request, std::vector<SequencePlan> sequences, const Donors& donors,
                     Donors* captured = nullptr) {
-    const Plan plan{request.rows(), request.width, layers(), std::move(sequences)};
+    const Plan plan{request.rows(), request.padded_length, layers(), std::move(sequences)};
     SCOPED_TRACE(plan.to_string());
     c10::IValue got;
     ASSERT_NO_THROW(got = cache().forward_plan(request.inputs, plan, donors, captured));
@@ -81,9 +81,9 @@ TEST_P(Partial, AllTokensAndWhatIsCaptured) {
     ASSERT_EQ(state.keys.size(), static_cast<std::size_t>(layers()));
     for (const auto& layer : state.keys) {
       ASSERT_FALSE(layer.empty());
-      for (const auto& site : layer) {
-        EXPECT_FALSE(site.empty());
-        for (const at::Tensor& key : site) {
+      for (const auto& attention_op : layer) {
+        EXPECT_FALSE(attention_op.empty());
+        for (const at::Tensor& key : attention_op) {
           EXPECT_TRUE(::testing::Value(key.sizes().vec(), ::testing::Contains(tokens))) << key.sizes();
           bytes += key.nbytes();
         }
@@ -180,7 +180,7 @@ TEST_P(Partial, LayersDecideForThemselves) {
       // Beside a row that is computed whole.
       expect_plain(request, {compute_all(0, 0, request.spans[0].tokens, last), sequences[1]}, donors);
     } else if (ranges[0].first_layer != ranges[0].last_layer) {
-      const Plan plan{2, request.width, last, sequences};
+      const Plan plan{2, request.padded_length, last, sequences};
       EXPECT_THAT([&] { cache().forward_plan(request.inputs, plan, donors); },
                   ThrowsError(ErrorCode::kNotAvailable, "same tokens"));
     }
@@ -273,10 +273,10 @@ TEST_P(Partial, DonorPositionsMayBeElsewhere) {
   moved->keys.resize(own->keys.size());
   for (std::size_t l = 0; l < own->keys.size(); ++l) {
     for (std::size_t s = 0; s < own->keys[l].size(); ++s) {
-      auto& site = moved->keys[l].emplace_back();
+      auto& attention_op = moved->keys[l].emplace_back();
       for (std::size_t i = 0; i < own->keys[l][s].size(); ++i) {
-        site.push_back(join(junk->keys[l][s][i], own->keys[l][s][i]));
-        ASSERT_TRUE(site.back().defined());
+        attention_op.push_back(join(junk->keys[l][s][i], own->keys[l][s][i]));
+        ASSERT_TRUE(attention_op.back().defined());
       }
     }
   }

@@ -29,18 +29,18 @@ void entry(const Read& read) {
 void check_entries(std::string_view bytes) {
   entry([&] {
     const OutputRecord record = read_output(bytes);
-    require(record.rows >= 0 && record.width >= 0, "batch of negative size");
+    require(record.rows >= 0 && record.padded_length >= 0, "batch of negative size");
     check_tensors(bytes, record.tensors);
   });
   entry([&] {
     const PrefixRecord record = read_prefix(bytes);
-    require(record.width > 0 && record.begin < record.end(), "prefix without tokens");
-    require(record.tokens.size() % record.width == 0, "half a token");
+    require(record.ids_per_token > 0 && record.begin < record.end(), "prefix without tokens");
+    require(record.tokens.size() % record.ids_per_token == 0, "half a token");
     check_tensors(bytes, record.tensors);
   });
   entry([&] {
     const TokenRecord record = read_token_states(bytes);
-    require(record.counts.size() * record.width == record.tokens.size(), "tokens and counts do not fit");
+    require(record.counts.size() * record.ids_per_token == record.tokens.size(), "tokens and counts do not fit");
     check_tensors(bytes, record.tensors);
   });
   entry([&] { static_cast<void>(read_calibration(bytes)); });

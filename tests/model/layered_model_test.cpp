@@ -159,7 +159,7 @@ TEST(LayeredModels, FailingAtOnceIsRefused) {
 TEST(Text, OfAPlan) {
   const Plan plan{
       3, 10, 4, {compute_all(0, 2, 8, 4), {2, 0, 6, 1, {{0, 3, 0, 0, 5}, {3, 5, 1, 4, 8}, {5, 6, 0, 4, 0}}}}};
-  EXPECT_THAT(plan.to_string(), AllOf(HasSubstr("batch 3"), HasSubstr("width 10"), HasSubstr("4 layers"),
+  EXPECT_THAT(plan.to_string(), AllOf(HasSubstr("3 rows"), HasSubstr("padded length 10"), HasSubstr("4 layers"),
                                       HasSubstr("row 0: 8 tokens from position 2"), HasSubstr("row 2: 6 tokens"),
                                       HasSubstr("donor 1"), HasSubstr("[0, 3) reused, else from donor position 5"),
                                       HasSubstr("[3, 5) computed in layers [1, 4), else from donor position 8"),

@@ -15,7 +15,7 @@ const std::vector<std::int64_t> kLengths = {11, 7, 5, 10, 2};
 /// The real entries of a row, wherever its dimensions are; sizes tell, for none of them is like another.
 at::Tensor real_entries(at::Tensor leaf, const Request& request, std::size_t row) {
   for (std::int64_t d = leaf.dim() - 1; d >= 0; --d) {
-    if (leaf.size(d) == request.width) {
+    if (leaf.size(d) == request.padded_length) {
       leaf = leaf.narrow(d, request.spans[row].first, request.spans[row].tokens);
     } else if (leaf.size(d) == request.rows() && request.rows() == kRows) {
       leaf = leaf.narrow(d, static_cast<std::int64_t>(row), 1);
@@ -45,7 +45,7 @@ Request beginning_of(const Request& whole, std::int64_t tokens) {
   Request request;
   for (const c10::IValue& input : whole.inputs) request.inputs.emplace_back(input.toTensor().narrow(1, 0, tokens));
   request.spans = {{0, tokens}};
-  request.width = tokens;
+  request.padded_length = tokens;
   return request;
 }
 

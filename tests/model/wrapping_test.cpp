@@ -56,7 +56,7 @@ TEST(Profile, Encoder) {
   EXPECT_FALSE(profile.causal);
   EXPECT_TRUE(profile.head_tokenwise);
   EXPECT_TRUE(profile.left_padding);
-  EXPECT_THAT(profile.attention, Each(Field("kind", &AttentionSite::kind, "sdpa")));
+  EXPECT_THAT(profile.attention, Each(Field("kind", &AttentionOp::kind, "sdpa")));
   EXPECT_EQ(profile.attention.size(), 3U);
   EXPECT_EQ(profile.device, "cpu");
   EXPECT_EQ(profile.digest.size(), 32U);
@@ -72,7 +72,7 @@ TEST(Profile, Decoder) {
   EXPECT_EQ(profile.layers, 4);
   EXPECT_TRUE(profile.causal);
   EXPECT_TRUE(profile.head_tokenwise);
-  EXPECT_THAT(profile.attention, Each(Field("kind", &AttentionSite::kind, "eager")));
+  EXPECT_THAT(profile.attention, Each(Field("kind", &AttentionOp::kind, "eager")));
   EXPECT_EQ(profile.hidden_argument.size(), 4U);
 }
 

@@ -37,7 +37,7 @@ class EvenRows final : public ReuseStrategy {
         const auto first = call.batch.on_host[0][pass.rows[k]][span.first].item<std::int64_t>();
         if (first % 2 != 0) continue;
         auto tensors = row_of(pass.result.value, wrapped_.output, static_cast<std::int64_t>(k), span.first, span.tokens,
-                              call.batch.width);
+                              call.batch.padded_length);
         for (at::Tensor& tensor : tensors) tensor = tensor.clone();
         answers.writes().add([this, key = call.batch.whole_key(pass.rows[k], call.request.tenant, true), tensors] {
           const std::lock_guard lock(mutex_);

@@ -229,10 +229,10 @@ Request request_of(const std::vector<std::vector<std::int64_t>>& texts, bool typ
   Request request;
   for (const auto& text : texts) {
     request.spans.push_back({0, static_cast<std::int64_t>(text.size())});
-    request.width = std::max(request.width, static_cast<std::int64_t>(text.size()));
+    request.padded_length = std::max(request.padded_length, static_cast<std::int64_t>(text.size()));
   }
-  auto ids = at::zeros({request.rows(), request.width}, at::kLong);
-  auto mask = at::zeros({request.rows(), request.width}, at::kLong);
+  auto ids = at::zeros({request.rows(), request.padded_length}, at::kLong);
+  auto mask = at::zeros({request.rows(), request.padded_length}, at::kLong);
   for (std::size_t row = 0; row < texts.size(); ++row) {
     for (std::size_t t = 0; t < texts[row].size(); ++t) {
       ids[static_cast<std::int64_t>(row)][static_cast<std::int64_t>(t)] = texts[row][t];
@@ -467,7 +467,7 @@ TEST_F(Values, TensorsThatCannotBeRead) {
 
 TEST_F(Values, OtherThreadStateRunsPlainly) {
   wrap();
-  const auto request = right_padded(info_, {9, 5}, 3);
+  const auto request = right_padded(info_, {9, 2}, 3);
   const auto first = cache_->forward(request.inputs);
   at::autocast::set_autocast_enabled(at::kCPU, true);
   at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);

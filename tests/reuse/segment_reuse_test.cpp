@@ -359,7 +359,7 @@ TEST(SegmentReuseTest, PassagesOfSeveralSequencesAreKeptAsTheirMean) {
     const auto& dims = rig.wrapped.model->token_level()->key_dims(0, 0);
     if (const int number = positions.rotation_of[0][0][i]; number >= 0) {
       const auto& rotation = positions.rotations[static_cast<std::size_t>(number)];
-      rotate_(own, dims[i], rotation, turn_of(rotation, std::vector<std::int64_t>(60, 50 - 37), own.device()));
+      rotate_(own, dims[i], rotation, angles_of(rotation, std::vector<std::int64_t>(60, 50 - 37), own.device()));
       ++turned;
     }
     const auto wanted = (own + of_first[0].donor->state(i, 50, 60)) / 2;

@@ -90,7 +90,7 @@ TEST_P(ThresholdModels, AnEntryTakesThePlaceOfARequestAtEveryLayer) {
     }
     if (leaves(want)[0].dim() < 3) continue;  // one answer a sequence: nothing to align
     for (const auto* request : {&shorter, &longer}) {
-      const auto expected = served_as(want, profile().causal, 9, request->width);
+      const auto expected = served_as(want, profile().causal, 9, request->padded_length);
       EXPECT_TRUE(close_on_real(leaves(cache.forward(request->inputs))[0], expected, *request, tolerance));
     }
     EXPECT_EQ(cache.stats().similar_hits, 3U);

@@ -273,7 +273,7 @@ TEST_P(TokenReuseModels, RowsOfABatchDoNotSeeEachOther) {
     };
     const auto got = cut(together.value, static_cast<std::int64_t>(r), 70);
     const auto alone_request = request_of(subject.info, {rows[r]});
-    const auto want = matched ? cut(ask(*reuse, subject, alone_request, eager()).value, 0, alone_request.width)
+    const auto want = matched ? cut(ask(*reuse, subject, alone_request, eager()).value, 0, alone_request.padded_length)
                               : cut(plain, static_cast<std::int64_t>(r), 70);
     ASSERT_EQ(got.size(), want.size());
     for (std::size_t i = 0; i < got.size(); ++i) {

@@ -30,7 +30,7 @@ at::Tensor random_ids(std::int64_t low, std::int64_t high, at::IntArrayRef shape
 at::Tensor real_part(const at::Tensor& leaf, const Request& request, std::size_t row) {
   const auto own = leaf.select(0, static_cast<std::int64_t>(row));
   const Span& span = request.spans[row];
-  return leaf.dim() == 3 && leaf.size(1) == request.width ? own.narrow(0, span.first, span.tokens) : own;
+  return leaf.dim() == 3 && leaf.size(1) == request.padded_length ? own.narrow(0, span.first, span.tokens) : own;
 }
 
 double largest(const at::Tensor& tensor) { return tensor.numel() == 0 ? 0 : tensor.abs().max().item<double>(); }
@@ -118,41 +118,43 @@ Request Request::alone(std::size_t row) const {
     request.inputs.emplace_back(own.narrow(1, span.first, span.tokens).clone());
   }
   request.spans = {{0, span.tokens}};
-  request.width = span.tokens;
+  request.padded_length = span.tokens;
   return request;
 }
 
-Request make_request(const ModelInfo& info, const std::vector<Span>& spans, std::int64_t width, std::uint64_t seed) {
+Request make_request(const ModelInfo& info, const std::vector<Span>& spans, std::int64_t padded_length,
+                     std::uint64_t seed) {
   Request request;
   request.spans = spans;
-  request.width = width;
+  request.padded_length = padded_length;
   const auto rows = request.rows();
-  auto mask = at::zeros({rows, width}, at::kLong);
+  auto mask = at::zeros({rows, padded_length}, at::kLong);
   for (std::int64_t row = 0; row < rows; ++row) {
     const Span& span = spans[static_cast<std::size_t>(row)];
     mask[row].narrow(0, span.first, span.tokens).fill_(1);
   }
   // The first ids are special: padding, and the one that makes tiny-throws throw.
-  request.inputs.emplace_back(random_ids(10, info.vocab, {rows, width}, seed).mul(mask));
+  request.inputs.emplace_back(random_ids(10, info.vocab, {rows, padded_length}, seed).mul(mask));
   request.inputs.emplace_back(mask);
   while (request.inputs.size() < info.inputs) {
-    request.inputs.emplace_back(random_ids(0, 2, {rows, width}, seed + 1000 + request.inputs.size()).mul(mask));
+    request.inputs.emplace_back(random_ids(0, 2, {rows, padded_length}, seed + 1000 + request.inputs.size()).mul(mask));
   }
   return request;
 }
 
 Request right_padded(const ModelInfo& info, const std::vector<std::int64_t>& lengths, std::uint64_t seed,
-                     std::int64_t width) {
+                     std::int64_t padded_length) {
   std::vector<Span> spans;
   for (const std::int64_t length : lengths) spans.push_back({0, length});
-  return make_request(info, spans, width > 0 ? width : *std::max_element(lengths.begin(), lengths.end()), seed);
+  return make_request(info, spans,
+                      padded_length > 0 ? padded_length : *std::max_element(lengths.begin(), lengths.end()), seed);
 }
 
 Request left_padded(const ModelInfo& info, const std::vector<std::int64_t>& lengths, std::uint64_t seed) {
-  const auto width = *std::max_element(lengths.begin(), lengths.end());
+  const auto padded_length = *std::max_element(lengths.begin(), lengths.end());
   std::vector<Span> spans;
-  for (const std::int64_t length : lengths) spans.push_back({length == 0 ? 0 : width - length, length});
-  return make_request(info, spans, width, seed);
+  for (const std::int64_t length : lengths) spans.push_back({length == 0 ? 0 : padded_length - length, length});
+  return make_request(info, spans, padded_length, seed);
 }
 
 bool runs_plainly(const Request& request, const c10::IValue& result) {

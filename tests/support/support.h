@@ -91,7 +91,7 @@ struct Span {
 struct Request {
   Inputs inputs;
   std::vector<Span> spans;
-  std::int64_t width = 0;
+  std::int64_t padded_length = 0;
 
   [[nodiscard]] std::int64_t rows() const { return static_cast<std::int64_t>(spans.size()); }
   [[nodiscard]] at::Tensor ids() const { return inputs.at(0).toTensor(); }
@@ -101,10 +101,11 @@ struct Request {
 };
 
 /// Random ids at `spans`, 0 elsewhere. `seed` decides the ids; further inputs get random zeros and ones.
-Request make_request(const ModelInfo& info, const std::vector<Span>& spans, std::int64_t width, std::uint64_t seed);
-/// Rows of these lengths, padded on the right to the longest or to `width`.
+Request make_request(const ModelInfo& info, const std::vector<Span>& spans, std::int64_t padded_length,
+                     std::uint64_t seed);
+/// Rows of these lengths, padded on the right to the longest or to `padded_length`.
 Request right_padded(const ModelInfo& info, const std::vector<std::int64_t>& lengths, std::uint64_t seed,
-                     std::int64_t width = 0);
+                     std::int64_t padded_length = 0);
 Request left_padded(const ModelInfo& info, const std::vector<std::int64_t>& lengths, std::uint64_t seed);
 
 /// True if a row has no real token and the result has more than one entry a token: such requests run plainly.

@@ -16,7 +16,7 @@ struct SequenceState {
   /// hidden[l]: input of layer l; hidden[L]: the final state. `[1, tokens, hidden]`. A state that
   /// was not captured is undefined.
   std::vector<at::Tensor> hidden;
-  /// keys[layer][site]: the key-side tensors of that attention site, over all tokens.
+  /// keys[layer][attention_op]: the key-side tensors of that attention operator, over all tokens.
   std::vector<std::vector<std::vector<at::Tensor>>> keys;
 
   [[nodiscard]] std::size_t bytes() const;  ///< of all tensors

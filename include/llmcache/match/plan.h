@@ -37,9 +37,9 @@ struct SequencePlan {
 
 /// A batch. Plain data, safe to copy; rows that no sequence names are all padding.
 struct Plan {
-  std::int64_t batch = 0;   ///< rows
-  std::int64_t width = 0;   ///< tokens a row, padding included
-  std::int32_t layers = 0;  ///< L
+  std::int64_t rows = 0;           ///< of the batch
+  std::int64_t padded_length = 0;  ///< tokens a row, padding included
+  std::int32_t layers = 0;         ///< L
   std::vector<SequencePlan> sequences;
 
   /// Throws Error(kInvalidOptions) that names the sequence and what is wrong with it; `donors` is

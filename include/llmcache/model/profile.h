@@ -21,7 +21,7 @@ enum class Granularity {
 const char* to_string(Granularity granularity) noexcept;
 
 /// One place where a layer mixes tokens.
-struct AttentionSite {
+struct AttentionOp {
   std::int64_t layer = 0;
   std::string kind;              ///< "sdpa" (scaled_dot_product_attention) or "eager" (a region of the graph)
   std::size_t query_inputs = 0;  ///< tensors that are cut to the active tokens
@@ -34,7 +34,7 @@ struct ModelProfile {
   std::int64_t layers = 0;                    ///< calls in the chain; a shared layer counts each time
   std::int64_t hidden = 0;                    ///< width of the hidden state
   std::vector<std::int64_t> hidden_argument;  ///< per layer: position of the hidden state among its arguments
-  std::vector<AttentionSite> attention;
+  std::vector<AttentionOp> attention;
   std::vector<std::string> inputs;  ///< names of the model's inputs
   int ids_argument = 0;             ///< position of input_ids
   int mask_argument = -1;           ///< position of the attention mask; -1: none

@@ -1,6 +1,6 @@
 // Running a model on some tokens only. Everything in a transformer layer but attention is
 // token-wise: the rows of a batch can be packed to [1, rows, hidden] and the layer run on them,
-// with the work stopped at each attention site, where the tokens of one sequence meet.
+// with the work stopped at each attention operator, where the tokens of one sequence meet.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,18 +31,18 @@ struct PackedSequence {
 /// Sequences without active tokens are not listed.
 struct PackedLayout {
   std::int64_t batch = 0;
-  std::int64_t width = 0;
+  std::int64_t padded_length = 0;
   std::int64_t rows = 0;
   std::vector<PackedSequence> sequences;
   /// int64 `[rows]` on the model's device, for every packed row: its position in its row of the
-  /// batch, and row * width + position.
+  /// batch, and row * padded_length + position.
   at::Tensor position;
   at::Tensor flat_index;
 };
 
-/// The tensors that meet at an attention site, each with its token dimension. Query-side tensors
+/// The tensors that meet at an attention operator, each with its token dimension. Query-side tensors
 /// have one entry an active token, key-side ones (keys, values) one a token of the sequence.
-struct SiteTensors {
+struct AttentionTensors {
   std::vector<at::Tensor> queries;
   std::vector<at::Tensor> keys;
 };
@@ -50,7 +50,7 @@ struct SiteTensors {
 /// Key-side tensors of some neighbouring tokens of one sequence.
 struct KeySegment {
   std::int64_t tokens = 0;
-  std::vector<at::Tensor> keys;  ///< in the order of SiteTensors::keys
+  std::vector<at::Tensor> keys;  ///< in the order of AttentionTensors::keys
 };
 
 /// One packed pass over a model's layers. Belongs to one thread. Calls come in this order, a layer
@@ -64,20 +64,20 @@ class TokenRun {
   virtual void set_rows(const PackedLayout& layout, at::Tensor hidden) = 0;
   [[nodiscard]] virtual const at::Tensor& hidden() const = 0;  ///< `[1, rows, hidden]`
 
-  /// Runs layer l up to its attention site s and returns the tensors that meet there.
-  virtual SiteTensors before(std::int64_t l, std::int64_t s) = 0;
-  /// Attention of sequence number `q` of the layout at site s of layer l: `queries` are cut to its active rows, `keys`
-  /// cover all its tokens, in order.
+  /// Runs layer l up to its attention operator s and returns the tensors that meet there.
+  virtual AttentionTensors before(std::int64_t l, std::int64_t s) = 0;
+  /// Attention of sequence number `q` of the layout at attention operator s of layer l: `queries` are cut to its active
+  /// rows, `keys` cover all its tokens, in order.
   virtual at::Tensor attend(std::int64_t l, std::int64_t s, std::size_t q, const std::vector<at::Tensor>& queries,
                             const std::vector<KeySegment>& keys) = 0;
-  /// Gives the site's result for all packed rows; the token dimension is output_dim(l, s).
+  /// Gives the attention operator's result for all packed rows; the token dimension is output_dim(l, s).
   virtual void after(std::int64_t l, std::int64_t s, at::Tensor attended) = 0;
   /// Runs the rest of layer l.
   virtual void finish(std::int64_t l) = 0;
 
   /// The model's result from the current rows, which must be final states. `placed` says where their results stand:
-  /// it lists the same rows in the same order, in a batch of perhaps another width; elsewhere is zero. Where the head
-  /// is not token-wise the rows must be all real tokens, and `placed` the current layout.
+  /// it lists the same rows in the same order, in a batch of perhaps another padded length; elsewhere is zero. Where
+  /// the head is not token-wise the rows must be all real tokens, and `placed` the current layout.
   virtual c10::IValue head(const PackedLayout& placed) = 0;
 };
 
@@ -86,11 +86,13 @@ class TokenLevelModel {
  public:
   virtual ~TokenLevelModel() = default;
 
-  [[nodiscard]] virtual std::int64_t sites(std::int64_t layer) const = 0;
-  /// Token dimension of each query-side and key-side tensor of a site, and of its result.
-  [[nodiscard]] virtual const std::vector<std::int64_t>& query_dims(std::int64_t layer, std::int64_t site) const = 0;
-  [[nodiscard]] virtual const std::vector<std::int64_t>& key_dims(std::int64_t layer, std::int64_t site) const = 0;
-  [[nodiscard]] virtual std::int64_t output_dim(std::int64_t layer, std::int64_t site) const = 0;
+  [[nodiscard]] virtual std::int64_t attention_ops(std::int64_t layer) const = 0;
+  /// Token dimension of each query-side and key-side tensor of an attention operator, and of its result.
+  [[nodiscard]] virtual const std::vector<std::int64_t>& query_dims(std::int64_t layer,
+                                                                    std::int64_t attention_op) const = 0;
+  [[nodiscard]] virtual const std::vector<std::int64_t>& key_dims(std::int64_t layer,
+                                                                  std::int64_t attention_op) const = 0;
+  [[nodiscard]] virtual std::int64_t output_dim(std::int64_t layer, std::int64_t attention_op) const = 0;
   /// True if keys may cover more tokens than queries, so that part of a sequence can be run.
   [[nodiscard]] virtual bool partial() const = 0;
   /// True if a layer takes nothing but the hidden state from the layers before it, so that the

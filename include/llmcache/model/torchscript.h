@@ -11,7 +11,7 @@
 namespace llmcache {
 
 /// Finds the chain of layers of `module` (or takes it from Options::layers), cuts its graph at the
-/// layers and at their attention sites, and returns it as a Model. The module object is shared, its
+/// layers and at their attention operators, and returns it as a Model. The module object is shared, its
 /// graphs are copied before they are changed: the caller's module stays as it was.
 ///
 /// Throws Error(kUnsupportedModel): no forward, no chain of layers, frozen, in training mode, keeps

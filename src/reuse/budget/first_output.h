@@ -20,7 +20,8 @@ class FirstOutput {
   [[nodiscard]] at::Tensor operator()(const c10::IValue& result, const Batch& batch, std::int64_t row) const {
     const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
     auto own = tensors_of(result).at(0).narrow(dims_.batch, row, 1);
-    if (per_token() && own.size(dims_.tokens) == batch.width) own = own.narrow(dims_.tokens, span.first, span.tokens);
+    if (per_token() && own.size(dims_.tokens) == batch.padded_length)
+      own = own.narrow(dims_.tokens, span.first, span.tokens);
     return own;
   }
 

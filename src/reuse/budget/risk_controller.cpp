@@ -397,14 +397,14 @@ void RiskController::use(CalibrationProfile profile) {
 /// Token states make room, as soon as no running request reads them any more.
 void RiskController::reserve_exits(std::size_t bytes) {
   constexpr int kMostTurns = 2000;  // of a millisecond
-  for (int turn = 0; !account_.try_reserve(bytes - exit_bytes_); ++turn) {
-    if (turn == kMostTurns) {
+  for (int round = 0; !account_.try_reserve(bytes - exit_bytes_); ++round) {
+    if (round == kMostTurns) {
       throw Error(ErrorCode::kNotAvailable,
                   fmt::format("running requests hold token states that leave no room for the {} bytes of the "
                               "calibration's banks; use the calibration again when they have returned",
                               bytes));
     }
-    if (turn > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (round > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     if (states_) states_->clear();
   }
   exit_bytes_ = bytes;

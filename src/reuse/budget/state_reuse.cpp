@@ -169,7 +169,7 @@ void StateReuse::audit_now(StatePolicy& policy, const Batch& batch, const Decisi
     }
     const RowSpan& span = batch.spans[row];
     answer.rows[row] = answer.cut ? row_of(full, wrapped_.output, own, 0, 0, -1)
-                                  : row_of(full, wrapped_.output, own, span.first, span.tokens, batch.width);
+                                  : row_of(full, wrapped_.output, own, span.first, span.tokens, batch.padded_length);
   }
 }
 

@@ -82,9 +82,16 @@ class HookCalls final : public EngineHook {
 
 }  // namespace
 
+bool Packed::pays(const Batch& batch) const {
+  constexpr std::int64_t kShare = 20;
+  const std::int64_t all = batch.rows * batch.padded_length;
+  const std::int64_t cost = cost_tokens_ == 0 ? 0 : cost_tokens_ + all / kShare;
+  return batch.padded && all - batch.tokens >= cost;
+}
+
 void Packed::serve(const Call& /*call*/, Answers& answers) {
   const Batch& batch = answers.open();
-  if (!batch.padded) return;
+  if (!pays(batch)) return;
   PassResult pass;
   pass.value =
       execute_packed(*wrapped_.model, batch.inputs, batch.full_plan(wrapped_.layers()), {}, nullptr, pass.report);
@@ -113,23 +120,23 @@ void Hooked::serve(const Call& call, Answers& answers) {
   pass.cut = call.request.output == Output::kLastToken && wrapped_.profile.head_tokenwise;
   Selection selection = select_all(plan);
   if (pass.cut) {
-    selection.width = 1;
+    selection.padded_length = 1;
     for (auto& span : selection.spans) span = {span.tokens - 1, 1, 0};
   }
   pass.value = run_model(
       [&] { return execute_packed(*wrapped_.model, call.batch.inputs, plan, hooks, selection, pass.report); });
-  if (pass.value.isNone()) pass.value = nothing(call.batch, selection.width);
+  if (pass.value.isNone()) pass.value = nothing(call.batch, selection.padded_length);
   answers.put(std::move(pass));
 }
 
 /// A result for a batch of which every sequence was stopped.
-c10::IValue Hooked::nothing(const Batch& batch, std::int64_t width) const {
+c10::IValue Hooked::nothing(const Batch& batch, std::int64_t padded_length) const {
   std::size_t leaf = 0;
   return map_tensors(wrapped_.result_form, [&](const at::Tensor& form) {
     const TokenDims& dims = wrapped_.output.leaves[leaf++];
     auto sizes = form.sizes().vec();
     sizes[static_cast<std::size_t>(dims.batch)] = batch.rows;
-    if (dims.tokens >= 0) sizes[static_cast<std::size_t>(dims.tokens)] = width;
+    if (dims.tokens >= 0) sizes[static_cast<std::size_t>(dims.tokens)] = padded_length;
     return at::zeros(sizes, form.options().device(wrapped_.model->device()));
   });
 }

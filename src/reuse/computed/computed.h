@@ -8,14 +8,18 @@ namespace llmcache {
 /// Runs the real tokens of a padded batch without the padding between them.
 class Packed final : public ReuseStrategy {
  public:
-  explicit Packed(const WrappedModel& wrapped) : wrapped_(wrapped) {}
+  /// `cost_tokens`: Options::packing_cost_tokens.
+  Packed(const WrappedModel& wrapped, std::int64_t cost_tokens) : wrapped_(wrapped), cost_tokens_(cost_tokens) {}
   std::string name() const override { return "packed"; }
   bool accepts(const Call& call) const override { return call.packable; }
   /// Answers where the padding costs more than packing does.
   void serve(const Call& call, Answers& answers) override;
 
  private:
+  [[nodiscard]] bool pays(const Batch& batch) const;
+
   const WrappedModel& wrapped_;
+  const std::int64_t cost_tokens_;
 };
 
 /// Runs a call with hooks: all its real tokens, and nothing else. What the hooks and the model raise passes through.
@@ -28,7 +32,7 @@ class Hooked final : public ReuseStrategy {
   void serve(const Call& call, Answers& answers) override;
 
  private:
-  [[nodiscard]] c10::IValue nothing(const Batch& batch, std::int64_t width) const;
+  [[nodiscard]] c10::IValue nothing(const Batch& batch, std::int64_t padded_length) const;
 
   const WrappedModel& wrapped_;
 };

@@ -52,7 +52,7 @@ void ExitReuse::check_fits(const CalibrationProfile& profile, std::size_t capaci
     return !layer.used() || layer.centre.size(0) == wrapped_.profile.hidden;
   };
   if (exit.layers.size() != exits_.size() || !std::all_of(exit.layers.begin(), exit.layers.end(), fits)) {
-    refuse("its banks are for another number of layers or another width");
+    refuse("its banks are for another number of layers or another padded length");
   }
   if (exit.bytes() > capacity_bytes) {
     refuse(
@@ -123,7 +123,7 @@ PassResult ExitReuse::run(const std::shared_ptr<ExitPolicy>& policy, const Batch
     SequenceReport& report = done.report.sequences[static_cast<std::size_t>(row)];
     try {  // the row was computed in full
       const auto& span = batch.spans[static_cast<std::size_t>(row)];
-      const auto full = row_of(done.value, wrapped_.output, row, span.first, span.tokens, batch.width)[0];
+      const auto full = row_of(done.value, wrapped_.output, row, span.first, span.tokens, batch.padded_length)[0];
       report.error = record(*policy, sequence.audits, full, AuditPlace::kWithinCall);
       report.audited = true;
     } catch (...) {
@@ -140,7 +140,7 @@ at::Tensor ExitReuse::compute(const Batch& row) const {
   const auto result =
       execute_packed(*wrapped_.model, row.inputs, row.full_plan(wrapped_.layers()), {}, nullptr, report);
   const RowSpan& span = row.spans[0];
-  return row_of(result, wrapped_.output, 0, span.first, span.tokens, row.width)[0];
+  return row_of(result, wrapped_.output, 0, span.first, span.tokens, row.padded_length)[0];
 }
 
 void ExitReuse::add_to(Stats& stats) const {

@@ -17,16 +17,16 @@ constexpr std::size_t kSmallPart = 8;
 
 /// Sizes of the batches that a known row was computed in, and is served in.
 std::vector<SizeCode> sizes_of(const OutputEntry& entry, const Batch& batch) {
-  const bool same_call = batch.rows == 1 && entry.rows() == 1 && entry.width() == batch.width;
+  const bool same_call = batch.rows == 1 && entry.rows() == 1 && entry.padded_length() == batch.padded_length;
   if (same_call) return {};  // the plain model would be given just what it was given then
   return {{SizeCode::Kind::kMatchRows, entry.rows_class(), size_class(batch.rows)},
-          {SizeCode::Kind::kMatchWidth, entry.width_class(), size_class(batch.width)}};
+          {SizeCode::Kind::kMatchLength, entry.length_class(), size_class(batch.padded_length)}};
 }
 
 }  // namespace
 
 bool ExactMatch::accepts(const Call& call) const {
-  return wrapped_.keeps_rows() && bank_.capacity() > 0 && call.batch.rows > 0 && call.batch.width > 0 &&
+  return wrapped_.keeps_rows() && bank_.capacity() > 0 && call.batch.rows > 0 && call.batch.padded_length > 0 &&
          !(call.cuts_output && call.request.output != Output::kAll) && !verification_.closed(Mechanism::kExactMatch);
 }
 
@@ -64,9 +64,10 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
     const SequenceReport& report = answers.report().sequences[static_cast<std::size_t>(pass.rows[k])];
     if (span.tokens == 0 || approximate(report.source)) continue;
     const bool own = k < pass.result.rows.size() && !pass.result.rows[k].empty();
-    auto tensors = own ? pass.result.rows[k]
-                       : row_of(pass.result.value, wrapped_.output, static_cast<std::int64_t>(k),
-                                cuts(batch) ? span.first : 0, cuts(batch) ? span.tokens : batch.width, batch.width);
+    auto tensors =
+        own ? pass.result.rows[k]
+            : row_of(pass.result.value, wrapped_.output, static_cast<std::int64_t>(k), cuts(batch) ? span.first : 0,
+                     cuts(batch) ? span.tokens : batch.padded_length, batch.padded_length);
     if (call.cuts_output) {
       // Its states are kept too, which give the output again: worth room only for whole requests and small outputs.
       std::size_t bytes = 0;
@@ -77,7 +78,7 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
   }
   if (rows.empty()) return;
   const bool exact = pass.result.report.execution == Execution::kDense;
-  const BatchSize size{static_cast<std::int32_t>(pass.rows.size()), static_cast<std::int32_t>(batch.width)};
+  const BatchSize size{static_cast<std::int32_t>(pass.rows.size()), static_cast<std::int32_t>(batch.padded_length)};
   answers.writes().add([this, rows = std::move(rows), exact, size] {
     for (const Row& row : rows) bank_.insert(row.key, row.tensors, exact, size);
   });

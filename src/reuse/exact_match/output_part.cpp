@@ -43,7 +43,7 @@ void OutputPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
       if (report.left++ == 0) report.why = "an output has a form or a type that files do not hold";
       continue;
     }
-    const OutputRecord record{entry->key(), entry->exact(), entry->rows(), entry->width(), std::move(*records)};
+    const OutputRecord record{entry->key(), entry->exact(), entry->rows(), entry->padded_length(), std::move(*records)};
     write_entry(writer, kind(), write_output(record), tensors);
     ++report.entries;
   }
@@ -78,7 +78,7 @@ SnapshotPart::Outcome OutputPart::take(std::string_view entry, SnapshotPartRepor
   if (bank_.holds(record.key, record.exact)) return Outcome::kKnown;
   std::vector<at::Tensor> tensors;
   for (const TensorRecord& tensor : record.tensors) tensors.push_back(tensor_of(tensor, wrapped_.model->device()));
-  bank_.insert(record.key, tensors, record.exact, {record.rows, record.width});
+  bank_.insert(record.key, tensors, record.exact, {record.rows, record.padded_length});
   taken_.emplace_back(record.key);
   return bank_.holds(record.key, record.exact) ? Outcome::kTaken : Outcome::kNoRoom;
 }

@@ -48,7 +48,7 @@ at::Tensor tokens_in_ranges(const std::vector<KeyRange>& ranges, std::size_t i, 
 }  // namespace
 
 std::string PrefixPart::layout() const {
-  std::string text = fmt::format("layers {}; {} numbers a token;", layers_, bank_.token_width());
+  std::string text = fmt::format("layers {}; {} numbers a token;", layers_, bank_.ids_per_token());
   for (const KeySpec& spec : bank_.specs()) {
     text += fmt::format(" {} [{}] over {};", c10::toString(c10::typeMetaToScalarType(spec.options.dtype())),
                         fmt::join(sizes_for(spec, 1), ", "), spec.token_dim);
@@ -60,7 +60,7 @@ void PrefixPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
   const std::size_t step =
       std::max<std::size_t>(1, kMostPieceBytes / std::max<std::size_t>(1, token_bytes(bank_.specs())));
   for (const PrefixBank::Listed& listed : bank_.listed()) {
-    const std::size_t end = listed.tokens.size() / bank_.token_width();
+    const std::size_t end = listed.tokens.size() / bank_.ids_per_token();
     for (std::size_t begin = listed.begin; begin < end; begin += step) {
       const std::size_t stop = std::min(begin + step, end);
       if (!save_piece(writer, listed, begin, stop)) break;
@@ -73,7 +73,7 @@ void PrefixPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
 /// False if these tokens are no longer there.
 bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& listed, std::size_t begin,
                             std::size_t end) const {
-  const std::span<const std::int64_t> tokens(listed.tokens.data(), end * bank_.token_width());
+  const std::span<const std::int64_t> tokens(listed.tokens.data(), end * bank_.ids_per_token());
   // Nothing of it is evicted or moved while this lives.
   const PrefixLease lease = bank_.peek(listed.partition, tokens);
   if (lease.known_tokens() < static_cast<std::int64_t>(end)) return false;
@@ -84,7 +84,7 @@ bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& li
   }
   PrefixRecord record;
   record.partition = listed.partition;
-  record.width = static_cast<std::uint32_t>(bank_.token_width());
+  record.ids_per_token = static_cast<std::uint32_t>(bank_.ids_per_token());
   record.begin = begin;
   record.tokens.assign(tokens.begin(), tokens.end());
   record.shortest = listed.shortest;
@@ -98,7 +98,7 @@ bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& li
 std::size_t PrefixPart::check(std::string_view entry) const {
   const PrefixRecord record = read_prefix(entry);
   const auto& specs = bank_.specs();
-  if (record.width != bank_.token_width() || record.tensors.size() != specs.size()) {
+  if (record.ids_per_token != bank_.ids_per_token() || record.tensors.size() != specs.size()) {
     throw DamagedData("it has a prefix of another form");
   }
   for (std::size_t i = 0; i < specs.size(); ++i) {

@@ -63,11 +63,11 @@ class PrefixReuse::Pass final : public EngineHook {
  public:
   Pass(const PrefixReuse& owner, const std::vector<Row>& rows) : owner_(owner), rows_(rows), final_(rows.size()) {}
 
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override {
     const Row& row = rows_[sequence];
-    const int first = owner_.key_specs_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
-    const auto& dims = owner_.model_.token_level()->key_dims(layer, site);
+    const int first = owner_.key_specs_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)];
+    const auto& dims = owner_.model_.token_level()->key_dims(layer, attention_op);
     const bool all = row.prefix_tokens == 0 || layer < owner_.resume_;
     if (first >= 0 && row.kept) {
       for (std::size_t i = 0; i < fresh.size(); ++i) {
@@ -156,9 +156,9 @@ std::vector<KeySpec> PrefixReuse::key_specs() {
   for (std::int32_t l = 0; l < layers; ++l) {
     const bool kept = options_.layers.empty() || std::binary_search(options_.layers.begin(), options_.layers.end(), l);
     if (!kept) resume_ = l + 1;
-    auto& sites = key_specs_.emplace_back();
-    for (std::int64_t s = 0; s < model_.token_level()->sites(l); ++s) {
-      sites.push_back(kept ? static_cast<int>(specs.size()) : -1);
+    auto& attention_ops = key_specs_.emplace_back();
+    for (std::int64_t s = 0; s < model_.token_level()->attention_ops(l); ++s) {
+      attention_ops.push_back(kept ? static_cast<int>(specs.size()) : -1);
       if (!kept) continue;
       const auto& keys = captured[0]->keys[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)];
       for (std::size_t i = 0; i < keys.size(); ++i) add(keys[i], model_.token_level()->key_dims(l, s)[i]);
@@ -223,7 +223,7 @@ void PrefixReuse::share(std::vector<Row>& rows) const {
 
 Plan PrefixReuse::plan(const Batch& batch, const std::vector<Row>& rows) const {
   const auto layers = static_cast<std::int32_t>(model_.layers());
-  Plan plan{batch.rows, batch.width, layers, {}};
+  Plan plan{batch.rows, batch.padded_length, layers, {}};
   for (const Row& row : rows) {
     SequencePlan sequence{row.key.row, row.key.span.first, row.key.span.tokens, -1, {}};
     if (row.prefix_tokens > 0) sequence.ranges.push_back({0, row.prefix_tokens, 0, resume_, 0});
@@ -244,7 +244,7 @@ Selection PrefixReuse::select(const Plan& plan, const std::vector<Row>& rows, Ou
     const Row& row = rows[i];
     const auto known = row.lease.known_tokens();
     selection.spans.push_back({row.prefix_tokens, row.fresh(), row.prefix_tokens - known});
-    selection.width = std::max(selection.width, row.key.span.tokens - known);
+    selection.padded_length = std::max(selection.padded_length, row.key.span.tokens - known);
     // What another row computes for this one, or a row before that one.
     auto end = row.prefix_tokens;
     for (std::size_t from = row.shared_with; end > known; from = rows[from].shared_with) {
@@ -334,8 +334,8 @@ bool PrefixReuse::agrees(const Inputs& inputs, std::string& why) {
   writes.commit();
   for (std::int64_t r = 0; r < batch.rows; ++r) {
     const RowSpan& span = batch.spans[static_cast<std::size_t>(r)];
-    const auto a = row_of(got.value, wrapped_.output, r, span.first, span.tokens, batch.width);
-    const auto b = row_of(plain, wrapped_.output, r, span.first, span.tokens, batch.width);
+    const auto a = row_of(got.value, wrapped_.output, r, span.first, span.tokens, batch.padded_length);
+    const auto b = row_of(plain, wrapped_.output, r, span.first, span.tokens, batch.padded_length);
     for (std::size_t i = 0; i < b.size(); ++i) {
       if (a.size() == b.size() && nearly_equal(a[i], b[i], model_.rounding())) continue;
       why = fmt::format("a sequence of {} tokens, {} of them known, comes out otherwise than from the plain model",
@@ -366,15 +366,15 @@ bool PrefixReuse::verify(std::string& why, bool briefly) {
     std::int64_t from_main, tokens;
   };
   const auto check = [&](const std::vector<Line>& lines, bool left) {
-    std::int64_t width = 0;
-    for (const Line& line : lines) width = std::max(width, line.tokens);
+    std::int64_t padded_length = 0;
+    for (const Line& line : lines) padded_length = std::max(padded_length, line.tokens);
     std::vector<RowSpan> spans;
-    for (const Line& line : lines) spans.push_back({left ? width - line.tokens : 0, line.tokens});
+    for (const Line& line : lines) spans.push_back({left ? padded_length - line.tokens : 0, line.tokens});
     Inputs inputs;
     for (std::size_t i = 0; i < main.size(); ++i) {
       const auto& first = main[i].toTensor();
       const auto& second = other[i].toTensor();
-      auto all = at::zeros({static_cast<std::int64_t>(lines.size()), width}, first.options());
+      auto all = at::zeros({static_cast<std::int64_t>(lines.size()), padded_length}, first.options());
       for (std::size_t r = 0; r < lines.size(); ++r) {
         const Line& line = lines[r];
         auto row = all[static_cast<std::int64_t>(r)].narrow(0, spans[r].first, line.tokens);

@@ -61,9 +61,10 @@ class PrefixReuse final : public ReuseStrategy {
   const Model& model_;
   const Verification& verification_;
   const PrefixOptions options_;
-  std::int32_t resume_ = 0;                  ///< first layer that a known prefix does not run through
-  std::vector<std::vector<int>> key_specs_;  ///< by layer and site, the first spec of its keys; -1: not kept
-  std::size_t final_spec_ = 0;               ///< of the final states
+  std::int32_t resume_ = 0;  ///< first layer that a known prefix does not run through
+  std::vector<std::vector<int>>
+      key_specs_;               ///< by layer and attention operator, the first spec of its keys; -1: not kept
+  std::size_t final_spec_ = 0;  ///< of the final states
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   PrefixBank bank_;
 };

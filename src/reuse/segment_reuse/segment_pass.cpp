@@ -45,7 +45,7 @@ SegmentPass::SegmentPass(const TokenLevelModel& model, const SegmentLayout& layo
       std::fill(first, first + segment.tokens, segment.move());
     }
     if (std::ranges::all_of(moves, [](std::int64_t move) { return move == 0; })) moves.clear();
-    merges_[i].turns.resize(layout.positions.rotations.size());
+    merges_[i].angles.resize(layout.positions.rotations.size());
   }
   choosing_ = any && settings.chooses() ? settings.choosing_layer : -1;
 }
@@ -76,17 +76,17 @@ std::vector<TokenRange> SegmentPass::choose(std::size_t sequence, const std::vec
   return ranges_of(row);
 }
 
-std::vector<KeySegment> SegmentPass::keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+std::vector<KeySegment> SegmentPass::keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                           std::vector<at::Tensor> fresh) {
   const SegmentRow& row = rows_[sequence];
-  const auto& dims = level_.key_dims(layer, site);
+  const auto& dims = level_.key_dims(layer, attention_op);
   for (std::size_t i = 0; i < fresh.size(); ++i) {
     if (fresh[i].size(dims[i]) < row.span.tokens) {
-      auto all = known(sequence, layer, site, i, fresh[i], dims[i]);
+      auto all = known(sequence, layer, attention_op, i, fresh[i], dims[i]);
       all.index_copy_(dims[i], active(sequence, layer, fresh[i].device()), fresh[i]);
       fresh[i] = std::move(all);
     }
-    if (row.room.pending) row.room.pending->set(spec_of(layer, site) + i, fresh[i]);
+    if (row.room.pending) row.room.pending->set(spec_of(layer, attention_op) + i, fresh[i]);
   }
   return {{row.span.tokens, std::move(fresh)}};
 }
@@ -112,8 +112,8 @@ at::Tensor SegmentPass::final_states(std::size_t sequence, std::int64_t begin, s
   return all_final(sequence).narrow(1, begin, end - begin);
 }
 
-std::size_t SegmentPass::spec_of(std::int32_t layer, std::int64_t site) const {
-  return layout_.key_specs[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
+std::size_t SegmentPass::spec_of(std::int32_t layer, std::int64_t attention_op) const {
+  return layout_.key_specs[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)];
 }
 
 /// Active tokens of a sequence in a layer. They change at the choosing layer only.
@@ -145,17 +145,18 @@ at::Tensor SegmentPass::gather(const SegmentRow& row, std::size_t spec, const at
 }
 
 /// The donors' keys, turned to their places.
-at::Tensor SegmentPass::known(std::size_t sequence, std::int32_t layer, std::int64_t site, std::size_t i,
+at::Tensor SegmentPass::known(std::size_t sequence, std::int32_t layer, std::int64_t attention_op, std::size_t i,
                               const at::Tensor& like, std::int64_t dim) {
-  auto all = gather(rows_[sequence], spec_of(layer, site) + i, like, dim);
+  auto all = gather(rows_[sequence], spec_of(layer, attention_op) + i, like, dim);
   Merge& merge = merges_[sequence];
   if (merge.moves.empty()) return all;
-  const int number = layout_.positions.rotation_of[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)][i];
+  const int number =
+      layout_.positions.rotation_of[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)][i];
   if (number < 0) return all;
   const KeyRotation& rotation = layout_.positions.rotations[static_cast<std::size_t>(number)];
-  auto& turn = merge.turns[static_cast<std::size_t>(number)];
-  if (!turn) turn = turn_of(rotation, merge.moves, like.device());
-  rotate_(all, dim, rotation, *turn);
+  auto& angles = merge.angles[static_cast<std::size_t>(number)];
+  if (!angles) angles = angles_of(rotation, merge.moves, like.device());
+  rotate_(all, dim, rotation, *angles);
   return all;
 }
 

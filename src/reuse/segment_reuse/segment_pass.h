@@ -45,7 +45,7 @@ struct SegmentSettings {
 /// Where a model's states are among the tensors of an entry, and how its keys turn.
 struct SegmentLayout {
   std::int32_t layers = 0;
-  std::vector<std::vector<std::size_t>> key_specs;  ///< by layer and site: the first spec of its keys
+  std::vector<std::vector<std::size_t>> key_specs;  ///< by layer and attention operator: the first spec of its keys
   std::size_t final_spec = 0;                       ///< of the final states
   KeyPositions positions;
 };
@@ -75,7 +75,7 @@ class SegmentPass final : public EngineHook {
 
   [[nodiscard]] std::int32_t choosing_layer() const override { return choosing_; }
   std::vector<TokenRange> choose(std::size_t sequence, const std::vector<at::Tensor>& fresh) override;
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override;
   at::Tensor entering(std::size_t, std::int32_t, std::int64_t, std::int64_t) override { return {}; }
   void finished(std::size_t sequence, const at::Tensor& fresh) override;
@@ -83,18 +83,18 @@ class SegmentPass final : public EngineHook {
 
  private:
   struct Merge {
-    std::vector<std::int64_t> moves;         ///< by token; empty: nothing has moved
-    std::vector<std::optional<Turn>> turns;  ///< by rotation
-    std::int32_t layer = -1;                 ///< since which `active` is so
+    std::vector<std::int64_t> moves;                    ///< by token; empty: nothing has moved
+    std::vector<std::optional<RotationAngles>> angles;  ///< by rotation
+    std::int32_t layer = -1;                            ///< since which `active` is so
     at::Tensor active;
   };
 
-  [[nodiscard]] std::size_t spec_of(std::int32_t layer, std::int64_t site) const;
+  [[nodiscard]] std::size_t spec_of(std::int32_t layer, std::int64_t attention_op) const;
   const at::Tensor& active(std::size_t sequence, std::int32_t layer, at::Device device);
   [[nodiscard]] static at::Tensor gather(const SegmentRow& row, std::size_t spec, const at::Tensor& like,
                                          std::int64_t dim);
-  at::Tensor known(std::size_t sequence, std::int32_t layer, std::int64_t site, std::size_t i, const at::Tensor& like,
-                   std::int64_t dim);
+  at::Tensor known(std::size_t sequence, std::int32_t layer, std::int64_t attention_op, std::size_t i,
+                   const at::Tensor& like, std::int64_t dim);
   at::Tensor all_final(std::size_t sequence);
 
   const TokenLevelModel& level_;

@@ -47,16 +47,16 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
   settings.capacity_bytes = capacity_bytes;
   settings.total = total;
   settings.eviction = options.eviction;
-  settings.token_width = wrapped_.inputs.names.size();
+  settings.ids_per_token = wrapped_.inputs.names.size();
   settings.block_tokens = options.block_tokens;
   settings.format = options.format;
   const auto add = [&](const at::Tensor& tensor, std::int64_t dim) {
     settings.specs.push_back({tensor.sizes().vec(), dim, tensor.options()});
   };
   for (std::int32_t l = 0; l < layout_.layers; ++l) {
-    auto& sites = layout_.key_specs.emplace_back();
-    for (std::int64_t s = 0; s < model_.token_level()->sites(l); ++s) {
-      sites.push_back(settings.specs.size());
+    auto& attention_ops = layout_.key_specs.emplace_back();
+    for (std::int64_t s = 0; s < model_.token_level()->attention_ops(l); ++s) {
+      attention_ops.push_back(settings.specs.size());
       const auto& keys = captured[0]->keys[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)];
       for (std::size_t i = 0; i < keys.size(); ++i) add(keys[i], model_.token_level()->key_dims(l, s)[i]);
     }
@@ -70,30 +70,30 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
 void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry, double saved_ms) const {
   constexpr std::size_t kLeast = 32;  // tokens; what is shorter is no passage
   if (most_averaged_ < 2 || !layout_.positions.movable) return;
-  const auto width = settings_.token_width;
+  const auto ids_per_token = settings_.ids_per_token;
   const SegmentBank::Wanted wanted{
       .least = static_cast<std::int64_t>(std::max(kLeast, settings_.block_tokens)), .moved = true, .use = false};
   for (const SegmentHit& hit : bank.find(entry.partition(), entry.tokens(), wanted, now())) {
     if (hit.exact) continue;
     // A mean is followed only by one of nearly all of it: an edited passage must not cut it down.
-    const auto donor_tokens = static_cast<std::int64_t>(hit.donor->tokens().size() / width);
+    const auto donor_tokens = static_cast<std::int64_t>(hit.donor->tokens().size() / ids_per_token);
     if (hit.donor->is_mean() && 10 * hit.tokens < 9 * donor_tokens) continue;
     const auto known = std::min<std::int64_t>(hit.donor->origin().averaged, most_averaged_ - 1);
     const SegmentOrigin origin{hit.begin - hit.move(), static_cast<std::uint16_t>(known + 1)};
-    const auto tokens = entry.tokens().subspan(static_cast<std::size_t>(hit.begin) * width,
-                                               static_cast<std::size_t>(hit.tokens) * width);
+    const auto tokens = entry.tokens().subspan(static_cast<std::size_t>(hit.begin) * ids_per_token,
+                                               static_cast<std::size_t>(hit.tokens) * ids_per_token);
     auto mean = bank.reserve_mean(entry.partition(), tokens, origin);
     const auto share = static_cast<double>(tokens.size()) / static_cast<double>(entry.tokens().size());
     if (mean.refused) return bank.insert_mean(std::move(mean), *hit.donor, saved_ms * share, now());
     const auto& rotations = layout_.positions.rotations;
-    std::vector<Turn> turns;  // back to where the donor's keys stand, by rotation
+    std::vector<RotationAngles> angles;  // back to where the donor's keys stand, by rotation
     const std::vector<std::int64_t> back(static_cast<std::size_t>(hit.tokens), -hit.move());
-    for (const KeyRotation& rotation : rotations) turns.push_back(turn_of(rotation, back, model_.device()));
+    for (const KeyRotation& rotation : rotations) angles.push_back(angles_of(rotation, back, model_.device()));
     const auto set = [&](std::size_t spec, int rotation) {
       auto states = entry.state(spec, hit.begin, hit.tokens).clone();
       if (rotation >= 0 && hit.move() != 0) {
         const auto number = static_cast<std::size_t>(rotation);
-        rotate_(states, settings_.specs[spec].token_dim, rotations[number], turns[number]);
+        rotate_(states, settings_.specs[spec].token_dim, rotations[number], angles[number]);
       }
       const double weight = static_cast<double>(known) / static_cast<double>(known + 1);
       states.lerp_(hit.donor->state(spec, hit.donor_begin, hit.tokens), weight);
@@ -129,7 +129,7 @@ void SegmentReuse::check(const SegmentSettings& settings) const {
                 "layers; use a recompute_share of 0 or 1");
   }
   const auto layer = settings.choosing_layer;
-  if (layer < 1 || layer >= layout_.layers || model_.token_level()->sites(layer) == 0) {
+  if (layer < 1 || layer >= layout_.layers || model_.token_level()->attention_ops(layer) == 0) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("SegmentSettings.choosing_layer is {}; a layer above 0 with attention is expected, the "
                             "model has {} layers",
@@ -197,7 +197,7 @@ Selection SegmentReuse::select(const Plan& plan, const std::vector<SegmentRow>& 
   for (const SegmentRow& row : rows) {
     const auto tokens = *output == Output::kLastToken ? 1 : row.span.tokens - row.exact;
     selection.spans.push_back({row.span.tokens - tokens, tokens, 0});
-    selection.width = std::max(selection.width, tokens);
+    selection.padded_length = std::max(selection.padded_length, tokens);
   }
   return selection;
 }
@@ -212,7 +212,7 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
   }
   Stopwatch clock;
   auto rows = rows_of(batch, tenant);
-  Plan passed{batch.rows, batch.width, layout_.layers, {}};
+  Plan passed{batch.rows, batch.padded_length, layout_.layers, {}};
   for (SegmentRow& row : rows) {
     auto& match = matches[static_cast<std::size_t>(row.row)];
     if (match) row.segments = std::move(match->segments);
@@ -283,15 +283,15 @@ void SegmentReuse::verify(const SegmentOptions& options) {
     kept.commit();
     if (share < 1) return;
     const auto plain = model_.plain(given);
-    const auto want =
-        row_of(plain.isNone() ? run_dense(model_, given) : plain, wrapped_.output, 0, 0, batch.width, batch.width);
-    const auto have = row_of(got, wrapped_.output, 0, 0, batch.width, batch.width);
+    const auto want = row_of(plain.isNone() ? run_dense(model_, given) : plain, wrapped_.output, 0, 0,
+                             batch.padded_length, batch.padded_length);
+    const auto have = row_of(got, wrapped_.output, 0, 0, batch.padded_length, batch.padded_length);
     for (std::size_t i = 0; i < want.size(); ++i) {
       if (nearly_equal(have.at(i), want[i], model_.rounding())) continue;
       throw Error(
           ErrorCode::kNotAvailable,
           fmt::format("a sequence of {} tokens, {} of them known, comes out otherwise than from the plain model",
-                      batch.width, report.sequences[0].reused_tokens));
+                      batch.padded_length, report.sequences[0].reused_tokens));
     }
   };
   run(0, 0, tokens, 1);         // computed, and known from here on

@@ -59,8 +59,10 @@ class LayerRecorder final : public EngineHook {
     return {};
   }
   bool watches_attention(std::int32_t l) const override { return l == 0; }
-  void attended(std::int32_t /*l*/, std::int64_t site, std::size_t /*sequence*/, const SiteTensors& tensors) override {
-    if (site == 0 && tensors.queries.size() == 1 && tensors.keys.size() == 2) heads_ = tensors.queries[0].size(1);
+  void attended(std::int32_t /*l*/, std::int64_t attention_op, std::size_t /*sequence*/,
+                const AttentionTensors& tensors) override {
+    if (attention_op == 0 && tensors.queries.size() == 1 && tensors.keys.size() == 2)
+      heads_ = tensors.queries[0].size(1);
   }
   const at::Tensor& behind(std::int64_t layer) const { return states_.at(layer); }
   std::int64_t heads() const { return heads_; }
@@ -117,8 +119,9 @@ class SimilarityReuse::Pass final : public EngineHook {
   }
 
   bool watches_attention(std::int32_t l) const override { return l == 0 && owner_.options_.fingerprint.attention; }
-  void attended(std::int32_t /*l*/, std::int64_t site, std::size_t sequence, const SiteTensors& tensors) override {
-    if (site != 0) return;
+  void attended(std::int32_t /*l*/, std::int64_t attention_op, std::size_t sequence,
+                const AttentionTensors& tensors) override {
+    if (attention_op != 0) return;
     // Heads that share keys (grouped-query attention) get a copy each.
     const auto shared = tensors.queries[0].size(1) / tensors.keys[0].size(1);
     const auto keys = shared > 1 ? tensors.keys[0].repeat_interleave(shared, 1) : tensors.keys[0];
@@ -195,8 +198,9 @@ SimilarityReuse::SimilarityReuse(const WrappedModel& wrapped, const Options& opt
   const std::int64_t heads = check_resuming(wrapped.inputs.vocabulary);
   std::int64_t dims = profile.hidden;
   if (options_.fingerprint.attention) {
-    const bool sdpa = std::any_of(profile.attention.begin(), profile.attention.end(),
-                                  [](const AttentionSite& site) { return site.layer == 0 && site.kind == "sdpa"; });
+    const bool sdpa = std::any_of(
+        profile.attention.begin(), profile.attention.end(),
+        [](const AttentionOp& attention_op) { return attention_op.layer == 0 && attention_op.kind == "sdpa"; });
     if (!sdpa || heads == 0) {
       unavailable(
           "attention statistics need scaled_dot_product_attention in the first layer; export the model with it, "
@@ -301,7 +305,7 @@ std::vector<SimilarityReuse::SequenceCapture> SimilarityReuse::start(const Batch
     captures[i].fingerprints.resize(fingerprinters_.size());
     captures[i].kept.resize(banks_.size());
     if (options_.fingerprint.kind == FingerprintKind::kJaccard) {
-      const auto* begin = ids.const_data_ptr<std::int64_t>() + sequence.row * batch.width + sequence.first;
+      const auto* begin = ids.const_data_ptr<std::int64_t>() + sequence.row * batch.padded_length + sequence.first;
       captures[i].ids.assign(begin, begin + sequence.tokens);
     }
   }
@@ -368,12 +372,12 @@ std::vector<SimilarityReuse::Served> SimilarityReuse::resume_all(const std::vect
     const bool masked = wrapped_.profile.mask_argument >= 0 &&
                         first.inputs()[static_cast<std::size_t>(wrapped_.profile.mask_argument)].defined();
     std::vector<std::size_t> group;
-    std::int64_t width = 0;
+    std::int64_t padded_length = 0;
     for (const std::size_t f : waiting) {
       const std::int64_t tokens = hits[f].found.entry->tokens();
       if (!masked && tokens != first.tokens()) continue;
       group.push_back(f);
-      width = std::max(width, tokens);
+      padded_length = std::max(padded_length, tokens);
     }
     std::erase_if(waiting, [&](std::size_t f) { return std::find(group.begin(), group.end(), f) != group.end(); });
 
@@ -384,14 +388,14 @@ std::vector<SimilarityReuse::Served> SimilarityReuse::resume_all(const std::vect
         inputs.emplace_back();
         continue;
       }
-      auto input = at::zeros({rows, width}, first.inputs()[j].options());
+      auto input = at::zeros({rows, padded_length}, first.inputs()[j].options());
       for (std::int64_t r = 0; r < rows; ++r) {
         const at::Tensor& own = hits[group[static_cast<std::size_t>(r)]].found.entry->inputs()[j];
         input.select(0, r).narrow(0, 0, own.size(0)).copy_(own);
       }
       inputs.emplace_back(std::move(input));
     }
-    Plan plan{rows, width, layers, {}};
+    Plan plan{rows, padded_length, layers, {}};
     Donors donors;
     for (std::int64_t r = 0; r < rows; ++r) {
       const Hit& one = hits[group[static_cast<std::size_t>(r)]];
@@ -405,7 +409,7 @@ std::vector<SimilarityReuse::Served> SimilarityReuse::resume_all(const std::vect
     add_times(report, own);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::size_t f = group[static_cast<std::size_t>(r)];
-      results[f] = {row_of(result, wrapped_.output, r, 0, hits[f].found.entry->tokens(), width),
+      results[f] = {row_of(result, wrapped_.output, r, 0, hits[f].found.entry->tokens(), padded_length),
                     own.sequences[static_cast<std::size_t>(r)].layers};
     }
   }
@@ -452,7 +456,8 @@ void SimilarityReuse::audit(const Call& call, const std::vector<std::int64_t>& o
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const auto row = static_cast<std::size_t>(rows[i]);
     const RowSpan& span = part.spans[i];
-    auto leaves = row_of(result, wrapped_.output, static_cast<std::int64_t>(i), span.first, span.tokens, part.width);
+    auto leaves =
+        row_of(result, wrapped_.output, static_cast<std::int64_t>(i), span.first, span.tokens, part.padded_length);
     const OutputDifference difference = difference_of_outputs(answer.rows[row], leaves, refresh_.decision);
     writes.add([this, hit = *chosen[i], difference] {
       const bool good = monitor_->record(hit.bank, difference);

@@ -14,15 +14,15 @@ namespace {
 constexpr std::size_t kTokenIndexBytes = 96;
 constexpr std::size_t kTokenEntryBytes = 1024;
 
-TokenView view_of_tokens(const TokenRecord& record) { return {record.tokens, record.width}; }
+TokenView view_of_tokens(const TokenRecord& record) { return {record.tokens, record.ids_per_token}; }
 
 }  // namespace
 
 std::string TokenPart::layout() const {
   const StateLayout& layout = bank_.layout();
-  std::string text = fmt::format("{} numbers a token; held as {}; hidden {};", width_, to_string(layout.format),
+  std::string text = fmt::format("{} numbers a token; held as {}; hidden {};", ids_per_token_, to_string(layout.format),
                                  fmt::join(layout.hidden, ","));
-  for (const auto& sites : layout.first_key) text += fmt::format(" keys {};", fmt::join(sites, ","));
+  for (const auto& attention_ops : layout.first_key) text += fmt::format(" keys {};", fmt::join(attention_ops, ","));
   for (const StateLayout::Spec& spec : layout.specs) {
     text += fmt::format(" {} [{}];", c10::toString(c10::typeMetaToScalarType(spec.options.dtype())),
                         fmt::join(spec.sizes, ", "));
@@ -36,7 +36,7 @@ void TokenPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const {
     if (!entry) continue;  // it went meanwhile
     TokenRecord record;
     record.partition = listed.partition;
-    record.width = static_cast<std::uint32_t>(entry->view().width);
+    record.ids_per_token = static_cast<std::uint32_t>(entry->view().ids_per_token);
     record.tokens.assign(entry->view().values.begin(), entry->view().values.end());
     record.counts.assign(entry->counts().begin(), entry->counts().end());
     record.saved_ms = listed.saved_ms;
@@ -56,7 +56,7 @@ void TokenPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const {
 /// Throws DamagedData unless there is one for each spec, of its form. On the device kMeta nothing is copied.
 std::vector<EncodedTensor> TokenPart::tensors_in(const TokenRecord& record, at::Device device) const {
   const StateLayout& layout = bank_.layout();
-  if (record.width != width_ || record.encoded.size() != layout.specs.size())
+  if (record.ids_per_token != ids_per_token_ || record.encoded.size() != layout.specs.size())
     throw DamagedData("it has token states of another form");
   const auto make = [&](const TensorRecord& one) {
     return device.is_meta() ? at::empty(one.sizes, at::dtype(type_of(one)).device(device)) : tensor_of(one, device);
@@ -94,7 +94,7 @@ std::size_t TokenPart::check(std::string_view entry) const {
   const TokenRecord record = read_token_states(entry);
   static_cast<void>(tensors_in(record, at::kMeta));
   std::size_t bytes =
-      kTokenEntryBytes + record.counts.size() * (kTokenIndexBytes + record.width * sizeof(std::int64_t));
+      kTokenEntryBytes + record.counts.size() * (kTokenIndexBytes + record.ids_per_token * sizeof(std::int64_t));
   for (const TensorRecord& tensor : record.tensors) bytes += tensor.bytes.size() + 2 * sizeof(at::TensorImpl);
   return bytes;
 }
@@ -113,7 +113,7 @@ SnapshotPart::Outcome TokenPart::take(std::string_view entry, SnapshotPartReport
 
 void TokenPart::finish() {
   for (auto one = taken_.rbegin(); one != taken_.rend(); ++one) {
-    bank_.use(one->partition, {one->tokens, width_}, now_());
+    bank_.use(one->partition, {one->tokens, ids_per_token_}, now_());
   }
 }
 

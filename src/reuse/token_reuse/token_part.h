@@ -15,9 +15,9 @@ namespace llmcache {
 /// Entries are written in the format in which they are held.
 class TokenPart final : public SnapshotPart {
  public:
-  /// `width`: numbers a token. `device`: of the model. `now`: the clock of the bank's owner.
-  TokenPart(TokenBank& bank, std::size_t width, at::Device device, std::function<double()> now)
-      : bank_(bank), width_(width), device_(device), now_(std::move(now)) {}
+  /// `ids_per_token`: numbers a token. `device`: of the model. `now`: the clock of the bank's owner.
+  TokenPart(TokenBank& bank, std::size_t ids_per_token, at::Device device, std::function<double()> now)
+      : bank_(bank), ids_per_token_(ids_per_token), device_(device), now_(std::move(now)) {}
 
   std::string name() const override { return "token states"; }
   FrameKind kind() const override { return FrameKind::kTokenStates; }
@@ -32,7 +32,7 @@ class TokenPart final : public SnapshotPart {
   [[nodiscard]] std::vector<EncodedTensor> tensors_in(const TokenRecord& record, at::Device device) const;
 
   TokenBank& bank_;
-  const std::size_t width_;
+  const std::size_t ids_per_token_;
   const at::Device device_;
   const std::function<double()> now_;
   struct Sequence {

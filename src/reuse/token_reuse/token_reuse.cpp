@@ -115,16 +115,16 @@ class TokenReuse::Pass final : public EngineHook {
     return corrected_.before_layer(sequence, layer, active);
   }
 
-  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t site,
+  std::vector<KeySegment> keys(std::size_t sequence, std::int32_t layer, std::int64_t attention_op,
                                std::vector<at::Tensor> fresh) override {
     if (pending_[sequence]) {
-      const auto first = layout_.first_key[static_cast<std::size_t>(layer)][static_cast<std::size_t>(site)];
-      const auto& dims = level_.key_dims(layer, site);
+      const auto first = layout_.first_key[static_cast<std::size_t>(layer)][static_cast<std::size_t>(attention_op)];
+      const auto& dims = level_.key_dims(layer, attention_op);
       for (std::size_t i = 0; i < fresh.size(); ++i) {
         pending_[sequence]->tensor(first + i).copy_(fresh[i].movedim(dims[i], 0));
       }
     }
-    return corrected_.keys(sequence, layer, site, std::move(fresh));
+    return corrected_.keys(sequence, layer, attention_op, std::move(fresh));
   }
 
   at::Tensor entering(std::size_t sequence, std::int32_t layer, std::int64_t begin, std::int64_t end) override {
@@ -189,9 +189,9 @@ StateLayout TokenReuse::layout() const {
     layout.specs.push_back({std::move(sizes), tensor.options()});
   };
   for (std::int32_t l = 0; l < layers_; ++l) {
-    auto& sites = layout.first_key.emplace_back();
-    for (std::int64_t s = 0; s < model_.token_level()->sites(l); ++s) {
-      sites.push_back(layout.specs.size());
+    auto& attention_ops = layout.first_key.emplace_back();
+    for (std::int64_t s = 0; s < model_.token_level()->attention_ops(l); ++s) {
+      attention_ops.push_back(layout.specs.size());
       const auto& keys = captured[0]->keys[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)];
       for (std::size_t i = 0; i < keys.size(); ++i) add(keys[i], model_.token_level()->key_dims(l, s)[i]);
     }
@@ -273,7 +273,7 @@ std::vector<std::int64_t> TokenReuse::read_tokens(const Batch& batch, std::int64
   const at::Tensor& marks = batch.on_host[static_cast<std::size_t>(positions_.mask_argument)];
   if (!marks.defined()) return tokens;
   const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
-  const std::int64_t* own = marks.const_data_ptr<std::int64_t>() + row * batch.width + span.first;
+  const std::int64_t* own = marks.const_data_ptr<std::int64_t>() + row * batch.padded_length + span.first;
   for (std::int64_t t = 0; t < span.tokens; ++t) {
     if (own[t] != 0) tokens.push_back(t);
   }
@@ -319,7 +319,7 @@ void TokenReuse::run_pass(const Batch& batch, const Matches& matches, const Toke
                           const std::string& tenant, bool capture, Result& result, std::vector<std::int64_t>& stopped,
                           ForwardReport& report) {
   Stopwatch clock;
-  Plan plan{batch.rows, batch.width, layers_, {}};
+  Plan plan{batch.rows, batch.padded_length, layers_, {}};
   std::vector<ReusedSequence> reused;
   for (std::int64_t row = 0; row < batch.rows; ++row) {
     const RowSpan& span = batch.spans[static_cast<std::size_t>(row)];
@@ -415,9 +415,9 @@ TokenReuse::Result TokenReuse::run(const Batch& batch, const Matches& matches, c
 }
 
 std::unique_ptr<SnapshotPart> TokenReuse::snapshot_part() {
-  std::size_t width = 0;
-  for (const char none : left_out()) width += none == 0 ? 1 : 0;
-  return std::make_unique<TokenPart>(*bank_, width, model_.device(), [this] { return now(); });
+  std::size_t ids_per_token = 0;
+  for (const char none : left_out()) ids_per_token += none == 0 ? 1 : 0;
+  return std::make_unique<TokenPart>(*bank_, ids_per_token, model_.device(), [this] { return now(); });
 }
 
 void TokenReuse::keep(std::vector<Computed> computed) {

@@ -1,4 +1,4 @@
-#include "model/torchscript_segment.h"
+#include "model/torchscript_subgraph.h"
 
 #include <algorithm>
 #include <functional>
@@ -32,8 +32,8 @@ std::vector<const Value*> external_inputs(const FlatGraph& flat, const std::vect
   return external;
 }
 
-Segment::Segment(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-                 const std::vector<const Value*>& outputs, Slots& slots, Executor executor) {
+Subgraph::Subgraph(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
+                   const std::vector<const Value*>& outputs, Slots& slots, Executor executor) {
   auto graph = std::make_shared<Graph>();
   std::unordered_map<const Value*, Value*> made;
   Value* self = graph->addInput("self");
@@ -55,7 +55,7 @@ Segment::Segment(const std::string& name, const FlatGraph& flat, const std::vect
   }
   const std::function<Value*(Value*)> find = [&](Value* value) -> Value* {
     if (const auto it = made.find(value); it != made.end()) return it->second;
-    TORCH_INTERNAL_ASSERT(is_rematerialised(value, flat.self()), "segment lacks ", value->debugName());
+    TORCH_INTERNAL_ASSERT(is_rematerialised(value, flat.self()), "subgraph lacks ", value->debugName());
     Node* copy = graph->createClone(value->node(), find);
     graph->appendNode(copy);
     return made[value] = copy->output();
@@ -80,7 +80,7 @@ Segment::Segment(const std::string& name, const FlatGraph& flat, const std::vect
       name, std::move(graph), nullptr, executor == Executor::kSimple ? executor_of(flat) : std::nullopt);
 }
 
-void Segment::run(const c10::IValue& self, Env& env) const {
+void Subgraph::run(const c10::IValue& self, Env& env) const {
   torch::jit::Stack stack;
   stack.reserve(in_.size() + 1);
   stack.emplace_back(self);
@@ -94,7 +94,7 @@ void Segment::run(const c10::IValue& self, Env& env) const {
   for (std::size_t i = 0; i < out_.size(); ++i) env[static_cast<std::size_t>(out_[i])] = elements[i];
 }
 
-c10::IValue Segment::call(const c10::IValue& self, std::vector<c10::IValue> inputs) const {
+c10::IValue Subgraph::call(const c10::IValue& self, std::vector<c10::IValue> inputs) const {
   torch::jit::Stack stack;
   stack.reserve(inputs.size() + 1);
   stack.emplace_back(self);

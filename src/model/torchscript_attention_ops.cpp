@@ -1,4 +1,4 @@
-#include "model/torchscript_sites.h"
+#include "model/torchscript_attention_ops.h"
 
 #include <fmt/core.h>
 #include <torch/csrc/jit/ir/constants.h>
@@ -84,7 +84,7 @@ std::vector<std::vector<std::size_t>> core_groups(const Analysis& analysis, cons
 
 bool describe_inputs(const Analysis& analysis, Region& region, std::string& reason) {
   for (const Value* value : external_inputs(analysis.flat, region.nodes)) {
-    SiteInput input;
+    AttentionInput input;
     input.value = value;
     const auto found = analysis.infos.find(value);
     if (found == analysis.infos.end() || found->second.kind == ValueInfo::Kind::kUnknown) {
@@ -429,133 +429,184 @@ void detach_region_scalars(Analysis& analysis) {
   analysis.dependent = dependants(analysis.flat, analysis.hidden[0]);
 }
 
-std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t part, std::string& reason) {
-  const auto nodes = hidden_nodes(analysis, part);
-  for (Node* node : analysis.nodes(part)) {
-    if (is_pure(node)) continue;
-    reason = fmt::format("it contains {}, which writes in place or has other effects", node->kind().toQualString());
-    return std::nullopt;
-  }
-  SplitLayer split;
-  std::vector<int> region_of;
-  const int regions = find_regions(analysis, nodes, region_of);
-  if (regions < 0) {
-    reason = "its attention sites are interwoven";
-    return std::nullopt;
-  }
-  split.regions.resize(static_cast<std::size_t>(regions));
-  for (std::size_t i = 0; i < nodes.size(); ++i) {
-    if (region_of[i] != -1) split.regions[static_cast<std::size_t>(region_of[i])].nodes.push_back(nodes[i]);
-  }
-  for (std::size_t r = 0; r < split.regions.size(); ++r) {
-    Region& region = split.regions[r];
-    if (region.nodes.size() != 1 || region.nodes[0]->kind() != kSdpa) continue;
-    region.sdpa = region.nodes[0];
-    region.keys = absorb_repetition(analysis, nodes, region_of, static_cast<int>(r), region.sdpa->input(1));
-    region.values = absorb_repetition(analysis, nodes, region_of, static_cast<int>(r), region.sdpa->input(2));
-  }
-  // Scalars that only a region uses, made from sizes of its per-token inputs, move into it: there
-  // they are taken of one sequence, not of all packed rows.
-  for (std::size_t i = nodes.size(); i-- > 0;) {
-    if (region_of[i] != -1 || nodes[i]->outputs().empty()) continue;
-    int target = -2;
-    bool scalar = true;
-    for (const Value* output : nodes[i]->outputs()) {
-      const auto info = analysis.infos.find(output);
-      scalar = scalar && info != analysis.infos.end() && info->second.is_scalar();
-      std::vector<const Value*> pending{output};
-      while (!pending.empty()) {
-        const Value* value = pending.back();
-        pending.pop_back();
-        for (const auto& use : value->uses()) {
-          const Node* user = use.user;
-          while (user->owningBlock() != analysis.flat.graph->block()) user = user->owningBlock()->owningNode();
-          if (user->outputs().size() == 1 && is_rematerialised(user->output(), analysis.flat.self())) {
-            pending.push_back(user->output());
-            continue;
-          }
-          const auto at = std::find(nodes.begin(), nodes.end(), user);
-          const int home = at == nodes.end() ? -1 : region_of[static_cast<std::size_t>(at - nodes.begin())];
-          target = target == -2 || target == home ? home : -1;
-        }
-      }
+namespace {
+
+/// Splits one layer: regions in which tokens meet, pieces before, between and behind them.
+class LayerSplitter {
+ public:
+  LayerSplitter(const Analysis& analysis, std::int64_t part)
+      : analysis_(analysis), part_(part), nodes_(hidden_nodes(analysis, part)) {}
+
+  /// Empty if it cannot be split, and why in `reason`.
+  std::optional<SplitLayer> split(std::string& reason) {
+    reason = find_regions_();
+    if (reason.empty()) {
+      absorb_repetitions();
+      absorb_scalars();
+      collect_region_nodes();
+      reason = order_pieces();
     }
-    if (!scalar || target < 0) continue;
-    region_of[i] = target;
-  }
-  for (Region& region : split.regions) region.nodes.clear();
-  for (std::size_t i = 0; i < nodes.size(); ++i) {
-    if (region_of[i] != -1) split.regions[static_cast<std::size_t>(region_of[i])].nodes.push_back(nodes[i]);
+    for (std::size_t r = 0; reason.empty() && r < split_.regions.size(); ++r) reason = describe_region(r);
+    if (reason.empty()) reason = find_meeting_outside();
+    return reason.empty() ? std::optional(std::move(split_)) : std::nullopt;
   }
 
-  // Everything else goes into the first piece in which all it needs is there.
-  split.pieces.resize(split.regions.size() + 1);
-  std::unordered_map<const Value*, std::size_t> stage;
-  std::size_t done = 0;
-  std::vector<std::size_t> region_stage(split.regions.size(), 0);
-  std::vector<std::size_t> seen(split.regions.size(), 0);
-  for (std::size_t i = 0; i < nodes.size(); ++i) {
-    std::size_t need = 0;
-    for (const Value* input : all_inputs(nodes[i])) {
-      std::vector<const Value*> pending{input};
-      while (!pending.empty()) {
-        const Value* value = pending.back();
-        pending.pop_back();
-        if (const auto it = stage.find(value); it != stage.end()) need = std::max(need, it->second);
-        if (is_rematerialised(value, analysis.flat.self()) && value != analysis.flat.self()) {
-          for (const Value* source : value->node()->inputs()) pending.push_back(source);
+ private:
+  static constexpr int kNone = -1;
+
+  // What each of these returns is the reason why the layer cannot be split; empty: none.
+
+  std::string find_regions_() {
+    for (Node* node : analysis_.nodes(part_)) {
+      if (is_pure(node)) continue;
+      return fmt::format("it contains {}, which writes in place or has other effects", node->kind().toQualString());
+    }
+    const int regions = find_regions(analysis_, nodes_, region_of_);
+    if (regions < 0) return "its attention operators are interwoven";
+    split_.regions.resize(static_cast<std::size_t>(regions));
+    collect_region_nodes();
+    return {};
+  }
+
+  void collect_region_nodes() {
+    for (Region& region : split_.regions) region.nodes.clear();
+    for (std::size_t i = 0; i < nodes_.size(); ++i) {
+      if (region_of_[i] != kNone) split_.regions[static_cast<std::size_t>(region_of_[i])].nodes.push_back(nodes_[i]);
+    }
+  }
+
+  void absorb_repetitions() {
+    for (std::size_t r = 0; r < split_.regions.size(); ++r) {
+      Region& region = split_.regions[r];
+      if (region.nodes.size() != 1 || region.nodes[0]->kind() != kSdpa) continue;
+      region.sdpa = region.nodes[0];
+      const auto absorb = [&](std::size_t input) {
+        return absorb_repetition(analysis_, nodes_, region_of_, static_cast<int>(r), region.sdpa->input(input));
+      };
+      region.keys = absorb(1);
+      region.values = absorb(2);
+    }
+  }
+
+  /// Scalars that only a region uses, made from sizes of its per-token inputs, move into it: there they are taken of
+  /// one sequence, not of all packed rows.
+  void absorb_scalars() {
+    for (std::size_t i = nodes_.size(); i-- > 0;) {
+      if (region_of_[i] != kNone || nodes_[i]->outputs().empty()) continue;
+      const auto outputs = nodes_[i]->outputs();
+      const bool scalar = std::all_of(outputs.begin(), outputs.end(), [&](const Value* output) {
+        const auto info = analysis_.infos.find(output);
+        return info != analysis_.infos.end() && info->second.is_scalar();
+      });
+      if (scalar) region_of_[i] = only_user_of(outputs);
+    }
+  }
+
+  /// The region that all uses of `outputs` are in; kNone: there is no such.
+  int only_user_of(at::ArrayRef<Value*> outputs) const {
+    constexpr int kUnused = -2;
+    int target = kUnused;
+    std::vector<const Value*> pending(outputs.begin(), outputs.end());
+    while (!pending.empty()) {
+      const Value* value = pending.back();
+      pending.pop_back();
+      for (const auto& use : value->uses()) {
+        const Node* user = use.user;
+        while (user->owningBlock() != analysis_.flat.graph->block()) user = user->owningBlock()->owningNode();
+        if (user->outputs().size() == 1 && is_rematerialised(user->output(), analysis_.flat.self())) {
+          pending.push_back(user->output());
+          continue;
         }
+        const auto at = std::find(nodes_.begin(), nodes_.end(), user);
+        const int home = at == nodes_.end() ? kNone : region_of_[static_cast<std::size_t>(at - nodes_.begin())];
+        target = target == kUnused || target == home ? home : kNone;
       }
     }
-    if (region_of[i] == -1) {
-      split.pieces[need].push_back(nodes[i]);
-      for (const Value* output : nodes[i]->outputs()) stage[output] = need;
-      continue;
+    return target == kUnused ? kNone : target;
+  }
+
+  /// The first piece in which all that a node needs is there.
+  std::size_t piece_of(const Node* node, const std::unordered_map<const Value*, std::size_t>& stage) const {
+    std::size_t need = 0;
+    std::vector<const Value*> pending = all_inputs(node);
+    while (!pending.empty()) {
+      const Value* value = pending.back();
+      pending.pop_back();
+      if (const auto it = stage.find(value); it != stage.end()) need = std::max(need, it->second);
+      if (is_rematerialised(value, analysis_.flat.self()) && value != analysis_.flat.self()) {
+        for (const Value* source : value->node()->inputs()) pending.push_back(source);
+      }
     }
-    const auto r = static_cast<std::size_t>(region_of[i]);
-    region_stage[r] = std::max(region_stage[r], need);
-    for (const Value* output : nodes[i]->outputs()) stage[output] = r + 1;
-    if (++seen[r] == split.regions[r].nodes.size()) ++done;
+    return need;
   }
-  if (done != split.regions.size()) {
-    reason = "its attention sites could not be ordered";
-    return std::nullopt;
+
+  std::string order_pieces() {
+    const auto regions = split_.regions.size();
+    split_.pieces.resize(regions + 1);
+    region_stage_.assign(regions, 0);
+    std::unordered_map<const Value*, std::size_t> stage;
+    std::size_t done = 0;
+    std::vector<std::size_t> seen(regions, 0);
+    for (std::size_t i = 0; i < nodes_.size(); ++i) {
+      const std::size_t need = piece_of(nodes_[i], stage);
+      if (region_of_[i] == kNone) {
+        split_.pieces[need].push_back(nodes_[i]);
+        for (const Value* output : nodes_[i]->outputs()) stage[output] = need;
+        continue;
+      }
+      const auto r = static_cast<std::size_t>(region_of_[i]);
+      region_stage_[r] = std::max(region_stage_[r], need);
+      for (const Value* output : nodes_[i]->outputs()) stage[output] = r + 1;
+      if (++seen[r] == split_.regions[r].nodes.size()) ++done;
+    }
+    return done == regions ? "" : "its attention operators could not be ordered";
   }
-  for (std::size_t r = 0; r < split.regions.size(); ++r) {
-    Region& region = split.regions[r];
-    std::vector<const Value*> outputs;
-    for (const Value* value : analysis.escaping(region.nodes)) outputs.push_back(value);
-    if (outputs.size() != 1 || region_stage[r] > r + 1) {
+
+  std::string describe_region(std::size_t r) {
+    Region& region = split_.regions[r];
+    const auto outputs = analysis_.escaping(region.nodes);
+    if (outputs.size() != 1 || region_stage_[r] > r + 1) {
       std::string names;
-      for (const Value* output : outputs)
+      for (const Value* output : outputs) {
         names += fmt::format(" {} ({} of {})", output->debugName(), output->node()->kind().toQualString(),
                              output->node()->inputs().empty() ? "" : output->node()->input(0)->debugName());
-      reason = fmt::format("attention site {} hands on {} values, 1 expected:{}", r, outputs.size(), names);
-      return std::nullopt;
+      }
+      return fmt::format("attention operator {} hands on {} values, 1 expected:{}", r, outputs.size(), names);
     }
-    region.output = outputs[0];
-    region.output_dim = token_dim(analysis.infos.at(region.output));
-    if (region.output_dim < 0) {
-      reason = "the result of its attention is not per token";
-      return std::nullopt;
-    }
-    if (!describe_inputs(analysis, region, reason)) return std::nullopt;
+    region.output = *outputs.begin();
+    region.output_dim = token_dim(analysis_.infos.at(region.output));
+    if (region.output_dim < 0) return "the result of its attention is not per token";
+    std::string reason;
+    return describe_inputs(analysis_, region, reason) ? "" : reason;
   }
-  // Outside attention no value may cover pairs of tokens, and no token may count those before it.
-  for (std::size_t i = 0; i < nodes.size(); ++i) {
-    if (region_of[i] != -1) continue;
-    if (accumulates_over_tokens(analysis, nodes[i])) {
-      reason = fmt::format("{} runs over the tokens outside attention", nodes[i]->kind().toQualString());
-      return std::nullopt;
-    }
-    for (const Value* output : nodes[i]->outputs()) {
-      if (pairs_tokens(analysis, output)) {
-        reason = fmt::format("'{}' covers pairs of tokens outside attention", output->debugName());
-        return std::nullopt;
+
+  /// Outside attention no value may cover pairs of tokens, and no token may count those before it.
+  std::string find_meeting_outside() const {
+    for (std::size_t i = 0; i < nodes_.size(); ++i) {
+      if (region_of_[i] != kNone) continue;
+      if (accumulates_over_tokens(analysis_, nodes_[i])) {
+        return fmt::format("{} runs over the tokens outside attention", nodes_[i]->kind().toQualString());
+      }
+      for (const Value* output : nodes_[i]->outputs()) {
+        if (!pairs_tokens(analysis_, output)) continue;
+        return fmt::format("'{}' covers pairs of tokens outside attention", output->debugName());
       }
     }
+    return {};
   }
-  return split;
+
+  const Analysis& analysis_;
+  const std::int64_t part_;
+  const std::vector<Node*> nodes_;  ///< of the layer, that depend on hidden states
+  std::vector<int> region_of_;      ///< by node
+  std::vector<std::size_t> region_stage_;
+  SplitLayer split_;
+};
+
+}  // namespace
+
+std::optional<SplitLayer> split_layer(const Analysis& analysis, std::int64_t part, std::string& reason) {
+  return LayerSplitter(analysis, part).split(reason);
 }
 
 }  // namespace llmcache::ts

@@ -13,7 +13,7 @@ namespace llmcache::ts {
 /// needed, the selection is moved in front of the operators, as far as these treat tokens alike: pointwise operators,
 /// look-ups, norms, and those that only change the shape. Whatever is of another kind is computed for all tokens and
 /// selected from; the result is the same in any case. Const and thread-safe.
-class NarrowEmbed {
+class PartialEmbed {
  public:
   struct Output {
     const Value* value = nullptr;
@@ -22,7 +22,7 @@ class NarrowEmbed {
   };
 
   /// Empty if the graph has effects, or if the result is not what the whole graph gives (tried on tiny inputs).
-  static std::optional<NarrowEmbed> build(const Analysis& analysis, const std::vector<Output>& outputs);
+  static std::optional<PartialEmbed> build(const Analysis& analysis, const std::vector<Output>& outputs);
 
   /// `positions`: int64 `[n]`, ascending. Whole values go into `whole`, the others into `cut`, by slot.
   void run(const c10::IValue& self, const Inputs& inputs, const at::Tensor& positions, Env& whole, Env& cut) const;

@@ -1,4 +1,4 @@
-#include "model/torchscript_narrow_embed.h"
+#include "model/torchscript_partial_embed.h"
 
 #include <ATen/ATen.h>
 #include <torch/csrc/jit/ir/constants.h>
@@ -248,11 +248,11 @@ class Builder {
 
 }  // namespace
 
-std::optional<NarrowEmbed> NarrowEmbed::build(const Analysis& analysis, const std::vector<Output>& outputs) {
+std::optional<PartialEmbed> PartialEmbed::build(const Analysis& analysis, const std::vector<Output>& outputs) {
   for (Node* node : analysis.nodes(0)) {
     if (!is_pure(node)) return std::nullopt;
   }
-  NarrowEmbed made;
+  PartialEmbed made;
   made.inputs_ = analysis.flat.graph->inputs().size() - 1;
   made.outputs_ = outputs;
   try {
@@ -272,8 +272,8 @@ std::optional<NarrowEmbed> NarrowEmbed::build(const Analysis& analysis, const st
   return made;
 }
 
-std::vector<c10::IValue> NarrowEmbed::call(const c10::IValue& self, const Inputs& inputs,
-                                           const at::Tensor& positions) const {
+std::vector<c10::IValue> PartialEmbed::call(const c10::IValue& self, const Inputs& inputs,
+                                            const at::Tensor& positions) const {
   torch::jit::Stack stack;
   stack.reserve(inputs_ + 2);
   stack.emplace_back(self);
@@ -284,7 +284,7 @@ std::vector<c10::IValue> NarrowEmbed::call(const c10::IValue& self, const Inputs
   return std::vector<c10::IValue>(elements.begin(), elements.end());
 }
 
-bool NarrowEmbed::agrees(const Analysis& analysis) const {
+bool PartialEmbed::agrees(const Analysis& analysis) const {
   std::unordered_set<const Node*> made;
   for (const Output& output : outputs_) made.insert(output.value->node());
   const auto wanted = [&](const Node* node) { return made.count(node) > 0; };
@@ -306,8 +306,8 @@ bool NarrowEmbed::agrees(const Analysis& analysis) const {
   return true;
 }
 
-void NarrowEmbed::run(const c10::IValue& self, const Inputs& inputs, const at::Tensor& positions, Env& whole,
-                      Env& cut) const {
+void PartialEmbed::run(const c10::IValue& self, const Inputs& inputs, const at::Tensor& positions, Env& whole,
+                       Env& cut) const {
   auto results = call(self, inputs, positions);
   for (std::size_t i = 0; i < outputs_.size(); ++i) {
     (outputs_[i].dim < 0 ? whole : cut)[static_cast<std::size_t>(outputs_[i].slot)] = std::move(results[i]);

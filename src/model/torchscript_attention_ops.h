@@ -1,4 +1,4 @@
-// Attention sites of a layer: where its graph mixes the tokens of a sequence. Internal to
+// Attention attention operators of a layer: where its graph mixes the tokens of a sequence. Internal to
 // model/torchscript*.
 #pragma once
 
@@ -19,7 +19,7 @@ enum class Role {
   kFixed,   ///< anything else; the same for all sequences
 };
 
-struct SiteInput {
+struct AttentionInput {
   const Value* value = nullptr;
   Role role = Role::kFixed;
   int token_dim = -1;             ///< of query and key inputs
@@ -37,7 +37,7 @@ struct Region {
   const Node* sdpa = nullptr;   ///< the scaled_dot_product_attention, if the region is that and what prepares its keys
   const Value* keys = nullptr;  ///< of sdpa, before heads are repeated
   const Value* values = nullptr;  ///< likewise
-  std::vector<SiteInput> inputs;
+  std::vector<AttentionInput> inputs;
   const Value* output = nullptr;
   int output_dim = -1;
   bool partial = false;  ///< works with fewer queries than keys

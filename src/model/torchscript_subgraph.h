@@ -13,7 +13,7 @@
 
 namespace llmcache::ts {
 
-/// Values that cross from one segment to another, by slot.
+/// Values that cross from one subgraph to another, by slot.
 using Env = std::vector<c10::IValue>;
 
 /// Gives each crossing value a slot.
@@ -44,12 +44,12 @@ enum class Executor : std::uint8_t {
 };
 
 /// A compiled piece of graph. Const and thread-safe: TorchScript's executors are.
-class Segment {
+class Subgraph {
  public:
-  Segment() = default;
+  Subgraph() = default;
   /// `nodes` in the graph's order. Inputs are found; `outputs` are the values wanted.
-  Segment(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-          const std::vector<const Value*>& outputs, Slots& slots, Executor executor);
+  Subgraph(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
+           const std::vector<const Value*>& outputs, Slots& slots, Executor executor);
 
   [[nodiscard]] const std::vector<int>& in() const { return in_; }
   [[nodiscard]] const std::vector<int>& out() const { return out_; }
