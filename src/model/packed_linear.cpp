@@ -14,6 +14,7 @@
 #include <shared_mutex>
 #include <string_view>
 
+#include "execute/clock.h"
 #include "llmcache/error.h"
 
 namespace llmcache {
@@ -173,12 +174,68 @@ class PackedBFloat16 final : public PackedLinear {
   OneDnnMatrix matrix_;
 };
 
+using Int8Linear = at::Tensor(at::Tensor, double, std::int64_t, at::Tensor, at::Tensor, at::Tensor,
+                              std::optional<at::Tensor>, double, std::int64_t, std::optional<at::ScalarType>,
+                              std::string_view, c10::List<std::optional<at::Scalar>>, std::string_view);
+
+/// Products of rows and weights of 8 bits.
+class Int8Engine {
+ public:
+  /// Of the CPU at hand, for as long as the process runs. Those with AMX multiply signed rows. For others oneDNN has a
+  /// reference kernel only, which takes thousands of times as long, and a fast one for unsigned rows. Sums are the
+  /// same.
+  static const Int8Engine& get() {
+    static const Int8Engine kEngine;
+    return kEngine;
+  }
+
+  [[nodiscard]] RowBytes row_bytes() const { return row_bytes_; }
+
+  static at::Tensor pack(const at::Tensor& values) {
+    torch::jit::Stack arguments{values, c10::IValue()};
+    engine<at::Tensor(at::Tensor, std::optional<c10::List<std::int64_t>>)>("onednn::qlinear_prepack",
+                                                                           Weights::kPackedInt8)
+        .callBoxed(&arguments);
+    return arguments.at(0).toTensor();
+  }
+
+  /// `rows` of row_bytes().
+  [[nodiscard]] at::Tensor multiply(const at::Tensor& rows, const at::Tensor& packed, const at::Tensor& scales,
+                                    const at::Tensor& zeros) const {
+    constexpr std::int64_t kShift = 128;
+    return linear_.call(rows, 1.0, rows.scalar_type() == at::kByte ? kShift : 0, packed, scales, zeros, std::nullopt,
+                        1.0, 0, at::kFloat, "none", no_scalars_, "");
+  }
+
+ private:
+  Int8Engine() : linear_(engine<Int8Linear>("onednn::qlinear_pointwise", Weights::kPackedInt8)) {
+    constexpr std::int64_t kSize = 128;
+    constexpr double kMuchFaster = 8;
+    const auto packed = pack(at::ones({kSize, kSize}, at::kChar));
+    const auto time_of = [&](const at::Tensor& rows) {
+      double best = std::numeric_limits<double>::infinity();
+      for (int turn = 0; turn < 3; ++turn) {
+        Stopwatch watch;
+        (void)multiply(rows, packed, at::ones({kSize}), at::zeros({kSize}, at::kLong));
+        best = std::min(best, watch.lap());
+      }
+      return best;
+    };
+    const auto rows = at::ones({4, kSize}, at::kChar);
+    const bool shifted = time_of(rows.to(at::kByte)) * kMuchFaster < time_of(rows);
+    row_bytes_ = shifted ? RowBytes::kShifted : RowBytes::kSigned;
+  }
+
+  c10::TypedOperatorHandle<Int8Linear> linear_;
+  c10::List<std::optional<at::Scalar>> no_scalars_;
+  RowBytes row_bytes_ = RowBytes::kSigned;
+};
+
 /// 8 bits with a scale for each output channel, times rows of 8 bits with a scale for each. Sums are whole numbers, so
 /// that they are the same in any order.
 class PackedInt8 final : public PackedLinear {
  public:
-  PackedInt8(const at::Tensor& weight, const std::string& name)
-      : PackedLinear(weight), linear_(engine<Linear>("onednn::qlinear_pointwise", Weights::kPackedInt8)) {
+  PackedInt8(const at::Tensor& weight, const std::string& name) : PackedLinear(weight) {
     const auto wide = weight.to(at::kFloat);
     const auto largest = wide.abs().amax(1);
     if (!largest.isfinite().all().item<bool>()) {
@@ -190,9 +247,7 @@ class PackedInt8 final : public PackedLinear {
     scales_ = largest.clamp_min(kSmallestScaled).div_(kSteps);
     zeros_ = at::zeros({outputs()}, at::kLong);
     const auto values = wide.div(scales_.unsqueeze(1)).round_().to(at::kChar).contiguous();
-    torch::jit::Stack arguments{values, c10::IValue()};
-    engine<Pack>("onednn::qlinear_prepack", Weights::kPackedInt8).callBoxed(&arguments);
-    packed_ = arguments.at(0).toTensor();
+    packed_ = Int8Engine::pack(values);
     bytes_ = bytes_of(packed_, Weights::kPackedInt8) + scales_.nbytes() + zeros_.nbytes();
     check_sums(values, name);
   }
@@ -200,23 +255,20 @@ class PackedInt8 final : public PackedLinear {
   std::size_t bytes() const override { return bytes_; }
 
  private:
-  using Pack = at::Tensor(at::Tensor, std::optional<c10::List<std::int64_t>>);
-  using Linear = at::Tensor(at::Tensor, double, std::int64_t, at::Tensor, at::Tensor, at::Tensor,
-                            std::optional<at::Tensor>, double, std::int64_t, std::optional<at::ScalarType>,
-                            std::string_view, c10::List<std::optional<at::Scalar>>, std::string_view);
   static constexpr double kSteps = 127;
   static constexpr double kSmallestScaled = 1e-30;  // a channel of zeros has a scale too
 
   at::Tensor product_of(const at::Tensor& rows) const {
-    return linear_.call(rows, 1.0, 0, packed_, scales_, zeros_, std::nullopt, 1.0, 0, at::kFloat, "none", no_scalars_,
-                        "");
+    return Int8Engine::get().multiply(rows, packed_, scales_, zeros_);
   }
 
   /// Some CPUs add pairs of products in 16 bits, which overflow: rows with the largest sums tell.
   void check_sums(const at::Tensor& values, const std::string& name) const {
     const auto rows = at::stack({values[0].sign(), values[0].sign().neg(), at::ones_like(values[0])}).mul_(127);
     const auto want = at::linear(rows.to(at::kFloat), values.to(at::kFloat)).mul_(scales_);
-    const double off = (product_of(rows) - want).abs().max().item<double>();
+    const bool shifted = Int8Engine::get().row_bytes() == RowBytes::kShifted;
+    const auto given = shifted ? rows.to(at::kShort).add_(128).to(at::kByte) : rows;
+    const double off = (product_of(given) - want).abs().max().item<double>();
     if (off <= 1e-4 * want.abs().max().item<double>()) return;
     throw Error(ErrorCode::kNotAvailable,
                 fmt::format("Options.weights is packed-int8, but this CPU's product of 8-bit integers overflows for "
@@ -225,15 +277,13 @@ class PackedInt8 final : public PackedLinear {
   }
 
   at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
-    const QuantisedRows quantised = quantise_rows(rows, rows_to_run(rows.size(0)));
+    const QuantisedRows quantised = quantise_rows(rows, rows_to_run(rows.size(0)), Int8Engine::get().row_bytes());
     Finish scaled = finish;
     scaled.row_scales = quantised.scales;
     const auto product = product_of(quantised.values).narrow(0, 0, rows.size(0));
     return finish_rows(product, scaled, rows.scalar_type());
   }
 
-  c10::TypedOperatorHandle<Linear> linear_;
-  c10::List<std::optional<at::Scalar>> no_scalars_;
   at::Tensor scales_;
   at::Tensor zeros_;
   at::Tensor packed_;

@@ -236,7 +236,7 @@ void finish_all(const at::Tensor& product, const Finish& finish, const at::Tenso
 
 }  // namespace
 
-QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room) {
+QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes) {
   const auto columns = rows.size(1);
   QuantisedRows made{at::empty({room, columns}, rows.options().dtype(at::kChar)),
                      at::empty({rows.size(0)}, rows.options().dtype(at::kFloat))};
@@ -251,6 +251,13 @@ QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room) {
     }
   }
   made.values.narrow(0, rows.size(0), room - rows.size(0)).zero_();
+  if (bytes == RowBytes::kShifted) {
+    constexpr unsigned kSign = 0x80;  // adds 128, or takes it away: the same bits
+    made.values = made.values.view(at::kByte);
+    auto* shifted = made.values.mutable_data_ptr<std::uint8_t>();
+    std::transform(shifted, shifted + room * columns, shifted,
+                   [](unsigned value) { return static_cast<std::uint8_t>(value ^ kSign); });
+  }
   return made;
 }
 

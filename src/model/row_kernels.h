@@ -11,6 +11,12 @@ namespace llmcache {
 /// What becomes of a product before it is stored.
 enum class Activation : std::int8_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 
+/// How numbers from -127 to 127 are held.
+enum class RowBytes : std::uint8_t {
+  kSigned,   ///< int8
+  kShifted,  ///< uint8, with 128 added
+};
+
 /// Rows of 8 bits, `[room, columns]`, and what each is to be multiplied with, float32 `[rows]`.
 struct QuantisedRows {
   at::Tensor values;
@@ -20,7 +26,7 @@ struct QuantisedRows {
 /// Rounds each row of a contiguous float32 or bfloat16 `[rows, columns]` to whole multiples of its largest magnitude
 /// / 127. What becomes of a row depends on nothing but the row. One that holds a value that is not finite gets a scale
 /// that is not a number. `room`: rows of the result, at least as many as there are; further ones are zeros.
-QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room);
+QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes);
 
 /// How a product is finished: activation(product * row_scales[row] + bias) + residual. Undefined tensors are left out.
 struct Finish {
