@@ -34,6 +34,9 @@ WrappedModel probed(std::shared_ptr<Model> model, const Options& options) {
   WrappedModel wrapped = wrap(std::move(model), options);
   tell(options.progress, "checking prefix reuse");
   find_prefix_reuse(wrapped);
+  auto& codes = wrapped.profile.verified.codes;  // of several checks
+  std::sort(codes.begin(), codes.end());
+  codes.erase(std::unique(codes.begin(), codes.end()), codes.end());
   return wrapped;
 }
 

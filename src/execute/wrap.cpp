@@ -11,6 +11,16 @@
 namespace llmcache {
 namespace {
 
+/// What the model says of itself, before anything is asked of it.
+WrappedModel described(std::shared_ptr<Model> model) {
+  WrappedModel wrapped;
+  wrapped.model = std::move(model);
+  wrapped.inputs = wrapped.model->input_spec();
+  wrapped.wrapped_under = numeric_state(wrapped.model->device());
+  wrapped.model->describe(wrapped.profile);
+  return wrapped;
+}
+
 /// The form of one row of a result.
 c10::IValue form_of_row(const c10::IValue& result, const OutputSpec& output) {
   std::size_t leaf = 0;
@@ -39,12 +49,8 @@ void check_possible(const WrappedModel& wrapped) {
 }  // namespace
 
 WrappedModel wrap_as_saved(std::shared_ptr<Model> model, const SavedProfile& saved) {
-  WrappedModel wrapped;
-  wrapped.model = std::move(model);
+  WrappedModel wrapped = described(std::move(model));
   const Model& own = *wrapped.model;
-  wrapped.inputs = own.input_spec();
-  wrapped.wrapped_under = numeric_state(own.device());
-  own.describe(wrapped.profile);
   if (wrapped.profile.digest != saved.digest) throw DamagedData("it is of another model, or of other weights");
   if (const auto* found = own.findings(); found != nullptr && !found->known) {
     throw DamagedData("the model's graph is another one than it says");
@@ -61,12 +67,8 @@ WrappedModel wrap_as_saved(std::shared_ptr<Model> model, const SavedProfile& sav
 }
 
 WrappedModel wrap(std::shared_ptr<Model> model, const Options& options) {
-  WrappedModel wrapped;
-  wrapped.model = std::move(model);
+  WrappedModel wrapped = described(std::move(model));
   const Model& own = *wrapped.model;
-  wrapped.inputs = own.input_spec();
-  wrapped.wrapped_under = numeric_state(own.device());
-  own.describe(wrapped.profile);
   tell(options.progress, "probing the model");
   const auto shallow = ShallowModel::of(wrapped.model);
   const auto probed = probe(own, shallow.get(), wrapped.inputs, options.mask_argument, wrapped.profile);

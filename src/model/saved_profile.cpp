@@ -15,6 +15,7 @@
 
 #include "llmcache/version.h"
 #include "model/numeric_state.h"
+#include "refresh/verified_json.h"
 #include "store/bounded_file.h"
 #include "store/bounded_json.h"
 
@@ -93,17 +94,6 @@ Json json_of(const GraphFindings& graph) {
   return json;
 }
 
-VerifiedEnvelope envelope_of(const JsonObject& json) {
-  VerifiedEnvelope verified;
-  verified.tokens = json.whole("tokens");
-  verified.rows = json.whole("rows");
-  verified.padding = json.whole("padding");
-  for (const std::int64_t code : json.wholes("codes", 0, std::numeric_limits<std::uint32_t>::max())) {
-    verified.codes.push_back(static_cast<std::uint32_t>(code));
-  }
-  return verified;
-}
-
 ModelProfile probed_of(const JsonObject& json) {
   ModelProfile profile;
   profile.mask_argument = static_cast<int>(json.whole("mask_argument", -1, std::numeric_limits<int>::max()));
@@ -118,7 +108,7 @@ ModelProfile probed_of(const JsonObject& json) {
   profile.left_padding = json.flag("left_padding");
   profile.prefix_obstacle = json.text("prefix_obstacle");
   profile.notes = json.texts("notes");
-  profile.verified = envelope_of(json.object("verified"));
+  profile.verified = read_verified(json.object("verified"));
   return profile;
 }
 

@@ -263,7 +263,7 @@ std::optional<PartialEmbed> PartialEmbed::build(const Analysis& analysis, const 
     }
     const auto& graph = builder.graph();
     graph->registerOutput(graph->appendNode(graph->createTuple(results))->output());
-    made.function_ = std::make_shared<torch::jit::GraphFunction>("llmcache_narrow_embed", graph, nullptr,
+    made.function_ = std::make_shared<torch::jit::GraphFunction>("llmcache_partial_embed", graph, nullptr,
                                                                  executor_of(analysis.flat));
     if (!analysis.findings->ask([&] { return made.agrees(analysis); })) return std::nullopt;
   } catch (const std::exception&) {

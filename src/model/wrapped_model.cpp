@@ -8,7 +8,7 @@
 namespace llmcache {
 namespace {
 
-std::string sites_text(const std::vector<AttentionOp>& attention_ops) {
+std::string text_of_attention(const std::vector<AttentionOp>& attention_ops) {
   std::string text;
   for (const AttentionOp& attention_op : attention_ops) {
     text += fmt::format("{} {} {} {}; ", attention_op.layer, attention_op.kind, attention_op.query_inputs,
@@ -28,7 +28,7 @@ ModelIdentity WrappedModel::identity() const {
   ModelIdentity identity;
   identity.contents = model->identity();
   identity.weights = profile.weights;
-  identity.attention = sites_text(profile.attention);
+  identity.attention = text_of_attention(profile.attention);
   identity.numerics = fmt::format("{} in {}, {}", c10::DeviceTypeName(model->device().type(), /*lower_case=*/true),
                                   c10::toString(model->dtype()), to_string(wrapped_under));
   identity.torch = TORCH_VERSION;

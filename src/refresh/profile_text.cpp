@@ -10,14 +10,14 @@
 
 #include "llmcache/error.h"
 #include "refresh/exit_sizes.h"
+#include "refresh/verified_json.h"
 #include "store/bounded_json.h"
 #include "store/damaged_data.h"
 
 namespace llmcache {
 namespace {
 
-constexpr double kMostShare = 1 + 1e-6;   // the most that a sum of shares is, rounded
-constexpr std::size_t kMostCodes = 4096;  // of VerifiedEnvelope
+constexpr double kMostShare = 1 + 1e-6;  // the most that a sum of shares is, rounded
 constexpr double kAnyNumber = JsonObject::kAnyNumber;
 
 /// JSON without the white space between its parts.
@@ -119,23 +119,6 @@ ExitText exit_of(const JsonObject& json) {
     }
   }
   return exit;
-}
-
-VerifiedEnvelope verified_of(const JsonObject& json) {
-  VerifiedEnvelope verified;
-  verified.tokens = json.whole("tokens");
-  verified.rows = json.whole("rows");
-  verified.padding = json.whole("padding");
-  for (const std::int64_t code : json.wholes("codes", 0, std::numeric_limits<std::uint32_t>::max())) {
-    if (!verified.codes.empty() && code <= verified.codes.back()) {
-      throw DamagedData("the codes of what was verified do not rise");
-    }
-    if (verified.codes.size() == kMostCodes) {
-      throw DamagedData(fmt::format("it has more than {} codes of what was verified", kMostCodes));
-    }
-    verified.codes.push_back(static_cast<std::uint32_t>(code));
-  }
-  return verified;
 }
 
 std::string shown_shape(const std::vector<std::int64_t>& shape) {
@@ -269,7 +252,7 @@ ProfileText parse_profile(std::string_view text, ContentHash content_hash) {
   profile.bytes = static_cast<std::size_t>(json.whole("bytes"));
   if (json.has("exit_below")) profile.exit_below = json.whole("exit_below");
   if (json.has("reuse")) profile.reuse = choice_of(json.object("reuse"));
-  if (json.has("verified")) profile.verified = verified_of(json.object("verified"));
+  if (json.has("verified")) profile.verified = read_verified(json.object("verified"));
   if (json.has("exit")) read.exit = exit_of(json.object("exit"));
   return read;
 }

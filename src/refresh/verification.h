@@ -40,7 +40,7 @@ class SizeCode {
     kMarks,         ///< growing: the largest number in an input that is no id
     kPrefix,        ///< pair: length of the sequence that computed it, length of the one that takes it
     kMatchRows,     ///< pair: rows of the batch that computed it, rows of the one that takes it
-    kMatchLength,   ///< pair: likewise the widths
+    kMatchLength,   ///< pair: likewise the padded lengths
   };
   /// `a`, `b`: size_class() of the sizes. `b`: of pairs.
   SizeCode(Kind kind, std::uint8_t a, std::uint8_t b = 0) noexcept

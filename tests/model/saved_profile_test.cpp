@@ -4,7 +4,9 @@
 #include <ATen/record_function.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
+#include <numeric>
 #include <sstream>
 
 #include "store/damaged_data.h"
@@ -173,6 +175,13 @@ TEST_F(SavedProfileTest, ForgedFilesAreNotBelieved) {
       {"ids as mask", [](SavedProfile& s) { s.profile.mask_argument = 0; }},
       {"prefixes of an encoder", [](SavedProfile& s) { s.profile.prefix_reuse = true; }},
       {"head", [](SavedProfile& s) { s.profile.head_tokenwise = !s.profile.head_tokenwise; }},
+      {"codes that fall",
+       [](SavedProfile& s) { std::reverse(s.profile.verified.codes.begin(), s.profile.verified.codes.end()); }},
+      {"too many codes",
+       [](SavedProfile& s) {
+         s.profile.verified.codes.resize(5000);
+         std::iota(s.profile.verified.codes.begin(), s.profile.verified.codes.end(), 0U);
+       }},
       {"a tensor less", [](SavedProfile& s) { s.output.leaves.pop_back(); }},
       {"dimensions", [](SavedProfile& s) { std::swap(s.output.leaves[0].batch, s.output.leaves[0].tokens); }},
       {"a dimension that is not there", [](SavedProfile& s) { s.output.leaves[0].tokens = 9; }}};
