@@ -143,6 +143,26 @@ class ReaderTest(ToolTest):
         self.assertTrue(fill and ask)
         self.assertEqual(traffic, WORKLOADS["edits-256"].read(self.folder / "squad.jsonl"))
 
+    def test_queries_and_edits_are_spread_evenly(self) -> None:
+        train = self.tsv("train.tsv", "label\ttext", [f"c{i % 3}\tquery {i}" for i in range(400)])
+        test = self.tsv("test.tsv", "label\ttext", [f"c{i % 3}\task {i}" for i in range(160)])
+        traffic = WORKLOADS["queries-and-edits"].read(train, test, self.articles(5, 400))
+        edits = 2 * (1 + len(KINDS) * len(SMALL_PERCENTS))
+        self.assertEqual((traffic.fill, len(traffic.requests)), (50 + edits, 50 + edits + 20 + edits))
+        for part, batches in ((traffic.requests[: traffic.fill], 50), (traffic.requests[traffic.fill :], 20)):
+            places = [place for place, request in enumerate(part) if len(request.sequences) == 8]
+            self.assertEqual(len(places), batches)
+            gaps = [after - before for before, after in itertools.pairwise(places)]
+            self.assertLessEqual(max(gaps) - min(gaps), 1)
+            for request in part:
+                self.assertIn(len(request.sequences), (1, 8))
+                for sequence in request.sequences:
+                    self.assertIsNone(sequence.label)
+                    self.assertIsNone(sequence.edit_kind)
+        asked = {text.split()[0] for text in texts(traffic.requests[traffic.fill :])}
+        self.assertIn("ask", asked)
+        self.assertNotIn("query", asked)
+
     def test_instructions(self) -> None:
         train = self.tsv("train.tsv", "label\ttext", [f"c{i % 3}\tquery {i}" for i in range(20)] + ["c0\task 1"])
         test = self.tsv("test.tsv", "label\ttext", [f"c{i % 3}\task {i}" for i in range(9)])

@@ -106,6 +106,7 @@ class SampleTest(unittest.TestCase):
             ("banking77", "sample-faq"),
             ("chat", "sample-chat"),
             ("small-edits-256", "sample-edits-200"),
+            ("queries-and-edits", "sample-queries-and-edits"),
             ("generate-128", "sample-generate-128"),
         ):
             found = stand_in_for(WORKLOADS[name])

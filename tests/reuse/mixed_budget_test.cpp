@@ -11,9 +11,9 @@ namespace {
 
 constexpr std::int64_t kLong = 120;
 
-/// Documents of 120 tokens, each of which differs from the one before in one token, now and then a new one; in front of
-/// each three batches of four short queries.
-std::vector<Request> mixed(int documents, std::uint64_t seed) {
+/// Documents of 120 tokens, each of which differs from an earlier one in `edits` tokens, now and then a new one; in
+/// front of each three batches of four short queries.
+std::vector<Request> mixed(int documents, std::uint64_t seed, int edits = 1) {
   Traffic traffic(seed);
   const auto info = model_info(kModel);
   std::vector<Request> all;
@@ -23,7 +23,7 @@ std::vector<Request> mixed(int documents, std::uint64_t seed) {
     if (i % 12 == 0) current = right_padded(info, {kLong}, 1000 * seed + static_cast<std::uint64_t>(i));
     Request next = current;
     next.inputs = copy_of(current.inputs);
-    next.ids()[0][5 + i % 100] = 10 + (i * 7) % 200;
+    for (int k = 0; k < edits; ++k) next.ids()[0][5 + (i + 2 * k) % 100] = 10 + (i * 7 + k) % 200;
     all.push_back(next);
   }
   return all;
@@ -163,6 +163,31 @@ TEST(BudgetOfTwo, EachServesOnlyWhatItWasCertifiedFor) {
       EXPECT_TRUE(at::allclose(got[i], want[i], 1e-3, 1e-3)) << "row " << row;
     }
   }
+}
+
+/// What supervises a mechanism compares its error with its part of the budget over all sequences, as it was certified.
+TEST(BudgetOfTwo, SupervisionCountsTheSequencesOfTheOtherMechanism) {
+  auto options = budget_options(0.15);
+  options.budget.audit_rate = 1;
+  LayerCache<Module> cache(load_model(kModel), options);
+  auto profile = cache.calibrate(inputs_of(mixed(250, 1)));
+  ASSERT_TRUE(profile.exit && profile.reuse) << profile.to_string();
+  profile.reuse->setting = "0 samples, 0 full layers";
+  profile.reuse->match_threshold = 1;
+  cache.use_calibration(profile);
+  double documents = 0, errors = 0, sequences = 0;
+  for (const Request& request : mixed(100, 6, 30)) {
+    cache.forward(request.inputs);
+    for (const auto& sequence : cache.last_report().sequences) {
+      ++sequences;
+      if (sequence.tokens < kLong || !sequence.audited) continue;
+      ++documents;
+      errors += sequence.error;
+    }
+  }
+  ASSERT_GT(errors, 2 * profile.reuse->epsilon * documents) << "of its own sequences alone it would be far too much";
+  ASSERT_LT(errors, profile.reuse->epsilon * sequences);
+  EXPECT_EQ(cache.stats().budget->closings, 0U);
 }
 
 TEST(BudgetOfTwo, ProfilesThatShareNothingOutAreRefused) {

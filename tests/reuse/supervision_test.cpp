@@ -56,6 +56,17 @@ TEST_F(SupervisionOfGates, FailuresInARowCloseAllLevels) {
   EXPECT_EQ(warnings_.count, 3) << warnings_.texts;
 }
 
+/// A budget is for the mean over all requests. One in four is served here and wrong in half of all cases.
+TEST_F(SupervisionOfGates, RequestsThatAreServedElsewhereCount) {
+  for (int i = 0; i < 400; ++i) {
+    supervision_.record(ask(), i % 2, AuditPlace::kWithinCall);
+    for (int k = 0; k < 3; ++k) supervision_.pass_over();
+  }
+  EXPECT_EQ(supervision_.threshold_index(), 0U) << "the mean is 0.125";
+  for (int i = 0; i < 400; ++i) supervision_.record(ask(), i % 2, AuditPlace::kWithinCall);
+  EXPECT_GT(supervision_.threshold_index(), 0U);
+}
+
 TEST_F(SupervisionOfGates, OnlyAuditsThatSucceedOpenAgain) {
   for (std::uint64_t i = 0; i < Supervision::kMostFailed; ++i) fail();
   // Requests without a proposal, and more failures, say nothing.

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tools.data.edits import read_edits
 from tools.data.raw_files import DataError, bad_line, json_lines, lines, number_of, text_of, tsv_rows
 from tools.data.squad_rule import normal_answer
 from tools.data.traffic import (
@@ -24,6 +25,7 @@ from tools.data.traffic import (
     Sequence,
     Traffic,
     batches,
+    interleaved,
     shuffled,
     single,
     some,
@@ -255,6 +257,19 @@ def with_repeats(items: list[T], share: float) -> list[T]:
     count = round(share / (1 - share) * len(items))
     weights = [1 / place for place in range(1, len(items) + 1)]
     return shuffled([*items, *draw.choices(items, weights, k=count)]) if count else items
+
+
+def read_queries_and_edits(train: Path, test: Path, passages: Path, tokens: int, percents: tuple[int, ...]) -> Traffic:
+    """Short queries in batches of eight, with edited passages between them, one a request; nothing is labelled."""
+    queries = read_intents(train, test)
+    edits = read_edits(passages, tokens, MAX_TOKENS, percents)
+    fill = interleaved(queries.requests[: queries.fill], edits.requests[: edits.fill])
+    ask = interleaved(queries.requests[queries.fill :], edits.requests[edits.fill :])
+    return Traffic([_unlabelled(request) for request in fill + ask], fill=len(fill))
+
+
+def _unlabelled(request: Request) -> Request:
+    return Request([replace(row, label=None, edit_kind=None, edit_percent=None) for row in request.sequences])
 
 
 def read_news(path: Path, fill: int) -> Traffic:

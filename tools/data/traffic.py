@@ -71,5 +71,11 @@ def batches(sequences: list[Sequence], size: int) -> list[Request]:
     return [Request(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
 
+def interleaved(first: list[T], second: list[T]) -> list[T]:
+    """Both lists as one: each in its own order, and each spread evenly over the whole."""
+    placed = [((index + 0.5) / len(items), item) for items in (first, second) for index, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=lambda entry: entry[0])]
+
+
 def single(text: str, label: int | None = None) -> Sequence:
     return Sequence((text, None), (text,), label=label)

@@ -18,6 +18,7 @@ from tools.data.readers import (
     read_news,
     read_openbookqa,
     read_qqp,
+    read_queries_and_edits,
     read_sample,
     read_squad,
     read_stsb,
@@ -242,6 +243,16 @@ _OF_REAL_DATA = (
     *(_edits("edits", tokens, PERCENTS) for tokens in EDIT_TOKENS),
     *(_edits("small-edits", tokens, SMALL_PERCENTS) for tokens in EDIT_TOKENS),
     Workload(
+        "queries-and-edits",
+        (*BANKING77, *SQUAD),
+        "Banking77 queries in batches of eight, and between them edited SQuAD passages, those of small-edits-256 one a "
+        "request: training queries and some passages fill, test queries and other passages ask",
+        "queries and passages each in the order of their own workload, spread evenly",
+        partial(read_queries_and_edits, tokens=256, percents=SMALL_PERCENTS),
+        encoders_only=True,
+        on_request=True,
+    ),
+    Workload(
         "passages",
         SQUAD,
         f"{TOGETHER} of {POOL} SQuAD passages in changing order behind a fixed head, and a question about one of them "
@@ -273,7 +284,7 @@ _REAL = {workload.name: workload for workload in _OF_REAL_DATA}
 def _sample(name: str, like: str, files: tuple[str, ...], description: str, **changes: Any) -> Workload:
     """Made of this repository's own text: it is read like that workload, if not said otherwise, and stands in for it."""
     sample = replace(_REAL[like], name=f"sample-{name}", files=files, description=description)
-    return replace(sample, of_sample=True, on_request=False, **{"stands_in_for": (like,), **changes})
+    return replace(sample, of_sample=True, **{"on_request": False, "stands_in_for": (like,), **changes})
 
 
 _OF_SAMPLE = (
@@ -301,6 +312,14 @@ _OF_SAMPLE = (
         "with their edits, the others ask",
         read=partial(read_edits, tokens=SAMPLE_EDIT_TOKENS, most_tokens=MAX_TOKENS, percents=SAMPLE_PERCENTS),
         stands_in_for=tuple(f"{name}-{tokens}" for name in ("edits", "small-edits") for tokens in EDIT_TOKENS),
+    ),
+    _sample(
+        "queries-and-edits",
+        "queries-and-edits",
+        ("faq/train.tsv", "faq/test.tsv", *SAMPLE_DOCUMENTS),
+        "Questions to an invented help desk in batches of eight, and between them edited written passages, one a request",
+        read=partial(read_queries_and_edits, tokens=SAMPLE_EDIT_TOKENS, percents=SAMPLE_PERCENTS),
+        on_request=True,
     ),
     _sample(
         "passages",

@@ -114,11 +114,13 @@ void RiskController::serve(const Call& call, Answers& answers) {
   std::vector<std::int64_t> reusing, leaving;
   for (std::int64_t row = 0; row < batch.rows; ++row) {
     const std::int64_t tokens = batch.spans[static_cast<std::size_t>(row)].tokens;
-    if (states && states->owns(tokens)) {
-      reusing.push_back(row);
-    } else if (exits && exits->owns(tokens)) {
-      leaving.push_back(row);
-    }
+    const bool reuses = states && states->owns(tokens);
+    const bool leaves = !reuses && exits && exits->owns(tokens);
+    if (reuses) reusing.push_back(row);
+    if (leaves) leaving.push_back(row);
+    if (tokens == 0) continue;
+    if (states && !reuses) states->supervision.pass_over();
+    if (exits && !leaves) exits->supervision.pass_over();
   }
   DeferredWrites& writes = answers.writes();
   const auto run = [&](const std::vector<std::int64_t>& rows, bool reuse) {

@@ -84,6 +84,11 @@ std::size_t Supervision::threshold_index() const {
   return static_cast<std::size_t>(open - gates_.begin());
 }
 
+void Supervision::pass_over() {
+  const std::size_t watched = std::min(threshold_index() + 1, gates_.size());
+  for (std::size_t k = 0; k < watched; ++k) gates_[k]->next(false);
+}
+
 void Supervision::record(const AskedAudit& audit, double loss, AuditPlace place) {
   failed_in_row_[number(place)] = 0;
   gates_[audit.threshold_index]->record(audit.decision, loss);

@@ -68,6 +68,9 @@ class Supervision {
   RiskGate::Decision next(std::size_t threshold_index, bool could_reuse) {
     return gates_[threshold_index]->next(could_reuse);
   }
+  /// A request that this mechanism leaves to another, or to the full computation. It costs no error here, and budgets
+  /// are for the mean over all requests.
+  void pass_over();
   /// The most liberal threshold whose gate is open; the number of thresholds if all are closed.
   [[nodiscard]] std::size_t threshold_index() const;
 
