@@ -165,6 +165,14 @@ struct Options {
   /// among formats whose error is at most that of bfloat16.
   bool fastest_may_be_int8 = false;
 
+  /// Token ids of a few texts that are typical of what the model will get; some hundred tokens in all are enough.
+  /// kPackedInt8 takes from them which inputs of each layer are the largest. These (16 of a layer) are multiplied in
+  /// float32, and the others scaled so that rounding costs less (LLM.int8(), arXiv 2208.07339; SmoothQuant, arXiv
+  /// 2211.10438). Language models need it (docs/performance.md). The texts run once while the model is wrapped, one by
+  /// one; what was found is a part of the digest. Empty texts and ids that the model does not know are
+  /// Error(kInvalidInput). Other formats do not use them. Default: none, all inputs are rounded alike.
+  std::vector<std::vector<std::int64_t>> weights_sample = {};
+
   /// A file that keeps what probing found, so that wrapping the same model again probes nothing: seconds become tenths
   /// of one. It holds for one module (structure, weights and their format), `layers`, `mask_argument`, device, version
   /// of library and LibTorch, and kind of CPU; beside a model, "gpt2.pt.profile" is a good name. When it is

@@ -232,23 +232,25 @@ class Int8Engine {
 };
 
 /// 8 bits with a scale for each output channel, times rows of 8 bits with a scale for each. Sums are whole numbers, so
-/// that they are the same in any order.
+/// that they are the same in any order. With a recipe some inputs are multiplied in float32 beside that.
 class PackedInt8 final : public PackedLinear {
  public:
-  PackedInt8(const at::Tensor& weight, const std::string& name) : PackedLinear(weight) {
-    const auto wide = weight.to(at::kFloat);
-    const auto largest = wide.abs().amax(1);
-    if (!largest.isfinite().all().item<bool>()) {
+  PackedInt8(const at::Tensor& weight, const std::string& name, const Int8Recipe* recipe) : PackedLinear(weight) {
+    auto wide = weight.to(at::kFloat);
+    if (!wide.isfinite().all().item<bool>()) {
       throw Error(ErrorCode::kNotAvailable,
                   fmt::format("Options.weights is packed-int8, but '{}' holds a value that is not finite; use "
                               "packed-fp32",
                               name));
     }
-    scales_ = largest.clamp_min(kSmallestScaled).div_(kSteps);
+    if (recipe != nullptr) wide = take(*recipe, wide);
+    scales_ = wide.abs().amax(1).clamp_min_(kSmallestScaled).div_(kSteps);
     zeros_ = at::zeros({outputs()}, at::kLong);
     const auto values = wide.div(scales_.unsqueeze(1)).round_().to(at::kChar).contiguous();
     packed_ = Int8Engine::pack(values);
     bytes_ = bytes_of(packed_, Weights::kPackedInt8) + scales_.nbytes() + zeros_.nbytes();
+    for (const at::Tensor* own : {&factors_, &outliers_, &outlier_weights_})
+      bytes_ += own->defined() ? own->nbytes() : 0;
     check_sums(values, name);
   }
 
@@ -257,6 +259,19 @@ class PackedInt8 final : public PackedLinear {
  private:
   static constexpr double kSteps = 127;
   static constexpr double kSmallestScaled = 1e-30;  // a channel of zeros has a scale too
+
+  /// The weight that is left to be rounded.
+  at::Tensor take(const Int8Recipe& recipe, const at::Tensor& weight) {
+    factors_ = recipe.smoothing.reciprocal();
+    auto smoothed = weight * recipe.smoothing;
+    if (recipe.outliers.numel() > 0) {
+      outliers_ = recipe.outliers;
+      outlier_weights_ = weight.index_select(1, outliers_).t().contiguous();
+      factors_.index_fill_(0, outliers_, 0);
+      smoothed.index_fill_(1, outliers_, 0);
+    }
+    return smoothed;
+  }
 
   at::Tensor product_of(const at::Tensor& rows) const {
     return Int8Engine::get().multiply(rows, packed_, scales_, zeros_);
@@ -277,16 +292,21 @@ class PackedInt8 final : public PackedLinear {
   }
 
   at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
-    const QuantisedRows quantised = quantise_rows(rows, rows_to_run(rows.size(0)), Int8Engine::get().row_bytes());
+    const QuantisedRows quantised =
+        quantise_rows(rows, rows_to_run(rows.size(0)), Int8Engine::get().row_bytes(), factors_);
     Finish scaled = finish;
     scaled.row_scales = quantised.scales;
     const auto product = product_of(quantised.values).narrow(0, 0, rows.size(0));
+    if (outliers_.defined()) add_columns(product, rows, quantised.scales, outliers_, outlier_weights_);
     return finish_rows(product, scaled, rows.scalar_type());
   }
 
   at::Tensor scales_;
   at::Tensor zeros_;
   at::Tensor packed_;
+  at::Tensor factors_;          ///< of the inputs, 0 for outliers; undefined: no recipe
+  at::Tensor outliers_;         ///< undefined: none
+  at::Tensor outlier_weights_;  ///< [outliers, out]
   std::size_t bytes_ = 0;
 };
 
@@ -340,8 +360,8 @@ const PackedLinear& PackedLinear::find(std::int64_t number) {
   return *found;
 }
 
-std::shared_ptr<const PackedLinear> PackedLinear::pack(Weights kind, const at::Tensor& weight,
-                                                       const std::string& name) {
+std::shared_ptr<const PackedLinear> PackedLinear::pack(Weights kind, const at::Tensor& weight, const std::string& name,
+                                                       const Int8Recipe* recipe) {
   const bool both = finishes(kind);
   const bool takes = weight.scalar_type() == at::kFloat || (both && weight.scalar_type() == at::kBFloat16);
   if (!weight.device().is_cpu() || weight.layout() != at::kStrided || !takes) {
@@ -356,7 +376,7 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack(Weights kind, const at::T
   if (kind == Weights::kPackedFp16) return std::make_shared<const PackedFp16>(weight, name);
   if (kind == Weights::kPackedBFloat16) return std::make_shared<const PackedBFloat16>(weight, name);
   TORCH_INTERNAL_ASSERT(kind == Weights::kPackedInt8, to_string(kind), " is no packed format");
-  return std::make_shared<const PackedInt8>(weight, name);
+  return std::make_shared<const PackedInt8>(weight, name, recipe);
 }
 
 at::Tensor PackedLinear::apply(const at::Tensor& x, const std::optional<at::Tensor>& bias) const {

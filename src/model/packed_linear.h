@@ -9,6 +9,7 @@
 #include <string>
 
 #include "llmcache/options.h"
+#include "model/int8_recipe.h"
 #include "model/row_kernels.h"
 
 namespace llmcache {
@@ -21,8 +22,10 @@ class PackedLinear {
   virtual ~PackedLinear();
 
   /// Packs `weight`, `[out, in]` of any strides. `name` stands in errors. Throws Error(kNotAvailable): not on a CPU,
-  /// not of a type that `kind` takes, a value that the format cannot hold, a LibTorch without the engine.
-  static std::shared_ptr<const PackedLinear> pack(Weights kind, const at::Tensor& weight, const std::string& name);
+  /// not of a type that `kind` takes, a value that the format cannot hold, a LibTorch without the engine. `recipe`: for
+  /// kPackedInt8; null: none.
+  static std::shared_ptr<const PackedLinear> pack(Weights kind, const at::Tensor& weight, const std::string& name,
+                                                  const Int8Recipe* recipe = nullptr);
 
   /// The one of this number. Throws Error(kModelFailed) if it is gone.
   static const PackedLinear& find(std::int64_t number);

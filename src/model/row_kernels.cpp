@@ -34,6 +34,8 @@ namespace {
 constexpr float kRounder = 12582912.0F;
 /// Below this a row is nothing but zeros: the reciprocal of its scale has to be finite.
 constexpr float kSmallest = 1e-30F;
+/// The same where columns are multiplied apart, by what is divided by the row's scale.
+constexpr float kSmallestBeside = 127e-12F;
 
 LLMCACHE_ROWS_INLINE float exponential(float x) {
   x = x < -87.0F ? -87.0F : x;
@@ -98,22 +100,46 @@ LLMCACHE_ROWS_INLINE T from_float(float x) {
   }
 }
 
-/// Quantises one row.
+/// Quantises one row. `factors` is read only if it has them.
+template <bool kFactors>
 struct Quantise {
   template <class T>
-  LLMCACHE_ROWS_INLINE static void run(const T* from, std::int64_t columns, std::int8_t* to, float* scale) {
+  LLMCACHE_ROWS_INLINE static float at(const T* from, const float* factors, std::int64_t c) {
+    if constexpr (kFactors) return to_float(from[c]) * factors[c];
+    return to_float(from[c]);
+  }
+
+  template <class T>
+  LLMCACHE_ROWS_INLINE static void run(const T* from, const float* factors, std::int64_t columns, std::int8_t* to,
+                                       float* scale) {
     std::int32_t bits = 0;  // of the largest magnitude: they are in the order of the numbers
     for (std::int64_t c = 0; c < columns; ++c) {
-      const auto own = std::bit_cast<std::int32_t>(to_float(from[c])) & std::numeric_limits<std::int32_t>::max();
+      const auto own = std::bit_cast<std::int32_t>(at(from, factors, c)) & std::numeric_limits<std::int32_t>::max();
       bits = own > bits ? own : bits;
     }
-    const float largest = std::bit_cast<float>(bits);
+    float largest = std::bit_cast<float>(bits);
     const bool finite = largest <= std::numeric_limits<float>::max();
+    if constexpr (kFactors) largest = largest < kSmallestBeside ? kSmallestBeside : largest;
     const float steps = finite && largest >= kSmallest ? 127.0F / largest : 0.0F;
     *scale = finite ? largest / 127.0F : std::numeric_limits<float>::quiet_NaN();
     LLMCACHE_ROWS_APART
     for (std::int64_t c = 0; c < columns; ++c) {
-      to[c] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(to_float(from[c]) * steps + kRounder));
+      to[c] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(at(from, factors, c) * steps + kRounder));
+    }
+  }
+};
+
+/// Adds eight multiples of a matrix's rows to a row.
+struct AddEight {
+  LLMCACHE_ROWS_INLINE static void run(const float* by, const float* matrix, std::int64_t columns, float* to) {
+    const float* const last = matrix + 4 * columns;
+    LLMCACHE_ROWS_APART
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const float first_half = (by[0] * matrix[c] + by[1] * matrix[columns + c]) +
+                               (by[2] * matrix[2 * columns + c] + by[3] * matrix[3 * columns + c]);
+      const float second_half = (by[4] * last[c] + by[5] * last[columns + c]) +
+                                (by[6] * last[2 * columns + c] + by[7] * last[3 * columns + c]);
+      to[c] += first_half + second_half;
     }
   }
 };
@@ -234,21 +260,31 @@ void finish_all(const at::Tensor& product, const Finish& finish, const at::Tenso
   }
 }
 
+template <class T>
+void quantise_all(const T* from, const at::Tensor& factors, std::int64_t columns, const QuantisedRows& to) {
+  auto* values = to.values.mutable_data_ptr<std::int8_t>();
+  auto* scales = to.scales.mutable_data_ptr<float>();
+  const auto* own = data_or_null<float>(factors);
+  for (std::int64_t r = 0; r < to.scales.size(0); ++r) {
+    const auto at = r * columns;
+    if (own != nullptr) {
+      run_best<Quantise<true>>(from + at, own, columns, values + at, scales + r);
+    } else {
+      run_best<Quantise<false>>(from + at, own, columns, values + at, scales + r);
+    }
+  }
+}
+
 }  // namespace
 
-QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes) {
+QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes, const at::Tensor& factors) {
   const auto columns = rows.size(1);
   QuantisedRows made{at::empty({room, columns}, rows.options().dtype(at::kChar)),
                      at::empty({rows.size(0)}, rows.options().dtype(at::kFloat))};
-  auto* values = made.values.mutable_data_ptr<std::int8_t>();
-  auto* scales = made.scales.mutable_data_ptr<float>();
-  for (std::int64_t r = 0; r < rows.size(0); ++r) {
-    const auto at = r * columns;
-    if (rows.scalar_type() == at::kFloat) {
-      run_best<Quantise>(rows.const_data_ptr<float>() + at, columns, values + at, scales + r);
-    } else {
-      run_best<Quantise>(rows.const_data_ptr<at::BFloat16>() + at, columns, values + at, scales + r);
-    }
+  if (rows.scalar_type() == at::kFloat) {
+    quantise_all(rows.const_data_ptr<float>(), factors, columns, made);
+  } else {
+    quantise_all(rows.const_data_ptr<at::BFloat16>(), factors, columns, made);
   }
   made.values.narrow(0, rows.size(0), room - rows.size(0)).zero_();
   if (bytes == RowBytes::kShifted) {
@@ -259,6 +295,23 @@ QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes 
                    [](unsigned value) { return static_cast<std::uint8_t>(value ^ kSign); });
   }
   return made;
+}
+
+void add_columns(const at::Tensor& product, const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& columns,
+                 const at::Tensor& weights) {
+  constexpr std::int64_t kAtOnce = 8;
+  const auto count = columns.size(0);
+  const auto out = weights.size(1);
+  const auto chosen = rows.index_select(1, columns).to(at::kFloat);
+  chosen.div_(scales.unsqueeze(1));
+  const auto* by = chosen.const_data_ptr<float>();
+  const auto* matrix = weights.const_data_ptr<float>();
+  auto* to = product.mutable_data_ptr<float>();
+  for (std::int64_t r = 0; r < rows.size(0); ++r) {
+    for (std::int64_t k = 0; k < count; k += kAtOnce) {
+      run_best<AddEight>(by + r * count + k, matrix + k * out, out, to + r * out);
+    }
+  }
 }
 
 at::Tensor finish_rows(const at::Tensor& product, const Finish& finish, at::ScalarType type) {

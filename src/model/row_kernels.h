@@ -25,8 +25,16 @@ struct QuantisedRows {
 
 /// Rounds each row of a contiguous float32 or bfloat16 `[rows, columns]` to whole multiples of its largest magnitude
 /// / 127. What becomes of a row depends on nothing but the row. One that holds a value that is not finite gets a scale
-/// that is not a number. `room`: rows of the result, at least as many as there are; further ones are zeros.
-QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes);
+/// that is not a number. `room`: rows of the result, at least as many as there are; further ones are zeros. `factors`:
+/// float32 `[columns]`, what each column is multiplied with first; undefined: nothing. With them no scale is below
+/// 1e-12, so that what is left out by a factor of 0 can be divided by it.
+QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes bytes, const at::Tensor& factors = {});
+
+/// Adds rows[:, columns] x weights, in units of the rows' scales, to the first rows of a contiguous float32
+/// `[room, out]`. `columns`: int64, a multiple of 8 of them; `weights`: float32 `[columns, out]`, contiguous. Sums are
+/// made in one order whatever the number of rows.
+void add_columns(const at::Tensor& product, const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& columns,
+                 const at::Tensor& weights);
 
 /// How a product is finished: activation(product * row_scales[row] + bias) + residual. Undefined tensors are left out.
 struct Finish {

@@ -435,20 +435,20 @@ InputSpec spec_of(const Analysis& analysis) {
 class TorchScriptModel final : public Model {
  public:
   /// `reason`: why the weights were chosen, if the caller left it open.
-  TorchScriptModel(Analysis analysis, Weights weights, std::string reason)
+  TorchScriptModel(Analysis analysis, Weights weights, std::string reason, const Int8Recipes& recipes)
       : weights_(weights),
         weights_reason_(std::move(reason)),
         guard_(analysis.module, exempt_of(analysis)),
         spec_(spec_of(analysis)),
-        structure_(fmt::format("{} {} {} {}", analysis.findings->structure, analysis.path, analysis.flat.layers,
-                               to_string(weights))),
+        structure_(fmt::format("{} {} {} {}{}", analysis.findings->structure, analysis.path, analysis.flat.layers,
+                               to_string(weights), recipes.digest())),
         notes_(analysis.flat.writes.notes) {
     digest_ = guard_.digest(structure_);
-    structure_identity_ = fmt::format("{} {} {} {}", structure_identity(analysis.module), analysis.path,
-                                      analysis.flat.layers, to_string(weights));
+    structure_identity_ = fmt::format("{} {} {} {}{}", structure_identity(analysis.module), analysis.path,
+                                      analysis.flat.layers, to_string(weights), recipes.digest());
     if (weights != Weights::kAsLoaded) {
       identity_ = guard_.identity(structure_identity_);  // what it is made of is let go of
-      packed_ = pack_weights(analysis, weights);
+      packed_ = pack_weights(analysis, weights, recipes);
       if (packed_.empty())
         notes_.push_back(fmt::format("no linear layer was found whose weights could be {}", to_string(weights)));
       own_guard_.emplace(analysis.module, exempt_of(analysis));
@@ -632,7 +632,9 @@ std::unique_ptr<Model> wrap_as(const torch::jit::Module& module, const Options& 
                                const RankedFormat& format) {
   const bool known = analysis.findings->known;
   if (format.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
-  auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), format.weights, format.reason);
+  const bool tuned = format.weights == Weights::kPackedInt8 && !options.weights_sample.empty();
+  const auto recipes = tuned ? ts::find_int8_recipes(analysis, options.weights_sample) : ts::Int8Recipes{};
+  auto model = std::make_unique<ts::TorchScriptModel>(std::move(analysis), format.weights, format.reason, recipes);
   if (format.weights != Weights::kAsLoaded && !known) ts::check_packed(*model, module, format.weights);
   return model;
 }

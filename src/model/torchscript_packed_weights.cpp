@@ -1,15 +1,18 @@
 #include "model/torchscript_packed_weights.h"
 
+#include <ATen/ATen.h>
 #include <fmt/core.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/runtime/custom_operator.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <tuple>
+#include <string>
+#include <unordered_set>
 
 #include "llmcache/error.h"
 #include "model/probe.h"
@@ -118,9 +121,75 @@ std::optional<Linear> linear_of(Node* node, const Analysis& analysis) {
   return linear;
 }
 
+Int8Recipes::Key key_of(const at::Tensor& weight) {
+  return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)};
+}
+
+/// The largest magnitudes that the weights' inputs have in a sample, in the order of the graph.
+class InputPeaks {
+ public:
+  explicit InputPeaks(const Analysis& analysis) : analysis_(analysis) {
+    for (Node* node : analysis.flat.graph->nodes()) {
+      if (auto linear = linear_of(node, analysis)) layers_.push_back(std::move(*linear));
+    }
+    for (const Linear& layer : layers_) wanted_.insert(layer.x->node());
+  }
+
+  void add(const Inputs& inputs) {
+    const auto values =
+        run_some(analysis_.flat, analysis_.module, inputs, [&](const Node* node) { return wanted_.contains(node); });
+    for (const Linear& layer : layers_) {
+      const auto found = values.find(layer.x);
+      if (found == values.end() || found->second.toTensor().numel() == 0) continue;
+      const at::Tensor& x = found->second.toTensor();
+      const auto own = x.reshape({-1, x.size(-1)}).to(at::kFloat).abs().amax(0);
+      TORCH_CHECK(own.isfinite().all().item<bool>(), "what goes into '", layer.weight.name, "' is not finite");
+      auto& peaks = peaks_[key_of(layer.weight.tensor)];
+      peaks = peaks.defined() ? at::maximum(peaks, own) : own;
+    }
+  }
+
+  [[nodiscard]] Int8Recipes recipes() const {
+    Int8Recipes made;
+    for (const Linear& layer : layers_) {
+      const auto key = key_of(layer.weight.tensor);
+      const auto peaks = peaks_.find(key);
+      if (peaks == peaks_.end() || !made.numbers.emplace(key, made.recipes.size()).second) continue;
+      made.recipes.push_back(int8_recipe(layer.weight.tensor, peaks->second));
+    }
+    return made;
+  }
+
+ private:
+  const Analysis& analysis_;
+  std::vector<Linear> layers_;
+  std::unordered_set<const Node*> wanted_;
+  std::map<Int8Recipes::Key, at::Tensor> peaks_;
+};
+
+/// One text without padding; other inputs that select from an embedding, such as token types, are 0.
+Inputs inputs_of(const std::vector<std::int64_t>& text, const Analysis& analysis) {
+  const auto ids_at = static_cast<std::size_t>(analysis.ids_argument);
+  const std::int64_t rows = analysis.vocabulary.at(ids_at);
+  TORCH_CHECK(!text.empty(), "it has no token");
+  for (const std::int64_t id : text) {
+    TORCH_CHECK(id >= 0 && (rows == 0 || id < rows), "the model does not know the token ", id, ", its ids end at ",
+                rows - 1);
+  }
+  const auto options = at::TensorOptions().dtype(at::kLong).device(analysis.device);
+  Inputs inputs;
+  for (std::size_t i = 0; i < analysis.vocabulary.size(); ++i) {
+    const auto like =
+        at::full({1, static_cast<std::int64_t>(text.size())}, analysis.vocabulary[i] == 0 ? 1 : 0, options);
+    inputs.emplace_back(i == ids_at ? at::tensor(text, at::kLong).unsqueeze(0).to(analysis.device) : like);
+  }
+  return inputs;
+}
+
 class Packer {
  public:
-  Packer(Analysis& analysis, Weights kind) : analysis_(analysis), kind_(kind) {}
+  Packer(Analysis& analysis, Weights kind, const Int8Recipes& recipes)
+      : analysis_(analysis), kind_(kind), recipes_(recipes) {}
 
   PackedWeights run() {
     std::vector<Node*> found;
@@ -136,11 +205,9 @@ class Packer {
 
   /// Tied weights are the same memory, whatever tensors they are.
   const PackedLinear& packed(const Matrix& weight) {
-    const at::Tensor& tensor = weight.tensor;
-    const Key key{tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
-    auto& found = by_memory_[key];
+    auto& found = by_memory_[key_of(weight.tensor)];
     if (found == nullptr) {
-      made_.push_back(PackedLinear::pack(kind_, tensor, weight.name));
+      made_.push_back(PackedLinear::pack(kind_, weight.tensor, weight.name, recipes_.of(weight.tensor)));
       found = made_.back().get();
     }
     return *found;
@@ -191,10 +258,10 @@ class Packer {
     destroy(node);
   }
 
-  using Key = std::tuple<const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   Analysis& analysis_;
   Weights kind_;
-  std::map<Key, const PackedLinear*> by_memory_;
+  const Int8Recipes& recipes_;
+  std::map<Int8Recipes::Key, const PackedLinear*> by_memory_;
   PackedWeights made_;
 };
 
@@ -263,9 +330,41 @@ double allowed_of(Weights weights) {
 
 }  // namespace
 
-PackedWeights pack_weights(Analysis& analysis, Weights kind) {
+const Int8Recipe* Int8Recipes::of(const at::Tensor& weight) const {
+  const auto found = numbers.find(key_of(weight));
+  return found == numbers.end() ? nullptr : &recipes[found->second];
+}
+
+std::string Int8Recipes::digest() const {
+  if (recipes.empty()) return "";
+  XXH3_state_t* state = XXH3_createState();
+  XXH3_128bits_reset(state);
+  for (const Int8Recipe& recipe : recipes) {
+    for (const at::Tensor& own : {recipe.smoothing, recipe.outliers}) {
+      XXH3_128bits_update(state, own.const_data_ptr(), own.nbytes());
+    }
+  }
+  const auto hash = XXH3_128bits_digest(state);
+  XXH3_freeState(state);
+  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
+}
+
+Int8Recipes find_int8_recipes(const Analysis& analysis, const std::vector<std::vector<std::int64_t>>& texts) {
+  InputPeaks peaks(analysis);
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    try {
+      peaks.add(inputs_of(texts[i], analysis));
+    } catch (const std::exception& error) {
+      std::throw_with_nested(Error(ErrorCode::kInvalidInput,
+                                   fmt::format("Options.weights_sample[{}] cannot be run: {}", i, reason_of(error))));
+    }
+  }
+  return peaks.recipes();
+}
+
+PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& recipes) {
   register_operator();
-  auto made = Packer(analysis, kind).run();
+  auto made = Packer(analysis, kind, recipes).run();
   remove_dead(analysis);  // transposed weights
   move_attributes(analysis);
   remove_dead(analysis);  // the way to the attributes
