@@ -14,7 +14,7 @@ usage: tools/run.sh test  [ctest arguments]            build everything, run all
 All install what is missing (Debian packages with apt-get, Python packages in a virtual environment), export
 the models, prepare the data, configure and build. A second call does only what is missing.
 `bench --config NAME` runs a configuration of benchmarks/configs. `bench --model NAME...` and `bench --workload NAME...`
-export and prepare only those. `bench --workload openbookqa --shots 5` puts five solved examples in front of each
+export and prepare only those. `bench --workload openbookqa-5shot` puts five solved examples in front of each
 question, the same for all. `bench --fidelity budget` fits probes on a part of the training text, the rest of which
 calibrates. `bench --download` is `data`, then `bench`; where the hub cannot be reached it goes on with what is there.
 
@@ -243,19 +243,6 @@ write_report() {
 
 # --- commands -------------------------------------------------------------------------------------
 
-values_of() {  # values_of --option ARGUMENTS...: the option's values, one a line
-  local option="$1" inside=0 argument
-  shift
-  for argument in "$@"; do
-    case "$argument" in
-      "$option") inside=1 ;;
-      "$option="*) tr ',' '\n' <<<"${argument#*=}" ;;
-      -*) inside=0 ;;
-      *) ((inside == 0)) || tr ',' '\n' <<<"$argument" ;;
-    esac
-  done
-}
-
 setup() {  # further Debian packages
   mkdir -p "$BUILD"
   install_packages "${PACKAGES[@]}" "$@"
@@ -288,7 +275,7 @@ main_data() {
 }
 
 main_bench() {
-  local models workloads shots budgets argument arguments=() download=0
+  local models workloads budgets argument arguments=() download=0
   for argument in "$@"; do
     case "$argument" in
       --download) download=1 ;;
@@ -315,10 +302,9 @@ main_bench() {
   echo "$needs"
   read -ra models < <(sed -n 's/^models //p' <<<"$needs")
   read -ra workloads < <(sed -n 's/^workloads //p' <<<"$needs")
-  read -r shots < <(sed -n 's/^shots //p' <<<"$needs")
   read -r budgets < <(sed -n 's/^budgets //p' <<<"$needs")
   ((${#models[@]} == 0)) || export_models "${models[@]}"
-  prepare_data ${workloads[0]:+--only "${workloads[@]}"} ${shots:+--shots "$shots"}
+  prepare_data ${workloads[0]:+--only "${workloads[@]}"}
   # The probes judge what a cache does to the answers on labelled workloads; they need one of these models.
   # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
   if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then
@@ -352,18 +338,23 @@ make_peers_venv() {
 
 main_peers() {
   local models workloads
-  mapfile -t models < <(values_of --model "$@")
-  ((${#models[@]} > 0)) || models=(minilm bert-base gpt2 smollm2)
-  mapfile -t workloads < <(values_of --workload "$@")
-  ((${#workloads[@]} > 0)) || workloads=(squad chat banking77)
   setup
   make_peers_venv
+  local compare=("$PEERS_VENV/bin/python" "$ROOT/benchmarks/peers/compare.py") needs
+  if [[ " $* " =~ \ (-h|--help|--list)\  ]]; then
+    "${compare[@]}" "$@"
+    return
+  fi
+  step "what the comparison needs" "see the message above; the arguments are shown by: benchmarks/peers/compare.py --help"
+  needs="$("${compare[@]}" --needs "$@")"
+  read -ra models < <(sed -n 's/^models //p' <<<"$needs")
+  read -ra workloads < <(sed -n 's/^workloads //p' <<<"$needs")
   configure_release
   build "$CMAKE_DIR" llmcache-peer
   export_models "${models[@]}"
-  prepare_data --only "${workloads[@]}"
+  ((${#workloads[@]} == 0)) || prepare_data --only "${workloads[@]}"
   step "comparison" "see the message above; the arguments are shown by: benchmarks/peers/compare.py --help"
-  "$PEERS_VENV/bin/python" "$ROOT/benchmarks/peers/compare.py" --models "$MODELS" --bin "$BIN" --data "$DATA" \
+  "${compare[@]}" --models "$MODELS" --bin "$BIN" --data "$DATA" \
     --onnx "$BUILD/onnx" --json "$BUILD/peers.json" --markdown "$BUILD/peers.md" "$@"
 }
 

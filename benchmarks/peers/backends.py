@@ -101,15 +101,10 @@ BACKENDS = {family: _lanes(family) for family in ("encoder", "decoder")}
 
 
 def kilobytes(process: int) -> dict[str, int]:
-    """Memory of a process in KiB, as the kernel counts it: resident now, its peak, and the proportional share (pages
-    that several processes have in common, such as libraries, count a part)."""
-    found = {}
-    for file, names in (("status", {"VmRSS": "resident", "VmHWM": "peak"}), ("smaps_rollup", {"Pss": "proportional"})):
-        for line in Path(f"/proc/{process}/{file}").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key in names:
-                found[names[key]] = int(value.split()[0])
-    return found
+    """Memory of a process in KiB, as the kernel counts it: resident now, and its peak."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    return {name: int(found[key].split()[0]) for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
 
 
 class Backend:

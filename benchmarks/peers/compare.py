@@ -72,6 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, for a README")
     parser.add_argument("--list", action="store_true", help="print the backends and stop")
+    parser.add_argument("--needs", action="store_true", help="print which models and workloads it needs, and stop")
     options = parser.parse_args(arguments)
     if options.quick:
         options.tokens, options.batch, options.context = [16], [1], [32]
@@ -435,6 +436,9 @@ def main(arguments: list[str] | None = None) -> int:
         for family, specs in BACKENDS.items():
             for spec in specs:
                 print(f"{family:8} {spec.name:22} {spec.title}")
+        return 0
+    if options.needs:
+        print(f"models {' '.join(options.model)}\nworkloads {' '.join(options.workload)}")
         return 0
     models, versions = [], {}
     try:

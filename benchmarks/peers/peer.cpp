@@ -17,7 +17,6 @@
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/version.h>
 
-#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <filesystem>
@@ -29,6 +28,7 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "llmcache/llmcache.h"
 #include "llmcache/version.h"
 #include "loaded_model.h"
@@ -40,12 +40,9 @@ namespace {
 using llmcache::bench::Cache;
 using llmcache::bench::one_line;
 using Json = nlohmann::json;
-using Clock = std::chrono::steady_clock;
+using llmcache::bench::Clock;
+using llmcache::bench::ms_since;
 using Ids = std::vector<std::int64_t>;
-
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 class Backend {
  public:

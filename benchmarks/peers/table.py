@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,29 +10,15 @@ import numpy as np
 Times = dict[int, float]  # number of the measurement -> milliseconds; a backend may lack some
 
 
-def quantile(values: list[float], share: float) -> float:
-    """Linear between the neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def summary(times: Times) -> dict[str, Any]:
-    values = list(times.values())
-    return {
-        "median": quantile(values, 0.5),
-        "p25": quantile(values, 0.25),
-        "p75": quantile(values, 0.75),
-        "count": len(values),
-    }
+    quartiles = np.quantile(list(times.values()), (0.5, 0.25, 0.75)).tolist()
+    return {**dict(zip(("median", "p25", "p75"), quartiles, strict=True)), "count": len(times)}
 
 
 def paired_ratio(times: Times, base: Times) -> float | None:
     """Median of times/base over the measurements that both have: what ran right after each other is compared."""
     both = [number for number in times if number in base]
-    return quantile([times[number] / base[number] for number in both], 0.5) if both else None
+    return float(np.median([times[number] / base[number] for number in both])) if both else None
 
 
 class Quality:
@@ -259,31 +245,33 @@ def tables_of(model: dict[str, Any]) -> list[list[list[str]]]:
     return [prefill_rows(model), *ratios, best_rows(model), workload_lane_rows(model)]
 
 
-def text_report(document: dict[str, Any]) -> str:
-    lines = []
+def _blocks(
+    document: dict[str, Any], draw: Callable[[list[list[str]]], list[str]], title: str, spread: bool
+) -> list[list[str]]:
+    """What a report is made of: headings, tables and notes, each a list of lines."""
+    blocks = []
     for model in document["models"]:
-        lines += [heading(model), "", *grid(model_rows(model, spread=True)), ""]
-        for rows in tables_of(model):
-            lines += [*grid(rows), ""] if rows else []
-        lines += [*notes(model), ""]
+        tables = [model_rows(model, spread), *tables_of(model)]
+        blocks += [
+            [title.format(heading(model))],
+            *(draw(rows) for rows in tables if rows),
+            *([note] for note in notes(model)),
+        ]
     rows = workload_rows(document)
-    lines += [*grid(rows), ""] if rows else []
-    lines.append(setting(document))
-    return "\n".join(lines) + "\n"
+    return [*blocks, *([draw(rows)] if rows else [])]
+
+
+def _joined(blocks: list[list[str]]) -> str:
+    return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
+
+
+def text_report(document: dict[str, Any]) -> str:
+    return _joined([*_blocks(document, grid, "{}", spread=True), [setting(document)]])
 
 
 def markdown_report(document: dict[str, Any]) -> str:
-    lines = [setting(document), ""]
-    for model in document["models"]:
-        lines += [f"**{heading(model)}**", "", *markdown(model_rows(model, spread=False)), ""]
-        for rows in tables_of(model):
-            lines += [*markdown(rows), ""] if rows else []
-        for note in notes(model):
-            lines += [note, ""]
-    rows = workload_rows(document)
-    lines += [*markdown(rows), ""] if rows else []
-    lines.append(f"Command: `{document['command']}`")
-    return "\n".join(lines) + "\n"
+    command = f"Command: `{document['command']}`"
+    return _joined([[setting(document)], *_blocks(document, markdown, "**{}**", spread=False), [command]])
 
 
 def setting(document: dict[str, Any]) -> str:

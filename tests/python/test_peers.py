@@ -35,7 +35,7 @@ def backend_record(name: str, **changes: Any) -> dict[str, Any]:
         "title": name.upper(),
         "ours": name.startswith("ours"),
         "note": "",
-        "memory": {"resident": 204800, "before": 102400, "peak": 2048000, "proportional": 1},
+        "memory": {"resident": 204800, "before": 102400, "peak": 2048000},
         "quality": {"outputs": 3, "max_difference": 0.00123, "scale": 4.0, "argmax_agreement": 0.5},
     }
     return record | changes
@@ -62,10 +62,9 @@ def document(*backends: dict[str, Any], family: str = "decoder") -> dict[str, An
 
 class StatisticsTest(unittest.TestCase):
     def test_quantiles_lie_between_their_neighbours(self) -> None:
-        self.assertEqual(table.quantile([4, 1, 3, 2], 0), 1)
-        self.assertEqual(table.quantile([4, 1, 3, 2], 0.5), 2.5)
-        self.assertEqual(table.quantile([4, 1, 3, 2], 1), 4)
-        self.assertEqual(table.quantile([7], 0.25), 7)
+        summary = table.summary({0: 4.0, 1: 1.0, 2: 3.0, 5: 2.0})
+        self.assertEqual(summary, {"median": 2.5, "p25": 1.75, "p75": 3.25, "count": 4})
+        self.assertEqual(table.summary({3: 7.0}), {"median": 7, "p25": 7, "p75": 7, "count": 1})
 
     def test_ratios_are_of_what_ran_together(self) -> None:
         # The machine is ten times slower at 2; the backend is twice as slow at all times.
@@ -463,6 +462,10 @@ class CompareTest(ToolTest):
         status, out, _ = self.run_tool(compare, "--list")
         self.assertEqual(status, 0)
         self.assertEqual(len(out.splitlines()), sum(map(len, BACKENDS.values())))
+
+    def test_needs_are_models_and_workloads(self) -> None:
+        status, out, _ = self.run_tool(compare, "--needs", "--model", "minilm", "gpt2", "--workload", "squad")
+        self.assertEqual((status, out), (0, "models minilm gpt2\nworkloads squad\n"))
 
 
 if __name__ == "__main__":
