@@ -12,13 +12,6 @@
 
 namespace llmcache::bench {
 
-ScoreFunction scores_of(const LinearProbe& probe) {
-  const auto classes = static_cast<std::int64_t>(probe.classes.size());
-  const auto weight = at::tensor(probe.weight).view({classes, probe.dims}).t().contiguous();
-  const auto bias = at::tensor(probe.bias);
-  return [weight, bias](const at::Tensor& outputs) { return at::addmm(bias, outputs.to(at::kFloat), weight); };
-}
-
 Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Settings& settings,
                          const std::optional<LinearProbe>& probe, bool decoder, std::int64_t cut, Progress& progress)
     : model_(model),
@@ -30,7 +23,8 @@ Calibration::Calibration(LoadedModel& model, const TokenFile& tokens, const Sett
       cut_(cut),
       progress_(progress) {
   if (!probe) return;
-  scores_ = scores_of(*probe);
+  const auto classes = static_cast<std::int64_t>(probe->classes.size());
+  scores_ = linear_scores(at::tensor(probe->weight).view({classes, probe->dims}), at::tensor(probe->bias));
   first_ = first_unfitted(*probe, tokens);
   probe_hash_ = XXH3_64bits(probe->weight.data(), probe->weight.size() * sizeof(probe->weight[0])) +
                 XXH3_64bits(probe->bias.data(), probe->bias.size() * sizeof(probe->bias[0])) +
@@ -55,18 +49,16 @@ RequestRange Calibration::requests(const RunConfig& config) const {
 }
 
 void Calibration::calibrate(Cache& cache, const RunConfig& config) {
-  std::filesystem::path path;
-  if (settings_.calibration != "auto") path = settings_.calibration;
-  if (keeps()) {
-    path =
-        kept_path(fmt::format("{}-{}-{}-{}", to_string(metric_), *config.epsilon, config.early_exit, config.weights));
-  }
   try {
-    if (!keeps() && !path.empty() && std::filesystem::exists(path)) {
-      cache.use_calibration(CalibrationProfile::load(path));
-    } else if (!keeps() || !take_kept(cache, path)) {
+    if (!keeps()) {
       make(cache, config);
-      if (!path.empty()) keep(cache, path);
+    } else {
+      const auto path =
+          kept_path(fmt::format("{}-{}-{}-{}", to_string(metric_), *config.epsilon, config.early_exit, config.weights));
+      if (!take_kept(cache, path)) {
+        make(cache, config);
+        keep(cache, path);
+      }
     }
   } catch (const Error& error) {
     throw Failure(fmt::format("{}: {}", tokens_.workload, one_line(error)));
@@ -101,16 +93,11 @@ void Calibration::keep(const Cache& cache, const std::filesystem::path& path) co
   try {
     cache.calibration()->save(path);
   } catch (const Error& error) {
-    if (!keeps()) throw;
     progress_.note(fmt::format("note: the calibration is not kept: {}", one_line(error)));
   }
 }
 
 void Calibration::make(Cache& cache, const RunConfig& config) {
-  if (tokens_.fill_requests == 0) {
-    throw Failure(
-        fmt::format("{} has no training part to calibrate on; name a profile by --calibration FILE", tokens_.workload));
-  }
   const auto start = Clock::now();
   const RequestRange range = requests(config);
   if (range.count() == 0) throw Failure(fmt::format("{} has fewer requests than parts", tokens_.workload));

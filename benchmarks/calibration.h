@@ -20,9 +20,6 @@
 
 namespace llmcache::bench {
 
-/// The probe's classes as BudgetOptions::scores.
-ScoreFunction scores_of(const LinearProbe& probe);
-
 /// Requests [begin, end) of a token file.
 struct RequestRange {
   std::int64_t begin = 0;
@@ -40,8 +37,8 @@ class Calibration {
   /// The options of a budget that the settings and the probe say; epsilon and early exit are the run's.
   [[nodiscard]] BudgetOptions options(const RunConfig& config) const;
 
-  /// Calibrates `cache`, or gives it the profile that the setting calibration names, or that an earlier run kept beside
-  /// the models. The requests run once for all caches that hold the weights alike. Throws Failure.
+  /// Calibrates `cache`, or gives it the profile that an earlier run kept beside the models. The requests run once for
+  /// all caches that hold the weights alike. Throws Failure.
   void calibrate(Cache& cache, const RunConfig& config);
 
   /// Errors of the sequences of an answer against the plain model's, in the metric of the budget. Empty where they

@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "failure.h"
+#include "files.h"
 #include "llmcache/version.h"
 
 namespace llmcache::bench {
@@ -37,7 +38,7 @@ Examples
   llmcache-bench --list
   llmcache-bench --model minilm-pooled --workload banking77 --seconds 120
   llmcache-bench --config paper-mode --limit 200
-  llmcache-bench --model smollm2 --workload openbookqa --shots 5 --weights as-loaded,packed-fp16
+  llmcache-bench --model smollm2 --workload openbookqa-5shot --weights as-loaded,packed-fp16
 )";
 
 bool any_match(const std::vector<std::string>& patterns, const std::string& name) {
@@ -118,23 +119,6 @@ std::string command_text(int argc, const char* const* argv) {
   return text;
 }
 
-void add_setting(CLI::App& app, const SettingInfo& setting, Values& options) {
-  const std::string name = "--" + setting.name;
-  const std::string help =
-      setting.standard.empty() ? setting.help : fmt::format("{} [{}]", setting.help, setting.standard);
-  if (setting.flag) {
-    app.add_flag_callback(
-        name, [&options, key = setting.name] { options[key] = {"on"}; }, help);
-    return;
-  }
-  auto* option = app.add_option(name, options[setting.name], help)->type_name(setting.type);
-  if (setting.list) {
-    option->delimiter(',');
-  } else {
-    option->expected(1);
-  }
-}
-
 }  // namespace
 
 std::string Configuration::kind_of(const std::string& workload) const {
@@ -189,19 +173,11 @@ Command parse_command(int argc, const char* const* argv) {
   app.set_version_flag("--version", "llmcache-bench " LLMCACHE_VERSION);
   app.add_option("--config", name, "a configuration of benchmarks/configs by its name, or a JSON file")
       ->type_name("NAME|FILE");
-  for (const SettingInfo& setting : all_settings()) add_setting(app, setting, options);
+  add_options(app, options);
   app.add_flag("--list", command.list, "print the models and workloads found, and stop");
   app.add_flag("--needs", command.needs, "print which models, workloads and probes the run needs, and stop");
   app.add_flag("--schema", command.schema, "print the JSON schema of results, and stop");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForVersion&) {
-    throw HelpAsked{app.version() + "\n"};
-  } catch (const CLI::CallForHelp&) {
-    throw HelpAsked{app.help()};
-  } catch (const CLI::ParseError& error) {
-    throw Failure(fmt::format("{}; llmcache-bench --help lists the settings", error.what()));
-  }
+  parse(app, argc, argv);
   std::erase_if(options, [](const auto& option) { return option.second.empty(); });
   const bool asks = std::ranges::any_of(options, [](const auto& one) { return !kNotAsking.contains(one.first); });
   if (name.empty() && asks) {
@@ -217,18 +193,13 @@ std::string needs_text(const Configuration& configuration) {
   std::vector<std::string> models = settings.models;
   if (models.empty()) models = {"bench"};  // the group of all that it measures
   std::erase_if(models, [](const std::string& model) { return model.ends_with(".pt"); });
-  std::set<std::string> workloads;
-  const std::string shots = fmt::format("-{}shot", settings.shots);  // that is made from the workload without them
-  for (const std::string& name : settings.workloads) {
-    workloads.insert(name.ends_with(shots) ? name.substr(0, name.size() - shots.size()) : name);
-  }
+  std::set<std::string> workloads(settings.workloads.begin(), settings.workloads.end());
   bool budgets = settings.has_fidelity("budget");
   for (const ExperimentRule& rule : configuration.experiments) {
     workloads.insert(rule.workloads.begin(), rule.workloads.end());
     budgets = budgets || settings_of({&configuration.values, &rule.values}).has_fidelity("budget");
   }
-  return fmt::format("models {}\nworkloads {}\nshots {}\nbudgets {}\n", fmt::join(models, " "),
-                     fmt::join(workloads, " "), settings.shots > 0 ? std::to_string(settings.shots) : "",
+  return fmt::format("models {}\nworkloads {}\nbudgets {}\n", fmt::join(models, " "), fmt::join(workloads, " "),
                      budgets ? "yes" : "");
 }
 

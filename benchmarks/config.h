@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "command_line.h"
 #include "model_files.h"
 #include "settings.h"
 
@@ -61,16 +62,11 @@ struct Command {
   std::string text;     ///< as typed, the program by its name only
 };
 
-/// Nothing to do: help was asked for and is in `text`.
-struct HelpAsked {
-  std::string text;
-};
-
 /// Throws Failure for a bad command line, HelpAsked for --help and --version. What asks for nothing, but says where and
 /// how, runs the configuration first-run.
 Command parse_command(int argc, const char* const* argv);
 
-/// What --needs prints: "models", "workloads", "shots" and "linear_probes" with their values, one a line.
+/// What --needs prints: "models", "workloads" and "budgets" with their values, one a line.
 std::string needs_text(const Configuration& configuration);
 
 }  // namespace llmcache::bench

@@ -4,9 +4,10 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <system_error>
 #include <utility>
 
+#include "failure.h"
+#include "files.h"
 #include "llmcache/version.h"
 #include "outputs.h"
 
@@ -37,12 +38,12 @@ std::vector<Nearest> nearest_answers(LoadedModel& model, const TokenFile& tokens
 }
 
 void save_nearest(const std::filesystem::path& path, const std::vector<Nearest>& nearest) {
-  nlohmann::json pairs = nlohmann::json::array();
+  auto pairs = nlohmann::ordered_json::array();
   for (const Nearest& one : nearest) pairs.push_back({one.similarity, one.error});
-  const std::string temporary = path.string() + ".new";
-  std::ofstream(temporary) << nlohmann::json{{"version", LLMCACHE_VERSION}, {"nearest", std::move(pairs)}};
-  std::error_code error;
-  std::filesystem::rename(temporary, path, error);
+  try {
+    write_json(path, {{"version", LLMCACHE_VERSION}, {"nearest", std::move(pairs)}});
+  } catch (const Failure&) {  // they are found again
+  }
 }
 
 std::vector<Nearest> load_nearest(const std::filesystem::path& path) {

@@ -41,7 +41,7 @@ class RunLoop {
         model_(context.model),
         tokens_(context.tokens),
         settings_(context.settings),
-        stream_(make_stream(tokens_, {settings_.shuffle, settings_.zipf, settings_.limit})),
+        stream_(make_stream(tokens_, {settings_.shuffle, settings_.limit})),
         setup_(context) {
     if (setup_.generates()) conversations_.emplace(context);
   }
@@ -320,7 +320,6 @@ class RunLoop {
     r.requests_available = static_cast<std::int64_t>(stream_.requests.size());
     r.filled = filled_;
     r.fill_available = tokens_.fill_requests;
-    r.zipf = stream_.zipf;
     r.shuffle = stream_.shuffle;
     r.source = tokens_.source;
     r.versions = {LLMCACHE_VERSION, TORCH_VERSION, compiler(), context_.file.torch_version,

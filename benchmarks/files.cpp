@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -14,8 +15,30 @@
 
 namespace llmcache::bench {
 
+std::vector<std::filesystem::path> files_in(const std::filesystem::path& folder, const char* option) {
+  std::error_code error;
+  std::vector<std::filesystem::path> paths;
+  for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    paths.push_back(entry->path());
+  }
+  if (error) {
+    throw Failure(
+        fmt::format("{} folder {}: {}; see benchmarks/README.md, Files, for what belongs there, or name another "
+                    "with --{}",
+                    option, folder.string(), error.message(), option));
+  }
+  std::ranges::sort(paths);
+  return paths;
+}
+
 void refuse_data(const std::string& name, const std::string& kind, const std::string& what) {
   throw Failure(fmt::format("{}: not a usable {}: {}; prepare the data again", name, kind, what));
+}
+
+std::filesystem::path program_folder() {
+  std::error_code error;
+  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
+  return error ? std::filesystem::current_path() : program.parent_path();
 }
 
 std::string read_file(const std::filesystem::path& path, const std::string& kind) {

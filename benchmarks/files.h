@@ -4,11 +4,18 @@
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 namespace llmcache::bench {
 
+/// Paths of what is in the folder that the option --`option` names, sorted. Throws Failure if there is no such folder.
+std::vector<std::filesystem::path> files_in(const std::filesystem::path& folder, const char* option);
+
 /// Throws Failure: "NAME: not a usable KIND: WHAT; prepare the data again".
 [[noreturn]] void refuse_data(const std::string& name, const std::string& kind, const std::string& what);
+
+/// Folder of the running program.
+std::filesystem::path program_folder();
 
 /// All bytes of a file; `kind` ("token file", "probe file") is for messages. Throws Failure if it cannot be read or is
 /// larger than 1 GiB.

@@ -4,8 +4,9 @@
 //   weight  float32 [classes, dims]
 //   bias    float32 [classes]
 //
-// Metadata (strings): workload, model, model_sha256 (of the model's .pt), classes (JSON list of names),
-// train_accuracy, version "2", and perhaps fit_sequences.
+// Metadata (strings): workload, model, model_sha256 (of the model's .pt), classes (JSON list of names), train_accuracy,
+// version "2", and perhaps fit_sequences (the first of the token file, on which it was fitted). Not read here:
+// test_accuracy, l2, recipe, content_sha256.
 #pragma once
 
 #include <cstdint>

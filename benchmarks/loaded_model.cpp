@@ -142,8 +142,7 @@ std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const O
 }
 
 Inputs LoadedModel::inputs(const Rows& rows, const std::vector<RowMarks>& marks) const {
-  std::size_t longest = 0;
-  for (const auto& row : rows) longest = std::max(longest, row.size());
+  const auto longest = static_cast<std::size_t>(padded_length(rows));
   const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != longest; });
   const bool masked = std::find(inputs_.begin(), inputs_.end(), Input::kMask) != inputs_.end();
   if (padded && !masked) {
@@ -153,7 +152,7 @@ Inputs LoadedModel::inputs(const Rows& rows, const std::vector<RowMarks>& marks)
                     file_.name));
   }
   const auto batch = static_cast<std::int64_t>(rows.size());
-  const at::Tensor ids = at::zeros({batch, static_cast<std::int64_t>(longest)}, at::kLong);
+  const at::Tensor ids = at::zeros({batch, padded_length(rows)}, at::kLong);
   const at::Tensor mask = at::zeros_like(ids);
   for (std::size_t row = 0; row < rows.size(); ++row) {
     std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * longest);

@@ -2,11 +2,11 @@
 #include <fmt/format.h>
 
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "command_line.h"
 #include "config.h"
 #include "failure.h"
 #include "files.h"
@@ -18,11 +18,9 @@ namespace {
 
 using namespace llmcache::bench;
 
-constexpr int kFailed = 2;
+constexpr const char* kName = "llmcache-bench";
 
 void print(const std::string& text) { std::fputs(text.c_str(), stdout); }
-
-void complain(const std::string& text) { std::fputs(fmt::format("llmcache-bench: error: {}\n", text).c_str(), stderr); }
 
 /// Finds out before measuring, not after, that the results cannot be written.
 void check_target(const std::filesystem::path& path) {
@@ -62,20 +60,12 @@ int bench(int argc, char** argv) {
     print_results(results, machine, settings);
     if (settings.json) write_json(*settings.json, results_json(machine, command.text, results.records));
   }
-  for (const std::string& failure : results.failures) complain(failure);
-  return results.failures.empty() ? 0 : kFailed;
+  for (const std::string& failure : results.failures) complain(kName, failure);
+  return results.failures.empty() ? 0 : 2;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return bench(argc, argv);
-  } catch (const HelpAsked& help) {
-    print(help.text);
-    return 0;
-  } catch (const std::exception& error) {
-    complain(error.what());
-    return kFailed;
-  }
+  return run_program(kName, [&] { return bench(argc, argv); });
 }

@@ -1,6 +1,4 @@
 // llmcache-microbench: what single things cost. README.md explains the benchmarks.
-#include "microbench.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
@@ -19,9 +17,9 @@
 
 #include "clock.h"
 #include "failure.h"
+#include "files.h"
 #include "loaded_model.h"
 #include "model_files.h"
-#include "settings.h"
 #include "statistics.h"
 
 namespace llmcache::bench {
@@ -284,14 +282,10 @@ int run(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(count, others.data())) return 2;
   at::set_num_interop_threads(1);
   at::set_num_threads(1);
-  std::optional<Fixture> fixture;
-  if (model != "none") {
-    const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
-    fixture.emplace(file, weights_from_string(weights));
-    add_all(model, pairs, file.max_tokens, *fixture);
-    benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
-  }
-  add_index_benchmarks();
+  const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
+  Fixture fixture(file, weights_from_string(weights));
+  add_all(model, pairs, file.max_tokens, fixture);
+  benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
   benchmark::AddCustomContext("model", model);
   benchmark::AddCustomContext("held_weights", weights);
   benchmark::RunSpecifiedBenchmarks();

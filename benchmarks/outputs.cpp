@@ -2,29 +2,25 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "failure.h"
+#include "model/tensors_of.h"
 
 namespace llmcache::bench {
-namespace {
 
-void collect(const c10::IValue& value, std::vector<at::Tensor>& tensors) {
-  if (value.isTensor()) {
-    tensors.push_back(value.toTensor());
-  } else if (value.isTuple()) {
-    for (const c10::IValue& element : value.toTupleRef().elements()) collect(element, tensors);
-  } else if (!value.isNone()) {
-    throw Failure(fmt::format("the model returns a {}, expected a tensor or a tuple of tensors", value.tagKind()));
-  }
+std::int64_t padded_length(const Rows& rows) {
+  std::size_t longest = 0;
+  for (const auto& row : rows) longest = std::max(longest, row.size());
+  return static_cast<std::int64_t>(longest);
 }
 
-}  // namespace
-
 std::vector<at::Tensor> tensors_of(const c10::IValue& value) {
-  std::vector<at::Tensor> tensors;
-  collect(value, tensors);
-  return tensors;
+  bool pure = true;
+  auto tensors = llmcache::tensors_of(value, &pure);
+  if (pure) return tensors;
+  throw Failure(fmt::format("the model returns a {}, expected a tensor or a tuple of tensors", value.tagKind()));
 }
 
 at::Tensor tensor_of(const c10::IValue& value, std::int64_t number) {

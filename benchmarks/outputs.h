@@ -14,7 +14,10 @@ namespace llmcache::bench {
 /// The sequences of one request: their ids.
 using Rows = std::vector<std::span<const std::int32_t>>;
 
-/// In the order of the result, tuples opened, None left out. Throws Failure for anything else.
+/// Tokens of the longest row.
+std::int64_t padded_length(const Rows& rows);
+
+/// In the order of the result, tuples and lists opened, None left out. Throws Failure for anything else.
 std::vector<at::Tensor> tensors_of(const c10::IValue& value);
 
 /// Tensor `number` of the result. Throws Failure where there are not so many.

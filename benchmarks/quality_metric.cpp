@@ -1,40 +1,23 @@
 #include "quality_metric.h"
 
+#include <array>
 #include <cmath>
-#include <limits>
 #include <random>
 #include <utility>
 
 namespace llmcache::bench {
 namespace {
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+/// By Metric.
+constexpr std::array kNames = {"accuracy",   "choice_accuracy", "choice_accuracy_per_byte",
+                               "perplexity", "answer_nll",      "spearman",
+                               "f1",         "exact_match"};
 constexpr int kResamples = 1000;
 constexpr std::uint64_t kSeed = 0;
 
 }  // namespace
 
-const char* to_string(Metric metric) noexcept {
-  switch (metric) {
-    case Metric::kAccuracy:
-      return "accuracy";
-    case Metric::kChoiceAccuracy:
-      return "choice_accuracy";
-    case Metric::kChoiceAccuracyPerByte:
-      return "choice_accuracy_per_byte";
-    case Metric::kPerplexity:
-      return "perplexity";
-    case Metric::kAnswerNll:
-      return "answer_nll";
-    case Metric::kSpearman:
-      return "spearman";
-    case Metric::kF1:
-      return "f1";
-    case Metric::kExactMatch:
-      return "exact_match";
-  }
-  return "unknown";
-}
+const char* to_string(Metric metric) noexcept { return kNames[static_cast<std::size_t>(metric)]; }
 
 double metric_value(Metric metric, const std::vector<Sample>& samples) {
   if (metric == Metric::kSpearman) {
@@ -52,12 +35,15 @@ double metric_value(Metric metric, const std::vector<Sample>& samples) {
     value += sample.value;
     weight += sample.weight;
   }
-  if (weight == 0) return kNaN;
+  if (weight == 0) return kNotMeasured;
   return metric == Metric::kPerplexity ? std::exp(value / weight) : value / weight;
 }
 
 Comparison compare(Metric metric, const std::vector<Sample>& samples, const std::vector<Sample>& baseline) {
-  Comparison result{.value = metric_value(metric, samples), .baseline = kNaN, .change = kNaN, .ci95 = {kNaN, kNaN}};
+  Comparison result{.value = metric_value(metric, samples),
+                    .baseline = kNotMeasured,
+                    .change = kNotMeasured,
+                    .ci95 = {kNotMeasured, kNotMeasured}};
   if (baseline.size() != samples.size() || samples.empty()) return result;
   result.baseline = metric_value(metric, baseline);
   result.change = result.value - result.baseline;

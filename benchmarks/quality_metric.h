@@ -20,8 +20,7 @@ enum class Metric {
   kExactMatch,             ///< share of these answers that are a gold answer
 };
 
-/// "accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "spearman", "f1",
-/// "exact_match".
+/// "accuracy", "choice_accuracy" and so on.
 const char* to_string(Metric metric) noexcept;
 
 /// What one request contributes. Accuracies and exact match: number right, number scored. F1: F1, 1. Perplexity and

@@ -52,12 +52,17 @@ at::Tensor log_likelihoods(const at::Tensor& logits, std::int64_t first, std::sp
   return rows.gather(1, tokens.to(logits.device())).squeeze(1).to(at::kCPU, at::kDouble);
 }
 
-}  // namespace
+/// The sequence with the largest score; the first of equals.
+struct Best {
+  std::optional<std::size_t> sequence = {};
+  double score = 0;
 
-double log_likelihood(const at::Tensor& logits, std::span<const std::int32_t> ids, TokenRange range) {
-  if (range.begin >= range.end) return 0;
-  return log_likelihoods(logits, 0, ids, range).sum().item<double>();
-}
+  void add(std::size_t candidate, double its_score) {
+    if (!sequence || its_score > score) *this = {candidate, its_score};
+  }
+};
+
+}  // namespace
 
 void keep_common(const std::vector<TokenScores*>& scores) {
   if (scores.empty()) return;
@@ -128,61 +133,33 @@ TokenScores Scorer::token_scores(std::int64_t request, const Rows& rows, const s
 }
 
 Scores Scorer::scores(std::int64_t request, const Rows& rows, const TokenScores& scores) const {
-  Scores found{.first = sample(request, rows, scores), .second = {}};
-  if (found.first) found.second = sample_per_byte(request, scores);
-  return found;
-}
-
-std::optional<Sample> Scorer::sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const {
-  const std::int64_t first = file_.first_sequence(request);
-  Sample sample;
-  double best = 0;
-  std::int64_t best_row = -1;
+  const auto first = static_cast<std::size_t>(file_.first_sequence(request));
+  const bool choices = metric_ == Metric::kChoiceAccuracy;
+  Sample text;
+  Best by_sum;
+  Best per_byte;
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    const std::int64_t end = file_.scored[static_cast<std::size_t>(first) + row].end;
-    if (end > static_cast<std::int64_t>(rows[row].size()) && metric_ != Metric::kPerplexity) return std::nullopt;
+    const bool cut = file_.scored[first + row].end > static_cast<std::int64_t>(rows[row].size());
+    if (cut && metric_ != Metric::kPerplexity) return {};
     double sum = 0;
     double count = 0;
     for (const auto& score : scores[row]) {
-      if (!score && metric_ == Metric::kChoiceAccuracy) return std::nullopt;  // it would not be compared alike
+      if (!score && choices) return {};  // it would not be compared alike
       sum += score.value_or(0);
       count += score ? 1 : 0;
     }
     if (count == 0) continue;
-    if (metric_ == Metric::kChoiceAccuracy) {
-      if (best_row < 0 || sum > best) {
-        best = sum;
-        best_row = static_cast<std::int64_t>(row);
-      }
-    } else {
-      sample.value -= sum;
-      sample.weight += count;
-    }
+    text.value -= sum;
+    text.weight += count;
+    by_sum.add(first + row, sum);
+    if (second_metric()) per_byte.add(first + row, sum / static_cast<double>(file_.scored_bytes[first + row]));
   }
-  if (metric_ == Metric::kChoiceAccuracy) {
-    return Sample{best_row >= 0 && file_.labels[static_cast<std::size_t>(first + best_row)] == 1 ? 1.0 : 0.0, 1};
-  }
-  if (sample.weight == 0) return std::nullopt;
-  return sample;
-}
-
-std::optional<Sample> Scorer::sample_per_byte(std::int64_t request, const TokenScores& scores) const {
-  if (metric_ != Metric::kChoiceAccuracy || file_.scored_bytes.empty()) return std::nullopt;
-  const auto first = static_cast<std::size_t>(file_.first_sequence(request));
-  std::optional<double> best;
-  std::size_t best_row = 0;
-  for (std::size_t row = 0; row < scores.size(); ++row) {
-    double sum = 0;
-    for (const auto& score : scores[row]) {
-      if (!score) return std::nullopt;
-      sum += *score;
-    }
-    const double mean = sum / static_cast<double>(file_.scored_bytes[first + row]);
-    if (scores[row].empty() || (best && !(mean > *best))) continue;
-    best = mean;
-    best_row = row;
-  }
-  return Sample{best && file_.labels[first + best_row] == 1 ? 1.0 : 0.0, 1};
+  if (text.weight == 0 && !choices) return {};
+  if (!choices) return {.first = text, .second = {}};
+  const auto right = [&](const Best& best) {
+    return Sample{best.sequence && file_.labels[*best.sequence] == 1 ? 1.0 : 0.0, 1};
+  };
+  return {.first = right(by_sum), .second = second_metric() ? std::optional(right(per_byte)) : std::nullopt};
 }
 
 Scores Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& output) const {

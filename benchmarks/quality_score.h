@@ -55,7 +55,7 @@ class Scorer {
   /// The second metric of the task; unset: it has one.
   [[nodiscard]] std::optional<Metric> second_metric() const;
 
-  /// True if log-likelihoods are scored: first token_scores(), then sample().
+  /// True if log-likelihoods are scored: first token_scores(), then scores().
   [[nodiscard]] bool reads_logits() const;
 
   /// Of request `request`, whose rows, cut to what was run, are `rows`. `before`: where the logits that predict the
@@ -71,9 +71,6 @@ class Scorer {
   [[nodiscard]] Scores score(std::int64_t request, const Rows& rows, const c10::IValue& output) const;
 
  private:
-  [[nodiscard]] std::optional<Sample> sample(std::int64_t request, const Rows& rows, const TokenScores& scores) const;
-  /// The same of a choice by log-likelihoods divided by the choices' lengths in bytes; none where these are not known.
-  [[nodiscard]] std::optional<Sample> sample_per_byte(std::int64_t request, const TokenScores& scores) const;
   [[nodiscard]] Scores answers(std::int64_t request, const Rows& rows, const c10::IValue& output) const;
   [[nodiscard]] Sample classes(std::int64_t request, const Rows& rows, const c10::IValue& output) const;
   [[nodiscard]] TokenRange scored(std::int64_t request, std::size_t row, std::size_t length) const;
@@ -86,9 +83,5 @@ class Scorer {
 
 /// Takes away from each what is not in all of them, so that all are over the same tokens. They must be of one request.
 void keep_common(const std::vector<TokenScores*>& scores);
-
-/// Sum of the natural logarithms of the probabilities of tokens [range.begin, range.end) of `ids`, each
-/// given all before it. `logits`: [tokens, vocabulary]; row t - 1 scores token t. An empty range: 0.
-double log_likelihood(const at::Tensor& logits, std::span<const std::int32_t> ids, TokenRange range);
 
 }  // namespace llmcache::bench

@@ -1,18 +1,8 @@
 #include "quality_served.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace llmcache::bench {
-namespace {
-
-constexpr double kNotKnown = std::numeric_limits<double>::quiet_NaN();
-
-double ratio(std::int64_t part, std::int64_t whole) {
-  return whole == 0 ? kNotKnown : static_cast<double>(part) / static_cast<double>(whole);
-}
-
-}  // namespace
 
 std::int64_t ServedCounts::request_of(std::int64_t sequence) const {
   const auto& offsets = file_.request_offsets;

@@ -35,6 +35,13 @@ Json one_of(std::initializer_list<const char*> words) { return {{"enum", words}}
 // The list of fields: each calls `field`(name, value, rules of the schema, description) for all of a struct.
 
 template <class Visitor>
+void fields(const Machine& m, const Visitor& field) {
+  field("cpu", m.cpu, kFilled);
+  field("cores", m.cores);
+  field("memory_gib", m.memory_gib);
+}
+
+template <class Visitor>
 void fields(const Summary& s, const Visitor& field) {
   field("mean", s.mean);
   field("p50", s.p50);
@@ -248,7 +255,6 @@ void fields(const Record& r, const Visitor& field) {
         "Per layer: sequences that went on from the kept output of that layer / all sequences");
   quality_fields(r, field);
   field("cache_bytes", r.cache_bytes, {}, "Held by the cache at the end");
-  field("zipf", r.zipf, {}, "Exponent; null: each request once");
   field("shuffle", r.shuffle, {}, "Seed; null: the order of the file");
   field("note", maybe(r.note), {}, "Why it is slower than nocache; null where it is not");
   field("source", r.source, {}, "What the token file was made from");
@@ -339,23 +345,12 @@ struct Schema {
 Json to_json(const Record& record) { return Writer::json(record); }
 
 Json results_json(const Machine& machine, const std::string& command, const std::vector<Record>& records) {
-  return {
-      {"schema", 1},
-      {"machine", {{"cpu", machine.cpu}, {"cores", machine.cores}, {"memory_gib", Writer::json(machine.memory_gib)}}},
-      {"command", command},
-      {"records", Writer::json(records)}};
+  return {{"schema", 1}, {"machine", Writer::json(machine)}, {"command", command}, {"records", Writer::json(records)}};
 }
 
 Json results_schema() {
   Json record = Schema::json(Record{});
   record["description"] = "One model on one workload in one mode";
-  const Json machine = {{"type", "object"},
-                        {"required", {"cpu", "cores", "memory_gib"}},
-                        {"additionalProperties", false},
-                        {"properties",
-                         {{"cpu", {{"type", "string"}, {"minLength", 1}}},
-                          {"cores", {{"type", "integer"}, {"minimum", 0}}},
-                          {"memory_gib", {{"type", "number"}, {"minimum", 0}}}}}};
   return {{"$schema", "https://json-schema.org/draft/2020-12/schema"},
           {"title", "Results of llmcache-bench"},
           {"description",
@@ -366,7 +361,7 @@ Json results_schema() {
           {"additionalProperties", false},
           {"properties",
            {{"schema", {{"const", 1}}},
-            {"machine", machine},
+            {"machine", Schema::json(Machine{})},
             {"command", {{"type", "string"}, {"description", "The command line, the program by its name only"}}},
             {"records", {{"type", "array"}, {"minItems", 1}, {"items", {{"$ref", "#/$defs/record"}}}}}}},
           {"$defs", {{"record", std::move(record)}}}};

@@ -1,8 +1,7 @@
-// Results: what a run of the benchmark measured, and its JSON form (results.schema.json).
+// Results: what a run of the benchmark measured, and its JSON form.
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
@@ -12,8 +11,6 @@
 #include "statistics.h"
 
 namespace llmcache::bench {
-
-inline constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
 
 // What the fields mean stands in the list of records.cpp, from which the schema is made. NaN means not measured; NaN,
 // and what is empty, is null in JSON.
@@ -150,7 +147,6 @@ struct Record {
   std::optional<Rate> same_answer;
   Divergence divergence;
   std::int64_t cache_bytes = 0;
-  std::optional<double> zipf;
   std::optional<std::uint64_t> shuffle;
   std::string note;
   std::string source;
@@ -177,7 +173,7 @@ nlohmann::ordered_json to_json(const Record& record);
 nlohmann::ordered_json results_json(const Machine& machine, const std::string& command,
                                     const std::vector<Record>& records);
 
-/// The JSON schema of such documents: benchmarks/results.schema.json.
+/// The JSON schema of such documents.
 nlohmann::ordered_json results_schema();
 
 }  // namespace llmcache::bench

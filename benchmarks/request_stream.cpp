@@ -1,7 +1,6 @@
 #include "request_stream.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -19,9 +18,6 @@ std::uint64_t below(Generator& generator, std::uint64_t bound) {
   return value % bound;
 }
 
-/// Uniform in [0, 1).
-double unit(Generator& generator) { return static_cast<double>(generator() >> 11) * 0x1p-53; }
-
 }  // namespace
 
 std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed) {
@@ -32,41 +28,18 @@ std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed) {
   return order;
 }
 
-std::vector<std::int64_t> zipf_ranks(std::int64_t ranks, std::int64_t draws, double exponent, std::uint64_t seed) {
-  std::vector<double> cumulative(static_cast<std::size_t>(ranks));
-  double sum = 0;
-  for (std::size_t k = 0; k < cumulative.size(); ++k) {
-    sum += std::pow(static_cast<double>(k + 1), -exponent);
-    cumulative[k] = sum;
-  }
-  Generator generator(seed);
-  std::vector<std::int64_t> drawn(static_cast<std::size_t>(draws));
-  for (std::int64_t& rank : drawn) {
-    const auto place = std::upper_bound(cumulative.begin(), cumulative.end(), unit(generator) * sum);
-    rank = std::min(static_cast<std::int64_t>(place - cumulative.begin()), ranks - 1);
-  }
-  return drawn;
-}
-
 Stream make_stream(const TokenFile& file, const StreamOptions& options) {
-  Stream stream{.requests = {}, .shuffle = options.shuffle, .zipf = options.zipf};
+  Stream stream{.requests = {}, .shuffle = options.shuffle};
   if (!stream.shuffle && file.grouped_by_label()) stream.shuffle = 0;
 
   std::int64_t asking = file.requests() - file.fill_requests;
   // The same requests in the order of the file and in another one, unless the file's order would choose among labels.
-  if (options.limit && !options.zipf && !file.grouped_by_label()) asking = std::min(asking, *options.limit);
+  if (options.limit && !file.grouped_by_label()) asking = std::min(asking, *options.limit);
   std::vector<std::int64_t> order(static_cast<std::size_t>(asking));
   std::iota(order.begin(), order.end(), std::int64_t{0});
   if (stream.shuffle) order = shuffled(asking, *stream.shuffle);
   for (std::int64_t& request : order) request += file.fill_requests;
 
-  if (options.zipf) {
-    const std::int64_t draws = options.limit.value_or(asking);
-    for (const std::int64_t rank : zipf_ranks(asking, draws, *options.zipf, stream.shuffle.value_or(0))) {
-      stream.requests.push_back(order[static_cast<std::size_t>(rank)]);
-    }
-    return stream;
-  }
   if (options.limit && *options.limit < asking) order.resize(static_cast<std::size_t>(*options.limit));
   stream.requests = std::move(order);
   return stream;

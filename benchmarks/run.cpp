@@ -16,10 +16,6 @@ double ratio_of_sums(const std::vector<double>& one, const std::vector<double>& 
   return one.empty() || other.empty() ? kNotMeasured : sum(one) / sum(other);
 }
 
-double share(std::int64_t part, std::int64_t whole) {
-  return whole > 0 ? static_cast<double>(part) / static_cast<double>(whole) : kNotMeasured;
-}
-
 const Run* find(const std::vector<Run>& all, const char* mode, const std::string& weights) {
   const auto found = std::ranges::find_if(
       all, [&](const Run& run) { return run.config.mode == mode && run.config.weights == weights; });
@@ -64,9 +60,9 @@ void describe_decoding(const Run& run, const Run* plain, const Run* kvcache, con
     later.speedup_vs_kvcache = ratio_of_sums(kvcache->later_prefills, run.later_prefills);
   }
   if (run.config.chooses_output()) {
-    r.tokens_reused_fraction = share(run.tokens_reused, run.prompt_tokens);
-    r.tokens_shared_fraction = share(run.tokens_shared, run.prompt_tokens);
-    later.tokens_reused_fraction = share(run.later_tokens_reused, run.later_prompt_tokens);
+    r.tokens_reused_fraction = ratio(run.tokens_reused, run.prompt_tokens);
+    r.tokens_shared_fraction = ratio(run.tokens_shared, run.prompt_tokens);
+    later.tokens_reused_fraction = ratio(run.later_tokens_reused, run.later_prompt_tokens);
   }
   if (later.turns > 0) r.later_turns = later;
   if (plain != nullptr && &run != plain && context.greedy && run.config.exact()) r.greedy = run.greedy.result();
@@ -131,7 +127,7 @@ Record record_of(const Run& run, const std::vector<Run>& all, const RunContext& 
   r.tokens_computed_fraction = run.tokens_computed / static_cast<double>(run.tokens);
   r.latency_ms = summarize(run.latencies);
   r.verification_ms = run.verify_ms;
-  r.hit_rate = share(run.hits, run.asked);
+  r.hit_rate = ratio(run.hits, run.asked);
   if (plain != nullptr) {
     std::vector<double> ratios;
     for (std::size_t i = 0; i < run.latencies.size(); ++i) ratios.push_back(plain->latencies[i] / run.latencies[i]);

@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "failure.h"
+#include "files.h"
 #include "linear_probe.h"
 #include "table.h"
 
@@ -47,29 +48,18 @@ bool is_named(const std::string& workload, const std::string& name) {
          (rest.size() > 1 && rest[0] == '-' && rest.find_first_not_of("0123456789", 1) == std::string::npos);
 }
 
-/// "-5shot" of "openbookqa-5shot" and the like, which run only if they are named or --shots asks; else nothing.
-std::string shots_of(const std::string& workload) {
-  const auto dash = workload.rfind('-');
-  if (dash == std::string::npos || !workload.ends_with("shot")) return {};
-  const std::string number = workload.substr(dash + 1, workload.size() - 4 - dash - 1);
-  return number.find_first_not_of("0123456789") == std::string::npos ? workload.substr(dash) : std::string();
-}
-
 bool has_linear_probe(const Settings& settings, const std::string& workload, const ModelFile& model) {
   std::error_code error;
   return fs::exists(linear_probe_path(settings.data_folder, workload, model.name), error);
 }
 
 /// What runs if no workload is named, of the files for the model's tokenizer.
-void keep_defaults(const Settings& settings, const ModelFile& model, std::vector<WorkloadFile>& files) {
-  const std::string shots = settings.shots > 0 ? fmt::format("-{}shot", settings.shots) : "";
-  const Names names = names_of(files);
+void keep_defaults(const ModelFile& model, std::vector<WorkloadFile>& files) {
   std::erase_if(files, [&](const WorkloadFile& file) {
     if (model.output != "sentence_embedding" && kForEmbeddings.contains(file.workload)) return true;
     if (std::ranges::any_of(kForBudgets, [&](const auto& name) { return is_named(file.workload, name); })) return true;
     if (model.random_weights() && kForRealWeights.contains(file.workload)) return true;
-    if (!shots.empty() && names.contains(file.workload + shots)) return true;
-    return !shots_of(file.workload).empty() && shots_of(file.workload) != shots;
+    return file.workload.ends_with("shot");  // with solved examples in front
   });
   if (files.size() > 1) std::erase_if(files, [](const WorkloadFile& file) { return file.workload == kSample; });
 }
@@ -144,7 +134,7 @@ std::vector<WorkloadFile> matching(const Configuration& configuration, const std
   if (!configuration.experiments.empty()) {
     keep_experiments(configuration, model, files);
   } else if (settings.workloads.empty()) {
-    keep_defaults(settings, model, files);
+    keep_defaults(model, files);
     if (files.empty() && !settings.models.empty()) {
       throw Failure(fmt::format("model {} needs token files *.{}{}, and {} has none; prepare the data", model.name,
                                 model.tokenizer, kSuffix, settings.data_folder.string()));
@@ -175,20 +165,14 @@ void check_workloads(const Settings& settings, const std::vector<WorkloadFile>& 
 }  // namespace
 
 std::vector<WorkloadFile> workload_files(const fs::path& folder) {
-  std::error_code error;
   std::vector<WorkloadFile> files;
-  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
+  for (const fs::path& path : files_in(folder, "data")) {
+    const std::string name = path.filename().string();
     const auto dot = name.find('.');
     const std::string rest = dot == std::string::npos ? "" : name.substr(dot + 1);
     if (!rest.ends_with(kSuffix) || rest.ends_with(kProbeSuffix)) continue;
-    files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - kSuffix.size()), entry->path()});
+    files.push_back({name.substr(0, dot), rest.substr(0, rest.size() - kSuffix.size()), path});
   }
-  if (error) {
-    throw Failure(fmt::format("data folder {}: {}; prepare the data there, or name another with --data",
-                              folder.string(), error.message()));
-  }
-  std::ranges::sort(files, {}, &WorkloadFile::path);
   return files;
 }
 

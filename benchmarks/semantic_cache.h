@@ -1,8 +1,8 @@
 // A semantic cache of whole outputs: what the LLMCache paper compares itself with.
 //
 // The mean of a request's embedding output is fingerprinted; where an earlier request is as similar as asked for, its
-// kept output is returned and the model does not run. Fingerprints, their index and the eviction policy are the
-// library's, so that it differs from LayerCache in what is kept and in nothing else.
+// kept output is returned and the model does not run. Fingerprints and the bank are those of the library's fidelity
+// threshold, so that it differs from LayerCache in what is kept and in nothing else.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,10 +14,9 @@
 #include <optional>
 #include <vector>
 
-#include "llmcache/bank/lru.h"
+#include "bank/layer_bank.h"
 #include "llmcache/fingerprint/fingerprint.h"
 #include "llmcache/fingerprint/options.h"
-#include "llmcache/match/fingerprint_index.h"
 #include "outputs.h"
 
 namespace llmcache::bench {
@@ -25,7 +24,7 @@ namespace llmcache::bench {
 struct SemanticCacheOptions {
   FingerprintOptions fingerprint;
   double tau = 0.9;                ///< similarity from which on a kept output is returned, -1 to 1
-  std::size_t capacity_bytes = 0;  ///< of outputs, states and fingerprints; the oldest used goes first
+  std::size_t capacity_bytes = 0;  ///< of all that is kept; the oldest used goes first
   std::int64_t hidden_size = 0;    ///< values of a state
   bool causal = false;             ///< how a kept output of another length is laid over the tokens, see forward()
   std::vector<bool> token_output;  ///< one an output: true for [batch, tokens, ...], false for [batch, ...]
@@ -55,38 +54,25 @@ class SemanticCache {
   /// Of the latest forward(), one a row: the label of the kept row whose output was returned; unset: none.
   [[nodiscard]] const std::vector<std::optional<std::int64_t>>& served_from() const { return served_from_; }
 
-  [[nodiscard]] std::size_t bytes() const { return bytes_; }
-  [[nodiscard]] std::size_t entries() const { return recency_.size(); }
+  [[nodiscard]] BankCounters counters() const { return bank_->counters(); }
   /// Forgets everything, the mean state too.
   void clear();
 
  private:
-  struct Entry {
-    std::int64_t label = 0;
-    std::int64_t tokens = 0;
-    std::size_t bytes = 0;
-    std::vector<float> state;  // empty where ids are fingerprinted
-    Fingerprint fingerprint;
-    std::vector<at::Tensor> outputs;  // one an output: [...] or [tokens, ...]
-  };
-
   [[nodiscard]] std::vector<at::Tensor> checked(const c10::IValue& output, std::size_t rows) const;
+  [[nodiscard]] std::vector<std::vector<float>> states_of(const Rows& rows, const States& states) const;
   /// Takes all states into the mean, and keeps the `chosen` rows, whose outputs are the rows of `outputs`.
   void keep(const Rows& rows, std::int64_t label, const std::vector<std::vector<float>>& states,
             const std::vector<std::size_t>& chosen, const std::vector<at::Tensor>& outputs);
-  void insert(Entry entry);
-  void drop(std::uint32_t slot);
-  void fingerprint_again();
-  [[nodiscard]] at::Tensor laid_over(const Entry& entry, std::size_t output, std::int64_t tokens) const;
+  [[nodiscard]] at::Tensor laid_over(const LayerEntry& entry, std::size_t output, std::int64_t tokens) const;
 
   const SemanticCacheOptions options_;
   std::unique_ptr<Fingerprinter> fingerprinter_;
-  FingerprintIndex index_;
-  LruPolicy recency_;
-  std::vector<Entry> entries_;  // by slot
-  std::vector<std::uint32_t> free_slots_;
+  /// Its entries have a state without values, which tells the number of tokens, and as inputs the outputs: [...] or
+  /// [tokens, ...].
+  std::unique_ptr<LayerBank> bank_;
   std::vector<std::optional<std::int64_t>> served_from_;
-  std::size_t bytes_ = 0;
+  std::uint64_t kept_ = 0;  ///< makes keys, so that equal requests are kept as often as they come
 };
 
 }  // namespace llmcache::bench

@@ -3,12 +3,12 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <concepts>
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <sstream>
-#include <system_error>
 
 #include "failure.h"
 
@@ -41,7 +41,6 @@ void visit(Settings& s, const Visitor& one) {
   one("weights", s.weights, weights, "how kvcache and llmcache hold the weights of linear layers");
   one("output", s.output, words({"all", "last", "new"}),
       "what kvcache and llmcache (fidelity lossless) ask for [what the workload needs]");
-  one("shots", s.shots, range(0, 99), "openbookqa with so many solved examples in front, made by prepare_data.py");
   one("metric", s.metric, words({"auto", "decision", "relative", "token"}),
       "what the error of a budget is: another class, the distance of the outputs, another top token");
   one("epsilon", s.epsilons, range(1e-6, 0.5), "error budgets: largest mean error among all sequences");
@@ -50,18 +49,17 @@ void visit(Settings& s, const Visitor& one) {
       "of budgets: corrected answers of similar sequences, or regressed from the state alone");
   one("bank-format", s.bank_format, words({"as-computed", "bfloat16", "float16", "int8"}),
       "how budgets hold states of tokens");
-  one("calibration", s.calibration, form("auto|kept|FILE"),
-      "of budgets: before each run; kept beside the models for later runs; or a profile, written if it is not there");
+  one("calibration", s.calibration, words({"auto", "kept"}),
+      "of budgets: before each run, or kept beside the models for later runs");
   one("calibration-requests", s.calibration_requests, range(1, 1e12), "at most, of the training part [all]");
   one("calibration-parts", s.calibration_parts, range(1, 1000),
       "parts of the training part without a text in common: a budget runs once for each, calibrated on it alone");
   one("equal-error", s.equal_error, {}, "beside budgets, fidelity threshold too, where its error on them is as large");
   one("threshold", s.thresholds, range(-1, 1), "similarity from which on an earlier request counts");
   one("fingerprint", s.fingerprint, words({"raw", "pca", "simhash64", "simhash128", "simhash256", "jaccard"}),
-      "what similarity is measured on");
+      "what similarity is measured on; pca is fitted on the workload");
   one("fingerprint-layer", s.fingerprint_layer, range(0, 1e6), "whose state: 0 the embedding output, K after K layers");
   one("centre", s.centre, {}, "take the running mean state off first");
-  one("pca", s.pca, form("FILE"), "fitted PCA for fingerprint pca [fitted on the workload]");
   one("cache-layers", s.cache_layers, form("all|last|N,..."), "layers whose output fidelity threshold keeps");
   one("eviction", s.evictions, words({"lru", "decay", "s3fifo", "gdsf"}), "what fidelity threshold drops for room");
   one("ttl", s.ttl_seconds, range(1e-3, 1e9), "seconds after which fidelity threshold drops an entry [never]");
@@ -72,15 +70,14 @@ void visit(Settings& s, const Visitor& one) {
   one("limit", s.limit, range(1, 1e12), "requests of each workload, the first of the file [what the time allows]");
   one("seconds", s.seconds, range(1e-3, 1e6), "of each model on each workload [no limit with --limit; else a share]");
   one("shuffle", s.shuffle, range(0, 9e15), "seed of an order of the requests [the file's; 0 if grouped by label]");
-  one("zipf", s.zipf, range(0, 10), "draw requests with repeats, the k-th with probability ~ 1/k^X [each once]");
   one("models", s.models_folder, form("DIR"), "folder of the models [../models beside the program's]");
   one("data", s.data_folder, form("DIR"), "folder of the token files [../data beside the program's]");
-  one("json", s.json, form("FILE"), "write the results there, see benchmarks/results.schema.json");
+  one("json", s.json, form("FILE"), "write the results there; --schema prints their form");
   one("tokenizer", s.tokenizer, form("NAME"), "of models that have no sidecar");
 }
 
 [[noreturn]] void refuse(const std::string& name, const std::string& text, const std::string& expected) {
-  throw Failure(fmt::format("--{} {}: expected {}; llmcache-bench --help lists the settings", name, text, expected));
+  throw Failure(fmt::format("--{} {}: expected {}; llmcache-bench --help lists the options", name, text, expected));
 }
 
 bool is_layer_list(const std::string& text) {
@@ -180,29 +177,12 @@ bool is_whole(const std::optional<std::int64_t>&) { return true; }
 
 /// What no value of a single setting can tell.
 void check_together(const Settings& s) {
-  if (s.calibration != "auto" && s.calibration != "kept" && (s.epsilons.size() > 1 || s.early_exits.size() > 1)) {
-    throw Failure("--calibration FILE holds one profile: name one --epsilon and one --early-exit beside it");
-  }
   if (s.calibration != "auto" && s.calibration_parts > 1) {
     throw Failure("--calibration-parts calibrates on each part: it needs --calibration auto");
   }
   if (!s.has_fidelity("budget") && (s.equal_error || s.bank_format != "as-computed")) {
     throw Failure("--equal-error and --bank-format are for budgets: name budget in --fidelity");
   }
-  if (s.pca && s.fingerprint != "pca") {
-    throw Failure(fmt::format("--pca {} is only for --fingerprint pca, not {}", s.pca->string(), s.fingerprint));
-  }
-}
-
-/// openbookqa is the workload that examples are for; with them it is another one.
-void name_shots(Settings& s) {
-  constexpr const char* kShotWorkload = "openbookqa";
-  if (s.shots == 0) return;
-  const std::string with_shots = fmt::format("{}-{}shot", kShotWorkload, s.shots);
-  std::ranges::replace(s.workloads, std::string(kShotWorkload), with_shots);
-  if (s.workloads.empty() || std::ranges::find(s.workloads, with_shots) != s.workloads.end()) return;
-  throw Failure(
-      fmt::format("--shots {} is for the workload {}, which --workload does not name", s.shots, kShotWorkload));
 }
 
 }  // namespace
@@ -224,7 +204,6 @@ void give(const Values& values, Settings& settings) {
     unknown.erase(name);
   });
   if (!unknown.empty()) throw Failure(fmt::format("there is no setting '{}'", *unknown.begin()));
-  name_shots(settings);
   check_together(settings);
 }
 
@@ -248,21 +227,26 @@ Values values_of(const nlohmann::json& object, const std::string& where) {
   return values;
 }
 
-std::vector<SettingInfo> all_settings() {
-  std::vector<SettingInfo> all;
+void add_options(CLI::App& app, Values& options) {
   Settings settings;
   visit(settings, [&]<class T>(const char* name, T& field, const Allowed& allowed, const char* help) {
-    SettingInfo info{.name = name, .help = help, .type = {}, .standard = {}, .list = TypeOf<T>::kList, .flag = false};
-    info.flag = std::is_same_v<T, bool> && TypeOf<T>::text(field) == "off";
-    if (std::string(help).find('[') == std::string::npos) info.standard = TypeOf<T>::text(field);
-    info.type = allowed.form != nullptr   ? allowed.form
-                : !allowed.words.empty()  ? fmt::format("{}", fmt::join(allowed.words, "|"))
-                : std::is_same_v<T, bool> ? "on|off"
-                : is_whole(field)         ? "N"
-                                          : "X";
-    all.push_back(std::move(info));
+    const std::string standard = TypeOf<T>::text(field);
+    const bool told = standard.empty() || std::string_view(help).find('[') != std::string_view::npos;
+    const std::string text = told ? help : fmt::format("{} [{}]", help, standard);
+    const std::string option = fmt::format("--{}", name);
+    if (std::is_same_v<T, bool> && standard == "off") {
+      app.add_flag_callback(
+          option, [&options, key = std::string(name)] { options[key] = {"on"}; }, text);
+      return;
+    }
+    CLI::Option* made = app.add_option(option, options[name], text);
+    made->type_name(allowed.form != nullptr   ? allowed.form
+                    : !allowed.words.empty()  ? fmt::format("{}", fmt::join(allowed.words, "|"))
+                    : std::is_same_v<T, bool> ? "on|off"
+                    : is_whole(field)         ? "N"
+                                              : "X");
+    TypeOf<T>::kList ? made->delimiter(',') : made->expected(1);
   });
-  return all;
 }
 
 std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, std::int64_t layers) {
@@ -282,12 +266,6 @@ std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, st
     }
   }
   return {chosen.begin(), chosen.end()};
-}
-
-std::filesystem::path program_folder() {
-  std::error_code error;
-  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
-  return error ? std::filesystem::current_path() : program.parent_path();
 }
 
 }  // namespace llmcache::bench

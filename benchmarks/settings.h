@@ -10,6 +10,10 @@
 #include <string>
 #include <vector>
 
+namespace CLI {
+class App;
+}
+
 namespace llmcache::bench {
 
 /// What each of them means is in the list of settings.cpp, which --help prints.
@@ -20,7 +24,6 @@ struct Settings {
   std::vector<std::string> fidelities = {"lossless", "threshold"};
   std::vector<std::string> weights = {"as-loaded"};
   std::optional<std::string> output;
-  std::int64_t shots = 0;
 
   std::string metric = "auto";
   std::vector<double> epsilons = {0.005, 0.01, 0.02};
@@ -36,7 +39,6 @@ struct Settings {
   std::string fingerprint = "simhash128";
   std::int64_t fingerprint_layer = 0;
   bool centre = true;
-  std::optional<std::filesystem::path> pca;
   std::string cache_layers = "last";
   std::vector<std::string> evictions = {"lru"};
   std::optional<double> ttl_seconds;
@@ -48,7 +50,6 @@ struct Settings {
   std::optional<std::int64_t> limit;
   std::optional<double> seconds;
   std::optional<std::int64_t> shuffle;
-  std::optional<double> zipf;
 
   std::filesystem::path models_folder;
   std::filesystem::path data_folder;
@@ -71,22 +72,11 @@ void give(const Values& values, Settings& settings);
 /// What a JSON object of settings holds. `where` is for messages. Throws Failure.
 Values values_of(const nlohmann::json& object, const std::string& where);
 
-/// One setting, as --help shows it.
-struct SettingInfo {
-  std::string name;
-  std::string help;
-  std::string type;      ///< of its values
-  std::string standard;  ///< what it is if nobody gives it; empty: see the help
-  bool list = false;
-  bool flag = false;
-};
-std::vector<SettingInfo> all_settings();
+/// Adds an option for each setting; parsing gives `options` their values, and an empty list to the others.
+void add_options(CLI::App& app, Values& options);
 
 /// Layers that `cache_layers` ("all", "last" or "0,3,...") means in a model of `layers`, rising.
 /// Throws Failure for a layer that the model does not have.
 std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, std::int64_t layers);
-
-/// Folder of the running program.
-std::filesystem::path program_folder();
 
 }  // namespace llmcache::bench

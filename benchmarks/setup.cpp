@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <utility>
 
 #include "failure.h"
@@ -49,8 +48,7 @@ std::optional<LinearProbe> Setup::linear_probe() const {
 bool Setup::can_have_budgets() const {
   const OutputShape& shape = model_.output_shape();
   const bool answers = (decoder_ ? shape.logits_output : shape.pooled_output) >= 0;
-  const bool profile = settings_.calibration != "auto" && settings_.calibration != "kept";
-  const bool possible = judged_ && answers && (tokens_.fill_requests > 0 || profile);
+  const bool possible = judged_ && answers && tokens_.fill_requests > 0;
   if (!possible && settings_.has_fidelity("budget")) {
     context_.note("{} on {}: no fidelity budget: it takes trained weights, a pooled output and a training part",
                   context_.file.name, tokens_.workload);
@@ -116,17 +114,13 @@ std::vector<Nearest> Setup::find_nearest(const Options& options) const {
   return nearest;
 }
 
-/// Read from a file, or fitted on the states of the fill part, or of the first requests without one.
+/// Fitted on the states of the fill part, or of the first requests without one.
 std::shared_ptr<const PcaModel> Setup::pca() const {
   constexpr std::size_t kRows = 2000;
   constexpr std::int64_t kRequestsWithoutFill = 64;
   constexpr std::int64_t kComponents = 64;
   Cache& cache = model_.cache();
   const std::int64_t hidden_size = cache.profile().hidden;
-  const std::string digest = fmt::format("{} state {}", cache.profile().digest, settings_.fingerprint_layer);
-  if (settings_.pca && std::filesystem::exists(*settings_.pca)) {
-    return std::make_shared<const PcaModel>(PcaModel::load(*settings_.pca, digest, hidden_size));
-  }
   std::vector<float> values;
   std::size_t rows = 0;
   const std::int64_t end =
@@ -139,9 +133,7 @@ std::shared_ptr<const PcaModel> Setup::pca() const {
     }
   }
   const std::int64_t components = std::min({kComponents, hidden_size, static_cast<std::int64_t>(rows) - 1});
-  auto model = std::make_shared<const PcaModel>(PcaModel::fit(values, hidden_size, components));
-  if (settings_.pca) model->save(*settings_.pca, digest);
-  return model;
+  return std::make_shared<const PcaModel>(PcaModel::fit(values, hidden_size, components));
 }
 
 std::string Setup::output() const {

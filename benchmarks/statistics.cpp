@@ -2,19 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 namespace llmcache::bench {
 
+double ratio(std::int64_t part, std::int64_t whole) {
+  return whole == 0 ? kNotMeasured : static_cast<double>(part) / static_cast<double>(whole);
+}
+
 double mean(const std::vector<double>& values) {
-  if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
+  if (values.empty()) return kNotMeasured;
   return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
 }
 
 double percentile(std::vector<double> values, double p) {
   const bool undefined = std::any_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
-  if (values.empty() || undefined) return std::numeric_limits<double>::quiet_NaN();
+  if (values.empty() || undefined) return kNotMeasured;
   std::sort(values.begin(), values.end());
   const double place = std::clamp(p, 0.0, 100.0) / 100.0 * static_cast<double>(values.size() - 1);
   const auto below = static_cast<std::size_t>(place);
@@ -32,7 +35,7 @@ Summary summarize(const std::vector<double>& values) {
 }
 
 Interval wilson(std::int64_t successes, std::int64_t trials) {
-  if (trials <= 0) return {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::quiet_NaN()};
+  if (trials <= 0) return {kNotMeasured, kNotMeasured};
   constexpr double kZ = 1.959963984540054;  // 97.5 % of the normal distribution lies below
   const auto n = static_cast<double>(trials);
   const double p = static_cast<double>(successes) / n;
@@ -61,7 +64,7 @@ double spearman(const std::vector<double>& x, const std::vector<double>& y) {
   const auto undefined = [](const std::vector<double>& values) {
     return std::any_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
   };
-  if (x.size() < 2 || undefined(x) || undefined(y)) return std::numeric_limits<double>::quiet_NaN();
+  if (x.size() < 2 || undefined(x) || undefined(y)) return kNotMeasured;
   const auto rx = average_ranks(x);
   const auto ry = average_ranks(y);
   const double middle = (static_cast<double>(x.size()) + 1) / 2;
@@ -73,7 +76,7 @@ double spearman(const std::vector<double>& x, const std::vector<double>& y) {
     xx += (rx[i] - middle) * (rx[i] - middle);
     yy += (ry[i] - middle) * (ry[i] - middle);
   }
-  return xx == 0 || yy == 0 ? std::numeric_limits<double>::quiet_NaN() : xy / std::sqrt(xx * yy);
+  return xx == 0 || yy == 0 ? kNotMeasured : xy / std::sqrt(xx * yy);
 }
 
 }  // namespace llmcache::bench

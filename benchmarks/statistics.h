@@ -2,10 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
 namespace llmcache::bench {
+
+inline constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
+
+/// NaN where there is no whole.
+double ratio(std::int64_t part, std::int64_t whole);
 
 /// NaN for no values.
 double mean(const std::vector<double>& values);

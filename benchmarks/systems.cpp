@@ -263,7 +263,7 @@ class SemanticCacheSystem final : public System {
   void describe(Record& record) const override {
     describe_similarity(config_, context_, record);
     record.capacity_bytes = static_cast<std::int64_t>(bytes(config_));
-    record.cache_bytes = static_cast<std::int64_t>(cache_.bytes());
+    record.cache_bytes = static_cast<std::int64_t>(cache_.counters().bytes);
   }
 
  private:
@@ -290,12 +290,6 @@ std::int64_t tokens_of(const Rows& rows) {
   std::size_t tokens = 0;
   for (const auto& row : rows) tokens += row.size();
   return static_cast<std::int64_t>(tokens);
-}
-
-std::int64_t padded_length(const Rows& rows) {
-  std::size_t longest = 0;
-  for (const auto& row : rows) longest = std::max(longest, row.size());
-  return static_cast<std::int64_t>(longest);
 }
 
 std::string cache_name(const RunConfig& config, const Settings& settings) {

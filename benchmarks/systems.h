@@ -30,8 +30,6 @@ struct Call {
 
 /// Real tokens of all rows.
 std::int64_t tokens_of(const Rows& rows);
-/// Tokens of the longest row.
-std::int64_t padded_length(const Rows& rows);
 
 /// What a call returned and did.
 struct Answer {

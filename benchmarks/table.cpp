@@ -14,6 +14,8 @@ namespace {
 
 constexpr double kMiB = 1024.0 * 1024.0;
 
+std::string mebibytes(std::int64_t bytes) { return fmt::format("{:.1f}", static_cast<double>(bytes) / kMiB); }
+
 /// "-" where nothing was measured.
 std::string number(double value, int digits) { return std::isnan(value) ? "-" : fmt::format("{:.{}f}", value, digits); }
 
@@ -79,7 +81,6 @@ std::string quality(const Record& r) {
 bool random_weights(const std::string& weights) { return weights.starts_with("random"); }
 
 std::string workload_name(const Record& record) {
-  if (record.zipf) return fmt::format("{} (zipf {:g})", record.workload, *record.zipf);
   return record.shuffle ? record.workload + " (shuffled)" : record.workload;
 }
 
@@ -106,38 +107,20 @@ constexpr std::size_t kLeftColumns = 5;
 struct Column {
   const char* header;
   std::function<std::string(const Record&)> cell;
-  bool may_be_empty = false;  ///< then it is left out
 };
 
-/// Of what only some records have.
-std::vector<Column> optional_columns() {
+std::vector<Column> columns_of(bool capacities, bool evictions) {
   const LaterTurns none = {.prefill_ms = {.mean = kNotMeasured}};
   return {
-      {"prefill ms", [](const Record& r) { return ms(r.prefill_ms); }, true},
-      {"vs nocache", [](const Record& r) { return number(r.prefill_speedup_vs_nocache, 2); }, true},
-      {"vs kvcache", [](const Record& r) { return number(r.prefill_speedup_vs_kvcache, 2); }, true},
-      {"reused", [](const Record& r) { return percent(r.tokens_reused_fraction); }, true},
-      {"shared", [](const Record& r) { return percent(r.tokens_shared_fraction); }, true},
-      {"decode ms", [](const Record& r) { return ms(r.decode_ms); }, true},
-      {"tokens/s", [](const Record& r) { return number(r.tokens_per_second, 1); }, true},
-      {"later turns: ms", [=](const Record& r) { return ms(r.later_turns.value_or(none).prefill_ms); }, true},
-      {"vs kvcache ", [=](const Record& r) { return number(r.later_turns.value_or(none).speedup_vs_kvcache, 2); },
-       true},
-      {"greedy", [](const Record& r) { return greedy_text(r.greedy); }, true},
-  };
-}
-
-std::vector<Column> columns_of(bool capacities, bool evictions) {
-  std::vector<Column> columns = {
       {"model", [](const Record& r) { return r.model; }},
       {"weights", [](const Record& r) { return random_weights(r.weights) ? "random weights" : r.weights; }},
       {"workload", workload_name},
       {"mode", [=](const Record& r) { return mode_name(r, capacities, evictions); }},
       {"quality", quality},
       {"speedup", [](const Record& r) { return number(r.speedup_vs_nocache, 2); }},
-      {"promised", [](const Record& r) { return number(r.budget ? r.budget->promised : kNotMeasured, 4); }, true},
-      {"error", [](const Record& r) { return error(r.observed_error); }, true},
-      {"hits", [](const Record& r) { return number(100 * r.hit_rate, 1) + "%"; }},
+      {"promised", [](const Record& r) { return number(r.budget ? r.budget->promised : kNotMeasured, 4); }},
+      {"error", [](const Record& r) { return error(r.observed_error); }},
+      {"hits", [](const Record& r) { return percent(r.hit_rate); }},
       {"requests", [](const Record& r) { return fmt::format("{}/{}", r.requests, r.requests_available); }},
       {"filled",
        [](const Record& r) { return r.fill_available == 0 ? "-" : fmt::format("{}/{}", r.filled, r.fill_available); }},
@@ -147,13 +130,20 @@ std::vector<Column> columns_of(bool capacities, bool evictions) {
       {"p50", [](const Record& r) { return number(r.latency_ms.p50, 2); }},
       {"p95", [](const Record& r) { return number(r.latency_ms.p95, 2); }},
       {"p99", [](const Record& r) { return number(r.latency_ms.p99, 2); }},
+      {"prefill ms", [](const Record& r) { return ms(r.prefill_ms); }},
+      {"vs nocache", [](const Record& r) { return number(r.prefill_speedup_vs_nocache, 2); }},
+      {"vs kvcache", [](const Record& r) { return number(r.prefill_speedup_vs_kvcache, 2); }},
+      {"reused", [](const Record& r) { return percent(r.tokens_reused_fraction); }},
+      {"shared", [](const Record& r) { return percent(r.tokens_shared_fraction); }},
+      {"decode ms", [](const Record& r) { return ms(r.decode_ms); }},
+      {"tokens/s", [](const Record& r) { return number(r.tokens_per_second, 1); }},
+      {"later turns: ms", [=](const Record& r) { return ms(r.later_turns.value_or(none).prefill_ms); }},
+      {"vs kvcache ", [=](const Record& r) { return number(r.later_turns.value_or(none).speedup_vs_kvcache, 2); }},
+      {"greedy", [](const Record& r) { return greedy_text(r.greedy); }},
+      {"divergence", [](const Record& r) { return small(r.divergence.mean); }},
+      {"largest", [](const Record& r) { return small(r.divergence.max); }},
+      {"cache MiB", [](const Record& r) { return mebibytes(r.cache_bytes); }},
   };
-  for (Column& column : optional_columns()) columns.push_back(std::move(column));
-  columns.push_back({"divergence", [](const Record& r) { return small(r.divergence.mean); }});
-  columns.push_back({"largest", [](const Record& r) { return small(r.divergence.max); }});
-  columns.push_back(
-      {"cache MiB", [](const Record& r) { return number(static_cast<double>(r.cache_bytes) / kMiB, 1); }});
-  return columns;
 }
 
 }  // namespace
@@ -165,28 +155,18 @@ void Table::add(std::vector<std::string> cells) {
   rows_.push_back(std::move(cells));
 }
 
-void Table::drop_if_empty(const std::string& header) {
-  const auto found = std::find(rows_[0].begin(), rows_[0].end(), header);
-  if (found == rows_[0].end()) return;
-  const auto column = found - rows_[0].begin();
-  const auto empty = [&](const std::vector<std::string>& row) {
-    const std::string& cell = row[static_cast<std::size_t>(column)];
-    return cell.empty() || cell == "-";
-  };
-  if (!std::all_of(rows_.begin() + 1, rows_.end(), empty)) return;
-  for (auto& row : rows_) row.erase(row.begin() + column);
-  left_ -= static_cast<std::size_t>(column) < left_ ? 1 : 0;
-}
-
 std::string Table::text() const {
   std::vector<std::size_t> widths(rows_[0].size(), 0);
-  for (const auto& row : rows_) {
-    for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  for (std::size_t i = 0; i < widths.size(); ++i) {
+    const auto filled = [i](const auto& row) { return !row[i].empty() && row[i] != "-"; };
+    if (std::none_of(rows_.begin() + 1, rows_.end(), filled)) continue;  // 0: it is left out
+    for (const auto& row : rows_) widths[i] = std::max(widths[i], row[i].size());
   }
   std::string text;
   for (const auto& row : rows_) {
     std::string line;
     for (std::size_t i = 0; i < row.size(); ++i) {
+      if (widths[i] == 0) continue;
       line += i < left_ ? fmt::format("{:<{}}  ", row[i], widths[i]) : fmt::format("{:>{}}  ", row[i], widths[i]);
     }
     line.erase(line.find_last_not_of(' ') + 1);
@@ -207,9 +187,6 @@ std::string results_table(const std::vector<Record>& records) {
     std::vector<std::string> cells;
     for (const Column& column : columns) cells.push_back(column.cell(r));
     table.add(std::move(cells));
-  }
-  for (const Column& column : columns) {
-    if (column.may_be_empty) table.drop_if_empty(column.header);
   }
   return table.text();
 }
@@ -232,13 +209,11 @@ std::string wrap_table(const std::vector<WrapCost>& costs) {
                "model's weights MiB", "packed MiB"},
               4);
   for (const WrapCost& c : costs) {
-    const auto mib = [](std::int64_t bytes) { return number(static_cast<double>(bytes) / kMiB, 1); };
     table.add({c.model, random_weights(c.weights) ? "random weights" : c.weights, c.held, c.granularity,
-               number(c.wrap_ms, 0), mib(c.resident_before), mib(c.resident_after),
-               mib(c.resident_after - c.resident_before), mib(c.weight_bytes),
-               c.packed_bytes > 0 ? mib(c.packed_bytes) : "-"});
+               number(c.wrap_ms, 0), mebibytes(c.resident_before), mebibytes(c.resident_after),
+               mebibytes(c.resident_after - c.resident_before), mebibytes(c.weight_bytes),
+               c.packed_bytes > 0 ? mebibytes(c.packed_bytes) : "-"});
   }
-  table.drop_if_empty("packed MiB");
   std::string text = table.text();
   for (const WrapCost& c : costs) {
     for (const std::string& note : c.notes) text += fmt::format("{}: {}\n", c.model, note);

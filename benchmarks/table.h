@@ -14,8 +14,7 @@ class Table {
   Table(std::vector<std::string> headers, std::size_t left);
   /// `cells` must have one entry a header.
   void add(std::vector<std::string> cells);
-  /// Drops the column with this header where all its cells are empty or "-".
-  void drop_if_empty(const std::string& header);
+  /// Columns of which all cells are empty or "-" are left out.
   [[nodiscard]] std::string text() const;
 
  private:

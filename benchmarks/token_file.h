@@ -13,7 +13,9 @@
 //   metadata stop_token     generation: it says no more once it has said this one; absent: none
 //   metadata label_names    JSON list: names of the classes
 //   labels      int64   [sequences]     classification: class; choice: 1 right, 0 wrong
-//   scored      int64   [sequences, 2]  tokens [begin, end) whose log-likelihood is scored; begin >= 1
+//   scored      int64   [sequences, 2]  tokens [begin, end) whose log-likelihood is scored; begin >= 1, begin = end
+//                                       where nothing is scored
+//   scored_bytes int64  [sequences]     choice: length in bytes of the text that is scored
 //   group       int64   [requests]      answer: equal gold answers have equal numbers, -1 unanswerable
 //   partner     int64   [requests]      duplicates: the fill request of the pair; -1 in the fill part
 //   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
@@ -25,7 +27,12 @@
 //                                             answers (lower case, no punctuation), with the white space before it
 //   token_text_offsets  int64 [total + 1]     into token_text
 //   gold                uint8 [bytes]         answer, with passage: gold answers by the same rule, each ended by a
-//   newline gold_offsets        int64 [requests + 1]  into gold; nothing for a request: it cannot be answered
+//                                             newline
+//   gold_offsets        int64 [requests + 1]  into gold; nothing for a request: it cannot be answered
+//
+// What is not read here: `edit_kind` (int64 [sequences], number in the metadata's list edit_kinds of how a sequence
+// differs from the last one before it that is as it is, 0) and `edit_percent` (float32 [sequences], share of its words
+// that were changed); the metadata recipe and content_sha256 (what the file was made from, and its content).
 //
 // Where text is generated, a request is a conversation: its sequences are the user's parts of it, the model's
 // answers come between them.

@@ -14,12 +14,11 @@
 #include <utility>
 
 #include "failure.h"
-#include "llmcache/bank/slot_table.h"
+#include "store/bounded_json.h"
+#include "store/damaged_data.h"
 
 namespace llmcache::bench {
 namespace {
-
-using Json = nlohmann::json;
 
 /// Gives blocks their dense numbers and checks that each is always behind the same one.
 class BlockNumbers {
@@ -56,86 +55,33 @@ class BlockNumbers {
   std::unordered_map<std::int64_t, Block> blocks_;
 };
 
-const Json& field(const Json& object, const char* name, const std::string& where) {
-  const auto found = object.find(name);
-  if (found == object.end()) throw Failure(fmt::format("{}: no field '{}'", where, name));
-  return *found;
-}
-
-/// JSON for a message, not longer than a line.
-std::string shown(const Json& json) {
-  const std::string text = json.dump(-1, ' ', true, Json::error_handler_t::replace);
-  return text.size() <= 60 ? text : text.substr(0, 57) + "...";
-}
-
 TraceRequest parse_request(const std::string& line, std::size_t number, const std::string& name,
                            BlockNumbers& numbers) {
-  const std::string where = fmt::format("{}, line {}", name, number);
-  const Json object = Json::parse(line, nullptr, /*allow_exceptions=*/false);
-  if (!object.is_object()) throw Failure(fmt::format("{}: not a JSON object; expected one request a line", where));
-
   TraceRequest request;
-  const Json& timestamp = field(object, "timestamp", where);
-  if (!timestamp.is_number()) {
-    throw Failure(fmt::format("{}: 'timestamp' is no number; milliseconds are expected", where));
-  }
-  request.time_s = timestamp.get<double>() / 1000;
-
-  const Json& ids = field(object, "hash_ids", where);
-  if (!ids.is_array() || ids.empty()) {
-    throw Failure(fmt::format("{}: 'hash_ids' is no list with a block in it", where));
+  std::vector<std::int64_t> ids;
+  try {
+    const nlohmann::json json = parse_bounded_json(line);
+    const JsonObject object(json);
+    request.time_s = object.number("timestamp") / 1000;
+    const auto found = json.find("hash_ids");
+    if (found == json.end() || !found->is_array() || found->empty()) {
+      throw DamagedData("its 'hash_ids' is no list with a block in it");
+    }
+    for (const nlohmann::json& id : *found) {
+      if (!id.is_number_integer()) throw DamagedData(fmt::format("its 'hash_ids' has {}", shown(id.dump())));
+      ids.push_back(id.get<std::int64_t>());  // a number of 2^63 and more wraps: still one number for each
+    }
+  } catch (const DamagedData& error) {
+    throw Failure(fmt::format("{}, line {}: {}; a line is a request, with \"timestamp\" and \"hash_ids\"", name, number,
+                              error.what()));
   }
   std::optional<std::int64_t> before;
-  for (const Json& id : ids) {
-    if (!id.is_number_integer()) {
-      throw Failure(fmt::format("{}: 'hash_ids' has {}; whole numbers are expected", where, shown(id)));
-    }
-    const auto value = id.get<std::int64_t>();  // a number of 2^63 and more wraps: still one number for each
-    request.blocks.push_back(numbers.number(value, before, number));
-    before = value;
+  for (const std::int64_t id : ids) {
+    request.blocks.push_back(numbers.number(id, before, number));
+    before = id;
   }
   return request;
 }
-
-/// The blocks that are held, the slots that they have in the policy, and free slots.
-class Bank {
- public:
-  Bank(std::uint32_t distinct, const EvictionOptions& options)
-      : policy_(options, std::pmr::new_delete_resource()), slots_(distinct, kNoSlot) {}
-
-  [[nodiscard]] bool holds(std::uint32_t block) const { return slots_[block] != kNoSlot; }
-  [[nodiscard]] std::size_t size() const { return policy_.size(); }
-
-  void use(std::uint32_t block, double cost, double time_s) {
-    if (holds(block)) {
-      policy_.hit(slots_[block], time_s);
-      return;
-    }
-    std::uint32_t slot = static_cast<std::uint32_t>(blocks_.size());
-    if (free_.empty()) {
-      blocks_.push_back(block);
-    } else {
-      slot = free_.back();
-      free_.pop_back();
-      blocks_[slot] = block;
-    }
-    slots_[block] = slot;
-    policy_.insert(slot, EntryCost{1, cost, std::uint64_t{block} + 1}, time_s);
-  }
-
-  void evict(double time_s) {
-    const std::uint32_t slot = policy_.victim(time_s).value();
-    policy_.erase(slot);
-    slots_[blocks_[slot]] = kNoSlot;
-    free_.push_back(slot);
-  }
-
- private:
-  EvictionPolicy policy_;
-  std::vector<std::uint32_t> slots_;   ///< by block
-  std::vector<std::uint32_t> blocks_;  ///< by slot
-  std::vector<std::uint32_t> free_;
-};
 
 /// One request of `blocks` blocks, the first `hits` of which were held.
 void count(Replay& result, std::size_t blocks, std::size_t hits) {
@@ -179,18 +125,19 @@ double prefix_cost(std::size_t blocks) {
 
 Replay replay(const Trace& trace, std::uint64_t capacity, const EvictionOptions& options) {
   Replay result;
-  Bank bank(trace.distinct, options);
+  EvictionPolicy held(options, std::pmr::new_delete_resource());  // a block's number is its slot
   for (const TraceRequest& request : trace.requests) {
     const auto& blocks = request.blocks;
-    const auto missed = std::find_if(blocks.begin(), blocks.end(), [&](auto block) { return !bank.holds(block); });
+    const auto missed = std::find_if(blocks.begin(), blocks.end(), [&](auto block) { return !held.contains(block); });
     count(result, blocks.size(), static_cast<std::size_t>(missed - blocks.begin()));
     const double mean_cost = prefix_cost(blocks.size()) / static_cast<double>(blocks.size());
     for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
-      bank.use(*block, mean_cost, request.time_s);
-      while (bank.size() > capacity) {
-        bank.evict(request.time_s);
-        ++result.evictions;
+      if (held.contains(*block)) {
+        held.hit(*block, request.time_s);
+      } else {
+        held.insert(*block, EntryCost{1, mean_cost, std::uint64_t{*block} + 1}, request.time_s);
       }
+      for (; held.size() > capacity; ++result.evictions) held.erase(held.victim(request.time_s).value());
     }
   }
   return result;

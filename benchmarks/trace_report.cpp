@@ -7,7 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <system_error>
 
+#include "command_line.h"
 #include "failure.h"
+#include "files.h"
 #include "llmcache/error.h"
 #include "llmcache/version.h"
 #include "table.h"
@@ -46,8 +48,7 @@ std::filesystem::path default_trace() {
         "{} is not there, where LLMCACHE_RAW_DATA points; mend that, or name a trace with --trace", path.string()));
   }
   std::error_code error;
-  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
-  auto folder = error ? std::filesystem::current_path() : program.parent_path();
+  auto folder = program_folder();
   for (;; folder = folder.parent_path()) {
     auto path = folder / "shared" / "data" / kTraceFile;
     if (std::filesystem::is_regular_file(path, error)) return path;
@@ -119,15 +120,7 @@ TraceArguments parse_trace_arguments(int argc, const char* const* argv) {
       ->type_name("N");
   app.add_option("--json", arguments.json, "write the results to this file")->type_name("FILE");
 
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForVersion&) {
-    throw TraceHelpAsked{app.version() + "\n"};
-  } catch (const CLI::CallForHelp&) {
-    throw TraceHelpAsked{app.help()};
-  } catch (const CLI::ParseError& error) {
-    throw Failure(fmt::format("{}; llmcache-trace --help lists the options", error.what()));
-  }
+  parse(app, argc, argv);
   try {
     arguments.eviction.validate();
   } catch (const Error& error) {

@@ -25,12 +25,7 @@ struct TraceArguments {
   std::optional<std::filesystem::path> json;
 };
 
-/// Nothing to do: help was asked for and is in `text`.
-struct TraceHelpAsked {
-  std::string text;
-};
-
-/// Throws Failure for a bad command line, or if no trace is named and the default one is not found; TraceHelpAsked for
+/// Throws Failure for a bad command line, or if no trace is named and the default one is not found; HelpAsked for
 /// --help and --version.
 TraceArguments parse_trace_arguments(int argc, const char* const* argv);
 

@@ -96,8 +96,6 @@ class ChoiceTest : public ::testing::Test {
 TEST_F(ChoiceTest, ByDefault) {
   EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa", "squad"));
   EXPECT_THAT(chosen("random (seed 0)"), ElementsAre("generate-128", "openbookqa", "squad"));
-  options_["shots"] = {"5"};
-  EXPECT_THAT(chosen("hub:x"), ElementsAre("chat", "generate-128", "generate-512", "openbookqa-5shot", "squad"));
 }
 
 TEST(FirstRunTest, MeasuresWhatAUserWouldChoose) {
@@ -243,12 +241,12 @@ TEST(SettingsTest, AreReadFromOptionsAndNonsenseIsRefused) {
   const auto is_first_run = [&](const std::vector<const char*>& words) {
     return !parse_all(words).configuration.experiments.empty();
   };
-  const Command command = parse_all({"--model", "a,b", "--model", "c", "--mode", "llmcache", "--zipf", "1.5"});
+  const Command command = parse_all({"--model", "a,b", "--model", "c", "--mode", "llmcache", "--shuffle", "5"});
   const Settings& settings = command.configuration.settings;
   EXPECT_THAT(settings.models, ElementsAre("a", "b", "c"));
   EXPECT_THAT(settings.modes, ElementsAre("llmcache"));
-  EXPECT_EQ(settings.zipf, 1.5);
-  EXPECT_EQ(command.text, "llmcache-bench --model a,b --model c --mode llmcache --zipf 1.5");
+  EXPECT_EQ(settings.shuffle, 5);
+  EXPECT_EQ(command.text, "llmcache-bench --model a,b --model c --mode llmcache --shuffle 5");
   EXPECT_FALSE(is_first_run({"--model", "a"}));
   EXPECT_FALSE(is_first_run({"--limit", "3"}));
   EXPECT_TRUE(is_first_run({}));
@@ -270,12 +268,8 @@ TEST(SettingsTest, AreReadFromOptionsAndNonsenseIsRefused) {
               ElementsAre("as-loaded", "packed-fp16"));
   EXPECT_FALSE(parse(any).output.has_value());
   EXPECT_EQ(parse({"--output", "new"}).output, "new");
-  EXPECT_EQ(parse({"--shots", "5"}).shots, 5);
   EXPECT_FALSE(parse(any).batch.has_value());
   EXPECT_EQ(parse({"--batch", "32"}).batch, 32);
-  EXPECT_THAT(parse({"--shots", "5", "--workload", "squad,openbookqa"}).workloads,
-              ElementsAre("squad", "openbookqa-5shot"));
-  EXPECT_THAT(parse({"--shots", "0", "--workload", "openbookqa"}).workloads, ElementsAre("openbookqa"));
   EXPECT_EQ(parse({"--cache-layers", "0,3"}).cache_layers, "0,3");
   EXPECT_THROW(parse({"--help"}), HelpAsked);
   for (const std::vector<const char*>& bad : std::vector<std::vector<const char*>>{{"--threads", "0"},
@@ -285,8 +279,6 @@ TEST(SettingsTest, AreReadFromOptionsAndNonsenseIsRefused) {
                                                                                    {"--seconds", "0"},
                                                                                    {"--seconds", "nan"},
                                                                                    {"--mode", "turbo"},
-                                                                                   {"--zipf", "-1"},
-                                                                                   {"--zipf", "nan"},
                                                                                    {"--shuffle", "-1"},
                                                                                    {"--fidelity", "x"},
                                                                                    {"--weights", "int8"},
@@ -295,10 +287,6 @@ TEST(SettingsTest, AreReadFromOptionsAndNonsenseIsRefused) {
                                                                                    {"--output", "all,new"},
                                                                                    {"--batch", "0"},
                                                                                    {"--batch", "1,8"},
-                                                                                   {"--shots", "-1"},
-                                                                                   {"--shots", "100"},
-                                                                                   {"--shots", "1.5"},
-                                                                                   {"--shots", "5", "--workload=squad"},
                                                                                    {"--capacity-mib", "-1"},
                                                                                    {"--capacity-mib", "1,x"},
                                                                                    {"--threshold", "1.5"},
@@ -314,10 +302,10 @@ TEST(SettingsTest, AreReadFromOptionsAndNonsenseIsRefused) {
                                                                                    {"--eviction", "fifo"},
                                                                                    {"--ttl", "0"},
                                                                                    {"--audit-rate", "2"},
-                                                                                   {"--pca", "file"},
                                                                                    {"--nonsense"},
                                                                                    {"stray"},
                                                                                    {"--calibration-parts", "0"},
+                                                                                   {"--calibration", "profile.json"},
                                                                                    {"--config", "no such"},
                                                                                    {"--model"}}) {
     EXPECT_THROW(parse(bad), Failure) << bad[0] << " " << bad.back();
@@ -373,17 +361,16 @@ TEST(SettingsTest, ConfigurationsOfTheRepositoryAreGood) {
   }
   EXPECT_EQ(
       needs_text(read_configuration(std::filesystem::path("first-run"), {})),
-      "models bench\nworkloads banking77 chat generate-128 openbookqa small-edits-256 squad wikitext\nshots \nbudgets "
-      "yes\n");
+      "models bench\nworkloads banking77 chat generate-128 openbookqa small-edits-256 squad wikitext\nbudgets yes\n");
 }
 
 TEST(SettingsTest, NeedsAreModelsAndWorkloadsThatAreMade) {
   const auto needs = [](const Values& options) {
     return needs_text(read_configuration(std::string_view("{}"), "none", options));
   };
-  EXPECT_EQ(needs({{"model", {"a", "b/c.pt"}}, {"workload", {"openbookqa", "squad"}}, {"shots", {"5"}}}),
-            "models a\nworkloads openbookqa squad\nshots 5\nbudgets \n");
-  EXPECT_EQ(needs({{"model", {"b/c.pt"}}, {"fidelity", {"budget"}}}), "models \nworkloads \nshots \nbudgets yes\n");
+  EXPECT_EQ(needs({{"model", {"a", "b/c.pt"}}, {"workload", {"openbookqa-5shot", "squad"}}}),
+            "models a\nworkloads openbookqa-5shot squad\nbudgets \n");
+  EXPECT_EQ(needs({{"model", {"b/c.pt"}}, {"fidelity", {"budget"}}}), "models \nworkloads \nbudgets yes\n");
 }
 
 TEST(SettingsTest, CacheLayers) {

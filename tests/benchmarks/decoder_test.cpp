@@ -506,8 +506,11 @@ TEST_F(PartialScoreTest, TokensAreScoredWhereTheLogitsBeforeThemCameBack) {
   const TokenScores all = scores({part({{0, 5}, {0, 4}})});
   ASSERT_THAT(all[0], SizeIs(2));
   ASSERT_THAT(all[1], SizeIs(3));
-  EXPECT_DOUBLE_EQ(*all[0][1], log_likelihood(logits_[0], file_.sequence(0), {4, 5}));
-  EXPECT_DOUBLE_EQ(*all[1][0], log_likelihood(logits_[1], file_.sequence(1), {1, 2}));
+  const auto expected = [&](std::int64_t row, std::int64_t token) {  // by the logits of the token before
+    return logits_[row][token - 1].log_softmax(-1)[file_.sequence(row)[static_cast<std::size_t>(token)]].item<double>();
+  };
+  EXPECT_NEAR(*all[0][1], expected(0, 4), 1e-6);
+  EXPECT_NEAR(*all[1][0], expected(1, 1), 1e-6);
   const TokenScores some = scores({part({{3, 5}, {1, 4}})});
   EXPECT_FALSE(some[0][0].has_value());
   EXPECT_EQ(some[0][1], all[0][1]);

@@ -59,10 +59,15 @@ TEST_F(ScoreTest, LogLikelihoodReadsTheRowBeforeAToken) {
   rows[0][1] = 2;  // scores token 1
   rows[1][2] = 1;  // scores token 2
   rows[2][0] = 9;  // behind the last token: not read
-  const double expected = 2 - std::log(4 + std::exp(2.0)) + 1 - std::log(4 + std::exp(1.0));
-  EXPECT_NEAR(log_likelihood(rows, file.sequence(0), {1, 3}), expected, 1e-6);
-  EXPECT_NEAR(log_likelihood(rows, file.sequence(0), {2, 3}), 1 - std::log(4 + std::exp(1.0)), 1e-6);
-  EXPECT_EQ(log_likelihood(rows, file.sequence(0), {2, 2}), 0);
+  file.task = Task::kPerplexity;
+  file.scored = {{1, 3}, {2, 2}};
+  const Scorer scorer(file, logits, 5, std::nullopt);
+  const Rows request = file.request(0, 512);
+  const auto scores = scorer.token_scores(0, request, {all_of(at::stack({rows, rows}), request)}, nullptr);
+  ASSERT_EQ(scores[0].size(), 2U);
+  EXPECT_NEAR(*scores[0][0], 2 - std::log(4 + std::exp(2.0)), 1e-6);
+  EXPECT_NEAR(*scores[0][1], 1 - std::log(4 + std::exp(1.0)), 1e-6);
+  EXPECT_TRUE(scores[1].empty());
 }
 
 TEST_F(ScoreTest, Perplexity) {
@@ -295,7 +300,7 @@ TEST_F(SemanticCacheTest, ReturnsTheOutputOfASimilarRequest) {
   EXPECT_THAT(ran_, ElementsAre(0, 1));
   EXPECT_THAT(cache.served_from(), ElementsAre(std::nullopt, std::nullopt));
   EXPECT_THAT(values(out[1]), ElementsAre(12, 5));
-  EXPECT_EQ(cache.entries(), 2U);
+  EXPECT_EQ(cache.counters().entries, 2U);
 
   out = forward(cache, {{1, 9}, {4, 4, 4, 4}, {2, 0, 0}});  // the second is new
   EXPECT_THAT(ran_, ElementsAre(1));
@@ -304,7 +309,7 @@ TEST_F(SemanticCacheTest, ReturnsTheOutputOfASimilarRequest) {
   EXPECT_THAT(values(out[0][0]), ElementsAre(1, 5, 0, 0)) << "token by token, zero at padding";
   EXPECT_THAT(values(out[0][1]), ElementsAre(4, 4, 4, 4));
   EXPECT_THAT(values(out[0][2]), ElementsAre(2, 3, 3, 0)) << "the nearest kept token where there is none";
-  EXPECT_EQ(cache.entries(), 3U);
+  EXPECT_EQ(cache.counters().entries, 3U);
 }
 
 TEST_F(SemanticCacheTest, CausalOutputsMeetAtTheLastToken) {
@@ -330,14 +335,14 @@ TEST_F(SemanticCacheTest, DropsTheOldestUsedForRoom) {
   SemanticCache probe(options());
   forward(probe, {{1, 1}});
   auto small = options();
-  small.capacity_bytes = 2 * probe.bytes();
+  small.capacity_bytes = 2 * probe.counters().bytes;
   SemanticCache cache(small);
   forward(cache, {{1, 1}});
   forward(cache, {{2, 2}});
   forward(cache, {{1, 1}});  // used
   forward(cache, {{3, 3}});  // drops 2
-  EXPECT_EQ(cache.entries(), 2U);
-  EXPECT_LE(cache.bytes(), small.capacity_bytes);
+  EXPECT_EQ(cache.counters().entries, 2U);
+  EXPECT_LE(cache.counters().bytes, small.capacity_bytes);
   forward(cache, {{1, 1}});
   EXPECT_TRUE(ran_.empty());
   forward(cache, {{2, 2}});
@@ -349,13 +354,13 @@ TEST_F(SemanticCacheTest, DropsTheOldestUsedForRoom) {
   forward(empty, {{1, 1}});
   forward(empty, {{1, 1}});
   EXPECT_THAT(ran_, ElementsAre(0));
-  EXPECT_EQ(empty.bytes(), 0U);
+  EXPECT_EQ(empty.counters().bytes, 0U);
 }
 
 TEST_F(SemanticCacheTest, WithoutFingerprintNothingIsKept) {
   SemanticCache cache(options());
   forward(cache, {{-1, 5}});  // its state has NaN
-  EXPECT_EQ(cache.entries(), 0U);
+  EXPECT_EQ(cache.counters().entries, 0U);
   forward(cache, {{-1, 5}});
   EXPECT_THAT(ran_, ElementsAre(0));
 }
@@ -368,12 +373,12 @@ TEST_F(SemanticCacheTest, FillKeepsWithoutLookingUp) {
     cache.fill(
         rows, 40, [&] { return states(rows); }, [&](const std::vector<std::size_t>& some) { return run(rows, some); });
   }
-  EXPECT_EQ(cache.entries(), 4U);
+  EXPECT_EQ(cache.counters().entries, 4U);
   forward(cache, {{1, 9}});
   EXPECT_THAT(cache.served_from(), ElementsAre(40));
   cache.clear();
-  EXPECT_EQ(cache.entries(), 0U);
-  EXPECT_EQ(cache.bytes(), 0U);
+  EXPECT_EQ(cache.counters().entries, 0U);
+  EXPECT_EQ(cache.counters().bytes, 0U);
 }
 
 TEST_F(SemanticCacheTest, EntriesOutliveAMovedCentre) {
@@ -385,7 +390,7 @@ TEST_F(SemanticCacheTest, EntriesOutliveAMovedCentre) {
     forward(cache, {{i % 8, i}});
     EXPECT_EQ(ran_.empty(), i >= 8) << i;
   }
-  EXPECT_EQ(cache.entries(), 8U);
+  EXPECT_EQ(cache.counters().entries, 8U);
 }
 
 TEST_F(SemanticCacheTest, JaccardAsksForNoStates) {
@@ -422,7 +427,7 @@ TEST_F(SemanticCacheTest, RefusesOutputsWithoutABatch) {
                                return at::zeros({2, 2});
                              }),
                Failure);
-  EXPECT_EQ(cache.entries(), 0U);
+  EXPECT_EQ(cache.counters().entries, 0U);
 }
 
 }  // namespace

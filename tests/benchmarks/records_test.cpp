@@ -49,33 +49,6 @@ TEST(RequestStreamTest, ShuffleIsAPermutationFixedBySeed) {
   for (std::int64_t i = 0; i < 1000; ++i) EXPECT_EQ(sorted[static_cast<std::size_t>(i)], i);
 }
 
-TEST(RequestStreamTest, ZipfIsFixedBySeedAndFollowsItsLaw) {
-  constexpr std::int64_t kRanks = 50;
-  constexpr std::int64_t kDraws = 200000;
-  const auto drawn = zipf_ranks(kRanks, kDraws, 1.0, 3);
-  EXPECT_EQ(drawn, zipf_ranks(kRanks, kDraws, 1.0, 3));
-  EXPECT_NE(drawn, zipf_ranks(kRanks, kDraws, 1.0, 4));
-  std::vector<double> counts(kRanks, 0);
-  for (const std::int64_t rank : drawn) {
-    ASSERT_GE(rank, 0);
-    ASSERT_LT(rank, kRanks);
-    counts[static_cast<std::size_t>(rank)] += 1;
-  }
-  double harmonic = 0;
-  for (int k = 1; k <= kRanks; ++k) harmonic += 1.0 / k;
-  for (int k = 1; k <= kRanks; ++k) {
-    const double expected = static_cast<double>(kDraws) / (k * harmonic);
-    EXPECT_NEAR(counts[static_cast<std::size_t>(k - 1)], expected, 6 * std::sqrt(expected)) << "rank " << k;
-  }
-  for (const int k : {0, 1, 3, 7, 15}) EXPECT_GT(counts[static_cast<std::size_t>(k)], counts[2 * k + 1]);
-}
-
-TEST(RequestStreamTest, ZipfWithExponentZeroIsUniform) {
-  std::map<std::int64_t, int> counts;
-  for (const std::int64_t rank : zipf_ranks(4, 40000, 0.0, 1)) ++counts[rank];
-  for (const auto& [rank, count] : counts) EXPECT_NEAR(count, 10000, 600) << rank;
-}
-
 TEST(StatisticsTest, Percentiles) {
   EXPECT_EQ(percentile({4, 1, 3, 2}, 0), 1);
   EXPECT_EQ(percentile({4, 1, 3, 2}, 100), 4);
@@ -224,7 +197,6 @@ Record example() {
   r.hit_rate = 0.25;
   r.divergence = {.mean = 1e-7, .p95 = 2e-7, .max = 3e-7};
   r.cache_bytes = 123456789;
-  r.zipf = 1.1;
   r.shuffle = std::uint64_t{1} << 63;
   r.source = "a \"quoted\" source";
   r.versions = {"0.1.0", "2.13.0", "g++ 12.2.0", "2.13.0", ""};
@@ -259,7 +231,6 @@ Record similar_example() {
 Record decoder_example() {
   Record r = example();
   r.weights = "hub:x";
-  r.zipf.reset();
   r.shuffle.reset();
   r.weights_held = "packed-fp16";
   r.output = "last";
@@ -331,13 +302,11 @@ TEST(RecordsTest, WhatIsNotFiniteIsNull) {
   Record r = example();
   r.speedup_vs_nocache = kNotMeasured;
   r.divergence.max = std::numeric_limits<double>::infinity();
-  r.zipf.reset();
   r.shuffle.reset();
   r.fidelity.clear();
   const Json json = Json::parse(to_json(r).dump());
   EXPECT_TRUE(json["speedup_vs_nocache"].is_null());
   EXPECT_TRUE(json["divergence"]["max"].is_null());
-  EXPECT_TRUE(json["zipf"].is_null());
   EXPECT_TRUE(json["shuffle"].is_null());
   EXPECT_TRUE(json["fidelity"].is_null());
 }
@@ -363,7 +332,7 @@ TEST(TableTest, EveryLineOfARandomModelSaysSo) {
   while (std::getline(table, line)) {
     ++lines;
     EXPECT_THAT(line, HasSubstr("random weights"));
-    EXPECT_THAT(line, HasSubstr("w (zipf 1.1)"));
+    EXPECT_THAT(line, HasSubstr("w (shuffled)"));
   }
   EXPECT_EQ(lines, 2);
 }
@@ -412,9 +381,6 @@ TEST(TableTest, EmptyColumnsAreDropped) {
   Table table({"a", "b", "c"}, 2);
   table.add({"1", "-", "2"});
   table.add({"3", "", ""});
-  table.drop_if_empty("b");
-  table.drop_if_empty("c");
-  table.drop_if_empty("no such");
   EXPECT_EQ(table.text(), "a  c\n1  2\n3\n");
 }
 

@@ -1,4 +1,4 @@
-"""Made records, as a benchmark run writes them: their fields are those of benchmarks/results.schema.json, their figures
+"""Made records, as a benchmark run writes them: their fields are those of `llmcache-bench --schema`, their figures
 are invented in the size of real ones.
 
 Run as a program it writes them to a file: python sample_records.py RESULTS.json [TRACE.json]
@@ -91,7 +91,6 @@ def record(
         "same_answer": None,
         "divergence": {"mean": 0.0, "p95": 0.0, "max": 0.0},
         "cache_bytes": 0 if mode == "nocache" else 40 << 20,
-        "zipf": None,
         "shuffle": None,
         "note": None,
         "source": f"data/sample/{workload.removeprefix('sample-').split('-')[0]}",
@@ -158,7 +157,9 @@ def threshold(
     return record(model, workload, "llmcache", speed=speed, **changes)
 
 
-def semantic_cache(model: str, workload: str, tau: float, speed: float, hits: float, off: float, **changes: Any) -> Record:
+def semantic_cache(
+    model: str, workload: str, tau: float, speed: float, hits: float, off: float, **changes: Any
+) -> Record:
     made = threshold(model, workload, tau, speed, hits, off, **changes)
     return {
         **made,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -12,6 +15,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+
+def folder(variable: str) -> Path:
+    """The folder that an environment variable names; without it the test is skipped."""
+    value = os.environ.get(variable)
+    if not value:
+        raise unittest.SkipTest(f"{variable} is not set")
+    return Path(value)
+
+
+def results_schema() -> dict[str, Any]:
+    """The JSON schema of what llmcache-bench --json writes, as the program in LLMCACHE_BIN_DIR prints it."""
+    program = folder("LLMCACHE_BIN_DIR") / "llmcache-bench"
+    return json.loads(subprocess.run([program, "--schema"], capture_output=True, text=True, check=True).stdout)
 
 
 class ToolTest(unittest.TestCase):

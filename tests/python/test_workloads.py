@@ -108,7 +108,7 @@ class PrepareDataTest(ToolTest):
         ]
         for workload, file, content, where in cases:
             with self.subTest(f"{workload} {content[:30]!r}"):
-                for other in WORKLOADS[named(workload)[0]].files:  # its other files are good
+                for other in named(workload)[0].files:  # its other files are good
                     raw = self.raw(other, conversations if workload == "chat" else intents)
                 self.raw(file, content)
                 # Reading comes before any tokenizer is loaded.
@@ -176,7 +176,7 @@ class PrepareDataTest(ToolTest):
         self.raw("openbookqa/test.jsonl", line("Why") + line("How"))
         raw = self.raw("openbookqa/train_sample.jsonl", line("One") + line("Two") + line("Three"))
         common = ("--raw", raw, "--models", models)
-        status, _out, err = self.prepare("--only", "openbookqa", "--shots", 2, *common)
+        status, _out, err = self.prepare("--only", "openbookqa-2shot", *common)
         self.assertEqual(status, 0, err)
         names = sorted(path.name for path in (self.folder / "out").glob("*.safetensors"))
         self.assertEqual(names, ["openbookqa-2shot.smollm2.safetensors"])
@@ -190,11 +190,11 @@ class PrepareDataTest(ToolTest):
         scored = arrays["scored"].tolist()
         self.assertEqual(shared, 8)  # "One One B\nTwo Two B\n"
         self.assertGreater(scored[0][0], shared)
-        status, _, err = self.prepare("--only", "openbookqa", "--shots", 4, *common)
+        status, _, err = self.prepare("--only", "openbookqa-4shot", *common)
         self.assertEqual(status, 1)
         self.assertIn("train_sample.jsonl: 3 questions in it, too few for 4 examples", err)
-        for bad in ("-1", "x", "100", "1.5"):
-            self.assertEqual(self.prepare("--only", "openbookqa", "--shots", bad, *common)[0], 2)
+        for bad in ("openbookqa-0shot", "openbookqa-xshot", "openbookqa-100shot", "squad-2shot"):
+            self.assertEqual(self.prepare("--only", bad, *common)[0], 2)
 
     def test_texts_that_are_too_short_to_go_on_from(self) -> None:
         models = self.models_with("smollm2", vocab=49152)
@@ -339,10 +339,11 @@ class TrafficTest(ToolTest):
         self.assertEqual(read_openbookqa(test).requests[0].sequences[0].pieces, ("Why", " choice A"))
 
     def test_a_name_means_its_variants_too(self) -> None:
-        self.assertEqual(named("generate"), ["generate-128", "generate-512"])
-        self.assertEqual(named("generate-128"), ["generate-128"])
-        self.assertEqual(named("squad"), ["squad"])
+        self.assertEqual([one.name for one in named("generate")], ["generate-128", "generate-512"])
+        self.assertEqual(named("generate-128"), [WORKLOADS["generate-128"]])
+        self.assertEqual(named("squad"), [WORKLOADS["squad"]])
         self.assertEqual(named("gen"), [])
+        self.assertEqual([one.name for one in named("openbookqa-5shot")], ["openbookqa-5shot"])
 
     def test_one_right_choice(self) -> None:
         choices = [{"text": f"choice {label}", "label": label} for label in "ABCD"]

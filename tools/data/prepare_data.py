@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tokenises the benchmark workloads once, with the models' own tokenizers.
 
-Writes OUT/WORKLOAD.TOKENIZER.safetensors, which C++ can read without a tokenizer; token_file.py describes the
-format.
+Writes OUT/WORKLOAD.TOKENIZER.safetensors, which C++ can read without a tokenizer; benchmarks/token_file.h
+describes the format.
 
 Raw text comes from --raw, else $LLMCACHE_RAW_DATA, else from what download_data.py left in --downloaded, and what is
 not there from ../shared/data beside the repository. A workload whose raw files are in none of them is left out, and
@@ -30,7 +30,7 @@ from tools.data.raw_files import GPT2_FILES, SAMPLE, DataError, raw_folder_of, r
 from tools.data.token_file import FORMAT_VERSION, Arrays, load, save
 from tools.data.tokenization import TOKENIZERS, Encoded, Tokenizer
 from tools.data.traffic import AS_IT_IS, EDIT_KINDS, MAX_TOKENS, Request, Sequence, Traffic
-from tools.data.workloads import SHOTS, WORKLOADS, Workload, named, stand_in_for, with_shots
+from tools.data.workloads import SHOTS, WORKLOADS, Workload, named, stand_in_for
 from tools.models.model_sources import ModelError
 
 SCORED_TASKS = ("choice", "perplexity")  # mean nothing for an encoder, whose log-likelihoods are not defined
@@ -183,14 +183,7 @@ def metadata_of(workload: Workload, tokenizer: Tokenizer, traffic: Traffic, edit
 
 def asked_for(options: argparse.Namespace) -> list[Workload]:
     default = [name for name, workload in WORKLOADS.items() if not (workload.on_request or workload.of_sample)]
-    names = list(dict.fromkeys(name for given in options.only or default for name in named(given)))
-    if not options.shots:
-        return [WORKLOADS[name] for name in names]
-    if not options.only:
-        return [*(WORKLOADS[name] for name in names), with_shots(WORKLOADS[SHOTS], options.shots)]
-    takes_shots = {name for name, workload in WORKLOADS.items() if workload.examples}
-    asked = [with_shots(WORKLOADS[name], options.shots) if name in takes_shots else WORKLOADS[name] for name in names]
-    return asked if takes_shots & set(names) else [*asked, with_shots(WORKLOADS[SHOTS], options.shots)]
+    return list({workload.name: workload for given in options.only or default for workload in named(given)}.values())
 
 
 def found_or_stand_in(workload: Workload, folders: list[Path]) -> tuple[Workload, Path] | None:
@@ -230,10 +223,10 @@ def run(options: argparse.Namespace) -> None:
                     prepare(workload, tokenizer, sources, options.out, vocabulary.get(tokenizer.name))
 
 
-def shot_count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,2}", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 99")
-    return int(text)
+def workload_name(text: str) -> str:
+    if not named(text):
+        raise argparse.ArgumentTypeError(f"no workload is called '{text}'")
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -247,15 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--only",
         nargs="+",
         metavar="WORKLOAD",
-        choices=names,
-        help=f"of {', '.join(names)} [all but those for error budgets]",
-    )
-    parser.add_argument(
-        "--shots",
-        type=shot_count,
-        default=0,
-        metavar="N",
-        help=f"{SHOTS} with N solved examples in front, the same for all questions, as the workload {SHOTS}-Nshot",
+        type=workload_name,
+        help=f"of {', '.join(names)}, or {SHOTS}-Nshot, with N solved examples in front [all but those for error budgets]",
     )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

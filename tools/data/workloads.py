@@ -38,6 +38,7 @@ from tools.data.traffic import EDIT_KINDS, MAX_TOKENS, Traffic
 NEW_TOKENS = 32  # that are generated for each prompt
 PROMPT_TOKENS = (128, 512)
 SHOTS = "openbookqa"  # the workload that can have solved examples in front
+SHOTS_BEHIND = re.compile(r"-[1-9]\d?shot$")
 IN_ORDER, SHUFFLED = "data order", "shuffled, seed 0"
 FILL_SHUFFLED = "fill part and asking part each shuffled, seed 0"
 EDIT_TOKENS = (128, 256, 512)
@@ -383,21 +384,21 @@ def with_shots(plain: Workload, shots: int) -> Workload:
         description=f"{plain.description}, behind {shots} solved questions, the same for all",
         read=partial(read_openbookqa, shots=shots),
         decoders_only=True,
-        stands_in_for=tuple(f"{name}-{shots}shot" for name in plain.stands_in_for),
     )
 
 
 def stand_in_for(workload: Workload) -> Workload | None:
     """Finds the sample workload of its kind."""
-    for sample in WORKLOADS.values():
-        if workload.name in sample.stands_in_for:
-            return sample
-        shots = re.search(r"-(\d+)shot$", workload.name)
-        if shots and sample.examples and workload.name.removesuffix(shots[0]) in sample.stands_in_for:
-            return with_shots(sample, int(shots[1]))
-    return None
+    plain = SHOTS_BEHIND.sub("", workload.name)
+    like = next((sample for sample in WORKLOADS.values() if plain in sample.stands_in_for), None)
+    return like and next(iter(named(like.name + workload.name.removeprefix(plain))), None)
 
 
-def named(name: str) -> list[str]:
-    """A name means the workload of this name, or all whose names are it with a number behind it."""
-    return [known for known in WORKLOADS if known == name or re.fullmatch(re.escape(name) + r"-\d+", known)]
+def named(name: str) -> list[Workload]:
+    """A name means the workload of this name, or all whose names are it with a number behind it; "-5shot" behind it means
+    that five solved examples stand in front."""
+    plain = SHOTS_BEHIND.sub("", name)
+    if plain != name:
+        shots = int(name.removeprefix(plain)[1:-4])
+        return [with_shots(WORKLOADS[plain], shots)] if plain in WORKLOADS and WORKLOADS[plain].examples else []
+    return [one for known, one in WORKLOADS.items() if known == name or re.fullmatch(re.escape(name) + r"-\d+", known)]

@@ -6,12 +6,8 @@ DATA/WORKLOAD.TOKENIZER.safetensors, without any cache, and fits a multinomial l
 penalty on the fill part (the training split), or on the first requests of it: a classifier is surer of the texts that
 it was fitted on than of others, so an error budget must be calibrated on requests of the fill part behind those. The
 asking part (the test split) is only measured. A model that takes a pooling mask gets the file's `pool`; without --only
-it gets probes for the workloads that have one. Writes DATA/WORKLOAD.MODEL.probe.safetensors:
-  weight  float32 [classes, dims]    logits = weight * embedding + bias
-  bias    float32 [classes]
-Its metadata tells version ("2"), workload, model, model_sha256 (of the .pt file), classes (a JSON list),
-fit_sequences (the first sequences of the token file, on which it was fitted), train_accuracy (on these) and
-test_accuracy (fractions), l2, recipe and content_sha256.
+it gets probes for the workloads that have one. Writes DATA/WORKLOAD.MODEL.probe.safetensors, which
+benchmarks/linear_probe.h describes.
 
 A probe that is whole and was made from the same model, tokens and code is left as it is. A workload without
 token file (no raw data) is left out.

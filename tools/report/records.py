@@ -21,7 +21,7 @@ PLAIN = "nocache"
 _THRESHOLD = ("threshold", "fingerprint", "fingerprint_layer", "centring")
 _BUDGET = ("budget_metric", "budget_epsilon", "budget_delta", "cache_free")
 _CACHE = ("cache_layers", "eviction", "ttl_seconds", "audit_rate", "capacity_bytes")
-SETTINGS = ("weights_held", "output", *_THRESHOLD, *_BUDGET, *_CACHE, "threads", "zipf", "shuffle")
+SETTINGS = ("weights_held", "output", *_THRESHOLD, *_BUDGET, *_CACHE, "threads", "shuffle")
 ALWAYS_SHOWN = ("weights_held", "threshold", "fingerprint", "centring", "budget_metric", "budget_epsilon", "cache_free")
 CENTRING = {"off": "not centred", "running": "centred", "fitted": "centred (fitted)"}
 

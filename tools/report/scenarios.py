@@ -90,7 +90,7 @@ class Scenario:
 
     @property
     def traffic(self) -> Traffic:
-        return traffic(self.rows[0].workload, self.rows[0].zipf)
+        return traffic(self.rows[0].workload)
 
     @property
     def name(self) -> str:
@@ -174,7 +174,7 @@ def scenarios_of(rows: list[Row]) -> list[Scenario]:
     for row in rows:
         if row.document != latest[*row.key(), _batch(row)]:
             continue
-        settings = (row.model, row.weights, row.workload, row.zipf, row.shuffle, row.threads, _batch(row))
+        settings = (row.model, row.weights, row.workload, row.shuffle, row.threads, _batch(row))
         found.setdefault(tuple(map(repr, settings)), []).append(row)
     scenarios = [Scenario(several) for several in found.values()]
     for one in scenarios:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
-
-from tools.report.formatting import measured
 
 _SAMPLE = "sample-"
 # Beginning of a name, without "sample-" -> words. The first that fits counts.
@@ -50,7 +47,7 @@ class Traffic:
         return self.name == "sample" or self.name.startswith(_SAMPLE)
 
 
-def traffic(workload: str, zipf: Any = None) -> Traffic:
+def traffic(workload: str) -> Traffic:
     """Says what a name stands for. An unknown name stands for itself."""
     base = workload.removeprefix(_SAMPLE)
     shots = re.search(r"-(\d+)shot$", base)
@@ -63,6 +60,4 @@ def traffic(workload: str, zipf: Any = None) -> Traffic:
         words += f" ({tokens[1]} tokens)"
     if known and shots:
         words += f" behind {shots[1]} solved ones"
-    if measured(zipf):
-        words += f", drawn with repeats (Zipf {zipf:g})"
     return Traffic(workload, words)
