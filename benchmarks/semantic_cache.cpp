@@ -31,6 +31,7 @@ SemanticCache::SemanticCache(SemanticCacheOptions options) : options_(std::move(
 
 void SemanticCache::clear() {
   served_from_.clear();
+  bank_.reset();  // before the fingerprints that it makes again
   fingerprinter_ = std::make_unique<Fingerprinter>(options_.fingerprint, options_.hidden_size);
   bank_ = std::make_unique<LayerBank>(LayerBank::Settings{.capacity_bytes = options_.capacity_bytes, .eviction = {}},
                                       std::vector<const Fingerprinter*>{fingerprinter_.get()});
@@ -59,10 +60,12 @@ void SemanticCache::keep(const Rows& rows, std::int64_t label, const std::vector
   }
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const std::size_t row = chosen[i];
-    const std::int64_t tokens = static_cast<std::int64_t>(rows[row].size());
+    const auto tokens = static_cast<std::int64_t>(rows[row].size());
     LayerBank::Candidate candidate{.number = static_cast<std::uint64_t>(label) + row,
                                    .hidden = at::empty({1, tokens, 0}),
+                                   .inputs = {},
                                    .states = {states[row]},
+                                   .fingerprints = {},
                                    .ids = {rows[row].begin(), rows[row].end()},
                                    .key = ++kept_};
     candidate.fingerprints = {fingerprinter_->make(states[row], candidate.ids)};
