@@ -199,6 +199,7 @@ std::string needs_text(const Configuration& configuration) {
     workloads.insert(rule.workloads.begin(), rule.workloads.end());
     budgets = budgets || settings_of({&configuration.values, &rule.values}).has_fidelity("budget");
   }
+  if (!workloads.empty() && !settings.weights_sample.empty()) workloads.insert(settings.weights_sample);
   return fmt::format("models {}\nworkloads {}\nbudgets {}\n", fmt::join(models, " "), fmt::join(workloads, " "),
                      budgets ? "yes" : "");
 }

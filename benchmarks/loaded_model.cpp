@@ -111,7 +111,9 @@ std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) {
   try {
     auto& first = wrapped_[options.weights];
     if (first) return std::make_shared<Cache>(first->with_options(options));
-    return first = std::make_shared<Cache>(module_, options);
+    Options own = options;
+    own.weights_sample = weights_sample_;
+    return first = std::make_shared<Cache>(module_, own);
   } catch (const std::exception& error) {
     throw Failure(
         fmt::format("model {}: cannot be wrapped ({}); --mode nocache runs it plain", file_.name, one_line(error)));

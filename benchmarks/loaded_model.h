@@ -30,6 +30,9 @@ class LoadedModel {
   /// Loads the module on the CPU and runs it on a few ids. Throws Failure.
   explicit LoadedModel(const ModelFile& file);
 
+  /// What Options::weights_sample is, of all caches made from here on.
+  void take_weights_sample(std::vector<std::vector<std::int64_t>> texts) { weights_sample_ = std::move(texts); }
+
   /// Wraps the module: the weights are shared with the plain one. The first cache so made is cache(); cache_named()
   /// knows it by `name`. Throws Failure.
   WrapCost wrap(const Options& options, const std::string& name = {});
@@ -70,6 +73,7 @@ class LoadedModel {
   std::vector<Input> inputs_;
   std::vector<bool> token_output_;
   OutputShape shape_;
+  std::vector<std::vector<std::int64_t>> weights_sample_;
   std::shared_ptr<Cache> cache_;
   std::map<std::string, std::shared_ptr<Cache>> named_;
   std::map<Weights, std::shared_ptr<Cache>> wrapped_;  // the first one of each

@@ -52,6 +52,24 @@ void wrap(LoadedModel& model, const Settings& settings, Results& results) {
   }
 }
 
+/// The first texts of the workload that Settings::weights_sample names.
+std::vector<std::vector<std::int64_t>> weights_sample(const Configuration& configuration, const Selected& selected) {
+  constexpr std::size_t kTokens = 1024;
+  const Settings& settings = configuration.settings;
+  const std::string& tokenizer = selected.experiments.front().tokens->tokenizer;
+  const auto file = settings.data_folder / fmt::format("{}.{}.safetensors", settings.weights_sample, tokenizer);
+  const TokenFile tokens = read_token_file(file);
+  std::vector<std::vector<std::int64_t>> texts;
+  std::size_t left = kTokens;
+  for (std::int64_t i = 0; i < tokens.sequences() && left > 0; ++i) {
+    const auto ids = tokens.sequence(i);
+    const auto own = ids.first(std::min({left, ids.size(), static_cast<std::size_t>(selected.model.max_tokens)}));
+    texts.emplace_back(own.begin(), own.end());
+    left -= own.size();
+  }
+  return texts;
+}
+
 }  // namespace
 
 Results run(const Configuration& configuration, const std::vector<Selected>& selected) {
@@ -69,6 +87,7 @@ Results run(const Configuration& configuration, const std::vector<Selected>& sel
   for (const Selected& one : selected) {
     try {
       LoadedModel model(one.model);
+      if (!configuration.settings.weights_sample.empty()) model.take_weights_sample(weights_sample(configuration, one));
       wrap(model, configuration.settings, results);
       for (const auto& experiment : one.experiments) {
         run_one(model, one.model, experiment, per_share, progress, results);

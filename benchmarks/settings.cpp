@@ -39,6 +39,8 @@ void visit(Settings& s, const Visitor& one) {
   one("fidelity", s.fidelities, words({"identical", "lossless", "budget", "threshold"}),
       "what llmcache may reuse [lossless, and threshold where semantic-cache runs]");
   one("weights", s.weights, weights, "how kvcache and llmcache hold the weights of linear layers");
+  one("weights-sample", s.weights_sample, form("NAME"),
+      "workload whose first 1,024 tokens packed-int8 chooses by which inputs stay in float32 [none do]");
   one("output", s.output, words({"all", "last", "new"}),
       "what kvcache and llmcache (fidelity lossless) ask for [what the workload needs]");
   one("metric", s.metric, words({"auto", "decision", "relative", "token"}),

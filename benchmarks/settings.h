@@ -23,6 +23,7 @@ struct Settings {
   std::vector<std::string> modes = {"nocache", "kvcache", "llmcache", "semantic-cache"};
   std::vector<std::string> fidelities = {"lossless", "threshold"};
   std::vector<std::string> weights = {"as-loaded"};
+  std::string weights_sample;  ///< empty: none
   std::optional<std::string> output;
 
   std::string metric = "auto";
