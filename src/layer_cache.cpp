@@ -85,6 +85,7 @@ c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& 
   auto result = as_the_caller_threw([&] { return impl_->forward(inputs, options, report); });
   report.total_ms = clock.lap();
   impl_->verification.add_time(report.total_ms - report.verify_ms, 0);
+  impl_->totals.add(report);
   thread_reports().set(impl_->identity, std::move(report));
   return result;
 }

@@ -184,7 +184,9 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   Answers answers(call, report);
   std::vector<ReuseStrategy*> asked;
   if (auto reason = plain_reason(call); reason.empty()) {
-    for (ReuseStrategy* strategy : strategies_for(call)) {
+    const auto chain = strategies_for(call);
+    answers.expect_misses(expected_miss(call, chain));
+    for (ReuseStrategy* strategy : chain) {
       if (answers.complete()) break;
       asked.push_back(strategy);
       if (!serve(*strategy, call, answers)) break;
@@ -234,6 +236,16 @@ std::vector<ReuseStrategy*> LayerCacheBase::Impl::strategies_for(Call& call) {
   return chain;
 }
 
+/// Why what no strategy of the call's chain knows is computed, unless one of them says more.
+MissReason LayerCacheBase::Impl::expected_miss(const Call& call, const std::vector<ReuseStrategy*>& chain) const {
+  if (std::ranges::none_of(chain, [](const ReuseStrategy* one) { return one->looks_up(); })) {
+    return MissReason::kNotLookedUp;
+  }
+  const auto& all = strategies.of(call.fidelity);
+  const bool ruled_out = std::ranges::any_of(all, [&](const ReuseStrategy* one) { return one->refuses_output(call); });
+  return ruled_out ? MissReason::kOutput : MissReason::kNew;
+}
+
 bool LayerCacheBase::Impl::serve(ReuseStrategy& strategy, const Call& call, Answers& answers) {
   try {
     strategy.serve(call, answers);
@@ -270,8 +282,8 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
     const std::shared_lock lock(kept_mutex_);
     if (epoch_.load(std::memory_order_acquire) == call.epoch) answers.writes().commit();
   }
+  report.padding_skipped = answers.padding_skipped();
   report.store_ms += clock.lap();
-  count(call, answers);
 }
 
 Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
@@ -314,37 +326,9 @@ void LayerCacheBase::Impl::weights_changed() {
   drop();
 }
 
-void LayerCacheBase::Impl::count(const Call& call, const Answers& answers) {
-  std::uint64_t identical = 0;
-  std::uint64_t partly = 0;
-  std::int64_t reused = 0;
-  std::int64_t run = 0;
-  for (const SequenceReport& sequence : answers.report().sequences) {
-    identical += sequence.source == Source::kIdentical ? 1 : 0;
-    partly += sequence.source == Source::kPrefix ? 1 : 0;
-    reused += sequence.reused_tokens;
-    if (!sequence.layers.empty()) run += sequence.layers.front().computed;
-  }
-  requests_ += 1;
-  sequences_ += static_cast<std::uint64_t>(call.batch.rows);
-  hits_ += identical;
-  prefix_hits_ += partly;
-  tokens_ += static_cast<std::uint64_t>(call.batch.tokens);
-  tokens_reused_ += static_cast<std::uint64_t>(reused);
-  tokens_computed_ += static_cast<std::uint64_t>(run);
-  padding_skipped_ += static_cast<std::uint64_t>(answers.padding_skipped());
-}
-
 Stats LayerCacheBase::Impl::stats() const {
   Stats stats;
-  stats.requests = requests_;
-  stats.sequences = sequences_;
-  stats.identical_hits = hits_;
-  stats.tokens = tokens_;
-  stats.tokens_computed = tokens_computed_;
-  stats.padding_skipped = padding_skipped_;
-  stats.prefix_hits = prefix_hits_;
-  stats.tokens_reused = tokens_reused_;
+  totals.fill(stats);
   for (const auto& strategy : strategies.all()) strategy->add_to(stats);
   stats.bytes = memory.used();
   stats.peak_bytes = memory.peak();  // read last: never less than the bytes

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bank/memory.h"
+#include "call_totals.h"
 #include "execute/batch.h"
 #include "llmcache/layer_cache.h"
 #include "model/wrapped_model.h"
@@ -47,6 +48,7 @@ struct LayerCacheBase::Impl {
   MemoryAccount memory;  ///< all that is kept; the accounts of the banks are parts of it
   Verification verification;
   StrategyChains strategies;
+  CallTotals totals;  ///< of forward(), which adds to them when it knows the time of the whole call
   std::shared_ptr<const int> identity = std::make_shared<const int>(0);
 
  private:
@@ -60,12 +62,12 @@ struct LayerCacheBase::Impl {
   [[nodiscard]] std::vector<std::shared_ptr<LayerHook>> hooks_for(const RequestOptions& request) const;
   /// The ones of the chain that accept the call.
   [[nodiscard]] std::vector<ReuseStrategy*> strategies_for(Call& call);
+  [[nodiscard]] MissReason expected_miss(const Call& call, const std::vector<ReuseStrategy*>& chain) const;
   /// False: what is still open is for the plain model.
   bool serve(ReuseStrategy& strategy, const Call& call, Answers& answers);
   void serve_plainly(const Call& call, Answers& answers) const;
   /// Nothing fails from here on: only now the call leaves anything behind.
   void finish(const Call& call, Answers& answers);
-  void count(const Call& call, const Answers& answers);
 
   RiskController* const risk_;  ///< null unless the cache was made for kBudget
   Hooked hooked_;               ///< serves calls with hooks, alone
@@ -77,8 +79,7 @@ struct LayerCacheBase::Impl {
   std::atomic<std::uint64_t> epoch_{0};            ///< raised by each drop(): what was begun before is not kept
   std::once_flag told_uncalibrated_;
   Fallbacks fallbacks_;
-  std::atomic<std::uint64_t> weight_checks_{0}, next_number_{0}, requests_{0}, sequences_{0}, hits_{0}, prefix_hits_{0},
-      tokens_{0}, tokens_reused_{0}, tokens_computed_{0}, padding_skipped_{0};
+  std::atomic<std::uint64_t> weight_checks_{0}, next_number_{0};
   Verifier verifier_;    ///< its thread uses all above
   Snapshots snapshots_;  ///< likewise
 };

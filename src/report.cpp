@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <string>
@@ -26,6 +28,30 @@ const char* to_string(Source source) noexcept {
       return "similar";
     case Source::kEarlyExit:
       return "early exit";
+  }
+  return "unknown";
+}
+
+const char* to_string(MissReason reason) noexcept {
+  switch (reason) {
+    case MissReason::kNew:
+      return "new";
+    case MissReason::kEvicted:
+      return "evicted";
+    case MissReason::kExpired:
+      return "expired";
+    case MissReason::kNotWorth:
+      return "not worth it";
+    case MissReason::kOverBudget:
+      return "over budget";
+    case MissReason::kOutput:
+      return "output";
+    case MissReason::kNotLookedUp:
+      return "not looked up";
+    case MissReason::kAudit:
+      return "audit";
+    case MissReason::kFallback:
+      return "fallback";
   }
   return "unknown";
 }
@@ -136,6 +162,10 @@ std::string ForwardReport::to_string() const {
       text += fmt::format("; left in front of layer {}, expected error {:.4f}", sequence.resumed_layer,
                           sequence.expected_error);
     }
+    if (sequence.evicted_tokens > 0) text += fmt::format("; {} were known once", sequence.evicted_tokens);
+    if (sequence.miss != MissReason::kNew) {
+      text += fmt::format("; not reused: {}", llmcache::to_string(sequence.miss));
+    }
     if (sequence.shared_tokens > 0) text += fmt::format("; {} shared with another row", sequence.shared_tokens);
     if (sequence.audited) text += fmt::format("; audited, error {:.4f}", sequence.error);
     text += "\n";
@@ -147,6 +177,50 @@ std::string ForwardReport::to_string() const {
         "  " + numbers_text("layer", run) + (ms == 0 ? std::string(": not run\n") : fmt::format(": {:.3f} ms\n", ms));
   }
   return text;
+}
+
+namespace {
+
+/// Real tokens of an approximated sequence that at least one layer was spared, without those that were known.
+std::int64_t spared_tokens(const SequenceReport& sequence) noexcept {
+  const bool approximated = sequence.source == Source::kPartial || sequence.source == Source::kSimilar ||
+                            sequence.source == Source::kEarlyExit;
+  if (!approximated || sequence.layers.empty()) return 0;
+  const auto fewest = std::ranges::min_element(sequence.layers, {}, &LayerTokens::computed)->computed;
+  const std::int64_t open = sequence.tokens - sequence.reused_tokens - sequence.shared_tokens;
+  return std::clamp<std::int64_t>(open - fewest, 0, open);
+}
+
+}  // namespace
+
+void TokenBalance::add(const ForwardReport& report) noexcept {
+  const auto count = [](auto& part, std::int64_t tokens) { part += static_cast<std::uint64_t>(tokens); };
+  const auto because = [&](MissReason reason) -> auto& { return computed_because[static_cast<std::size_t>(reason)]; };
+  for (const SequenceReport& sequence : report.sequences) {
+    count(requested, sequence.tokens);
+    if (report.replaced) {  // nothing of it was used
+      count(because(MissReason::kFallback), sequence.tokens);
+      continue;
+    }
+    const std::int64_t spared = spared_tokens(sequence);
+    const bool identical = sequence.source == Source::kIdentical;
+    count(reused_from[static_cast<std::size_t>(identical ? Source::kIdentical : Source::kPrefix)],
+          sequence.reused_tokens);
+    if (spared > 0) count(reused_from[static_cast<std::size_t>(sequence.source)], spared);
+    count(shared, sequence.shared_tokens);
+    const std::int64_t computed = sequence.tokens - sequence.reused_tokens - sequence.shared_tokens - spared;
+    const std::int64_t evicted = std::min(sequence.evicted_tokens, computed);
+    count(because(MissReason::kEvicted), evicted);
+    count(because(sequence.miss), computed - evicted);
+  }
+}
+
+std::uint64_t TokenBalance::reused() const noexcept {
+  return std::accumulate(reused_from.begin(), reused_from.end(), shared);
+}
+
+std::uint64_t TokenBalance::computed() const noexcept {
+  return std::accumulate(computed_because.begin(), computed_because.end(), std::uint64_t{0});
 }
 
 double Stats::hit_rate() const noexcept {
@@ -171,6 +245,19 @@ void add_budget(const BudgetStats& budget, std::uint64_t sequences, std::string&
   }
   if (budget.audits_dropped > 0) text += fmt::format("  {} audits dropped\n", budget.audits_dropped);
   if (budget.calibrating_bytes > 0) text += fmt::format("  calibrating in {}\n", size_text(budget.calibrating_bytes));
+}
+
+/// Why tokens were computed, the commonest reason first; empty: none were.
+std::string computed_text(const TokenBalance& balance) {
+  std::vector<std::pair<std::uint64_t, std::size_t>> reasons;
+  for (std::size_t i = 0; i < kMissReasons; ++i) reasons.emplace_back(balance.computed_because[i], i);
+  std::ranges::stable_sort(reasons, std::greater(), [](const auto& reason) { return reason.first; });
+  std::string text;
+  for (const auto& [tokens, i] : reasons) {
+    if (tokens == 0) break;
+    text += fmt::format("{}{} {}", text.empty() ? "computed:  " : ", ", tokens, to_string(static_cast<MissReason>(i)));
+  }
+  return text.empty() ? text : text + "\n";
 }
 
 std::string layer_line(const LayerStats& l) {
@@ -219,6 +306,7 @@ std::string Stats::to_string() const {
                  : std::string("\n");
   text += fmt::format("tokens:    {}; known {}, computed {}; {} of padding not computed\n", tokens,
                       share_text(tokens_reused, tokens), tokens_computed, padding_skipped);
+  text += computed_text(balance);
   text += fmt::format(
       "memory:    {} in {} entries, at most {} so far; {} insertions, {} evictions, {} not kept for want of room\n",
       size_text(bytes), entries, size_text(peak_bytes), insertions, evictions, rejected);

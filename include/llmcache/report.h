@@ -1,6 +1,7 @@
 // What a call did (ForwardReport) and what the cache did since it was made (Stats).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -9,6 +10,7 @@
 
 #include "llmcache/model/verified_envelope.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/time_histogram.h"
 
 namespace llmcache {
 
@@ -22,7 +24,25 @@ enum class Source {
   kEarlyExit,  ///< an answer made before its last layer had run (kBudget)
 };
 
+inline constexpr std::size_t kSources = 6;
 const char* to_string(Source source) noexcept;
+
+/// Why a token was computed. Numbers and names stay; new ones are added at the end.
+enum class MissReason {
+  kNew,          ///< nothing that was asked knew it, nor remembers that it did
+  kEvicted,      ///< it was known and had to go for room, or there was no room to keep it
+  kExpired,      ///< it was known and became too old, or was used too little (kThreshold)
+  kNotWorth,     ///< what is known of its sequence would save less than it costs (kBudget, token reuse)
+  kOverBudget,   ///< what could be reused is not near enough for the error budget, or supervision has stopped it
+  kOutput,       ///< nothing knew it, and the output asked for ruled out a mechanism that might have (kBudget)
+  kNotLookedUp,  ///< nothing was asked: hooks, no capacity, closed mechanisms, a batch or a model that keeps none
+  kAudit,        ///< it could have been reused, and was computed to see whether that would have been right
+  kFallback,     ///< a mechanism failed, or only the plain model was trusted with the request (Stats::fallbacks)
+};
+
+inline constexpr std::size_t kMissReasons = 9;
+/// "new", "over budget".
+const char* to_string(MissReason reason) noexcept;
 
 /// How the layers were run.
 enum class Execution {
@@ -46,12 +66,14 @@ struct SequenceReport {
   double similarity = 0;              ///< to the entry it was taken from; 1 for identical, 0 for none
   std::int64_t reused_tokens = 0;     ///< kPrefix, kIdentical: length of the prefix that was known before the call
   std::int64_t shared_tokens = 0;     ///< tokens behind that prefix which another row of the same batch computes for it
-  std::uint64_t number = 0;           ///< of this sequence: all of a cache's are numbered from 0
-  std::int64_t entry = -1;            ///< kSimilar: number of the sequence whose state was used; else -1
-  std::int64_t resumed_layer = -1;    ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
-                                      ///< layer that the known prefix does not run through. kEarlyExit: first
-                                      ///< layer that did not run for it. Else -1
-  double expected_error = 0;          ///< kEarlyExit: what its gate expects
+  std::int64_t evicted_tokens = 0;    ///< tokens behind these that were known once, as far as is remembered
+  MissReason miss = MissReason::kNew;  ///< why the other tokens were computed, if any were
+  std::uint64_t number = 0;            ///< of this sequence: all of a cache's are numbered from 0
+  std::int64_t entry = -1;             ///< kSimilar: number of the sequence whose state was used; else -1
+  std::int64_t resumed_layer = -1;     ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
+                                       ///< layer that the known prefix does not run through. kEarlyExit: first
+                                       ///< layer that did not run for it. Else -1
+  double expected_error = 0;           ///< kEarlyExit: what its gate expects
   bool audited = false;  ///< a hit that was computed in full too, which is what was answered: source is kComputed
   double error = 0;      ///< that the audit found: relative L2 between what would have been served and that
                          ///< (kThreshold), or its error in the metric of the budget (kBudget)
@@ -88,7 +110,9 @@ struct ForwardReport {
   double store_ms = 0;                    ///< keeping what was computed
   double total_ms = 0;                    ///< the whole call
   double verify_ms = 0;                   ///< of it, comparing the answer with the plain module's
+  std::int64_t padding_skipped = 0;       ///< padding tokens that packing did not compute
   bool verified = false;                  ///< this answer was compared with the plain module's, within the call
+  bool replaced = false;                  ///< it differed from that, which was returned in its place
   std::string fallback;                   ///< why a mechanism did not serve this call; empty: all did what they should
 
   /// Token-layers computed divided by (real tokens x layers); 0 if nothing was computed.
@@ -97,6 +121,40 @@ struct ForwardReport {
   [[nodiscard]] std::string summary() const;
   /// A table of the above for people; ends in a newline.
   [[nodiscard]] std::string to_string() const;
+};
+
+/// Every token that was asked for, in one part each: reused, by where from, or computed, by why. A token counts as
+/// reused if it was known before the call (kIdentical, kPrefix), if another row of its batch computed it, or if at
+/// least one layer was spared it (kPartial, kSimilar, kEarlyExit).
+struct TokenBalance {
+  std::uint64_t requested = 0;                                 ///< real tokens
+  std::array<std::uint64_t, kSources> reused_from{};           ///< by Source; none of kComputed
+  std::uint64_t shared = 0;                                    ///< computed by another row of the same batch
+  std::array<std::uint64_t, kMissReasons> computed_because{};  ///< by MissReason
+
+  /// Adds those of one call.
+  void add(const ForwardReport& report) noexcept;
+  [[nodiscard]] std::uint64_t reused() const noexcept;    ///< sum of the parts
+  [[nodiscard]] std::uint64_t computed() const noexcept;  ///< likewise; requested() = reused() + computed()
+};
+
+/// What the calls took, seconds. A part that a call did not have is not in its histogram.
+struct CallTimes {
+  TimeHistogram lookup;  ///< ForwardReport::lookup_ms
+  TimeHistogram engine;  ///< embed_ms, layer_ms and head_ms, of calls that ran layers by parts
+  TimeHistogram store;   ///< store_ms
+  TimeHistogram total;   ///< total_ms: `count` is Stats::requests
+};
+
+/// One kind of what is kept; of kinds with several banks all of them.
+struct BankStats {
+  std::string name;              ///< "outputs", "prefixes", "segments", "token states", "early exits", "layer states"
+  std::uint64_t entries = 0;     ///< held now
+  std::size_t bytes = 0;         ///< held now, tensors and index
+  std::uint64_t insertions = 0;  ///< entries kept
+  std::uint64_t evictions = 0;   ///< for room
+  std::uint64_t rejected = 0;    ///< for which there was no room
+  std::uint64_t expired = 0;     ///< too old, or used too little
 };
 
 /// What the divergence monitor (RefreshOptions) and the bank of one cached layer did. Threshold mode only.
@@ -145,24 +203,31 @@ struct BudgetStats {
 };
 
 /// Totals since construction. Counters never go back, clear() included; `entries` and `bytes` are
-/// what is held now.
+/// what is held now. What calls add (requests to padding_skipped but for similar_hits, balance, times) is that of whole
+/// calls, of the same ones for all of it.
 struct Stats {
-  std::uint64_t requests = 0;            ///< calls of forward that returned
-  std::uint64_t sequences = 0;           ///< rows in them
-  std::uint64_t identical_hits = 0;      ///< rows answered from an identical request
-  std::uint64_t prefix_hits = 0;         ///< rows of which a part was known (kLossless, causal models)
-  std::uint64_t tokens_reused = 0;       ///< real tokens of these, and of identical requests, that were known
-  std::uint64_t similar_hits = 0;        ///< rows that went on from another request's state (kThreshold)
-  std::uint64_t tokens = 0;              ///< real tokens asked for
-  std::uint64_t tokens_computed = 0;     ///< tokens that went through at least one layer
-  std::uint64_t padding_skipped = 0;     ///< padding tokens that packing did not compute
-  std::uint64_t insertions = 0;          ///< entries kept
-  std::uint64_t evictions = 0;           ///< entries dropped for room
-  std::uint64_t rejected = 0;            ///< entries too large for the capacity
-  std::uint64_t entries = 0;             ///< entries held now
-  std::size_t bytes = 0;                 ///< bytes held now, tensors and index
-  std::size_t peak_bytes = 0;            ///< largest `bytes` so far; never above the capacity
+  std::uint64_t requests = 0;         ///< calls of forward that returned
+  std::uint64_t sequences = 0;        ///< rows in them
+  std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
+  std::uint64_t prefix_hits = 0;      ///< rows of which a part was known (kLossless, causal models)
+  std::uint64_t tokens_reused = 0;    ///< real tokens of these, and of identical requests, that were known
+  std::uint64_t similar_hits = 0;     ///< rows that went on from another request's state (kThreshold)
+  std::uint64_t tokens = 0;           ///< real tokens asked for
+  std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer
+  std::uint64_t padding_skipped = 0;  ///< padding tokens that packing did not compute
+  std::array<std::uint64_t, kSources> sequences_from{};  ///< of the sequences, by Source
+  std::uint64_t layer_tokens_computed = 0;               ///< tokens times layers that ran on them
+  std::uint64_t layer_tokens_reused = 0;                 ///< tokens times layers that were spared them
+  TokenBalance balance;                                  ///< of the tokens: requested = reused + computed, with reasons
+  CallTimes times;                                       ///< of the requests
+  std::uint64_t insertions = 0;                          ///< entries kept
+  std::uint64_t evictions = 0;                           ///< entries dropped for room
+  std::uint64_t rejected = 0;                            ///< entries too large for the capacity
+  std::uint64_t entries = 0;                             ///< entries held now
+  std::size_t bytes = 0;                                 ///< bytes held now, tensors and index
+  std::size_t peak_bytes = 0;                            ///< largest `bytes` so far; never above the capacity
   std::uint64_t unusable_states = 0;     ///< sequences whose states were not finite, or had no fingerprint: not kept
+  std::vector<BankStats> banks;          ///< one a kind of what is kept
   std::vector<LayerStats> layers;        ///< one a cached layer, shallow to deep; empty without kThreshold
   std::optional<BudgetStats> budget;     ///< of a cache made for kBudget
   std::vector<FallbackStats> fallbacks;  ///< one a mechanism that did not serve every request it should have

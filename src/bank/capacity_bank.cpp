@@ -3,8 +3,9 @@
 namespace llmcache {
 
 // Nothing is allocated before the first insertion.
-CapacityBank::CapacityBank(std::size_t capacity_bytes, const EvictionOptions& eviction, MemoryAccount* total)
-    : account_(capacity_bytes, total), memory_(account_), policy_(eviction, &memory_) {}
+CapacityBank::CapacityBank(std::size_t capacity_bytes, const EvictionOptions& eviction, MemoryAccount* total,
+                           std::size_t remembered)
+    : account_(capacity_bytes, total), memory_(account_), policy_(eviction, &memory_), evicted_(remembered) {}
 
 std::optional<Reservation> CapacityBank::make_room(std::size_t bytes, double now_s) noexcept {
   if (auto reserved = Reservation::of(account_, bytes)) return reserved;
@@ -40,6 +41,7 @@ bool CapacityBank::evict_one(double now_s) noexcept {
 }
 
 void CapacityBank::evict(std::uint32_t slot) noexcept {
+  remember(slot);
   remove(slot);
   ++evictions_;
 }
@@ -47,6 +49,7 @@ void CapacityBank::evict(std::uint32_t slot) noexcept {
 void CapacityBank::clear() {
   const std::lock_guard lock(mutex_);
   policy_.clear();
+  evicted_.clear();
   remove_all();
 }
 

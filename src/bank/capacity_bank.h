@@ -9,6 +9,7 @@
 #include <new>
 #include <optional>
 
+#include "bank/evicted_keys.h"
 #include "bank/memory.h"
 #include "llmcache/bank/eviction.h"
 
@@ -41,14 +42,18 @@ class CapacityBank {
   [[nodiscard]] std::size_t room() const noexcept { return account_.left(); }
 
  protected:
-  /// `total`: the account that the bank's is part of; null: of none. Throws Error(kInvalidOptions).
-  CapacityBank(std::size_t capacity_bytes, const EvictionOptions& eviction, MemoryAccount* total);
+  /// `total`: the account that the bank's is part of; null: of none. `remembered`: of evicted_. Throws
+  /// Error(kInvalidOptions).
+  CapacityBank(std::size_t capacity_bytes, const EvictionOptions& eviction, MemoryAccount* total,
+               std::size_t remembered = std::size_t{1} << 15);
   virtual ~CapacityBank() = default;
 
   /// Takes an entry out of every container, the policy too; also one that was only half put into them.
   virtual void remove(std::uint32_t slot) noexcept = 0;
   /// Empties every container, so that it gives back its memory; the policy is empty already.
   virtual void remove_all() noexcept = 0;
+  /// Puts into evicted_ what an entry that is about to be evicted was found by.
+  virtual void remember(std::uint32_t /*slot*/) noexcept {}
   /// False: the entry must not be evicted now.
   [[nodiscard]] virtual bool is_idle(std::uint32_t /*slot*/) const noexcept { return true; }
   /// The idle entry that goes where the policy names this one; kNoSlot: none.
@@ -85,6 +90,7 @@ class CapacityBank {
   AccountedResource memory_;
   mutable std::mutex mutex_;
   EvictionPolicy policy_;
+  EvictedKeys evicted_;  ///< and of what found no room. Forgotten by clear()
   std::uint64_t insertions_ = 0;
   std::uint64_t rejected_ = 0;
 

@@ -12,6 +12,8 @@ namespace {
 
 /// What a FingerprintIndex takes of itself, at most.
 constexpr std::size_t kIndexBytes = 1024;
+/// Of entries that went: there is a bank for each layer.
+constexpr std::size_t kRememberedEntries = std::size_t{1} << 12;
 
 bool same_inputs(const LayerEntry& entry, const std::vector<at::Tensor>& inputs) {
   if (entry.inputs().size() != inputs.size()) return false;
@@ -38,7 +40,7 @@ LayerBank::Partition::Partition(const std::vector<const Fingerprinter*>& fingerp
 }
 
 LayerBank::LayerBank(Settings settings, std::vector<const Fingerprinter*> fingerprinters)
-    : CapacityBank(settings.capacity_bytes, settings.eviction, settings.total),
+    : CapacityBank(settings.capacity_bytes, settings.eviction, settings.total, kRememberedEntries),
       settings_(std::move(settings)),
       fingerprinters_(std::move(fingerprinters)),
       partitions_(&memory_),
@@ -203,6 +205,7 @@ bool LayerBank::index_again(const Node& node, std::size_t which, std::uint64_t g
 
 void LayerBank::flush_old(double now_s) {
   while (const auto slot = ttl_.expired(now_s)) {
+    evicted_.add(nodes_[*slot].key, EvictedKeys::Cause::kAge);
     remove(*slot);
     ++refreshes_.expired;
   }
@@ -210,6 +213,7 @@ void LayerBank::flush_old(double now_s) {
   for (auto slot = policy_.victim(now_s); slot; slot = policy_.victim(now_s)) {
     const auto score = policy_.score(*slot, now_s);
     if (!score || *score >= settings_.flush_below) return;
+    evicted_.add(nodes_[*slot].key, EvictedKeys::Cause::kAge);
     remove(*slot);
     ++refreshes_.decayed;
   }
@@ -232,6 +236,11 @@ void LayerBank::remove(std::uint32_t slot) noexcept {
 
 void LayerBank::drop_if_empty(Partitions::iterator partition) noexcept {
   if (partition->second.slots.size() == 0) partitions_.erase(partition);
+}
+
+std::optional<EvictedKeys::Cause> LayerBank::why_gone(std::uint64_t key) const {
+  const std::lock_guard lock(mutex_);
+  return by_key_.contains(key) ? std::nullopt : evicted_.find(key);
 }
 
 void LayerBank::record(const Hit& hit, double error, bool within_tolerance) {

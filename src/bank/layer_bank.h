@@ -106,6 +106,10 @@ class LayerBank final : public CapacityBank {
   /// the same inputs is used instead, not kept twice; the key finds it, the inputs are compared.
   void insert(std::string_view partition, const Candidate& candidate, double now_s);
 
+  /// Why the entry of just these inputs went, as far as that is remembered; empty: it is there, never was, or was
+  /// dropped over tolerance. `key`: Candidate::key.
+  [[nodiscard]] std::optional<EvictedKeys::Cause> why_gone(std::uint64_t key) const;
+
   /// Keeps, with what find() returned, that an audit found this relative error; or drops it, if it is
   /// over tolerance. Nothing happens if the entry has gone.
   void record(const Hit& hit, double error, bool within_tolerance);
@@ -149,6 +153,7 @@ class LayerBank final : public CapacityBank {
   void follow_centres();
   void follow_centre(std::size_t which, std::uint64_t generation);
   [[nodiscard]] bool index_again(const Node& node, std::size_t which, std::uint64_t generation);
+  void remember(std::uint32_t slot) noexcept override { evicted_.add(nodes_[slot].key, EvictedKeys::Cause::kRoom); }
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
   void drop_if_empty(Partitions::iterator partition) noexcept;

@@ -55,7 +55,7 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
     if (holds_as_good(key, exact)) return;
     reserved = make_room(bytes, kNoTime);
     if (!reserved) {
-      ++rejected_;
+      count_rejected(key);
       return;
     }
   }
@@ -64,7 +64,9 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
   try {
     for (const at::Tensor& tensor : tensors) copies.push_back(tensor.clone(at::MemoryFormat::Contiguous));
   } catch (const std::exception&) {
-    return reject();
+    const std::lock_guard lock(mutex_);
+    count_rejected(key);
+    return;
   }
   const std::lock_guard lock(mutex_);
   if (holds_as_good(key, exact)) return;  // somebody was faster
@@ -78,7 +80,25 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
     }
     insert_indexed(entry);
   });
-  ++(kept ? insertions_ : rejected_);
+  if (kept) {
+    ++insertions_;
+  } else {
+    count_rejected(key);
+  }
+}
+
+void OutputBank::count_rejected(std::string_view key) noexcept {
+  ++rejected_;
+  evicted_.add(Hash{}(key), EvictedKeys::Cause::kRoom);
+}
+
+void OutputBank::remember(std::uint32_t slot) noexcept {
+  evicted_.add(Hash{}(entries_[slot]->key()), EvictedKeys::Cause::kRoom);
+}
+
+bool OutputBank::was_evicted(std::string_view key) const {
+  const std::lock_guard lock(mutex_);
+  return !evicted_.empty() && slot_of(key) == nullptr && evicted_.find(Hash{}(key)).has_value();
 }
 
 /// Makes the entry findable, or throws std::bad_alloc and changes nothing.

@@ -73,6 +73,8 @@ class OutputBank final : public CapacityBank {
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
               const BatchSize& computed_in = {});
 
+  /// True if the key had an entry that was evicted, or for which there was no room, as far as that is remembered.
+  [[nodiscard]] bool was_evicted(std::string_view key) const;
   /// True if there is an entry that find() would give.
   [[nodiscard]] bool holds(std::string_view key, bool exact) const;
   /// All entries, the one that would be evicted last in front. None is held by this.
@@ -89,6 +91,8 @@ class OutputBank final : public CapacityBank {
   [[nodiscard]] const std::uint32_t* slot_of(std::string_view key) const;
   [[nodiscard]] bool holds_as_good(std::string_view key, bool exact) const;
   void insert_indexed(const std::shared_ptr<const OutputEntry>& entry);
+  void count_rejected(std::string_view key) noexcept;
+  void remember(std::uint32_t slot) noexcept override;
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
 

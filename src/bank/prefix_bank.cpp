@@ -54,6 +54,7 @@ PrefixLease::PrefixLease(PrefixLease&& other) noexcept
       known_(std::exchange(other.known_, {})),
       reserved_(std::exchange(other.reserved_, {})),
       known_tokens_(std::exchange(other.known_tokens_, 0)),
+      evicted_tokens_(std::exchange(other.evicted_tokens_, 0)),
       shortest_(other.shortest_),
       longest_(other.longest_),
       continues_(std::exchange(other.continues_, false)),
@@ -66,6 +67,7 @@ PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
   known_ = std::exchange(other.known_, {});
   reserved_ = std::exchange(other.reserved_, {});
   known_tokens_ = std::exchange(other.known_tokens_, 0);
+  evicted_tokens_ = std::exchange(other.evicted_tokens_, 0);
   shortest_ = other.shortest_;
   longest_ = other.longest_;
   continues_ = std::exchange(other.continues_, false);
@@ -125,6 +127,7 @@ PrefixLease PrefixBank::look(std::string_view partition, std::span<const std::in
     lease.known_tokens_ = static_cast<std::int64_t>(match.tokens);
     lease.continues_ = match.in_node == tree_.size(match.node) && tree_.is_leaf(match.node);
   }
+  lease.evicted_tokens_ = count_evicted(evicted_, partition, tokens, settings_.ids_per_token, match.tokens);
   lease.bank_ = this;
   return lease;
 }
@@ -181,7 +184,10 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view partition, std::spa
     room = take_over(sequence);
     if (room && grow(sequence)) ++insertions_;
   };
-  if (!room || !take_evicting(now_s, step) || !room) ++rejected_;
+  if (room && take_evicting(now_s, step) && room) return;
+  ++rejected_;
+  const std::size_t known = tree_.match(partition, sequence.tokens).tokens;
+  add_evicted_prefixes(evicted_, partition, sequence.tokens, settings_.ids_per_token, known);
 }
 
 /// Makes the blocks of what is not known yet the bank's, and evicts for them; false if there is no room.
@@ -426,6 +432,14 @@ std::uint32_t PrefixBank::idle_in_place_of(std::uint32_t node) const noexcept {
 
 bool PrefixBank::is_idle(std::uint32_t node) const noexcept {
   return tree_.is_leaf(node) && (*ranges_)[node].block->pins_ == 0;
+}
+
+void PrefixBank::remember(std::uint32_t leaf) noexcept {
+  try {
+    const Listed gone = listed(leaf);
+    add_evicted_prefixes(evicted_, gone.partition, gone.tokens, settings_.ids_per_token, gone.begin);
+  } catch (const std::exception&) {  // no memory: it counts as new if it comes again
+  }
 }
 
 void PrefixBank::remove(std::uint32_t leaf) noexcept {

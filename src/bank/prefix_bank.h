@@ -94,6 +94,8 @@ class PrefixLease {
   [[nodiscard]] std::uint8_t longest() const noexcept { return longest_; }
   /// True if the known prefix is all of an earlier sequence, so that this one is its continuation.
   [[nodiscard]] bool continues() const noexcept { return continues_; }
+  /// Tokens behind the known ones that were known once and had to go for room, as far as that is remembered.
+  [[nodiscard]] std::int64_t evicted_tokens() const noexcept { return evicted_tokens_; }
   /// What reserve() gave, in order.
   [[nodiscard]] const std::vector<KeyRange>& reserved() const noexcept { return reserved_; }
 
@@ -103,6 +105,7 @@ class PrefixLease {
   std::vector<KeyRange> known_;
   std::vector<KeyRange> reserved_;
   std::int64_t known_tokens_ = 0;
+  std::int64_t evicted_tokens_ = 0;
   std::uint8_t shortest_ = std::numeric_limits<std::uint8_t>::max();
   std::uint8_t longest_ = 0;
   bool continues_ = false;
@@ -194,6 +197,7 @@ class PrefixBank final : public CapacityBank {
   [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.reserved_.is_in(account_); }
   [[nodiscard]] KeyRange& held(std::uint32_t node) noexcept { return (*ranges_)[node]; }
   [[nodiscard]] const KeyRange& held(std::uint32_t node) const noexcept { return (*ranges_)[node]; }
+  void remember(std::uint32_t leaf) noexcept override;
   void remove(std::uint32_t leaf) noexcept override;
   void remove_all() noexcept override;
   [[nodiscard]] bool is_idle(std::uint32_t node) const noexcept override;

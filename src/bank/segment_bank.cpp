@@ -214,8 +214,12 @@ const SegmentEntry* SegmentBank::take_over(SegmentEntry& pending, double saved_m
                       if (!entry) entry = make_entry(pending, *reserved);
                       insert_indexed(entry, saved_ms, now_s);
                     });
-  if (!kept) ++rejected_;
-  return kept ? entry.get() : nullptr;
+  if (kept) return entry.get();
+  ++rejected_;
+  if (!pending.is_mean()) {
+    add_evicted_prefixes(evicted_, pending.partition(), pending.tokens(), settings_.ids_per_token, 0);
+  }
+  return nullptr;
 }
 
 /// Takes the states and what is reserved for them, unless it throws.
@@ -253,6 +257,18 @@ std::optional<std::uint32_t> SegmentBank::slot_of(const SegmentEntry& entry) con
     if (held != nullptr && held->get() == &entry) return slot;
   }
   return std::nullopt;
+}
+
+void SegmentBank::remember(std::uint32_t slot) noexcept {
+  const SegmentEntry& entry = *entries_[slot];
+  if (entry.is_mean()) return;
+  add_evicted_prefixes(evicted_, entry.partition(), entry.tokens(), settings_.ids_per_token, 0);
+}
+
+std::int64_t SegmentBank::evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
+                                         std::int64_t known) const {
+  const std::lock_guard lock(mutex_);
+  return count_evicted(evicted_, partition, tokens, settings_.ids_per_token, static_cast<std::size_t>(known));
 }
 
 void SegmentBank::remove(std::uint32_t slot) noexcept {

@@ -30,7 +30,8 @@ Answers::Answers(const Call& call, ForwardReport& report)
       report_(report),
       known_(static_cast<std::size_t>(call.batch.rows)),
       done_(known_.size()),
-      mechanisms_(known_.size(), Mechanism::kDense) {
+      mechanisms_(known_.size(), Mechanism::kDense),
+      evicted_(known_.size()) {
   report_.sequences = count_tokens(call.batch.full_plan(call.wrapped.layers()));
   for (std::size_t row = 0; row < report_.sequences.size(); ++row) {
     report_.sequences[row].number = call.first_number + row;
@@ -96,6 +97,7 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
     const auto number = sequence.number;
     sequence = std::move(own.sequences[k]);
     sequence.number = number;
+    sequence.miss = reason_for(sequence, row);
     done_[row] = 1;
     const bool known = sequence.source != Source::kComputed || sequence.shared_tokens > 0;
     mechanisms_[row] = known ? Mechanism::kPrefix : packed ? Mechanism::kPacked : Mechanism::kDense;
@@ -110,6 +112,14 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
   passes_.push_back({std::move(rows), std::move(pass)});
   open_.reset();
   stale_ = true;
+}
+
+/// The reason that says most.
+MissReason Answers::reason_for(const SequenceReport& sequence, std::size_t row) const noexcept {
+  if (!fallbacks_.empty()) return MissReason::kFallback;
+  if (sequence.audited) return MissReason::kAudit;
+  if (evicted_[row] != 0) return MissReason::kEvicted;
+  return sequence.miss == MissReason::kNew ? expected_miss_ : sequence.miss;
 }
 
 bool Answers::cuts() const { return !passes_.empty() && passes_.front().result.cut; }

@@ -45,6 +45,12 @@ class Answers {
   /// Which rows of the call these are.
   [[nodiscard]] const std::vector<std::int64_t>& open_rows() const;
 
+  /// Why rows are computed of which nothing else is told: by the strategy that computes them (SequenceReport::miss), by
+  /// was_evicted(), or by a fallback before that.
+  void expect_misses(MissReason reason) noexcept { expected_miss_ = reason; }
+  /// The whole output of the row was known once, and had to go for room.
+  void was_evicted(std::int64_t row) noexcept { evicted_[static_cast<std::size_t>(row)] = 1; }
+
   /// The row's whole output is known: one tensor a leaf, batch dimension 1. `sizes`: see PassResult; empty if the model
   /// would be given just what it was given then.
   /// `owner`: kept for as long as this reads the tensors.
@@ -77,6 +83,7 @@ class Answers {
   [[nodiscard]] CallFallbacks& fallbacks() noexcept { return fallbacks_; }
 
  private:
+  [[nodiscard]] MissReason reason_for(const SequenceReport& sequence, std::size_t row) const noexcept;
   [[nodiscard]] c10::IValue assemble() const;
   [[nodiscard]] at::Tensor assemble_leaf(std::size_t leaf, const std::vector<std::vector<at::Tensor>>& computed) const;
   [[nodiscard]] bool cuts() const;
@@ -93,6 +100,8 @@ class Answers {
   std::vector<Pass> passes_;
   std::vector<char> done_;             ///< by row: it is known, or in a pass
   std::vector<Mechanism> mechanisms_;  ///< by row, of those
+  std::vector<char> evicted_;          ///< by row
+  MissReason expected_miss_ = MissReason::kNew;
   std::vector<SizeCode> sizes_;
   std::int64_t padding_skipped_ = 0;
   DeferredWrites writes_;

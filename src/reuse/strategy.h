@@ -39,12 +39,25 @@ class ReuseStrategy {
 
   /// True if it computes only the tokens that the request's Output names.
   [[nodiscard]] virtual bool cuts_output(const Call& /*call*/) const { return false; }
+  /// True if it may find what was kept before.
+  [[nodiscard]] virtual bool looks_up() const { return true; }
+  /// True if it might have had answers for this request, had another output been asked for.
+  [[nodiscard]] virtual bool refuses_output(const Call& /*call*/) const { return false; }
   /// True if its answers are exact. Where such a one fails the plain model answers: it has no code in common with it.
   [[nodiscard]] virtual bool exact() const { return true; }
 };
 
-/// What one bank more has counted; bytes are counted by the account that all banks are part of.
-inline void add(Stats& stats, const BankCounters& counters) {
+/// What one bank more has counted, of the kind `name`; Stats::bytes are counted by the account that all banks are part
+/// of. `expired`: entries that were too old, or used too little.
+inline void add(Stats& stats, const char* name, const BankCounters& counters, std::uint64_t expired = 0) {
+  if (stats.banks.empty() || stats.banks.back().name != name) stats.banks.push_back({.name = name});
+  BankStats& bank = stats.banks.back();
+  bank.entries += counters.entries;
+  bank.bytes += counters.bytes;
+  bank.insertions += counters.insertions;
+  bank.evictions += counters.evictions;
+  bank.rejected += counters.rejected;
+  bank.expired += expired;
   stats.entries += counters.entries;
   stats.insertions += counters.insertions;
   stats.evictions += counters.evictions;

@@ -215,6 +215,7 @@ c10::IValue Verifier::verified(const Call& call, Answers& answers, c10::IValue r
     if (comparison.due == Verification::Due::kSample) verification_.add_time(0, report.verify_ms);
     if (same) return result;
     answers.writes() = {};
+    report.replaced = true;
     answers.fallbacks().emplace_back("verification", "the answer differed from the plain model's, which was returned");
     cache_.drop();
     return plain;

@@ -100,6 +100,26 @@ TEST_P(Threads, EightAtOnceUnderPressure) {
   EXPECT_EQ(cache.stats().bytes, 0U);
 }
 
+TEST_P(Threads, StatsAddUpWhileOthersCall) {
+  LayerCache<Module> cache(load_model(GetParam()));
+  std::atomic<bool> done{false};
+  int wrong = 0;
+  std::thread reader([&] {
+    do {
+      const auto stats = cache.stats();
+      wrong += stats.balance.requested != stats.tokens;
+      wrong += stats.balance.requested != stats.balance.reused() + stats.balance.computed();
+      wrong += stats.times.total.count != stats.requests;
+      wrong += stats.sequences != std::accumulate(stats.sequences_from.begin(), stats.sequences_from.end(), 0U);
+    } while (!done);
+  });
+  hammer(cache, 64, 4);
+  done = true;
+  reader.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(cache.stats().requests, 256U);
+}
+
 TEST_P(Threads, ForcedPlansBesideOrdinaryCalls) {
   LayerCache<Module> cache(load_model(GetParam()));
   const auto& request = requests_[1];

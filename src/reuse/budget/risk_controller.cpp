@@ -98,10 +98,18 @@ std::optional<CalibrationProfile> RiskController::profile() const {
 
 // --- serving -----------------------------------------------------------------------------------------
 
-bool RiskController::accepts(const Call& call) const {
-  const bool serves = !wrapped_.profile.causal || call.request.output != Output::kNewTokens;
-  return serves && call.packable && (exits_.policy() || (states_ && states_->policy()));
+bool RiskController::takes_output(const Call& call) const {
+  return !wrapped_.profile.causal || call.request.output != Output::kNewTokens;
 }
+
+/// Whatever output is asked for.
+bool RiskController::serves(const Call& call) const {
+  return call.packable && (exits_.policy() || (states_ && states_->policy()));
+}
+
+bool RiskController::accepts(const Call& call) const { return takes_output(call) && serves(call); }
+
+bool RiskController::refuses_output(const Call& call) const { return !takes_output(call) && serves(call); }
 
 bool RiskController::cuts_output(const Call& /*call*/) const { return wrapped_.profile.causal; }
 

@@ -43,6 +43,7 @@ class RiskController final : public ReuseStrategy {
   void add_to(Stats& stats) const override;
   void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
   bool cuts_output(const Call& call) const override;
+  bool refuses_output(const Call& call) const override;
   bool exact() const override { return false; }
 
   /// Runs a sample; requests are given one by one until there is none. What `sample` throws passes through. Throws
@@ -65,6 +66,8 @@ class RiskController final : public ReuseStrategy {
   [[nodiscard]] std::size_t room() const noexcept { return account_.left(); }
 
  private:
+  [[nodiscard]] bool takes_output(const Call& call) const;
+  [[nodiscard]] bool serves(const Call& call) const;
   void make_states();
   void check_available() const;
   [[nodiscard]] Batch check_sample(const Inputs& given) const;

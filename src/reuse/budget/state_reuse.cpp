@@ -85,6 +85,7 @@ PassResult StateReuse::run(const std::shared_ptr<StatePolicy>& policy, const Bat
   // If it throws nothing is served by reuse, and the gate is never told of the audits that it asked for.
   done.value = strategy_->run(
       {batch, *matches, decisions.reused, policy->setting, request.tenant, request.output, &writes}, done.report);
+  tell_misses(*matches, done.report.sequences);
   // What a closed gate watches is never served.
   const bool later = jobs != nullptr && std::ranges::all_of(decisions.audits, [](const AskedAudit& audit) {
                        return audit.decision.reuse;
@@ -97,6 +98,18 @@ PassResult StateReuse::run(const std::shared_ptr<StatePolicy>& policy, const Bat
   const auto served = std::ranges::count(done.report.sequences, Source::kPartial, &SequenceReport::source);
   writes.add([this, served] { served_ += static_cast<std::uint64_t>(served); });
   return done;
+}
+
+/// Why rows that are known in part were not approximated.
+void StateReuse::tell_misses(const TunableStrategy::Matches& matches, std::vector<SequenceReport>& sequences) {
+  for (std::size_t row = 0; row < sequences.size(); ++row) {
+    if (sequences[row].source == Source::kPartial) continue;
+    if (matches.distance[row]) {
+      sequences[row].miss = MissReason::kOverBudget;
+    } else if (row < matches.not_worth.size() && matches.not_worth[row] != 0) {
+      sequences[row].miss = MissReason::kNotWorth;
+    }
+  }
 }
 
 /// Rows without approximation; kept when `writes` are taken, null: not.
@@ -174,7 +187,7 @@ void StateReuse::audit_now(StatePolicy& policy, const Batch& batch, const Decisi
 }
 
 void StateReuse::add_to(Stats& stats) const {
-  add(stats, strategy_->counters());
+  add(stats, wrapped_.profile.causal ? "segments" : "token states", strategy_->counters());
   BudgetStats& budget = *stats.budget;
   (wrapped_.profile.causal ? budget.segment_reuses : budget.token_reuses) = served_;
 }

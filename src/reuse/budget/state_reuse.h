@@ -73,6 +73,7 @@ class StateReuse {
   };
   [[nodiscard]] static Decisions decide(StatePolicy& policy, const Batch& batch,
                                         const TunableStrategy::Matches& matches);
+  static void tell_misses(const TunableStrategy::Matches& matches, std::vector<SequenceReport>& sequences);
   [[nodiscard]] c10::IValue compute(std::size_t setting, const Batch& rows, const std::string& tenant, Output output,
                                     DeferredWrites* writes, ForwardReport& report);
   [[nodiscard]] at::Tensor audited_part(const c10::IValue& result, const Batch& batch, std::int64_t row) const;

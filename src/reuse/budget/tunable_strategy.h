@@ -27,6 +27,8 @@ class TunableStrategy {
     virtual ~Matches() = default;
     /// By row: how far it is from what is known, 0 to 1; unset: nothing is reused for it.
     std::vector<std::optional<double>> distance;
+    /// By row: it is known, and reusing that would cost more than it saves. May be empty: none is.
+    std::vector<char> not_worth;
   };
   /// A run of a batch that can be packed, and has a real token.
   struct Run {

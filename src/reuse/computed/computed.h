@@ -14,6 +14,7 @@ class Packed final : public ReuseStrategy {
   bool accepts(const Call& call) const override { return call.packable; }
   /// Answers where the padding costs more than packing does.
   void serve(const Call& call, Answers& answers) override;
+  bool looks_up() const override { return false; }
 
  private:
   [[nodiscard]] bool pays(const Batch& batch) const;
@@ -30,6 +31,7 @@ class Hooked final : public ReuseStrategy {
   bool accepts(const Call& call) const override { return !call.hooks.empty(); }
   /// Throws Error(kNotAvailable) or Error(kInvalidInput) where the batch cannot be packed.
   void serve(const Call& call, Answers& answers) override;
+  bool looks_up() const override { return false; }
 
  private:
   [[nodiscard]] c10::IValue nothing(const Batch& batch, std::int64_t padded_length) const;
@@ -44,6 +46,7 @@ class Dense final : public ReuseStrategy {
   std::string name() const override { return "dense"; }
   bool accepts(const Call& /*call*/) const override { return true; }
   void serve(const Call& call, Answers& answers) override;
+  bool looks_up() const override { return false; }
 
  private:
   const WrappedModel& wrapped_;

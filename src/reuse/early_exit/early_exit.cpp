@@ -101,8 +101,11 @@ PassResult ExitReuse::run(const std::shared_ptr<ExitPolicy>& policy, const Batch
   done.value = execute_packed(*wrapped_.model, batch.inputs, plan, {}, nullptr, done.report, &pass);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const ExitPass::Sequence& sequence = pass.sequences()[i];
-    if (sequence.left < 0) continue;
     const auto row = static_cast<std::size_t>(plan.sequences[i].row);
+    if (sequence.left < 0) {
+      done.report.sequences[row].miss = MissReason::kOverBudget;
+      continue;
+    }
     writes.add([this, left = sequence.left] { ++exits_[static_cast<std::size_t>(left)]; });
     done.rows[row] = {sequence.answer.to(wrapped_.profile.dtype).unsqueeze(0)};
     SequenceReport& report = done.report.sequences[row];
@@ -152,7 +155,9 @@ void ExitReuse::add_to(Stats& stats) const {
   const auto policy = this->policy();
   if (policy == nullptr) return;
   budget.bytes = policy->exit.bytes();
-  stats.entries += static_cast<std::uint64_t>(policy->exit.outputs.size(0));
+  const auto entries = static_cast<std::uint64_t>(policy->exit.outputs.size(0));
+  stats.entries += entries;
+  stats.banks.push_back({.name = "early exits", .entries = entries, .bytes = budget.bytes});
 }
 
 }  // namespace llmcache

@@ -38,8 +38,12 @@ void ExactMatch::serve(const Call& call, Answers& answers) {
   Stopwatch clock;
   for (std::int64_t row = 0; row < call.batch.rows; ++row) {
     if (call.batch.spans[static_cast<std::size_t>(row)].tokens == 0) continue;
-    const auto entry = bank_.find(key_of(call, row), call.fidelity == Fidelity::kIdentical);
-    if (!entry) continue;
+    const std::string key = key_of(call, row);
+    const auto entry = bank_.find(key, call.fidelity == Fidelity::kIdentical);
+    if (!entry) {
+      if (bank_.was_evicted(key)) answers.was_evicted(row);
+      continue;
+    }
     answers.put_known(row, {entry->tensors().begin(), entry->tensors().end()}, sizes_of(*entry, call.batch), entry);
   }
   answers.report().lookup_ms += clock.lap();
@@ -88,6 +92,6 @@ void ExactMatch::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
   if (wrapped_.keeps_rows()) parts.push_back(std::make_unique<OutputPart>(wrapped_, bank_));
 }
 
-void ExactMatch::add_to(Stats& stats) const { add(stats, bank_.counters()); }
+void ExactMatch::add_to(Stats& stats) const { add(stats, "outputs", bank_.counters()); }
 
 }  // namespace llmcache

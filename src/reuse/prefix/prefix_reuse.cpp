@@ -267,7 +267,7 @@ void PrefixReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
   parts.push_back(std::make_unique<PrefixPart>(bank_, std::move(layers), [this] { return now(); }));
 }
 
-void PrefixReuse::add_to(Stats& stats) const { add(stats, bank_.counters()); }
+void PrefixReuse::add_to(Stats& stats) const { add(stats, "prefixes", bank_.counters()); }
 
 PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, DeferredWrites& writes) {
   PassResult done;
@@ -298,6 +298,7 @@ PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Outpu
     sequence.similarity = identical ? 1 : 0;
     sequence.reused_tokens = known;
     sequence.shared_tokens = row.prefix_tokens - known;
+    sequence.evicted_tokens = std::max<std::int64_t>(0, row.lease.evicted_tokens() - sequence.shared_tokens);
     if (known == 0) continue;
     sequence.resumed_layer = resume_;
     const auto served = size_class(row.key.span.tokens);

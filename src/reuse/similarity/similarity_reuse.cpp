@@ -353,6 +353,10 @@ void SimilarityReuse::serve(const Call& call, Answers& answers) {
     hits_ += banks.size();
   });
   keep(batch, plan, partition, captures, own, now_s, writes);
+  for (std::size_t i = 0; i < captures.size(); ++i) {
+    SequenceReport& sequence = answer.report.sequences[static_cast<std::size_t>(plan.sequences[i].row)];
+    sequence.miss = call.request.look_up ? captures[i].miss : MissReason::kNotLookedUp;
+  }
   const ForwardReport& report = answer.report;
   const double model_ms =
       report.embed_ms + report.head_ms + std::accumulate(report.layer_ms.begin(), report.layer_ms.end(), 0.0);
@@ -473,6 +477,16 @@ void SimilarityReuse::audit(const Call& call, const std::vector<std::int64_t>& o
   keep(part, full, partition, captures, own, now_s, writes);
 }
 
+/// Of a sequence with these inputs, which was not found.
+MissReason SimilarityReuse::why_missed(std::uint64_t key) const {
+  for (const auto& bank : banks_) {
+    const auto cause = bank->entries->why_gone(key);
+    if (!cause) continue;
+    return *cause == EvictedKeys::Cause::kAge ? MissReason::kExpired : MissReason::kEvicted;
+  }
+  return MissReason::kNew;
+}
+
 void SimilarityReuse::keep(const Batch& batch, const Plan& plan, const std::string& partition,
                            std::vector<SequenceCapture>& captures, const ForwardReport& report, double now_s,
                            DeferredWrites& writes) {
@@ -504,6 +518,7 @@ void SimilarityReuse::keep(const Batch& batch, const Plan& plan, const std::stri
                            : at::Tensor());
     }
     candidate.key = key_of(partition, candidate.inputs);
+    one.miss = why_missed(candidate.key);
     const double share =
         static_cast<double>(sequence.tokens) / static_cast<double>(std::max<std::int64_t>(1, batch.tokens));
     std::int64_t done = 0;
@@ -557,7 +572,7 @@ void SimilarityReuse::add_to(Stats& stats) const {
     layer.dropped = counters.dropped;
     layer.audited_entries = counters.audited_entries;
     monitor_->add_to(b, layer);
-    add(stats, counters);
+    add(stats, "layer states", counters, counters.expired + counters.decayed);
   }
 }
 

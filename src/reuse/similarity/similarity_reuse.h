@@ -57,6 +57,7 @@ class SimilarityReuse final : public ReuseStrategy {
     std::vector<float> attention;                          ///< attention_statistics()
     std::vector<at::Tensor> kept;                          ///< one a bank; undefined: not reached
     bool found = false;
+    MissReason miss = MissReason::kNew;  ///< of one that was not found
   };
 
   void choose_layers();
@@ -64,6 +65,7 @@ class SimilarityReuse final : public ReuseStrategy {
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<SequenceCapture> start(const Batch& batch, const Plan& plan, std::uint64_t first_number,
                                                    const std::vector<std::int64_t>& rows) const;
+  [[nodiscard]] MissReason why_missed(std::uint64_t key) const;
   void keep(const Batch& batch, const Plan& plan, const std::string& partition, std::vector<SequenceCapture>& captures,
             const ForwardReport& report, double now_s, DeferredWrites& writes);
   struct Served {

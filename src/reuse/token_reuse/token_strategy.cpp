@@ -66,9 +66,9 @@ std::unique_ptr<TunableStrategy::Matches> TokenStrategy::find(const Batch& batch
   for (const auto& match : found->rows) {
     auto& distance = found->distance.emplace_back();
     const TokenReuseSettings& chosen = settings_[setting];
-    if (match && reuse_.computed_fraction(*match, chosen) <= chosen.max_computed_fraction) {
-      distance = match->edit_fraction;
-    }
+    const bool pays = match && reuse_.computed_fraction(*match, chosen) <= chosen.max_computed_fraction;
+    if (pays) distance = match->edit_fraction;
+    found->not_worth.push_back(match && !pays ? 1 : 0);
   }
   return found;
 }
