@@ -13,6 +13,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Self
 from unittest import mock
 
 import yaml
@@ -84,7 +85,7 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=20) as answer:
             return answer.read().decode("utf-8")
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,8 +142,13 @@ class ExpositionTest(unittest.TestCase):
     def test_a_strict_parser_refuses_what_is_wrong(self) -> None:
         good = '# HELP llmcache_a_total text\n# TYPE llmcache_a_total counter\nllmcache_a_total{cache="x"} 1\n'
         self.assertEqual(total(parse(good), "llmcache_a_total", cache="x"), 1)
-        for wrong in (good + good, good + 'llmcache_a_total{cache="x"} 2\n', good + 'llmcache_b_total{cache="x"} 2\n',
-                      good.replace("# HELP llmcache_a_total text\n", ""), good.replace('"x"', '"x')):
+        for wrong in (
+            good + good,
+            good + 'llmcache_a_total{cache="x"} 2\n',
+            good + 'llmcache_b_total{cache="x"} 2\n',
+            good.replace("# HELP llmcache_a_total text\n", ""),
+            good.replace('"x"', '"x'),
+        ):
             with self.subTest(wrong), self.assertRaises((ValueError, KeyError)):
                 parse(wrong)
 
@@ -172,8 +178,11 @@ class ExpositionTest(unittest.TestCase):
         self.assertEqual(len(kinds), 4)
         for name in kinds:
             samples = scrapes()[-1][name].samples
-            buckets = {float(dict(labels)["le"]): value for (full, labels), value in samples.items()
-                       if full == f"{name}_bucket"}
+            buckets = {
+                float(dict(labels)["le"]): value
+                for (full, labels), value in samples.items()
+                if full == f"{name}_bucket"
+            }
             ordered = [buckets[le] for le in sorted(buckets)]
             self.assertEqual(ordered, sorted(ordered))
             self.assertEqual(buckets[float("inf")], samples[(f"{name}_count", (("cache", "example"),))])
