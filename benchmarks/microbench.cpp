@@ -1,4 +1,6 @@
 // llmcache-microbench: what single things cost. README.md explains the benchmarks.
+#include "microbench.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
@@ -11,6 +13,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -268,7 +271,7 @@ int run(int argc, char** argv) {
   app.footer("\nOptions of Google Benchmark work too. benchmarks/README.md explains the benchmarks.");
   app.allow_extras();
   app.add_option("--models", models, "folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's]");
-  app.add_option("--model", model, "which one [$LLMCACHE_MODEL, or bert-base]");
+  app.add_option("--model", model, "which one, or none [$LLMCACHE_MODEL, or bert-base]");
   app.add_option("--weights", weights, "how the cache holds them; plain is as loaded")
       ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8", "fastest"}));
   app.add_option("--pairs", pairs, "of each benchmark [15]; four times as many of misses")
@@ -282,10 +285,14 @@ int run(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(count, others.data())) return 2;
   at::set_num_interop_threads(1);
   at::set_num_threads(1);
-  const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
-  Fixture fixture(file, weights_from_string(weights));
-  add_all(model, pairs, file.max_tokens, fixture);
-  benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
+  std::optional<Fixture> fixture;
+  if (model != "none") {
+    const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
+    fixture.emplace(file, weights_from_string(weights));
+    add_all(model, pairs, file.max_tokens, *fixture);
+    benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);
+  }
+  add_counting_benchmarks();
   benchmark::AddCustomContext("model", model);
   benchmark::AddCustomContext("held_weights", weights);
   benchmark::RunSpecifiedBenchmarks();

@@ -47,14 +47,15 @@ def parse(text: str) -> dict[str, Family]:
     for line in text.splitlines():
         if found := re.fullmatch(r"# HELP (\S+) (.+)", line):
             help_of = (found[1], found[2])
-        elif found := re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram)", line):
+        elif found := re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram|summary)", line):
             current = found[1]
             if help_of is None or help_of[0] != current or current in families:
                 raise ValueError(f"{line}: without HELP, or for the second time")
             families[current] = Family(found[2], help_of[1])
         else:
             name, labels, value = parse_sample(line)
-            base = re.sub("_(bucket|sum|count)$", "", name) if families[current].kind == "histogram" else name
+            parts = families[current].kind in ("histogram", "summary")
+            base = re.sub("_(bucket|sum|count)$", "", name) if parts else name
             if base != current or (name, labels) in families[current].samples:
                 raise ValueError(f"{line}: in the family {current}, or for the second time")
             families[current].samples[(name, labels)] = value
@@ -63,10 +64,10 @@ def parse(text: str) -> dict[str, Family]:
 
 def parse_sample(line: str) -> tuple[str, Labels, float]:
     label = r'[a-z_]+="(?:[^"\\\n]|\\[\\n"])*"'
-    found = re.fullmatch(rf"({NAME})\{{({label}(?:,{label})*)\}} (\S+)", line)
+    found = re.fullmatch(rf"([a-z_]+)(?:\{{({label}(?:,{label})*)\}})? (\S+)", line)
     if found is None:
         raise ValueError(f"no sample: {line}")
-    labels = tuple(sorted(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', found[2])))
+    labels = tuple(sorted(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', found[2] or "")))
     return found[1], labels, float(found[3])
 
 
@@ -100,7 +101,8 @@ def scrapes() -> list[dict[str, Family]]:
     taken = []
     with Server(*settings) as server:
         for _ in range(400):
-            taken.append(parse(server.scrape()))
+            families = parse(server.scrape())  # the server has some of its own
+            taken.append({name: family for name, family in families.items() if not name.startswith("exposer_")})
             evicted = total(taken[-1], "llmcache_tokens_computed_total", reason="evicted")
             if len(taken) >= 30 and evicted > 0:
                 break
