@@ -22,7 +22,7 @@ from support import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_README_LINES = 150
 # Programs of others, which are not asked.
-OTHERS = {"apt-get", "cmake", "ctest", "cut", "export", "git", "grep", "ldd", "printf", "python3", "venv/bin/pip"}
+OTHERS = {"apt-get", "cmake", "ctest", "cut", "export", "git", "grep", "ldd", "printf", "prometheus", "python3", "venv/bin/pip"}
 
 
 def anchors(page: Path) -> set[str]:
