@@ -86,7 +86,8 @@ enum class Weights {
   /// Rounded to 8 bits, with a scale for each output channel, and packed by oneDNN; takes about 0.27 of the memory of
   /// float32. What enters a product is rounded to 8 bits too, with a scale of its own for each token, so that a token's
   /// product does not depend on what stands beside it, bit for bit. Results move by some hundredths of their scale: the
-  /// one lossy format, whose effect on the caller's task has to be measured. Takes float32 and bfloat16 modules. Fast
+  /// one lossy format, whose effect on the caller's task has to be measured. Language models need
+  /// Options::weights_sample. Takes float32 and bfloat16 modules. Fast
   /// where the CPU multiplies 8-bit integers (AMX, AVX512-VNNI), right but slow elsewhere.
   kPackedInt8,
   /// Whichever of the others is fastest on this CPU for the shapes of the model's own layers, found out while wrapping,
@@ -166,7 +167,7 @@ struct Options {
   bool fastest_may_be_int8 = false;
 
   /// Token ids of a few texts that are typical of what the model will get; some hundred tokens in all are enough.
-  /// kPackedInt8 takes from them which inputs of each layer are the largest. These (16 of a layer) are multiplied in
+  /// kPackedInt8 takes from them which inputs of each layer are the largest. These (32 of a layer) are multiplied in
   /// float32, and the others scaled so that rounding costs less (LLM.int8(), arXiv 2208.07339; SmoothQuant, arXiv
   /// 2211.10438). Language models need it (docs/performance.md). The texts run once while the model is wrapped, one by
   /// one; what was found is a part of the digest. Empty texts and ids that the model does not know are

@@ -15,12 +15,12 @@ struct Int8Recipe {
   /// the root of an input's peak over its column's (SmoothQuant, arXiv 2211.10438, alpha 0.5), so that neither decides
   /// alone how coarsely a row is rounded.
   at::Tensor smoothing;
-  /// int64, ascending: the inputs that would still be the largest. They stay in float32 (LLM.int8(), arXiv 2208.07339).
+  /// int64, ascending: the inputs that are the largest. They stay in float32 (LLM.int8(), arXiv 2208.07339).
   at::Tensor outliers;
 };
 
 /// The recipe of a weight `[out, in]` of finite values. `peaks`: float32 `[in]`, the largest magnitude of each input in
-/// a sample. Layers of fewer than 32 inputs have no outliers, those of fewer than 128 have 8, others 16.
+/// a sample. Layers of fewer than 32 inputs have no outliers, those of fewer than 128 have 8, others 32.
 Int8Recipe int8_recipe(const at::Tensor& weight, const at::Tensor& peaks);
 
 }  // namespace llmcache

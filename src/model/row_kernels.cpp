@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
 #include <type_traits>
@@ -129,17 +130,29 @@ struct Quantise {
   }
 };
 
-/// Adds eight multiples of a matrix's rows to a row.
+/// Adds eight multiples of a matrix's rows to each of four rows. Always four, so that a row becomes the same whatever
+/// is beside it: another number would be other code, and might round in another way.
 struct AddEight {
-  LLMCACHE_ROWS_INLINE static void run(const float* by, const float* matrix, std::int64_t columns, float* to) {
-    const float* const last = matrix + 4 * columns;
+  static constexpr std::int64_t kRows = 4;
+
+  /// Multiples of a row stand `stride` behind those of the one before, rows of the matrix `width`.
+  LLMCACHE_ROWS_INLINE static void run(const float* by, std::int64_t stride, const float* matrix, std::int64_t width,
+                                       std::int64_t columns, float* const* to) {
+    float* const first = to[0];
+    float* const second = to[1];
+    float* const third = to[2];
+    float* const fourth = to[3];
     LLMCACHE_ROWS_APART
     for (std::int64_t c = 0; c < columns; ++c) {
-      const float first_half = (by[0] * matrix[c] + by[1] * matrix[columns + c]) +
-                               (by[2] * matrix[2 * columns + c] + by[3] * matrix[3 * columns + c]);
-      const float second_half = (by[4] * last[c] + by[5] * last[columns + c]) +
-                                (by[6] * last[2 * columns + c] + by[7] * last[3 * columns + c]);
-      to[c] += first_half + second_half;
+      float sums[kRows] = {first[c], second[c], third[c], fourth[c]};
+      for (std::int64_t k = 0; k < 8; ++k) {
+        const float weight = matrix[k * width + c];
+        for (std::int64_t r = 0; r < kRows; ++r) sums[r] += by[r * stride + k] * weight;
+      }
+      first[c] = sums[0];
+      second[c] = sums[1];
+      third[c] = sums[2];
+      fourth[c] = sums[3];
     }
   }
 };
@@ -300,16 +313,27 @@ QuantisedRows quantise_rows(const at::Tensor& rows, std::int64_t room, RowBytes 
 void add_columns(const at::Tensor& product, const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& columns,
                  const at::Tensor& weights) {
   constexpr std::int64_t kAtOnce = 8;
+  constexpr std::int64_t kBlock = 512;  // columns whose weights stay in the nearest cache
   const auto count = columns.size(0);
   const auto out = weights.size(1);
-  const auto chosen = rows.index_select(1, columns).to(at::kFloat);
-  chosen.div_(scales.unsqueeze(1));
+  const auto missing = (AddEight::kRows - rows.size(0) % AddEight::kRows) % AddEight::kRows;
+  const auto chosen = at::zeros({rows.size(0) + missing, count}, scales.options());
+  auto real = chosen.narrow(0, 0, rows.size(0));
+  at::div_out(real, rows.index_select(1, columns).to(at::kFloat), scales.unsqueeze(1));
   const auto* by = chosen.const_data_ptr<float>();
   const auto* matrix = weights.const_data_ptr<float>();
   auto* to = product.mutable_data_ptr<float>();
-  for (std::int64_t r = 0; r < rows.size(0); ++r) {
-    for (std::int64_t k = 0; k < count; k += kAtOnce) {
-      run_best<AddEight>(by + r * count + k, matrix + k * out, out, to + r * out);
+  std::array<std::array<float, kBlock>, AddEight::kRows> nowhere{};  // what rows that there are not become
+  for (std::int64_t r = 0; r < chosen.size(0); r += AddEight::kRows) {
+    for (std::int64_t c = 0; c < out; c += kBlock) {
+      std::array<float*, AddEight::kRows> own{};
+      for (std::int64_t i = 0; i < AddEight::kRows; ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        own[at] = r + i < rows.size(0) ? to + (r + i) * out + c : nowhere[at].data();
+      }
+      for (std::int64_t k = 0; k < count; k += kAtOnce) {
+        run_best<AddEight>(by + r * count + k, count, matrix + k * out + c, out, std::min(kBlock, out - c), own.data());
+      }
     }
   }
 }
