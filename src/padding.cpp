@@ -9,7 +9,36 @@
 
 namespace llmcache {
 
+namespace {
+
+bool is_source(const ModelProfile& profile, int input) {
+  const auto& all = profile.source_arguments;
+  return std::find(all.begin(), all.end(), input) != all.end();
+}
+
+/// By the name of an input.
+at::Tensor input_of(const PaddedBatch& batch, const std::string& name, int number, bool is_mask) {
+  const auto named = [&](const char* part) { return name.find(part) != std::string::npos; };
+  if (is_mask || named("mask") || named("pool")) return batch.mask;
+  if (named("type") || named("segment")) return at::zeros_like(batch.ids);
+  throw Error(ErrorCode::kInvalidInput,
+              fmt::format("what belongs into input {} ('{}') of this model is not known: ids, masks and token types "
+                          "are; make a tensor [batch, tokens] for it",
+                          number, name));
+}
+
+}  // namespace
+
 Inputs PaddedBatch::inputs(const ModelProfile& profile) const {
+  if (!profile.source_arguments.empty()) {
+    throw Error(
+        ErrorCode::kInvalidInput,
+        "this model computes a target from a source: pad() both, and call inputs(profile, source) of the target");
+  }
+  return inputs(profile, {});
+}
+
+Inputs PaddedBatch::inputs(const ModelProfile& profile, const PaddedBatch& source) const {
   const at::Device device(profile.device.empty() ? std::string("cpu") : profile.device);
   if (profile.mask_argument < 0 && !mask.all().item<bool>()) {
     throw Error(ErrorCode::kInvalidInput,
@@ -19,20 +48,11 @@ Inputs PaddedBatch::inputs(const ModelProfile& profile) const {
   Inputs inputs;
   for (int i = 0; i < static_cast<int>(profile.inputs.size()); ++i) {
     const std::string& name = profile.inputs[static_cast<std::size_t>(i)];
-    const auto named = [&](const char* part) { return name.find(part) != std::string::npos; };
-    if (i == profile.ids_argument) {
-      inputs.emplace_back(ids.to(device));
-    } else if (i == profile.mask_argument || named("mask") || named("pool")) {
-      inputs.emplace_back(mask.to(device));
-    } else if (named("type") || named("segment")) {
-      inputs.emplace_back(at::zeros_like(ids).to(device));
-    } else {
-      throw Error(
-          ErrorCode::kInvalidInput,
-          fmt::format("what belongs into input {} ('{}') of this model is not known: ids, masks and token types "
-                      "are; make a tensor [batch, tokens] for it",
-                      i, name));
-    }
+    const bool of_source = is_source(profile, i);
+    const bool is_ids = of_source ? i == profile.source_arguments.front() : i == profile.ids_argument;
+    const bool is_mask = i == profile.mask_argument || i == profile.source_mask_argument;
+    const PaddedBatch& own = of_source ? source : *this;
+    inputs.emplace_back((is_ids ? own.ids : input_of(own, name, i, is_mask)).to(device));
   }
   return inputs;
 }

@@ -21,6 +21,9 @@ struct PaddedBatch {
   /// "pool" in their names; zeros for those that have "type" or "segment" in them. Throws Error(kInvalidInput) for a
   /// model with other inputs (positions, say), and where rows are padded and the model takes no mask.
   [[nodiscard]] Inputs inputs(const ModelProfile& profile) const;
+  /// For an encoder-decoder: these are the targets, `source` has their sources, row by row. The first input that is of
+  /// the source takes its ids. Throws as above, and inputs(profile) alone throws for such a model.
+  [[nodiscard]] Inputs inputs(const ModelProfile& profile, const PaddedBatch& source) const;
 };
 
 /// One row for each sequence of token ids, in their order. `pad_id` stands at padding: any id that the model knows.

@@ -29,13 +29,14 @@ Range range_of(const at::Tensor& numbers) {
 void refuse_outside(const Batch& batch, std::size_t input, const std::string& name, std::int64_t vocabulary,
                     int mask_argument) {
   const at::Tensor& numbers = batch.on_host[input];
+  const std::int64_t length = numbers.size(1);
   const std::int64_t* number = numbers.const_data_ptr<std::int64_t>();
   const at::Tensor real = mask_argument >= 0 ? batch.on_host[static_cast<std::size_t>(mask_argument)] : at::Tensor();
   for (std::int64_t i = 0; i < numbers.numel(); ++i) {
     if (number[i] >= 0 && number[i] < vocabulary) continue;
     if (real.defined() && real.const_data_ptr<std::int64_t>()[i] == 0) continue;
     invalid(fmt::format("'{}' holds {} in row {} at position {}; the model's embedding has the ids 0 to {}", name,
-                        number[i], i / batch.padded_length, i % batch.padded_length, vocabulary - 1));
+                        number[i], i / length, i % length, vocabulary - 1));
   }
 }
 
@@ -49,10 +50,11 @@ void refuse_too_long(const Batch& batch, std::int64_t max_tokens) {
 }
 
 /// Numbers that no probe holds: what the library found out about the model says nothing about them.
-void look_at_values(Batch& batch, const InputSpec& spec, int mask_argument) {
+void look_at_values(Batch& batch, const InputSpec& spec, const ModelProfile& profile) {
   if (batch.rows * batch.padded_length == 0) return;
   for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
-    if (!batch.on_host[i].defined()) continue;
+    if (!batch.on_host[i].defined() || batch.on_host[i].numel() == 0) continue;
+    const int mask_argument = spec.is_source(i) ? profile.source_mask_argument : profile.mask_argument;
     const Range range = range_of(batch.on_host[i]);
     const std::int64_t vocabulary = spec.vocabulary_known && i < spec.vocabulary.size() ? spec.vocabulary[i] : 0;
     if (static_cast<int>(i) == mask_argument) {
@@ -87,7 +89,34 @@ void append_number(std::string& text, std::int64_t number) { append_bytes(text, 
 
 const std::int64_t* row_on_host(const Batch& batch, std::size_t input, std::int64_t row) {
   const at::Tensor& all = batch.on_host[input];
-  return all.defined() ? all.const_data_ptr<std::int64_t>() + row * batch.padded_length : nullptr;
+  return all.defined() ? all.const_data_ptr<std::int64_t>() + row * all.size(1) : nullptr;
+}
+
+/// All of a row's source that decides anything, and how much that is.
+void append_source(std::string& text, const Batch& batch, std::int64_t row) {
+  const BatchSource& source = batch.source;
+  if (source.inputs.empty()) return;
+  const std::int64_t tokens = source.tokens[static_cast<std::size_t>(row)];
+  append_number(text, tokens);
+  for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
+    const std::int64_t* values = source.has(i) ? row_on_host(batch, i, row) : nullptr;
+    if (values != nullptr) append_bytes(text, values, static_cast<std::size_t>(tokens) * sizeof(std::int64_t));
+  }
+}
+
+/// Tokens of each row's source up to the last real one. A row without any has all of them.
+void find_source_tokens(Batch& batch, int mask_argument) {
+  BatchSource& source = batch.source;
+  if (source.inputs.empty()) return;
+  source.tokens.assign(static_cast<std::size_t>(batch.rows), source.padded_length);
+  if (mask_argument < 0) return;
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    const std::int64_t* cell = row_on_host(batch, static_cast<std::size_t>(mask_argument), row);
+    if (cell == nullptr) return;
+    std::int64_t end = source.padded_length;
+    while (end > 0 && cell[end - 1] == 0) --end;
+    if (end > 0) source.tokens[static_cast<std::size_t>(row)] = end;
+  }
 }
 
 void find_spans(Batch& batch, int mask_argument) {
@@ -119,6 +148,32 @@ void find_spans(Batch& batch, int mask_argument) {
 
 namespace {
 
+/// Throws unless it is a tensor of ids, marks or the like.
+void check_tensor(const c10::IValue& value, const std::string& described, at::Device device) {
+  if (!value.isTensor()) {
+    invalid(fmt::format("{} is a {}, a tensor [batch, tokens] is expected", described, value.tagKind()));
+  }
+  const at::Tensor& tensor = value.toTensor();
+  if (!tensor.defined()) invalid(described + " is an undefined tensor, a tensor [batch, tokens] is expected");
+  const auto type = tensor.scalar_type();
+  if (!at::isIntegralType(type, /*includeBool=*/true)) {
+    invalid(fmt::format("{} has type {}, an integer type (int64) is expected", described, c10::toString(type)));
+  }
+  if (tensor.layout() != at::kStrided || tensor.is_nested()) {
+    invalid(
+        fmt::format("{} is {}; a dense tensor is expected (to_dense(), to_padded_tensor())", described,
+                    tensor.is_nested() ? "a nested tensor" : fmt::format("of layout {}", c10::str(tensor.layout()))));
+  }
+  if (tensor.dim() != 2) {
+    invalid(fmt::format("{} has {} dimensions [{}], 2 are expected: [batch, tokens]", described, tensor.dim(),
+                        fmt::join(tensor.sizes().vec(), ", ")));
+  }
+  if (tensor.device() != device) {
+    invalid(fmt::format("{} is on {}, the model on {}; move the input there", described, tensor.device().str(),
+                        device.str()));
+  }
+}
+
 Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device) {
   const std::size_t declared = spec.names.size();
   std::size_t required = declared;
@@ -133,6 +188,8 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
   batch.inputs.resize(declared);
   const auto describe = [&](std::size_t i) { return fmt::format("input {} ('{}')", i, spec.names[i]); };
   const auto ids = static_cast<std::size_t>(profile.ids_argument);
+  if (spec.has_source()) batch.source.inputs.assign(spec.source.begin(), spec.source.end());
+  std::size_t first_of_source = declared;
   for (std::size_t round = 0; round < declared; ++round) {
     // The ids first: the others must have their shape.
     const std::size_t i = round == 0 ? ids : round <= ids ? round - 1 : round;
@@ -141,40 +198,29 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
       if (!spec.optional[i] || i == ids) invalid(describe(i) + " is None, a tensor [batch, tokens] is expected");
       continue;
     }
-    if (!value.isTensor()) {
-      invalid(fmt::format("{} is a {}, a tensor [batch, tokens] is expected", describe(i), value.tagKind()));
-    }
+    check_tensor(value, describe(i), device);
     const at::Tensor& tensor = value.toTensor();
-    if (!tensor.defined()) invalid(describe(i) + " is an undefined tensor, a tensor [batch, tokens] is expected");
-    const auto type = tensor.scalar_type();
-    if (!at::isIntegralType(type, /*includeBool=*/true)) {
-      invalid(fmt::format("{} has type {}, an integer type (int64) is expected", describe(i), c10::toString(type)));
-    }
-    if (tensor.layout() != at::kStrided || tensor.is_nested()) {
-      invalid(
-          fmt::format("{} is {}; a dense tensor is expected (to_dense(), to_padded_tensor())", describe(i),
-                      tensor.is_nested() ? "a nested tensor" : fmt::format("of layout {}", c10::str(tensor.layout()))));
-    }
-    if (tensor.dim() != 2) {
-      invalid(fmt::format("{} has {} dimensions [{}], 2 are expected: [batch, tokens]", describe(i), tensor.dim(),
-                          fmt::join(tensor.sizes().vec(), ", ")));
-    }
-    if (tensor.device() != device) {
-      invalid(fmt::format("{} is on {}, the model on {}; move the input there", describe(i), tensor.device().str(),
-                          device.str()));
-    }
+    const bool of_source = spec.is_source(i);
     if (i == ids) {
       batch.rows = tensor.size(0);
       batch.padded_length = tensor.size(1);
-    } else if (tensor.size(0) != batch.rows || tensor.size(1) != batch.padded_length) {
-      invalid(fmt::format("{} is [{}, {}], but {} is [{}, {}]; both must have one entry a token", describe(i),
-                          tensor.size(0), tensor.size(1), describe(ids), batch.rows, batch.padded_length));
+    } else if (of_source && first_of_source == declared && tensor.size(0) == batch.rows) {
+      first_of_source = i;
+      batch.source.padded_length = tensor.size(1);
+    } else if (tensor.size(0) != batch.rows ||
+               tensor.size(1) != (of_source ? batch.source.padded_length : batch.padded_length)) {
+      const bool rows_only = of_source && first_of_source == declared;
+      const std::size_t like = of_source && !rows_only ? first_of_source : ids;
+      invalid(fmt::format("{} is [{}, {}], but {} is [{}, {}]; both must have {}", describe(i), tensor.size(0),
+                          tensor.size(1), describe(like), batch.rows, batch.inputs[like].toTensor().size(1),
+                          rows_only ? "as many rows" : "one entry a token"));
     }
   }
   read_on_host(batch);
   find_spans(batch, profile.mask_argument);
+  find_source_tokens(batch, profile.source_mask_argument);
   refuse_too_long(batch, profile.max_tokens);
-  look_at_values(batch, spec, profile.mask_argument);
+  look_at_values(batch, spec, profile);
   return batch;
 }
 
@@ -231,6 +277,11 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   }
   part.contiguous = contiguous;
   part.plain_only = plain_only;
+  part.source.inputs = source.inputs;
+  part.source.padded_length = source.padded_length;
+  for (const std::int64_t row : chosen) {
+    if (!source.tokens.empty()) part.source.tokens.push_back(source.tokens[static_cast<std::size_t>(row)]);
+  }
   part.largest_mark = largest_mark;
   return part;
 }
@@ -239,7 +290,7 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
   std::vector<std::size_t> used;
   std::string used_types;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    if (!left_out.empty() && left_out[i]) continue;
+    if (source.has(i) || (!left_out.empty() && left_out[i])) continue;
     used.push_back(i);
     used_types.push_back(types[i]);
   }
@@ -262,6 +313,7 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
         key.tokens[static_cast<std::size_t>(t) * used.size() + u] = values[span.first + t];
       }
     }
+    append_source(key.partition, *this, row);
     key.partition += used_types + tenant;
   }
   return all;
@@ -277,9 +329,10 @@ std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool p
   append_number(key, first);
   append_number(key, count);
   key += types;
+  append_source(key, *this, row);
   // Padding in front is part of it: ids there may decide positions. Padding behind is not.
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const std::int64_t* values = row_on_host(*this, i, row);
+    const std::int64_t* values = source.has(i) ? nullptr : row_on_host(*this, i, row);
     if (values != nullptr) append_bytes(key, values, static_cast<std::size_t>(first + count) * sizeof(std::int64_t));
   }
   return key;

@@ -20,15 +20,26 @@ struct RowSpan {
 struct RowKey {
   std::int64_t row = 0;  ///< of the batch
   RowSpan span;
-  /// Rows of other partitions share nothing with it: tenant, types of the inputs, padding in front and what it holds.
+  /// Rows of other partitions share nothing with it: tenant, types of the inputs, padding in front and what it holds,
+  /// the source.
   std::string partition;
   std::vector<std::int64_t> tokens;  ///< `ids_per_token` numbers for each real token
   std::size_t ids_per_token = 1;
 };
 
+/// The source of an encoder-decoder's batch.
+struct BatchSource {
+  std::vector<char> inputs;          ///< by input of the model: it is of the source; empty: there is none
+  std::int64_t padded_length = 0;    ///< tokens a row, padding included
+  std::vector<std::int64_t> tokens;  ///< by row: those that decide anything; padding behind them does not
+
+  [[nodiscard]] bool has(std::size_t input) const { return input < inputs.size() && inputs[input] != 0; }
+};
+
+/// All that is said of tokens is said of the target's, where there is a source.
 struct Batch {
   Inputs inputs;  ///< one entry for every input the model declares
-  /// The same on the host, int64 `[rows, padded_length]`, contiguous; undefined for inputs that are None. Read once.
+  /// The same on the host, int64 `[rows, tokens]`, contiguous; undefined for inputs that are None. Read once.
   std::vector<at::Tensor> on_host;
   std::string types;  ///< a character for each input: its type, or -1 for None
   std::int64_t rows = 0;
@@ -39,6 +50,7 @@ struct Batch {
   bool contiguous = true;    ///< the real tokens of every row stand side by side
   std::int64_t tokens = 0;   ///< real tokens of all rows
   std::string plain_only;    ///< why only the plain model can be trusted with it; empty: nothing speaks against reuse
+  BatchSource source;
   std::int64_t largest_mark = 0;  ///< largest magnitude in inputs that select from no embedding, the mask aside
 
   /// Every real token through every layer.

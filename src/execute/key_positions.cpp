@@ -58,31 +58,31 @@ class KeyRecorder final : public EngineHook {
 };
 
 /// Keys of sequences of one repeated token each.
-Keys repeated(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t tokens) {
-  auto inputs = probe_inputs(vocabulary, model.device(), kSequences, 1, 3);
+Keys repeated(const Model& model, const InputSpec& spec, std::int64_t tokens) {
+  auto inputs = probe_inputs(spec, model.device(), kSequences, 1, 3);
   for (c10::IValue& input : inputs) input = input.toTensor().expand({kSequences, tokens}).contiguous();
   return KeyRecorder(model).run(model, inputs, tokens);
 }
 
 /// The same for the longest of some lengths that the model takes.
-Keys longest(const Model& model, const std::vector<std::int64_t>& vocabulary, std::int64_t& tokens) {
+Keys longest(const Model& model, const InputSpec& spec, std::int64_t& tokens) {
   for (const std::int64_t length : {320, 160, 80}) {
     try {
       tokens = length;
-      return repeated(model, vocabulary, length);
+      return repeated(model, spec, length);
     } catch (const std::exception&) {  // longer than its table of positions
     }
   }
   tokens = 40;
-  return repeated(model, vocabulary, tokens);
+  return repeated(model, spec, tokens);
 }
 
 /// Of different tokens, the keys of the first layer depend on nothing but the token and its position either. Moves a
 /// sequence by some tokens, and compares.
-bool moves_as_found(const Model& model, const std::vector<std::int64_t>& vocabulary, const KeyPositions& found) {
+bool moves_as_found(const Model& model, const InputSpec& spec, const KeyPositions& found) {
   constexpr std::int64_t kTokens = 30;
   constexpr std::int64_t kMove = 7;
-  const auto inputs = probe_inputs(vocabulary, model.device(), kSequences, kTokens, 11);
+  const auto inputs = probe_inputs(spec, model.device(), kSequences, kTokens, 11);
   Inputs rolled;
   for (const c10::IValue& input : inputs) rolled.emplace_back(input.toTensor().roll({kMove}, {1}));
   const Keys before = KeyRecorder(model).run(model, inputs, kTokens);
@@ -106,11 +106,11 @@ bool moves_as_found(const Model& model, const std::vector<std::int64_t>& vocabul
 
 }  // namespace
 
-KeyPositions find_key_positions(const Model& model, const std::vector<std::int64_t>& vocabulary) {
+KeyPositions find_key_positions(const Model& model, const InputSpec& spec) {
   KeyPositions found;
-  const Keys keys = longest(model, vocabulary, found.positions);
+  const Keys keys = longest(model, spec, found.positions);
   const std::int64_t few = 24;
-  const Keys shorter = repeated(model, vocabulary, few);
+  const Keys shorter = repeated(model, spec, few);
   for (std::size_t l = 0; l < keys.size(); ++l) {
     found.rotation_of.emplace_back(keys[l].size());
     for (std::size_t s = 0; s < keys[l].size(); ++s) {
@@ -140,7 +140,7 @@ KeyPositions find_key_positions(const Model& model, const std::vector<std::int64
       }
     }
   }
-  found.movable = moves_as_found(model, vocabulary, found);
+  found.movable = moves_as_found(model, spec, found);
   if (!found.movable) found.why = "keys of different tokens do not turn as those of equal ones do";
   return found;
 }

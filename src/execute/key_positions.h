@@ -25,6 +25,6 @@ struct KeyPositions {
 /// only, so that the state that enters a layer is the same at every position, and its keys differ by nothing but the
 /// position, in every layer. Learned positions show as values that differ: not movable. Also not movable: rotations
 /// that change with the length of the sequence (dynamic scaling), attention that does not sum to one (sinks).
-KeyPositions find_key_positions(const Model& model, const std::vector<std::int64_t>& vocabulary);
+KeyPositions find_key_positions(const Model& model, const InputSpec& spec);
 
 }  // namespace llmcache

@@ -33,7 +33,6 @@ class Checker {
         whole_{model_, spec_},
         few_{shallow == nullptr ? model_ : *shallow, shallow == nullptr ? spec_ : states_},
         input_spec_(input_spec),
-        vocabulary_(input_spec.vocabulary),
         profile_(profile) {}
 
   /// `runs` have up to three rows.
@@ -131,9 +130,16 @@ class Checker {
 
   Inputs inputs(const Spans& spans, std::int64_t padded_length, std::int64_t seed) const {
     auto made =
-        probe_inputs(vocabulary_, model_.device(), static_cast<std::int64_t>(spans.size()), padded_length, seed);
+        probe_inputs(input_spec_, model_.device(), static_cast<std::int64_t>(spans.size()), padded_length, seed);
+    for (std::size_t i = 0; i < spans.size() && profile_.source_mask_argument >= 0; ++i) {
+      for (const int argument : source_marks(input_spec_)) {
+        const auto mark = made[static_cast<std::size_t>(argument)].toTensor()[static_cast<std::int64_t>(i)];
+        const auto closed = static_cast<std::int64_t>(i % 4);
+        mark.narrow(0, mark.size(0) - closed, closed).zero_();
+      }
+    }
     if (profile_.mask_argument < 0) return made;
-    for (const int argument : marks(vocabulary_, profile_.ids_argument)) {
+    for (const int argument : marks(input_spec_, profile_.ids_argument)) {
       auto mark = made[static_cast<std::size_t>(argument)].toTensor().zero_();
       for (std::size_t i = 0; i < spans.size(); ++i) {
         mark[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
@@ -164,7 +170,7 @@ class Checker {
   /// Short sequences, whose sizes could be mistaken for constants, and a longer one.
   void add_short_and_long(std::vector<PlainRun>& runs) const {
     for (const std::int64_t tokens : {1, 2, 3, 40}) {
-      auto given = probe_inputs(vocabulary_, model_.device(), 1, tokens, 3);
+      auto given = probe_inputs(input_spec_, model_.device(), 1, tokens, 3);
       try {
         auto result = model_.plain(given);
         runs.push_back({1, tokens, std::move(given), std::move(result)});
@@ -248,8 +254,9 @@ class Checker {
     const Spans spans{{0, 5}, {0, 12}};
     const auto given = inputs(spans, 12, 31);
     Inputs alone;
-    for (const c10::IValue& input : given) {
-      alone.emplace_back(input.toTensor().narrow(0, 0, 1).narrow(1, 0, 5).contiguous());
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      const auto row = given[i].toTensor().narrow(0, 0, 1);
+      alone.emplace_back((input_spec_.is_source(i) ? row : row.narrow(1, 0, 5)).contiguous());
     }
     try {
       const auto padded = row_of(few_.model.plain(given), few_.spec, 0, 0, 5, 12);
@@ -335,7 +342,6 @@ class Checker {
   const Subject whole_;
   const Subject few_;  ///< one layer of each kind, if there are fewer of these
   const InputSpec& input_spec_;
-  const std::vector<std::int64_t>& vocabulary_;
   ModelProfile& profile_;
 };
 

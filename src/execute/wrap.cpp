@@ -36,7 +36,10 @@ void check_possible(const WrappedModel& wrapped) {
   const auto* token_level = wrapped.model->token_level();
   const bool tokens = profile.granularity == Granularity::kTokens;
   const auto inputs = static_cast<int>(wrapped.inputs.vocabulary.size());
-  const bool possible = profile.mask_argument < inputs && profile.mask_argument != profile.ids_argument &&
+  const int source_mask = profile.source_mask_argument;
+  const bool possible = profile.mask_argument < inputs && source_mask < inputs &&
+                        (source_mask < 0 || wrapped.inputs.is_source(static_cast<std::size_t>(source_mask))) &&
+                        profile.mask_argument != profile.ids_argument &&
                         (profile.granularity == Granularity::kWholeLayers ||
                          (token_level != nullptr && profile.rows_independent && profile.per_row_output)) &&
                         (!tokens || token_level->partial()) &&

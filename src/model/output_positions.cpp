@@ -93,15 +93,15 @@ bool OutputPositions::reads(std::int64_t token, std::int64_t tokens) const noexc
   }
 }
 
-OutputPositions output_positions(const Model& model, const std::vector<std::int64_t>& vocabulary,
-                                 const OutputSpec& spec, const ModelProfile& profile) {
+OutputPositions output_positions(const Model& model, const InputSpec& spec_of_inputs, const OutputSpec& spec,
+                                 const ModelProfile& profile) {
   OutputPositions found;
-  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kProbeTokens, 11);
+  const auto inputs = probe_inputs(spec_of_inputs, model.device(), 1, kProbeTokens, 11);
   const auto states = final_states(model, inputs);
-  for (std::size_t i = 0; i < vocabulary.size(); ++i) {
+  for (std::size_t i = 0; i < spec_of_inputs.vocabulary.size(); ++i) {
     bool only = false;
     const auto own = static_cast<int>(i);
-    if (own != profile.ids_argument && own != profile.mask_argument && vocabulary[i] == 0) {
+    if (own != profile.ids_argument && own != profile.mask_argument && spec_of_inputs.vocabulary[i] == 0) {
       // One token marked with one, the others with zero.
       auto marked = inputs;
       auto mark = at::zeros_like(inputs[i].toTensor());
@@ -137,8 +137,8 @@ OutputPositions output_positions(const Model& model, const std::vector<std::int6
   return found;
 }
 
-bool layers_ignore_places(const Model& model, const std::vector<std::int64_t>& vocabulary) {
-  const auto inputs = probe_inputs(vocabulary, model.device(), 1, kProbeTokens, 23);
+bool layers_ignore_places(const Model& model, const InputSpec& spec_of_inputs) {
+  const auto inputs = probe_inputs(spec_of_inputs, model.device(), 1, kProbeTokens, 23);
   const auto order = at::tensor({4, 0, 6, 2, 1, 5, 3}, at::TensorOptions().dtype(at::kLong)).to(model.device());
   const auto run = [&](bool reordered) {
     Activations activations = model.embed(inputs);

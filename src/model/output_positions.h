@@ -33,11 +33,11 @@ struct OutputPositions {
 
 /// Changes the final state of one token after the other of a tiny sequence and looks at what the head makes of it. The
 /// result has one entry a sequence (OutputSpec::per_row). Lets out what the model throws.
-OutputPositions output_positions(const Model& model, const std::vector<std::int64_t>& vocabulary,
-                                 const OutputSpec& spec, const ModelProfile& profile);
+OutputPositions output_positions(const Model& model, const InputSpec& spec_of_inputs, const OutputSpec& spec,
+                                 const ModelProfile& profile);
 
 /// True if layers do not look at the places of their tokens: with the embedded tokens of a tiny sequence in another
 /// order they give the same states in that order. Then a block of tokens may be reused in another place.
-bool layers_ignore_places(const Model& model, const std::vector<std::int64_t>& vocabulary);
+bool layers_ignore_places(const Model& model, const InputSpec& spec_of_inputs);
 
 }  // namespace llmcache

@@ -39,10 +39,10 @@ double difference(const c10::IValue& a, const c10::IValue& b, const OutputSpec& 
 
 constexpr std::int64_t kShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
 
-std::vector<PlainRun> run_shapes(const Model& model, const std::vector<std::int64_t>& vocabulary) {
+std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec) {
   std::vector<PlainRun> runs;
   for (const auto& [rows, tokens] : kShapes) {
-    auto inputs = probe_inputs(vocabulary, model.device(), rows, tokens);
+    auto inputs = probe_inputs(spec, model.device(), rows, tokens);
     auto result = model.plain(inputs);
     runs.push_back({rows, tokens, std::move(inputs), std::move(result)});
   }
@@ -101,11 +101,11 @@ Inputs with_id(const Inputs& inputs, int argument, std::int64_t row, std::int64_
 /// An argument is a padding mask if a token that it marks 0 no longer influences the others. Other marks of the token
 /// (a pooling mask's) are 0 all the while: padding has none.
 bool is_mask(const Model& model, const Inputs& inputs, int argument, const OutputSpec& spec,
-             const ModelProfile& profile, const std::vector<std::int64_t>& vocabulary, std::int64_t ids) {
+             const ModelProfile& profile, const InputSpec& spec_of_inputs, std::int64_t ids) {
   constexpr std::int64_t kMasked = 2;
   const auto other = with_id(inputs, profile.ids_argument, 0, kMasked, ids);
   const auto marked = [&](Inputs given, bool open) {
-    for (const int i : marks(vocabulary, profile.ids_argument)) {
+    for (const int i : marks(spec_of_inputs, profile.ids_argument)) {
       if (open && i == argument) continue;
       auto mark = given[static_cast<std::size_t>(i)].toTensor().clone();
       mark[0][kMasked].fill_(0);
@@ -119,16 +119,20 @@ bool is_mask(const Model& model, const Inputs& inputs, int argument, const Outpu
 }
 
 /// Is a padded row the same alone and among many others, some of them longer than it?
-bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>& vocabulary, const OutputSpec& spec,
+bool padded_rows_independent(const Model& model, const InputSpec& spec_of_inputs, const OutputSpec& spec,
                              const ModelProfile& profile) {
   constexpr std::int64_t kRows = 9;
   constexpr std::int64_t kWidth = 14;
-  auto many = probe_inputs(vocabulary, model.device(), kRows, kWidth, 9);
+  auto many = probe_inputs(spec_of_inputs, model.device(), kRows, kWidth, 9);
   // One of the two that are compared is padded, the other is not, alone or among padded ones.
   const auto length = [&](std::int64_t row) {
     return profile.mask_argument < 0 || row == 4 ? kWidth : row * 7 % 11 + 4;
   };
-  for (const int i : marks(vocabulary, profile.ids_argument)) {
+  for (const int i : source_marks(spec_of_inputs)) {
+    const auto mark = many[static_cast<std::size_t>(i)].toTensor();
+    for (std::int64_t row = 0; row < kRows; ++row) mark[row].narrow(0, mark.size(1) - row % 5, row % 5).zero_();
+  }
+  for (const int i : marks(spec_of_inputs, profile.ids_argument)) {
     const auto mark = many[static_cast<std::size_t>(i)].toTensor();
     for (std::int64_t row = 0; row < kRows; ++row) mark[row].narrow(0, length(row), kWidth - length(row)).zero_();
   }
@@ -147,10 +151,19 @@ bool padded_rows_independent(const Model& model, const std::vector<std::int64_t>
 
 }  // namespace
 
-std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argument) {
+std::vector<int> marks(const InputSpec& inputs, int ids_argument) {
   std::vector<int> arguments;
-  for (std::size_t i = 0; i < vocabulary.size(); ++i) {
-    if (vocabulary[i] == 0 && static_cast<int>(i) != ids_argument) arguments.push_back(static_cast<int>(i));
+  for (std::size_t i = 0; i < inputs.vocabulary.size(); ++i) {
+    const bool mark = inputs.vocabulary[i] == 0 && !inputs.is_source(i);
+    if (mark && static_cast<int>(i) != ids_argument) arguments.push_back(static_cast<int>(i));
+  }
+  return arguments;
+}
+
+std::vector<int> source_marks(const InputSpec& inputs) {
+  std::vector<int> arguments;
+  for (std::size_t i = 0; i < inputs.vocabulary.size(); ++i) {
+    if (inputs.vocabulary[i] == 0 && inputs.is_source(i)) arguments.push_back(static_cast<int>(i));
   }
   return arguments;
 }
@@ -165,20 +178,22 @@ std::vector<std::int64_t> special_values(const InputSpec& inputs, std::size_t ar
   return values;
 }
 
-Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
-                    std::int64_t tokens, std::int64_t seed) {
+Inputs probe_inputs(const InputSpec& spec, at::Device device, std::int64_t batch, std::int64_t tokens,
+                    std::int64_t seed) {
   Inputs inputs;
   const auto options = at::TensorOptions().dtype(at::kLong).device(device);
-  for (const std::int64_t rows : vocabulary) {
+  for (std::size_t i = 0; i < spec.vocabulary.size(); ++i) {
+    const std::int64_t rows = spec.vocabulary[i];
+    const std::int64_t length = spec.is_source(i) ? probe_source_tokens(batch) : tokens;
     if (rows == 0) {
-      inputs.emplace_back(at::ones({batch, tokens}, options));
+      inputs.emplace_back(at::ones({batch, length}, options));
       continue;
     }
     // The first ids are often padding and other marks: leave them out where there are enough.
     const std::int64_t low = std::min<std::int64_t>(rows / 8, 1000);
     const auto ids =
-        at::arange(batch * tokens, options).add(seed * 31).mul(7919).add(13).remainder(rows - low).add(low);
-    inputs.emplace_back(ids.view({batch, tokens}));
+        at::arange(batch * length, options).add(seed * 31).mul(7919).add(13).remainder(rows - low).add(low);
+    inputs.emplace_back(ids.view({batch, length}));
   }
   return inputs;
 }
@@ -220,6 +235,12 @@ class Prober {
     }
     auto changed = two_rows;
     changed[ids] = others;
+    for (std::size_t i = 0; i < two_rows.size(); ++i) {
+      if (!inputs_.is_source(i) || inputs_.vocabulary[i] == 0) continue;
+      auto source = two_rows[i].toTensor().clone();
+      source[1].copy_(source[1].flip(0));
+      changed[i] = source;
+    }
     Inputs one = two_rows;
     for (c10::IValue& input : one) input = input.toTensor().narrow(0, 0, 1).contiguous();
     const auto own = row_of(result, spec_, 0, 0, tokens, tokens);
@@ -240,7 +261,7 @@ class Prober {
       for (std::int64_t l = 0; l < model_.layers(); ++l) model_.layer(l, activations);
       return activations.hidden.to(at::kDouble).nan_to_num(0.0);
     };
-    const auto last = single[0].toTensor().size(1) - 1;
+    const auto last = single[static_cast<std::size_t>(profile_.ids_argument)].toTensor().size(1) - 1;
     const auto other = with_id(single, profile_.ids_argument, 0, last, ids_vocabulary());
     const auto change = (states(single) - states(other)).abs();
     const double own = change.select(1, last).max().item<double>();
@@ -250,17 +271,71 @@ class Prober {
 
   /// -1: none.
   [[nodiscard]] int mask_argument(const Inputs& single) const {
-    for (const int i : marks(inputs_.vocabulary, profile_.ids_argument)) {
-      if (is_mask(model_, single, i, spec_, profile_, inputs_.vocabulary, ids_vocabulary())) return i;
+    for (const int i : marks(inputs_, profile_.ids_argument)) {
+      if (is_mask(model_, single, i, spec_, profile_, inputs_, ids_vocabulary())) return i;
+    }
+    return -1;
+  }
+
+  /// -1: none. A mask of the source counts only if what it closes at the end changes nothing by being there.
+  [[nodiscard]] int source_mask_argument(const Inputs& single) const {
+    for (const int i : source_marks(inputs_)) {
+      if (closes_source(single, i) && source_padding_is_ignored(single)) return i;
     }
     return -1;
   }
 
   [[nodiscard]] bool padded_rows_independent() const {
-    return llmcache::padded_rows_independent(model_, inputs_.vocabulary, spec_, profile_);
+    return llmcache::padded_rows_independent(model_, inputs_, spec_, profile_);
   }
 
  private:
+  /// As is_mask(), of a token of the source.
+  [[nodiscard]] bool closes_source(const Inputs& single, int argument) const {
+    constexpr std::int64_t kMasked = 2;
+    Inputs other = single;
+    for (std::size_t i = 0; i < single.size(); ++i) {
+      if (!inputs_.is_source(i) || inputs_.vocabulary[i] == 0) continue;
+      other = with_id(other, static_cast<int>(i), 0, kMasked, inputs_.vocabulary[i]);
+    }
+    const auto marked = [&](Inputs given, bool open) {
+      for (const int i : source_marks(inputs_)) {
+        if (open && i == argument) continue;
+        auto mark = given[static_cast<std::size_t>(i)].toTensor().clone();
+        mark[0][kMasked].fill_(0);
+        given[static_cast<std::size_t>(i)] = mark;
+      }
+      return model_.plain(given);
+    };
+    const double open = difference(marked(single, true), marked(other, true), spec_, 0, 0);
+    const double closed = difference(marked(single, false), marked(other, false), spec_, 0, 0);
+    return open > 0 && closed <= 1e-3 * open;
+  }
+
+  [[nodiscard]] bool source_padding_is_ignored(const Inputs& single) const {
+    constexpr std::int64_t kReal = 7;
+    Inputs padded = single;
+    Inputs cut = single;
+    for (std::size_t i = 0; i < single.size(); ++i) {
+      if (!inputs_.is_source(i)) continue;
+      auto own = single[i].toTensor().clone();
+      auto behind = own.narrow(1, kReal, own.size(1) - kReal);
+      const auto special = special_values(inputs_, i);
+      for (std::int64_t t = 0; t < behind.size(1); ++t) {
+        const bool mark = inputs_.vocabulary[i] == 0;
+        behind[0][t].fill_(mark ? 0 : special[static_cast<std::size_t>(t) % special.size()]);
+      }
+      cut[i] = own.narrow(1, 0, kReal).contiguous();
+      padded[i] = own;
+    }
+    const auto want = tensors_of(model_.plain(cut));
+    const auto got = tensors_of(model_.plain(padded));
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      if (want.size() != got.size() || !nearly_equal(got[i], want[i], model_.rounding())) return false;
+    }
+    return true;
+  }
+
   [[nodiscard]] std::int64_t ids_vocabulary() const {
     return inputs_.vocabulary.at(static_cast<std::size_t>(profile_.ids_argument));
   }
@@ -280,7 +355,8 @@ bool comparable(const Model& model, const c10::IValue& result) {
 
 void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile& profile) {
   const auto count = static_cast<int>(inputs.vocabulary.size());
-  if (mask_argument >= -1 && mask_argument < count && mask_argument != profile.ids_argument) return;
+  const bool of_source = mask_argument >= 0 && inputs.is_source(static_cast<std::size_t>(mask_argument));
+  if (mask_argument >= -1 && mask_argument < count && mask_argument != profile.ids_argument && !of_source) return;
   throw Error(ErrorCode::kInvalidOptions,
               fmt::format("Options.mask_argument is {}; the model has {} inputs, input_ids is number {}", mask_argument,
                           count, profile.ids_argument));
@@ -292,7 +368,7 @@ Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, 
              ModelProfile& profile) {
   Probed found;
   try {
-    found.runs = run_shapes(model, inputs.vocabulary);
+    found.runs = run_shapes(model, inputs);
     found.output = output_spec(found.runs);
     found.runs.pop_back();
     const PlainRun& first = found.runs.front();
@@ -311,10 +387,11 @@ Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, 
     profile.rows_independent =
         profile.rows_independent &&
         prober.rows_independent(two_rows, shallow == nullptr ? first.result : shallow->plain(two_rows));
-    const auto single = probe_inputs(inputs.vocabulary, model.device(), 1, 6);
+    const auto single = probe_inputs(inputs, model.device(), 1, 6);
     profile.causal = prober.causal(single);
     if (mask_argument) check_option(*mask_argument, inputs, profile);
     profile.mask_argument = mask_argument ? *mask_argument : prober.mask_argument(single);
+    profile.source_mask_argument = prober.source_mask_argument(single);
     profile.rows_independent = profile.rows_independent && prober.padded_rows_independent();
   } catch (const Error&) {
     throw;
@@ -330,7 +407,7 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
   if (profile.max_tokens == 0 || profile.max_tokens > kMost) return;
   const auto takes = [&](std::int64_t tokens) {
     try {
-      (void)model.embed(probe_inputs(inputs.vocabulary, model.device(), 1, tokens));
+      (void)model.embed(probe_inputs(inputs, model.device(), 1, tokens));
       return true;
     } catch (const std::exception&) {
       return false;

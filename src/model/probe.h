@@ -35,16 +35,21 @@ struct Probed {
 OutputSpec states_output();
 
 /// Deterministic inputs `[batch, tokens]`: ids spread over each embedding, `seed` varies them; ones
-/// where an input selects from no embedding.
-Inputs probe_inputs(const std::vector<std::int64_t>& vocabulary, at::Device device, std::int64_t batch,
-                    std::int64_t tokens, std::int64_t seed = 0);
+/// where an input selects from no embedding. Those of a source have probe_source_tokens(batch) tokens.
+Inputs probe_inputs(const InputSpec& spec, at::Device device, std::int64_t batch, std::int64_t tokens,
+                    std::int64_t seed = 0);
+
+/// A length that follows from the rows, so that no run confuses it with the target's.
+constexpr std::int64_t probe_source_tokens(std::int64_t batch) { return 4 * batch + 7; }
 
 /// Numbers that an input is compared with and may hold (InputSpec::compared): within its vocabulary, if it has one. At
 /// least one: where the model compares it with nothing that is 0, the usual padding.
 std::vector<std::int64_t> special_values(const InputSpec& inputs, std::size_t argument);
 
 /// Positions of the inputs that select from no embedding, ids aside: masks, as far as is known. 0 where padding is.
-std::vector<int> marks(const std::vector<std::int64_t>& vocabulary, int ids_argument);
+std::vector<int> marks(const InputSpec& inputs, int ids_argument);
+/// The same of a source.
+std::vector<int> source_marks(const InputSpec& inputs);
 
 /// The line of an exception's text that says what went wrong: TorchScript puts it last, behind the trace, others first.
 std::string reason_of(const std::exception& error);

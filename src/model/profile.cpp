@@ -28,6 +28,12 @@ std::string ModelProfile::to_string() const {
   text += fmt::format("inputs:            {} (ids: {}, mask: {}), vocabulary {}, {}\n", fmt::join(inputs, ", "),
                       ids_argument, mask_argument, vocabulary,
                       max_tokens > 0 ? fmt::format("at most {} tokens", max_tokens) : "no known limit of tokens");
+  if (!source_arguments.empty()) {
+    std::vector<std::string> names;
+    for (const int i : source_arguments) names.push_back(inputs.at(static_cast<std::size_t>(i)));
+    text += fmt::format("source:            {}{}\n", fmt::join(names, ", "),
+                        source_mask_argument < 0 ? ", with its padding" : "");
+  }
   std::string kinds;
   for (const AttentionOp& attention_op : attention) {
     if (kinds.find(attention_op.kind) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + attention_op.kind;

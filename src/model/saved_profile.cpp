@@ -62,17 +62,12 @@ Json json_of(const VerifiedEnvelope& verified) {
 }
 
 Json json_of(const ModelProfile& profile) {
-  return {{"mask_argument", profile.mask_argument},
-          {"max_tokens", profile.max_tokens},
-          {"causal", profile.causal},
-          {"head_tokenwise", profile.head_tokenwise},
-          {"rows_independent", profile.rows_independent},
-          {"per_row_output", profile.per_row_output},
-          {"granularity", static_cast<int>(profile.granularity)},
-          {"prefix_reuse", profile.prefix_reuse},
-          {"left_padding", profile.left_padding},
-          {"prefix_obstacle", profile.prefix_obstacle},
-          {"notes", profile.notes},
+  return {{"mask_argument", profile.mask_argument},     {"source_mask_argument", profile.source_mask_argument},
+          {"max_tokens", profile.max_tokens},           {"causal", profile.causal},
+          {"head_tokenwise", profile.head_tokenwise},   {"rows_independent", profile.rows_independent},
+          {"per_row_output", profile.per_row_output},   {"granularity", static_cast<int>(profile.granularity)},
+          {"prefix_reuse", profile.prefix_reuse},       {"left_padding", profile.left_padding},
+          {"prefix_obstacle", profile.prefix_obstacle}, {"notes", profile.notes},
           {"verified", json_of(profile.verified)}};
 }
 
@@ -85,11 +80,10 @@ Json json_of(const OutputSpec& output) {
 Json json_of(const GraphFindings& graph) {
   Json answers = Json::array();
   for (const bool answer : graph.answers) answers.push_back(answer ? 1 : 0);
-  Json json = {{"structure", graph.structure},
-               {"chain", graph.chain},
-               {"max_tokens", graph.max_tokens},
-               {"values", graph.values},
-               {"answers", std::move(answers)}};
+  Json source = Json::array();
+  for (const bool own : graph.source) source.push_back(own ? 1 : 0);
+  Json json = {{"structure", graph.structure},   {"chain", graph.chain},   {"source", std::move(source)},
+               {"max_tokens", graph.max_tokens}, {"values", graph.values}, {"answers", std::move(answers)}};
   if (graph.result) json["result"] = *graph.result;
   return json;
 }
@@ -97,6 +91,8 @@ Json json_of(const GraphFindings& graph) {
 ModelProfile probed_of(const JsonObject& json) {
   ModelProfile profile;
   profile.mask_argument = static_cast<int>(json.whole("mask_argument", -1, std::numeric_limits<int>::max()));
+  profile.source_mask_argument =
+      static_cast<int>(json.whole("source_mask_argument", -1, std::numeric_limits<int>::max()));
   profile.max_tokens = json.whole("max_tokens");
   profile.causal = json.flag("causal");
   profile.head_tokenwise = json.flag("head_tokenwise");
@@ -136,6 +132,7 @@ GraphFindings graph_of(const JsonObject& json) {
   graph.known = true;
   graph.structure = json.text("structure");
   graph.chain = static_cast<std::size_t>(json.whole("chain"));
+  for (const std::int64_t own : json.wholes("source", 0, 1)) graph.source.push_back(own == 1);
   graph.max_tokens = json.whole("max_tokens");
   graph.values = json.whole_tables("values", -kAny, kAny);
   for (const std::int64_t answer : json.wholes("answers", 0, 1)) graph.answers.push_back(answer == 1);
@@ -171,6 +168,7 @@ std::string SavedProfile::to_json() const {
 
 void take_probed(ModelProfile& profile, const ModelProfile& probed) {
   profile.mask_argument = probed.mask_argument;
+  profile.source_mask_argument = probed.source_mask_argument;
   profile.max_tokens = probed.max_tokens;
   profile.causal = probed.causal;
   profile.head_tokenwise = probed.head_tokenwise;

@@ -15,11 +15,18 @@ using Kind = Label::Kind;
 
 const c10::Symbol kSdpa = c10::Symbol::fromQualString("aten::scaled_dot_product_attention");
 
-/// Attention scores and the like: one entry for each pair of tokens.
+/// Attention scores and the like: one entry for each pair of tokens, or of a token and one of the source.
 bool pairs_tokens(const Analysis& analysis, const Value* value) {
   const auto info = analysis.infos.find(value);
   return info != analysis.infos.end() && info->second.is_tensor() && analysis.dependent.count(value) &&
-         info->second.count(Kind::kTokens) >= 2;
+         info->second.count(Kind::kTokens) >= 1 &&
+         info->second.count(Kind::kTokens) + info->second.count(Kind::kSource) >= 2;
+}
+
+/// Does a size of it follow from the source?
+bool over_source(const ValueInfo& info) {
+  return info.count(Kind::kSource) + info.count(Kind::kBatchSource) > 0 || info.integer.kind == Kind::kSource ||
+         info.integer.kind == Kind::kBatchSource;
 }
 
 int token_dim(const ValueInfo& info) {
@@ -93,7 +100,14 @@ bool describe_inputs(const Analysis& analysis, Region& region, std::string& reas
     }
     const ValueInfo& info = found->second;
     const bool depends = analysis.dependent.count(value) > 0;
-    if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown && info.is_scalar()) {
+    if (info.is_scalar() && over_source(info)) {
+      if (info.integer.kind == Kind::kBatchSource) {
+        reason =
+            fmt::format("'{}', an input of its attention, counts the source's tokens of all rows", value->debugName());
+        return false;
+      }
+      input.role = Role::kFixed;
+    } else if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown && info.is_scalar()) {
       input.role = Role::kLength;
       input.length = info.integer;
     } else if (info.is_tensor() && depends) {
@@ -106,7 +120,8 @@ bool describe_inputs(const Analysis& analysis, Region& region, std::string& reas
       input.token_dim = dim;
     } else if (info.is_tensor()) {
       input.batch_dim = info.only(Kind::kBatch);
-      if (input.batch_dim == -2 || info.count(Kind::kUnknown) > 0 || info.count(Kind::kBatchTokens) > 0) {
+      if (input.batch_dim == -2 || info.count(Kind::kUnknown) > 0 || info.count(Kind::kBatchTokens) > 0 ||
+          info.count(Kind::kBatchSource) > 0) {
         reason = fmt::format("'{}', an input of its attention, has a shape that follows no rule", value->debugName());
         return false;
       }

@@ -148,7 +148,9 @@ class Follower {
     return info == nullptr ? 0 : info->count(Kind::kTokens) + info->count(Kind::kBatchTokens);
   }
   static int rows(const ValueInfo* info) {
-    return info == nullptr ? 0 : info->count(Kind::kBatch) + info->count(Kind::kBatchTokens);
+    return info == nullptr
+               ? 0
+               : info->count(Kind::kBatch) + info->count(Kind::kBatchTokens) + info->count(Kind::kBatchSource);
   }
   static bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
   static std::string_view name_of(const Node* node) { return node->kind().toUnqualString(); }
@@ -168,7 +170,8 @@ class Follower {
       return;
     }
     const bool over_tokens = label.kind == Kind::kTokens || label.kind == Kind::kBatchTokens;
-    const bool over_rows = label.kind == Kind::kBatch || label.kind == Kind::kBatchTokens;
+    const bool over_rows =
+        label.kind == Kind::kBatch || label.kind == Kind::kBatchTokens || label.kind == Kind::kBatchSource;
     if (!over_tokens) taint.length = Way::kNone;
     if (!over_rows) taint.rows = Way::kNone;
     taint.size = label;

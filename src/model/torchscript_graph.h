@@ -65,11 +65,12 @@ bool is_rematerialised(const Value* value, const Value* self);
 /// True if the node neither writes to its inputs, nor prints, raises, or draws random numbers.
 bool is_pure(Node* node);
 
-/// How one dimension (or one integer) varies with the shape of the input.
+/// How one dimension (or one integer) varies with the shape of the input. kTokens are those of the target where there
+/// is a source. Their numbers stand in saved profiles.
 struct Label {
-  enum class Kind { kConstant, kBatch, kTokens, kBatchTokens, kUnknown };
+  enum class Kind { kConstant, kBatch, kTokens, kBatchTokens, kUnknown, kSource, kBatchSource };
   Kind kind = Kind::kUnknown;
-  std::int64_t factor = 1;  ///< the constant itself, or the multiple of batch, tokens, batch x tokens
+  std::int64_t factor = 1;  ///< the constant itself, or the multiple of batch, tokens, ...
 
   bool operator==(const Label&) const = default;
 };
@@ -109,11 +110,13 @@ std::optional<torch::jit::ExecutorExecutionMode> executor_of(const FlatGraph& fl
 
 inline constexpr std::int64_t kLabelShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
 
-/// Labels of all top-level values, from runs on kLabelShapes.
-ValueInfos label_values(const std::vector<Values>& runs);
+/// Labels of all top-level values, from runs on kLabelShapes. `with_source`: their inputs have a source, of
+/// probe_source_tokens() tokens.
+ValueInfos label_values(const std::vector<Values>& runs, bool with_source);
 
 /// The same for each tensor in the result, in order; none if their number varies.
-std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs);
+std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs,
+                                                   bool with_source);
 
 /// Label and kind of a value as plain numbers, for GraphFindings, and back. Throws DamagedData for those of no value.
 std::vector<std::int64_t> numbers_of(const ValueInfo& info);
@@ -145,7 +148,9 @@ std::unordered_set<const Value*> dependants(const FlatGraph& flat, const Value* 
 /// depend on the hidden state and can be computed once, before the layers. Returns the dependants
 /// of `hidden` that remain. `infos` is extended by the new values; `detached` gets, for each scalar
 /// that still depends on the hidden state, the same one made from the input.
-std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
+/// `source_argument`: an input that is of the source; -1: there is none.
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
+                                              int source_argument, ValueInfos& infos,
                                               std::unordered_map<const Value*, Value*>& detached);
 
 }  // namespace llmcache::ts

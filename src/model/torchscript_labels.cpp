@@ -7,6 +7,7 @@
 #include <array>
 
 #include "llmcache/error.h"
+#include "model/probe.h"
 #include "model/tensors_of.h"
 #include "model/torchscript_graph.h"
 #include "store/damaged_data.h"
@@ -20,7 +21,7 @@ namespace prim = c10::prim;
 namespace aten = c10::aten;
 
 /// The rule that explains one number on all three shapes.
-Label explain(const std::array<std::int64_t, 3>& seen) {
+Label explain(const std::array<std::int64_t, 3>& seen, bool with_source) {
   const auto matches = [&](Label::Kind kind, auto measure) -> std::optional<Label> {
     const std::int64_t unit = measure(kLabelShapes[0][0], kLabelShapes[0][1]);
     if (seen[0] == 0 || seen[0] % unit != 0) return std::nullopt;
@@ -34,6 +35,10 @@ Label explain(const std::array<std::int64_t, 3>& seen) {
   if (auto label = matches(Kind::kBatch, [](auto b, auto) { return b; })) return *label;
   if (auto label = matches(Kind::kTokens, [](auto, auto t) { return t; })) return *label;
   if (auto label = matches(Kind::kBatchTokens, [](auto b, auto t) { return b * t; })) return *label;
+  if (!with_source) return {};
+  if (auto label = matches(Kind::kSource, [](auto b, auto) { return probe_source_tokens(b); })) return *label;
+  const auto all_of_source = [](auto b, auto) { return b * probe_source_tokens(b); };
+  if (auto label = matches(Kind::kBatchSource, all_of_source)) return *label;
   return {};
 }
 
@@ -102,7 +107,8 @@ Values run_all(const FlatGraph& flat, const Module& module, const Inputs& inputs
   return run_some(flat, module, inputs, [](const Node*) { return true; });
 }
 
-std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs) {
+std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs,
+                                                   bool with_source) {
   const Value* result = flat.graph->outputs()[0];
   std::vector<std::vector<at::Tensor>> leaves;
   for (const Values& run : runs) {
@@ -113,12 +119,12 @@ std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const 
   for (std::size_t i = 0; i < leaves[0].size(); ++i) {
     std::vector<Values> seen;
     for (const auto& run : leaves) seen.push_back({{result, run[i]}});
-    infos.push_back(label_values(seen).at(result));
+    infos.push_back(label_values(seen, with_source).at(result));
   }
   return infos;
 }
 
-ValueInfos label_values(const std::vector<Values>& runs) {
+ValueInfos label_values(const std::vector<Values>& runs, bool with_source) {
   ValueInfos infos;
   for (const auto& [value, first] : runs.at(0)) {
     const std::array<const c10::IValue*, 3> seen{&first, &runs.at(1).at(value), &runs.at(2).at(value)};
@@ -137,8 +143,8 @@ ValueInfos label_values(const std::vector<Values>& runs) {
         info.kind = ValueInfo::Kind::kUnknown;
       } else {
         for (std::int64_t d = 0; d < first.toTensor().dim(); ++d) {
-          info.dims.push_back(
-              explain({seen[0]->toTensor().size(d), seen[1]->toTensor().size(d), seen[2]->toTensor().size(d)}));
+          info.dims.push_back(explain(
+              {seen[0]->toTensor().size(d), seen[1]->toTensor().size(d), seen[2]->toTensor().size(d)}, with_source));
         }
       }
     }
@@ -146,7 +152,7 @@ ValueInfos label_values(const std::vector<Values>& runs) {
       const auto b = as_integer(*seen[1]);
       const auto c = as_integer(*seen[2]);
       if (!first.isTensor()) info.kind = ValueInfo::Kind::kInteger;
-      if (b && c) info.integer = explain({*a, *b, *c});
+      if (b && c) info.integer = explain({*a, *b, *c}, with_source);
     }
     infos.emplace(value, std::move(info));
   }
@@ -172,7 +178,7 @@ ValueInfo info_of(const std::vector<std::int64_t>& numbers) {
     return numbers[i];
   };
   const auto label = [&](std::size_t i) {
-    return Label{static_cast<Kind>(whole(i, static_cast<std::int64_t>(Kind::kUnknown) + 1)), numbers[i + 1]};
+    return Label{static_cast<Kind>(whole(i, static_cast<std::int64_t>(Kind::kBatchSource) + 1)), numbers[i + 1]};
   };
   if (numbers.size() < kFixed || numbers.size() % 2 == 0) throw DamagedData("it has a label that is cut off");
   ValueInfo info;
@@ -243,9 +249,16 @@ namespace {
 /// See detach_sizes().
 class SizeDetacher {
  public:
-  SizeDetacher(FlatGraph& flat, const Value* hidden, Value* ids, ValueInfos& infos,
+  /// `source` may be null.
+  SizeDetacher(FlatGraph& flat, const Value* hidden, Value* ids, Value* source, ValueInfos& infos,
                std::unordered_map<const Value*, Value*>& detached)
-      : flat_(flat), graph_(*flat.graph), hidden_(hidden), ids_(ids), infos_(infos), detached_(detached) {}
+      : flat_(flat),
+        graph_(*flat.graph),
+        hidden_(hidden),
+        ids_(ids),
+        source_(source),
+        infos_(infos),
+        detached_(detached) {}
 
   std::unordered_set<const Value*> run() {
     dependent_ = {hidden_};
@@ -336,9 +349,10 @@ class SizeDetacher {
   void detach_size(const Node* node) {
     const Label label = infos_[node->output()].integer;
     if (label.kind == Label::Kind::kConstant) return detach_as_constant(node);
-    if (label.kind != Label::Kind::kBatch && label.kind != Label::Kind::kTokens) return;
+    const bool of_source = label.kind == Label::Kind::kSource && source_ != nullptr;
+    if (label.kind != Label::Kind::kBatch && label.kind != Label::Kind::kTokens && !of_source) return;
     Value* dim = constant(label.kind == Label::Kind::kBatch ? 0 : 1);
-    Value* made = integer(aten::size, {ids_, dim}, node);
+    Value* made = integer(aten::size, {of_source ? source_ : ids_, dim}, node);
     if (label.factor != 1) made = integer(aten::mul, {made, constant(label.factor)}, node);
     detached_[node->output()] = made;
   }
@@ -404,6 +418,7 @@ class SizeDetacher {
   Graph& graph_;
   const Value* hidden_;
   Value* ids_;
+  Value* source_;
   ValueInfos& infos_;
   std::unordered_map<const Value*, Value*>& detached_;
   std::unordered_set<const Value*> dependent_;
@@ -412,9 +427,11 @@ class SizeDetacher {
 
 }  // namespace
 
-std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument, ValueInfos& infos,
+std::unordered_set<const Value*> detach_sizes(FlatGraph& flat, const Value* hidden, int ids_argument,
+                                              int source_argument, ValueInfos& infos,
                                               std::unordered_map<const Value*, Value*>& detached) {
-  return SizeDetacher(flat, hidden, flat.input(static_cast<std::size_t>(ids_argument)), infos, detached).run();
+  Value* source = source_argument < 0 ? nullptr : flat.input(static_cast<std::size_t>(source_argument));
+  return SizeDetacher(flat, hidden, flat.input(static_cast<std::size_t>(ids_argument)), source, infos, detached).run();
 }
 
 }  // namespace llmcache::ts

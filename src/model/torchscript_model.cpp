@@ -19,6 +19,7 @@
 #include "model/torchscript_attention_ops.h"
 #include "model/torchscript_layer_kinds.h"
 #include "model/torchscript_packed_weights.h"
+#include "model/torchscript_source.h"
 
 namespace llmcache::ts {
 namespace {
@@ -247,7 +248,10 @@ at::Device device_of(const Module& module) {
 }
 
 Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens) {
-  return llmcache::probe_inputs(analysis.vocabulary, analysis.device, batch, tokens);
+  InputSpec spec;
+  spec.vocabulary = analysis.vocabulary;
+  spec.source = analysis.source;
+  return llmcache::probe_inputs(spec, analysis.device, batch, tokens);
 }
 
 namespace {
@@ -259,8 +263,9 @@ void find_labels(Analysis& analysis) {
   for (const auto& [batch, tokens] : kLabelShapes) {
     runs.push_back(run_all(flat, analysis.module, probe_inputs(analysis, batch, tokens)));
   }
-  analysis.infos = label_values(runs);
-  analysis.result = label_result(flat, runs);
+  const bool with_source = !analysis.source.empty();
+  analysis.infos = label_values(runs, with_source);
+  analysis.result = label_result(flat, runs, with_source);
   analysis.max_tokens = token_limit(flat, analysis.module, runs);
   GraphFindings& findings = *analysis.findings;
   findings.values.clear();
@@ -308,8 +313,8 @@ void check_flat(const FlatGraph& flat) {
   }
 }
 
-/// The graph cut at the layers of a chain, and what its values are. Throws Error(kUnsupportedModel).
-Analysis analyse_chain(const Module& module, const Chain& chain, const std::shared_ptr<GraphFindings>& findings) {
+/// The graph cut at the layers of a chain. Throws Error(kUnsupportedModel).
+Analysis flattened(const Module& module, const Chain& chain, const std::shared_ptr<GraphFindings>& findings) {
   Analysis analysis;
   analysis.module = module;
   analysis.findings = findings;
@@ -323,16 +328,29 @@ Analysis analyse_chain(const Module& module, const Chain& chain, const std::shar
   if (largest == analysis.vocabulary.end() || *largest == 0) {
     unsupported("no input selects from an embedding, so none of them can be input_ids");
   }
-  analysis.ids_argument = static_cast<int>(largest - analysis.vocabulary.begin());
+  return analysis;
+}
+
+/// What its values are, if inputs are those of a source that `source` says; empty: there is none. Throws
+/// Error(kUnsupportedModel).
+void label(Analysis& analysis, const std::vector<bool>& source) {
+  analysis.source = source;
+  analysis.findings->source = source;
+  const auto& vocabulary = analysis.vocabulary;
+  std::size_t ids = source.empty() || !source[0] ? 0 : 1;
+  for (std::size_t i = 0; i < vocabulary.size(); ++i) {
+    const bool own = source.empty() || !source[i];
+    if (own && (vocabulary[i] > vocabulary[ids] || (!source.empty() && source[ids]))) ids = i;
+  }
+  analysis.ids_argument = static_cast<int>(ids);
   try {
-    findings->known ? take_labels(analysis) : find_labels(analysis);
+    analysis.findings->known ? take_labels(analysis) : find_labels(analysis);
   } catch (const std::exception& error) {
     unsupported(
         fmt::format("a probe with tiny inputs failed, so batch and length are not dynamic or an input is not "
                     "token-level: {}",
                     reason_of(error)));
   }
-  return analysis;
 }
 
 /// Once it is known what the layers hand on: what depends on it, and what does not and moves to before the layers.
@@ -346,10 +364,41 @@ void separate_layers(Analysis& analysis) {
     start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input
     return;
   }
-  analysis.dependent = detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, analysis.infos, analysis.detached);
+  analysis.dependent = detach_sizes(flat, analysis.hidden[0], analysis.ids_argument, source_argument(analysis),
+                                    analysis.infos, analysis.detached);
   detach_region_scalars(analysis);
   remove_dead(analysis);
   hoist(analysis);
+}
+
+std::vector<std::vector<bool>> known_source(const GraphFindings& findings) {
+  return findings.source.empty() ? std::vector<std::vector<bool>>{} : std::vector<std::vector<bool>>{findings.source};
+}
+
+/// The first chain whose layers read a source and a target; none: there is no such.
+std::optional<Analysis> analyse_with_source(const Module& module, const Options& options,
+                                            const std::vector<Chain>& chains,
+                                            const std::vector<std::vector<bool>>& sources,
+                                            const std::shared_ptr<GraphFindings>& findings) {
+  if (sources.empty()) return std::nullopt;
+  for (std::size_t i = findings->known ? findings->chain : 0; i < chains.size(); ++i) {
+    for (const auto& source : sources) {
+      findings->chain = i;
+      auto analysis = flattened(module, chains[i], findings);
+      if (source.size() != analysis.vocabulary.size()) throw DamagedData("it has a source of another model");
+      analysis.source = source;
+      if (!layers_read_both_sides(analysis)) break;  // an encoder, whichever side is the source
+      try {
+        label(analysis, source);
+      } catch (const Error&) {
+        continue;
+      }
+      if (!choose_hidden(analysis, !options.layers.empty())) continue;
+      separate_layers(analysis);
+      return analysis;
+    }
+  }
+  return std::nullopt;
 }
 
 }  // namespace
@@ -364,11 +413,15 @@ Analysis analyse(const Module& module, const Options& options, std::shared_ptr<G
         "no chain of layers was found: forward() calls no two modules of one container, the second fed by the first; "
         "if there is one layer only, name it in Options.layers");
   }
+  auto first = flattened(module, chains[0], findings);
+  const auto sources = findings->known ? known_source(*findings) : source_candidates(first);
+  if (auto analysis = analyse_with_source(module, options, chains, sources, findings)) return *std::move(analysis);
   std::vector<std::string> tried;
   bool nested = false;
   for (std::size_t i = findings->known ? findings->chain : 0; i < chains.size(); ++i) {
     findings->chain = i;
-    auto analysis = analyse_chain(module, chains[i], findings);
+    auto analysis = i == 0 ? std::move(first) : flattened(module, chains[i], findings);
+    label(analysis, {});
     if (choose_hidden(analysis, !options.layers.empty())) {
       separate_layers(analysis);
       return analysis;
@@ -429,6 +482,7 @@ InputSpec spec_of(const Analysis& analysis) {
   spec.vocabulary = analysis.vocabulary;
   spec.compared = analysis.dependence.compared;
   spec.opens_attention = analysis.dependence.pairs;
+  spec.source = analysis.source;
   return spec;
 }
 
@@ -554,6 +608,9 @@ class TorchScriptModel final : public Model {
     profile.attention = attention_ops_;
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
+    for (std::size_t i = 0; i < analysis_->source.size(); ++i) {
+      if (analysis_->source[i]) profile.source_arguments.push_back(static_cast<int>(i));
+    }
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
     profile.max_tokens = analysis_->max_tokens;
     profile.rows_independent = !analysis_->rows_meet && analysis_->dependence.rows.empty();

@@ -389,8 +389,7 @@ void check_packed(const Model& model, const Module& module, Weights weights) {
   const double allowed = allowed_of(weights);
   auto original = module;
   for (const auto& shape : {std::pair<std::int64_t, std::int64_t>{2, 5}, {1, 1}, {1, 3}, {3, 8}}) {
-    const auto inputs =
-        llmcache::probe_inputs(model.input_spec().vocabulary, model.device(), shape.first, shape.second);
+    const auto inputs = llmcache::probe_inputs(model.input_spec(), model.device(), shape.first, shape.second);
     c10::IValue plain;
     try {
       plain = original.forward(inputs);

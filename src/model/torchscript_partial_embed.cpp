@@ -48,6 +48,9 @@ class Builder {
       whole_[input] = made;
     }
     ids_ = whole_.at(analysis.flat.input(static_cast<std::size_t>(analysis.ids_argument)));
+    if (const int i = source_argument(analysis); i >= 0) {
+      source_ = whole_.at(analysis.flat.input(static_cast<std::size_t>(i)));
+    }
     positions_ = graph_->addInput("positions");
   }
 
@@ -90,6 +93,7 @@ class Builder {
 
   Value* size_of(const Label& label) {
     if (label.kind == Kind::kConstant) return graph_->insertConstant(label.factor);
+    if (label == Label{Kind::kSource, 1} && source_ != nullptr) return graph_->insert(aten::size, {source_, 1});
     if (label.factor != 1 || (label.kind != Kind::kBatch && label.kind != Kind::kTokens)) return nullptr;
     return graph_->insert(aten::size, {ids_, label.kind == Kind::kBatch ? 0 : 1});
   }
@@ -241,6 +245,7 @@ class Builder {
   const Analysis& analysis_;
   std::shared_ptr<Graph> graph_;
   Value* ids_ = nullptr;
+  Value* source_ = nullptr;  ///< an input of the source; null: there is none
   Value* positions_ = nullptr;
   std::unordered_map<const Value*, Value*> whole_;
   std::map<std::pair<const Value*, int>, Value*> cut_;

@@ -86,7 +86,12 @@ bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
     }
     const ValueInfo& info = found->second;
     if (info.is_scalar()) {
-      if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown) {
+      if (info.integer.kind == Kind::kBatchSource) {
+        reason = fmt::format("'{}', which it needs, counts the source's tokens of all rows", value->debugName());
+        return false;
+      }
+      const bool of_source = info.integer.kind == Kind::kSource;
+      if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown && !of_source) {
         rule.kind = PackRule::Kind::kLength;
         rule.length = info.integer;
       }
@@ -95,7 +100,7 @@ bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
       const bool batch = rule.dims.batch != -1;
       const bool tokens = rule.dims.tokens != -1 || rule.dims.merged != -1;
       const bool clear = rule.dims.batch != -2 && rule.dims.tokens != -2 && rule.dims.merged != -2 &&
-                         info.count(Kind::kUnknown) == 0 &&
+                         info.count(Kind::kUnknown) + info.count(Kind::kBatchSource) == 0 &&
                          (rule.dims.merged == -1 || (!batch && rule.dims.tokens == -1));
       if (!clear || (batch && !tokens)) {
         reason = fmt::format("'{}', which it needs, is neither per token nor the same for all", value->debugName());
@@ -388,6 +393,10 @@ bool TokenLevel::find_roles(PackedAttention& attention_op, const Values& values,
       break;
     }
   }
+  // Attention to the source: its keys are the same for all of the sequence's tokens.
+  const bool reads_source = std::any_of(inputs.begin(), inputs.end(), [&](const AttentionInput& input) {
+    return input.role == Role::kSide && analysis_->infos.at(input.value).count(Kind::kSource) > 0;
+  });
   const auto start = inputs;
   std::vector<unsigned> order(std::size_t{1} << open.size());
   std::iota(order.begin(), order.end(), 0U);
@@ -414,7 +423,7 @@ bool TokenLevel::find_roles(PackedAttention& attention_op, const Values& values,
         has_key = has_key || input.role == Role::kKey;
       }
       const auto tried = [&] { return try_roles(attention_op, values, partial); };
-      if (!has_query || !has_key || !analysis_->findings->ask(tried)) continue;
+      if (!has_query || !(has_key || reads_source) || !analysis_->findings->ask(tried)) continue;
       attention_op.region.partial = partial;
       partial_ = partial_ && partial;
       if (attention_op.region.sdpa != nullptr) attention_op.sdpa = find_sdpa(attention_op, values);

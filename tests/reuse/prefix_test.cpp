@@ -432,7 +432,7 @@ TEST(PrefixNarrowEmbed, DecodersPrepareOnlyWhatIsNeeded) {
   for (const char* name : {"tiny-gpt2-sdpa", "tiny-gpt2-eager", "tiny-llama-sdpa", "tiny-llama-eager"}) {
     const c10::InferenceMode no_grad;
     const auto model = wrap_torchscript(load_model(name), {});
-    const auto inputs = probe_inputs(model->input_spec().vocabulary, model->device(), 1, 12);
+    const auto inputs = probe_inputs(model->input_spec(), model->device(), 1, 12);
     PackedLayout layout{1,
                         12,
                         1,

@@ -85,7 +85,7 @@ TEST_P(KeyPositionsOf, AreFoundOrRefused) {
   const c10::NoGradGuard no_grad;
   const auto& expected = GetParam();
   const auto model = ModelTraits<Module>::wrap(load_model(expected.name), {});
-  const auto found = find_key_positions(*model, model->input_spec().vocabulary);
+  const auto found = find_key_positions(*model, model->input_spec());
   EXPECT_EQ(found.movable, expected.movable) << found.why;
   EXPECT_EQ(found.why.empty(), expected.movable) << found.why;
   EXPECT_EQ(found.rotations.size(), expected.rotations) << found.why;

@@ -632,7 +632,7 @@ const char* const kPoolMarked =
 
 TEST(OutputPositions, AreFoundByProbing) {
   const auto read = [](const Encoder& subject) {
-    return output_positions(*subject.wrapped.model, subject.wrapped.inputs.vocabulary, subject.wrapped.output,
+    return output_positions(*subject.wrapped.model, subject.wrapped.inputs, subject.wrapped.output,
                             subject.wrapped.profile);
   };
   EXPECT_EQ(read(encoder("tiny-bert-sdpa")).read, OutputRead::kPerToken);

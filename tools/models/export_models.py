@@ -2,6 +2,7 @@
 """Exports the models that tests and benchmarks use, as TorchScript files with a JSON sidecar each.
 
 DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these.
+Encoder-decoders take the ids of the target, and perhaps their mask, behind those of the source.
 DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a
 model counts as present only while size and SHA-256 in it match the file.
 The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
@@ -58,14 +59,24 @@ def present(folder: Path, name: str) -> tuple[bool, str]:
     return True, ""
 
 
-def example(spec: ModelSpec, vocab: int, lengths: list[int], seed: int) -> tuple[torch.Tensor, ...]:
+def padded(vocab: int, lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws random ids, right-padded to the longest of the given lengths, and makes their mask."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, vocab, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    ids = ids * mask
+    return ids * mask, mask
+
+
+def example(spec: ModelSpec, vocab: int, lengths: list[int], seed: int) -> tuple[torch.Tensor, ...]:
+    """Draws inputs of the given lengths. The targets of an encoder-decoder have others."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids, mask = padded(vocab, lengths, generator)
+    if spec.family == "encoder-decoder":
+        target = padded(vocab, [length // 2 + 1 for length in reversed(lengths)], generator)
+        return ids, mask, *target[: len(spec.inputs) - 2]
     if len(spec.inputs) == 2:
         return ids, mask
     third = torch.randint(0, 2, ids.shape, generator=generator)
@@ -101,8 +112,9 @@ def verify(exported: nn.Module, module: nn.Module, spec: ModelSpec, vocab: int) 
             if spec.how == "train":
                 continue  # dropout: values differ by design
             # What padding positions hold is not defined.
-            if got.dim() >= 2 and got.shape[:2] == inputs[1].shape:
-                got, want = got[inputs[1].bool()], want[inputs[1].bool()]
+            mask = inputs[3 if spec.family == "encoder-decoder" and len(inputs) > 3 else 1].bool()
+            if got.dim() >= 2 and got.shape[:2] == mask.shape:
+                got, want = got[mask], want[mask]
             scale = max(1.0, want.float().nan_to_num().abs().max().item())
             if not torch.allclose(got.float(), want.float(), rtol=0, atol=tolerance * scale, equal_nan=True):
                 error = (got.float() - want.float()).abs().max().item()
@@ -266,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if options.list:
         for spec in specs:
-            print(f"{spec.name:24} {spec.group:6} {spec.family:8} {spec.attention:6} {spec.architecture}")
+            print(f"{spec.name:24} {spec.group:6} {spec.family:15} {spec.attention:6} {spec.architecture}")
         return 0
     if options.out is None:
         parser.error("--out DIR is missing")

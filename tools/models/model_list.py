@@ -19,6 +19,8 @@ POOLING_MASK = "pooling_mask"  # int64 [batch, tokens], 1 where the output is re
 WITH_POOLING_MASK = ("input_ids", "attention_mask", POOLING_MASK)
 WITH_TYPES = ("input_ids", "attention_mask", "token_type_ids")
 ANSWER_SPAN = "(start_logits, end_logits)"  # of an answer in a passage
+SEQ2SEQ = ("input_ids", "attention_mask", "decoder_input_ids")  # of a source, and of a target of its own length
+SEQ2SEQ_MASKED = (*SEQ2SEQ, "decoder_attention_mask")
 
 Build = Callable[[], "tuple[nn.Module, str]"]  # -> module, where the weights came from
 
@@ -26,7 +28,7 @@ Build = Callable[[], "tuple[nn.Module, str]"]  # -> module, where the weights ca
 @dataclass(frozen=True)
 class ModelSpec:
     name: str
-    family: str  # "encoder" (bidirectional) or "decoder" (causal)
+    family: str  # "encoder" (bidirectional), "decoder" (causal) or "encoder-decoder"
     architecture: str  # transformers model class, or our own
     build: Build
     attention: str = "sdpa"  # "sdpa", "eager" or "none"
@@ -39,7 +41,7 @@ class ModelSpec:
     @property
     def group(self) -> str:
         head = self.name.split("-")[0]
-        return {"tiny": "tiny", "unusual": "tiny", "zoo": "zoo"}.get(head, "bench")
+        return {"tiny": "tiny", "unusual": "tiny", "seq2seq": "tiny", "zoo": "zoo"}.get(head, "bench")
 
 
 def _of_transformers(name: str, architecture: str, build: Build, attention: str = "sdpa", **more: Any) -> ModelSpec:
@@ -275,6 +277,46 @@ def _zoo_models() -> list[ModelSpec]:
     return [spec(name, *entry) for name, entry in _ZOO.items()]
 
 
+# --- encoder-decoders -----------------------------------------------------------------------------
+
+_T5 = {"d_kv": 16, "d_ff": 128, "initializer_factor": 1.0, "num_layers": 3}
+_BART = {
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "init_std": 0.2,
+    "decoder_start_token_id": 2,
+}
+_SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    # name: model class, settings that are not those of _SMALL
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "bart": ("BartForConditionalGeneration", _BART),
+    "marian": ("MarianMTModel", _BART),
+    "mbart": ("MBartForConditionalGeneration", {**_BART, "scale_embedding": True}),
+    "pegasus": ("PegasusForConditionalGeneration", {**_BART, "decoder_layers": 2}),
+}
+
+
+def _seq2seq_models() -> list[ModelSpec]:
+    def spec(kind: str, name: str = "", attention: str = "sdpa", masked: bool = False, **more: Any) -> ModelSpec:
+        model_class, settings = _SEQ2SEQ[kind]
+        build = lambda: Small(model_class, settings)(attention, more.get("dtype", "float32"))  # noqa: E731
+        inputs = SEQ2SEQ_MASKED if masked else SEQ2SEQ
+        name = f"seq2seq-{kind}" + name
+        return ModelSpec(name, "encoder-decoder", model_class, build, attention, "logits", inputs=inputs, **more)
+
+    return [
+        *(spec(kind) for kind in _SEQ2SEQ),
+        spec("t5", "-eager-masked", "eager", masked=True),
+        spec("bart", "-eager", "eager"),
+        spec("bart", "-masked", masked=True),
+        spec("bart", "-bf16", dtype="bfloat16"),
+    ]
+
+
 # --- models of full size --------------------------------------------------------------------------
 
 
@@ -302,6 +344,6 @@ def _full_size_models() -> list[ModelSpec]:
     ]
 
 
-_ALL = (*_tiny_models(), *_unusual_models(), *_full_size_models(), *_zoo_models())
+_ALL = (*_tiny_models(), *_unusual_models(), *_seq2seq_models(), *_full_size_models(), *_zoo_models())
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ALL}
 GROUPS = ("tiny", "bench", "zoo")

@@ -7,14 +7,14 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from tools.models.model_list import ANSWER_SPAN, POOLING_MASK, WITH_TYPES, ModelSpec
+from tools.models.model_list import ANSWER_SPAN, POOLING_MASK, SEQ2SEQ, SEQ2SEQ_MASKED, WITH_TYPES, ModelSpec
 
 
 class Wrapper(nn.Module):
     def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         self.model = model
-        self.settings = {"use_cache": False} if spec.family == "decoder" else {}
+        self.settings = {} if spec.family == "encoder" else {"use_cache": False}
 
     def call(self, **inputs: Tensor) -> Any:
         return self.model(**inputs, **self.settings, return_dict=False)
@@ -70,6 +70,25 @@ class IdsOnly(Wrapper):
         return self.call(input_ids=input_ids * attention_mask)[0]
 
 
+class OfSource(Wrapper):
+    """A target of its own length, computed from a source."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.call(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids)[0]
+
+
+class OfSourceMasked(Wrapper):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> Tensor:
+        return self.call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        )[0]
+
+
 def mean_where(states: Tensor, marked: Tensor) -> Tensor:
     mask = marked.unsqueeze(-1).to(states.dtype)
     return (states * mask).sum(1) / mask.sum(1).clamp(min=1.0)
@@ -84,5 +103,10 @@ def wrap(model: nn.Module, spec: ModelSpec) -> nn.Module:
         return model
     if spec.architecture == "FNetModel":
         return IdsOnly(model, spec)
-    by_input = {POOLING_MASK: PooledWhereTold, WITH_TYPES[-1]: WithTypes}
+    by_input = {
+        POOLING_MASK: PooledWhereTold,
+        WITH_TYPES[-1]: WithTypes,
+        SEQ2SEQ[-1]: OfSource,
+        SEQ2SEQ_MASKED[-1]: OfSourceMasked,
+    }
     return (by_input.get(spec.inputs[-1]) or BY_OUTPUT.get(spec.output, OneTensor))(model, spec)

@@ -67,6 +67,18 @@ struct InputSpec {
   std::vector<std::vector<std::int64_t>> compared = {};
   /// By input, where which tokens attend to which follows from what it holds; empty text: nowhere. May be shorter.
   std::vector<std::string> opens_attention = {};
+  /// By input: it is of the source of an encoder-decoder. Such inputs are `[batch, source tokens]`, of one length; the
+  /// others are those of the target, `[batch, tokens]`. May be shorter.
+  std::vector<bool> source = {};
+
+  [[nodiscard]] bool is_source(std::size_t input) const { return input < source.size() && source[input]; }
+  /// True for an encoder-decoder.
+  [[nodiscard]] bool has_source() const {
+    for (const bool own : source) {
+      if (own) return true;
+    }
+    return false;
+  }
 };
 
 /// Type-erased model. Thread safety: const members may be called from many threads at once.

@@ -17,6 +17,7 @@ std::string why_unavailable(const WrappedModel& wrapped, const BudgetOptions& op
   if (wrapped.profile.granularity == Granularity::kWholeLayers) {
     return "it runs whole layers only; its profile says why";
   }
+  if (wrapped.inputs.has_source()) return "its output follows from a source, which the banks of exits do not know";
   if (leaves.size() != 1 || leaves[0].tokens >= 0 || leaves[0].batch != 0) {
     return "its output is not one pooled vector a sequence, [batch, values]";
   }

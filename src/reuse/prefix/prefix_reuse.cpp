@@ -43,6 +43,13 @@ void append(std::vector<KeyRange>& ranges, const KeyRange& range) {
   }
 }
 
+/// Inputs that have an entry for each token.
+std::size_t ids_per_token(const InputSpec& inputs) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < inputs.names.size(); ++i) count += inputs.is_source(i) ? 0 : 1;
+  return count;
+}
+
 }  // namespace
 
 /// A sequence of the batch that runs.
@@ -139,12 +146,12 @@ PrefixReuse::PrefixReuse(const WrappedModel& wrapped, const Verification& verifi
       model_(*wrapped.model),
       verification_(verification),
       options_((options.validate(model_.layers()), options)),
-      bank_({capacity_bytes, options.eviction, wrapped.inputs.names.size(), key_specs(), total}) {}
+      bank_({capacity_bytes, options.eviction, ids_per_token(wrapped.inputs), key_specs(), total}) {}
 
 std::vector<KeySpec> PrefixReuse::key_specs() {
   // One tiny sequence shows what there is to keep.
   const auto layers = static_cast<std::int32_t>(model_.layers());
-  const auto probe = probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, 2);
+  const auto probe = probe_inputs(wrapped_.inputs, model_.device(), 1, 2);
   Donors captured;
   ForwardReport report;
   const Plan whole{1, 2, layers, {compute_all(0, 0, 2, layers)}};
@@ -351,11 +358,11 @@ bool PrefixReuse::verify(std::string& why, bool briefly) {
   const auto device = model_.device();
   const auto mask = wrapped_.profile.mask_argument;
   // All sequences are beginnings of `main`, or leave it for `other` at some token.
-  const auto main = probe_inputs(wrapped_.inputs.vocabulary, device, 1, 40, 5);
-  const auto other = probe_inputs(wrapped_.inputs.vocabulary, device, 1, 40, 17);
+  const auto main = probe_inputs(wrapped_.inputs, device, 1, 40, 5);
+  const auto other = probe_inputs(wrapped_.inputs, device, 1, 40, 17);
   // Ids and types that the model looks for stand in both, so that what they do to tokens before them shows.
   for (std::size_t i = 0; i < main.size(); ++i) {
-    if (static_cast<int>(i) == mask) continue;
+    if (static_cast<int>(i) == mask || wrapped_.inputs.is_source(i)) continue;
     const auto special = special_values(wrapped_.inputs, i);
     for (std::size_t k = 0; k < 5; ++k) {
       const auto value = special[(special.size() - 1 + k) % special.size()];
@@ -375,6 +382,10 @@ bool PrefixReuse::verify(std::string& why, bool briefly) {
     for (std::size_t i = 0; i < main.size(); ++i) {
       const auto& first = main[i].toTensor();
       const auto& second = other[i].toTensor();
+      if (wrapped_.inputs.is_source(i)) {
+        inputs.emplace_back(first.expand({static_cast<std::int64_t>(lines.size()), -1}).contiguous());
+        continue;
+      }
       auto all = at::zeros({static_cast<std::int64_t>(lines.size()), padded_length}, first.options());
       for (std::size_t r = 0; r < lines.size(); ++r) {
         const Line& line = lines[r];
@@ -413,7 +424,8 @@ void find_prefix_reuse(WrappedModel& wrapped) {
   if (!profile.causal || profile.granularity != Granularity::kTokens || !wrapped.keeps_rows()) return;
   const InputSpec& inputs = wrapped.inputs;
   for (std::size_t i = 0; i < inputs.opens_attention.size() && profile.prefix_obstacle.empty(); ++i) {
-    // A mask closes attention; what another input does is not known.
+    // A mask closes attention, and a source is known as a whole; what another input does is not known.
+    if (inputs.is_source(i)) continue;
     if (static_cast<int>(i) != profile.mask_argument) profile.prefix_obstacle = inputs.opens_attention[i];
   }
   std::string why = profile.prefix_obstacle;

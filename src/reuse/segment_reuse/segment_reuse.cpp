@@ -19,7 +19,7 @@ SegmentReuse::SegmentReuse(const WrappedModel& wrapped, const SegmentOptions& op
       settings_(bank_settings(options, capacity_bytes, total)),
       most_averaged_(options.most_averaged),
       bank_(settings_) {
-  layout_.positions = find_key_positions(model_, wrapped.inputs.vocabulary);
+  layout_.positions = find_key_positions(model_, wrapped.inputs);
   verify(options);
 }
 
@@ -31,6 +31,9 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
                 "segments are reused in causal models that run any subset of tokens; the profile says why this one "
                 "is none");
   }
+  if (wrapped_.inputs.has_source()) {
+    throw Error(ErrorCode::kNotAvailable, "segments of an encoder-decoder's target follow from its source too");
+  }
   if (!wrapped_.profile.prefix_obstacle.empty())
     throw Error(ErrorCode::kNotAvailable, wrapped_.profile.prefix_obstacle);
   if (options.block_tokens < 1) {
@@ -38,7 +41,7 @@ SegmentBank::Settings SegmentReuse::bank_settings(const SegmentOptions& options,
   }
   layout_.layers = static_cast<std::int32_t>(model_.layers());
   // One tiny sequence shows what there is to keep.
-  const auto probe = probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, 2);
+  const auto probe = probe_inputs(wrapped_.inputs, model_.device(), 1, 2);
   Donors captured;
   ForwardReport report;
   Plan whole{1, 2, layout_.layers, {compute_all(0, 0, 2, layout_.layers)}};
@@ -264,8 +267,8 @@ void SegmentReuse::verify(const SegmentOptions& options) {
   SegmentBank bank(std::move(own));
   const auto block = static_cast<std::int64_t>(options.block_tokens);
   const std::int64_t tokens = 3 * block + 8;
-  const auto main = probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, tokens, 5);
-  const auto other = probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, tokens, 17);
+  const auto main = probe_inputs(wrapped_.inputs, model_.device(), 1, tokens, 5);
+  const auto other = probe_inputs(wrapped_.inputs, model_.device(), 1, tokens, 17);
   const auto run = [&](std::int64_t own_tokens, std::int64_t main_begin, std::int64_t main_tokens, double share) {
     // Some tokens of `main` behind or before some of `other`.
     Inputs given;

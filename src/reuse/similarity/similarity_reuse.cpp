@@ -190,12 +190,13 @@ SimilarityReuse::SimilarityReuse(const WrappedModel& wrapped, const Options& opt
     throw Error(ErrorCode::kNotAvailable, "fidelity 'threshold' is not available for this model: " + why);
   };
   options_.validate(model_.layers());
+  if (wrapped.inputs.has_source()) unavailable("states of an encoder-decoder belong to their source too");
   if (profile.granularity != Granularity::kTokens) {
     unavailable("it runs " + std::string(to_string(profile.granularity)) + " only; its profile says why");
   }
   if (!model_.token_level()->self_contained()) unavailable("its layers use values of other layers than the one before");
   choose_layers();
-  const std::int64_t heads = check_resuming(wrapped.inputs.vocabulary);
+  const std::int64_t heads = check_resuming(wrapped.inputs);
   std::int64_t dims = profile.hidden;
   if (options_.fingerprint.attention) {
     const bool sdpa = std::any_of(
@@ -264,10 +265,10 @@ void SimilarityReuse::choose_layers() {
 
 /// Goes on from behind each cached layer with the states of a tiny run, which must give that run's result.
 /// Returns the number of attention heads of the first layer, 0 if its attention has another shape.
-std::int64_t SimilarityReuse::check_resuming(const std::vector<std::int64_t>& vocabulary) {
+std::int64_t SimilarityReuse::check_resuming(const InputSpec& spec) {
   constexpr std::int64_t kTokens = 6;
   const auto layers = static_cast<std::int32_t>(model_.layers());
-  const auto inputs = probe_inputs(vocabulary, model_.device(), 1, kTokens, 41);
+  const auto inputs = probe_inputs(spec, model_.device(), 1, kTokens, 41);
   LayerRecorder recorder;
   ForwardReport report;
   const Plan full{1, kTokens, layers, {compute_all(0, 0, kTokens, layers)}};

@@ -61,7 +61,7 @@ class SimilarityReuse final : public ReuseStrategy {
   };
 
   void choose_layers();
-  std::int64_t check_resuming(const std::vector<std::int64_t>& vocabulary);
+  std::int64_t check_resuming(const InputSpec& spec);
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<SequenceCapture> start(const Batch& batch, const Plan& plan, std::uint64_t first_number,
                                                    const std::vector<std::int64_t>& rows) const;

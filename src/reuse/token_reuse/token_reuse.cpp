@@ -159,10 +159,11 @@ TokenReuse::TokenReuse(const WrappedModel& wrapped, TokenReuseOptions options, s
       options_((options.validate(wrapped.layers()), std::move(options))),
       layers_(wrapped.layers()) {
   check_model(model_, wrapped.profile);
+  if (wrapped.inputs.has_source()) unavailable("states of an encoder-decoder's target follow from its source too");
   const c10::NoGradGuard no_grad;
   try {
-    positions_ = llmcache::output_positions(model_, wrapped.inputs.vocabulary, wrapped.output, wrapped.profile);
-    supports_shift_ = layers_ignore_places(model_, wrapped.inputs.vocabulary);
+    positions_ = llmcache::output_positions(model_, wrapped.inputs, wrapped.output, wrapped.profile);
+    supports_shift_ = layers_ignore_places(model_, wrapped.inputs);
     bank_ = make_bank(0);
     // Checked as computed, whatever the format is: that loses something on purpose.
     bank_ = make_bank(8 * bank_->layout().bytes(64) + (std::size_t{1} << 20));
@@ -177,7 +178,7 @@ TokenReuse::TokenReuse(const WrappedModel& wrapped, TokenReuseOptions options, s
 
 StateLayout TokenReuse::layout() const {
   // One tiny sequence shows what there is to keep.
-  const auto probe = probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, 3);
+  const auto probe = probe_inputs(wrapped_.inputs, model_.device(), 1, 3);
   Donors captured;
   ForwardReport report;
   Plan plan{1, 3, layers_, {compute_all(0, 0, 3, layers_)}};
@@ -222,8 +223,8 @@ std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, Ban
 /// An identical sequence must come out as the plain model's, reused as far as it can be.
 void TokenReuse::verify() {
   const auto tokens = std::max<std::int64_t>(24, std::min<std::int64_t>(options_.least_tokens, 64));
-  const Batch batch = check_batch(probe_inputs(wrapped_.inputs.vocabulary, model_.device(), 1, tokens, 41),
-                                  wrapped_.inputs, wrapped_.profile, model_.device());
+  const Batch batch = check_batch(probe_inputs(wrapped_.inputs, model_.device(), 1, tokens, 41), wrapped_.inputs,
+                                  wrapped_.profile, model_.device());
   const auto plain = tensors_of(model_.plain(batch.inputs));
   const auto same = [&](const c10::IValue& value) {
     const auto got = tensors_of(value);
