@@ -23,6 +23,8 @@ void add_sequences_of(const ForwardReport& report, Stats& sums) {
     sums.prefix_hits += sequence.source == Source::kPrefix ? 1 : 0;
     sums.tokens += static_cast<std::uint64_t>(sequence.tokens);
     sums.tokens_reused += static_cast<std::uint64_t>(sequence.reused_tokens);
+    sums.source_tokens += static_cast<std::uint64_t>(sequence.source_tokens);
+    sums.source_reused += static_cast<std::uint64_t>(sequence.source_reused);
     if (!sequence.layers.empty()) sums.tokens_computed += static_cast<std::uint64_t>(sequence.layers.front().computed);
     for (const LayerTokens& layer : sequence.layers) {
       sums.layer_tokens_computed += static_cast<std::uint64_t>(layer.computed);
@@ -50,6 +52,8 @@ void CallTotals::fill(Stats& stats) const {
   stats.prefix_hits = sums_.prefix_hits;
   stats.tokens = sums_.tokens;
   stats.tokens_reused = sums_.tokens_reused;
+  stats.source_tokens = sums_.source_tokens;
+  stats.source_reused = sums_.source_reused;
   stats.tokens_computed = sums_.tokens_computed;
   stats.padding_skipped = sums_.padding_skipped;
   stats.sequences_from = sums_.sequences_from;

@@ -12,6 +12,7 @@
 #include "execute/wrap.h"
 #include "reuse/prefix/prefix_reuse.h"
 #include "reuse/similarity/similarity_reuse.h"
+#include "reuse/source/source_reuse.h"
 
 namespace llmcache {
 namespace {
@@ -34,6 +35,7 @@ WrappedModel probed(std::shared_ptr<Model> model, const Options& options) {
   WrappedModel wrapped = wrap(std::move(model), options);
   tell(options.progress, "checking prefix reuse");
   find_prefix_reuse(wrapped);
+  find_source_reuse(wrapped);
   auto& codes = wrapped.profile.verified.codes;  // of several checks
   std::sort(codes.begin(), codes.end());
   codes.erase(std::unique(codes.begin(), codes.end()), codes.end());

@@ -183,6 +183,10 @@ void check_weights_as_loaded(const Options& options) {
 }
 
 void Options::validate() const {
+  if (!(source_capacity_share >= 0 && source_capacity_share <= 1)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("Options.source_capacity_share is {}; 0 to 1 is expected", source_capacity_share));
+  }
   check_fidelity(fidelity);
   if (static_cast<int>(weights) < 0 || static_cast<int>(weights) > static_cast<int>(Weights::kFastest)) {
     throw Error(ErrorCode::kInvalidOptions,

@@ -132,6 +132,13 @@ std::string ForwardReport::summary() const {
     text = fmt::format("{} row{} ({}), {} tokens, nothing computed; {:.2f} ms", sequences.size(),
                        sequences.size() == 1 ? "" : "s", rows, tokens, total_ms);
   }
+  std::int64_t source = 0;
+  std::int64_t source_known = 0;
+  for (const SequenceReport& sequence : sequences) {
+    source += sequence.source_tokens;
+    source_known += sequence.source_reused;
+  }
+  if (source > 0) text += fmt::format("; {} of {} source tokens not computed", source_known, source);
   if (verified) text += fmt::format(" ({:.2f} ms of it to verify)", verify_ms);
   if (!fallback.empty()) text += "; fallback: " + fallback;
   return text;
@@ -307,6 +314,10 @@ std::string Stats::to_string() const {
   text += fmt::format("tokens:    {}; known {}, computed {}; {} of padding not computed\n", tokens,
                       share_text(tokens_reused, tokens), tokens_computed, padding_skipped);
   text += computed_text(balance);
+  if (source_tokens > 0) {
+    text +=
+        fmt::format("sources:   {} tokens, not computed {}\n", source_tokens, share_text(source_reused, source_tokens));
+  }
   text += fmt::format(
       "memory:    {} in {} entries, at most {} so far; {} insertions, {} evictions, {} not kept for want of room\n",
       size_text(bytes), entries, size_text(peak_bytes), insertions, evictions, rejected);

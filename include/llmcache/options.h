@@ -192,6 +192,11 @@ struct Options {
   /// For Fidelity::kLossless and causal models.
   PrefixOptions prefix = {};
 
+  /// For encoder-decoders, with kLossless and kBudget: part of `capacity_bytes`, 0 to 1, that what follows from sources
+  /// alone gets (keys and values of all layers: for T5-small 24 KiB a source token); the rest is for targets and whole
+  /// outputs. 0 keeps none of it. Default 0.5.
+  double source_capacity_share = 0.5;
+
   /// Share of the answers made with reuse that are computed plainly too and compared, 0 to 1, for as long as the cache
   /// lives. The first answer of a new size (VerifiedEnvelope) is compared whatever this is. An answer that differs
   /// closes the reuse it came from for good, drops what was kept, and is replaced by the plain one (Stats::verification

@@ -78,6 +78,8 @@ struct SequenceReport {
   double error = 0;      ///< that the audit found: relative L2 between what would have been served and that
                          ///< (kThreshold), or its error in the metric of the budget (kBudget)
   std::vector<LayerTokens> layers;  ///< one a layer
+  std::int64_t source_tokens = 0;   ///< of an encoder-decoder: tokens of the row's source
+  std::int64_t source_reused = 0;   ///< of these, not computed for this row: known, or computed for another row
 };
 
 /// Requests that a mechanism could not serve, so that a plainer one did.
@@ -211,6 +213,8 @@ struct Stats {
   std::uint64_t identical_hits = 0;   ///< rows answered from an identical request
   std::uint64_t prefix_hits = 0;      ///< rows of which a part was known (kLossless, causal models)
   std::uint64_t tokens_reused = 0;    ///< real tokens of these, and of identical requests, that were known
+  std::uint64_t source_tokens = 0;    ///< of encoder-decoders: tokens of the sources of all rows
+  std::uint64_t source_reused = 0;    ///< of these, not computed for their row: known, or computed for another row
   std::uint64_t similar_hits = 0;     ///< rows that went on from another request's state (kThreshold)
   std::uint64_t tokens = 0;           ///< real tokens asked for
   std::uint64_t tokens_computed = 0;  ///< tokens that went through at least one layer

@@ -245,6 +245,12 @@ Plan Batch::full_plan(std::int32_t layers) const {
   return plan;
 }
 
+Inputs Batch::model_inputs() const {
+  Inputs all = inputs;
+  if (!source.values.empty()) all.emplace_back(source.values);
+  return all;
+}
+
 std::size_t Batch::input_bytes() const {
   std::size_t bytes = 0;
   for (const c10::IValue& input : inputs) bytes += input.isTensor() ? input.toTensor().nbytes() : 0;
@@ -279,6 +285,9 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   part.plain_only = plain_only;
   part.source.inputs = source.inputs;
   part.source.padded_length = source.padded_length;
+  for (const at::Tensor& value : source.values) {
+    part.source.values.push_back(value.index_select(0, index.to(value.device())));
+  }
   for (const std::int64_t row : chosen) {
     if (!source.tokens.empty()) part.source.tokens.push_back(source.tokens[static_cast<std::size_t>(row)]);
   }
@@ -317,6 +326,17 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
     key.partition += used_types + tenant;
   }
   return all;
+}
+
+std::string Batch::source_key(std::int64_t row, const std::string& tenant) const {
+  std::string key;
+  append_number(key, static_cast<std::int64_t>(tenant.size()));
+  key += tenant;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (source.has(i)) key += types[i];
+  }
+  append_source(key, *this, row);
+  return key;
 }
 
 std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool padding) const {

@@ -33,6 +33,8 @@ struct BatchSource {
   std::int64_t padded_length = 0;    ///< tokens a row, padding included
   std::vector<std::int64_t> tokens;  ///< by row: those that decide anything; padding behind them does not
 
+  std::vector<at::Tensor> values;  ///< what SourceModel::run() gives for the rows, if it is known; empty: it is not
+
   [[nodiscard]] bool has(std::size_t input) const { return input < inputs.size() && inputs[input] != 0; }
 };
 
@@ -55,12 +57,16 @@ struct Batch {
 
   /// Every real token through every layer.
   [[nodiscard]] Plan full_plan(std::int32_t layers) const;
+  /// What the model is run on: its inputs, and behind them what is known of the source.
+  [[nodiscard]] Inputs model_inputs() const;
   /// Bytes that its inputs take.
   [[nodiscard]] std::size_t input_bytes() const;
   /// The batch made of some of the rows, in that order.
   [[nodiscard]] Batch select(const std::vector<std::int64_t>& chosen) const;
   /// Keys of the rows that have a real token. `left_out[i]`: input i decides no state; empty: all do.
   [[nodiscard]] std::vector<RowKey> keys(const std::string& tenant, const std::vector<char>& left_out = {}) const;
+  /// Everything that decides what follows from a row's source alone.
+  [[nodiscard]] std::string source_key(std::int64_t row, const std::string& tenant) const;
   /// Everything that decides the output of a row, byte by byte. `padding`: the padding behind its tokens is part of
   /// that.
   [[nodiscard]] std::string whole_key(std::int64_t row, const std::string& tenant, bool padding) const;

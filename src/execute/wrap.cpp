@@ -45,6 +45,7 @@ void check_possible(const WrappedModel& wrapped) {
                         (!tokens || token_level->partial()) &&
                         profile.head_tokenwise == (token_level != nullptr && token_level->head_tokenwise()) &&
                         (!profile.prefix_reuse || (tokens && profile.causal && wrapped.keeps_rows())) &&
+                        (!profile.source_reuse || (wrapped.model->source() != nullptr && wrapped.keeps_rows())) &&
                         profile.per_row_output == wrapped.output.per_row;
   if (!possible) throw DamagedData("it says what cannot be of this model");
 }

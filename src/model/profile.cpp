@@ -31,8 +31,8 @@ std::string ModelProfile::to_string() const {
   if (!source_arguments.empty()) {
     std::vector<std::string> names;
     for (const int i : source_arguments) names.push_back(inputs.at(static_cast<std::size_t>(i)));
-    text += fmt::format("source:            {}{}\n", fmt::join(names, ", "),
-                        source_mask_argument < 0 ? ", with its padding" : "");
+    text += fmt::format("source:            {}{}, its states are {}\n", fmt::join(names, ", "),
+                        source_mask_argument < 0 ? ", with its padding" : "", source_reuse ? "kept" : "not kept");
   }
   std::string kinds;
   for (const AttentionOp& attention_op : attention) {

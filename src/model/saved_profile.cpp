@@ -62,12 +62,19 @@ Json json_of(const VerifiedEnvelope& verified) {
 }
 
 Json json_of(const ModelProfile& profile) {
-  return {{"mask_argument", profile.mask_argument},     {"source_mask_argument", profile.source_mask_argument},
-          {"max_tokens", profile.max_tokens},           {"causal", profile.causal},
-          {"head_tokenwise", profile.head_tokenwise},   {"rows_independent", profile.rows_independent},
-          {"per_row_output", profile.per_row_output},   {"granularity", static_cast<int>(profile.granularity)},
-          {"prefix_reuse", profile.prefix_reuse},       {"left_padding", profile.left_padding},
-          {"prefix_obstacle", profile.prefix_obstacle}, {"notes", profile.notes},
+  return {{"mask_argument", profile.mask_argument},
+          {"source_mask_argument", profile.source_mask_argument},
+          {"max_tokens", profile.max_tokens},
+          {"causal", profile.causal},
+          {"head_tokenwise", profile.head_tokenwise},
+          {"rows_independent", profile.rows_independent},
+          {"per_row_output", profile.per_row_output},
+          {"granularity", static_cast<int>(profile.granularity)},
+          {"prefix_reuse", profile.prefix_reuse},
+          {"source_reuse", profile.source_reuse},
+          {"left_padding", profile.left_padding},
+          {"prefix_obstacle", profile.prefix_obstacle},
+          {"notes", profile.notes},
           {"verified", json_of(profile.verified)}};
 }
 
@@ -101,6 +108,7 @@ ModelProfile probed_of(const JsonObject& json) {
   profile.granularity =
       static_cast<Granularity>(json.whole("granularity", 0, static_cast<std::int64_t>(Granularity::kTokens)));
   profile.prefix_reuse = json.flag("prefix_reuse");
+  profile.source_reuse = json.flag("source_reuse");
   profile.left_padding = json.flag("left_padding");
   profile.prefix_obstacle = json.text("prefix_obstacle");
   profile.notes = json.texts("notes");
@@ -176,6 +184,7 @@ void take_probed(ModelProfile& profile, const ModelProfile& probed) {
   profile.per_row_output = probed.per_row_output;
   profile.granularity = probed.granularity;
   profile.prefix_reuse = probed.prefix_reuse;
+  profile.source_reuse = probed.source_reuse;
   profile.left_padding = probed.left_padding;
   profile.prefix_obstacle = probed.prefix_obstacle;
   profile.notes = probed.notes;

@@ -20,6 +20,7 @@
 #include "model/torchscript_layer_kinds.h"
 #include "model/torchscript_packed_weights.h"
 #include "model/torchscript_source.h"
+#include "model/torchscript_source_part.h"
 
 namespace llmcache::ts {
 namespace {
@@ -443,7 +444,12 @@ Analysis analyse(const Module& module, const Options& options, std::shared_ptr<G
 Program build_program(const Analysis& analysis) {
   Program program;
   const auto layers = analysis.flat.layers;
-  const auto embed_nodes = analysis.nodes(0);
+  auto embed_nodes = analysis.nodes(0);
+  if (const SourcePart& part = analysis.source_part; !part.values.empty()) {
+    program.source =
+        Subgraph("llmcache_source", analysis.flat, part.nodes, part.values, program.slots, Executor::kOfModule);
+    std::erase_if(embed_nodes, [&](const Node* node) { return part.own.count(node) > 0; });
+  }
   program.embed = Subgraph("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots,
                            Executor::kOfModule);
   for (std::int64_t l = 0; l < layers; ++l) {
@@ -508,9 +514,14 @@ class TorchScriptModel final : public Model {
       own_guard_.emplace(analysis.module, exempt_of(analysis));
       guard_.let_go();
     }
+    analysis.source_part = find_source_part(analysis);
+    if (!analysis.source_part.obstacle.empty()) {
+      notes_.push_back("what follows from a source alone is not kept: " + analysis.source_part.obstacle);
+    }
     analysis_ = std::make_shared<const Analysis>(std::move(analysis));
     self_ = analysis_->module._ivalue();
     program_ = build_program(*analysis_);
+    if (!analysis_->source_part.values.empty()) source_ = std::make_unique<SourceSubgraph>(analysis_, program_);
     token_level_ = make_token_level(analysis_, program_, attention_ops_, notes_);
     if (token_level_ != nullptr && token_level_->self_contained() && head_takes_one_state()) {
       analysis_->findings->distinct_layers = distinct_layers(*analysis_, attention_ops_);
@@ -519,10 +530,8 @@ class TorchScriptModel final : public Model {
 
   Activations embed(const Inputs& inputs) const override {
     auto env = std::make_shared<Env>(program_.slots.size());
-    for (std::size_t i = 0; i + 1 < analysis_->flat.graph->inputs().size(); ++i) {
-      const int slot = program_.slots.find(analysis_->flat.input(i));
-      if (slot >= 0 && i < inputs.size()) (*env)[static_cast<std::size_t>(slot)] = inputs[i];
-    }
+    put_inputs(*analysis_, program_, inputs, *env);
+    put_source(*analysis_, program_, self_, inputs, *env);
     program_.embed.run(self_, *env);
     at::Tensor hidden = (*env)[static_cast<std::size_t>(program_.hidden[0])].toTensor();
     return {std::move(hidden), std::move(env)};
@@ -598,6 +607,7 @@ class TorchScriptModel final : public Model {
     digest_ = guard_.digest(structure_);
   }
   const TokenLevelModel* token_level() const override { return token_level_.get(); }
+  const SourceModel* source() const override { return source_.get(); }
   const GraphFindings* findings() const override { return analysis_->findings.get(); }
 
   void describe(ModelProfile& profile) const override {
@@ -675,6 +685,7 @@ class TorchScriptModel final : public Model {
   std::shared_ptr<const Analysis> analysis_;
   c10::IValue self_;
   Program program_;
+  std::unique_ptr<SourceSubgraph> source_;  ///< null: there is none
   std::vector<AttentionOp> attention_ops_;
   std::unique_ptr<TokenLevelModel> token_level_;
 };

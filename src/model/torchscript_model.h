@@ -14,6 +14,14 @@
 
 namespace llmcache::ts {
 
+/// What follows from the source of an encoder-decoder alone (model/torchscript_source_part.h).
+struct SourcePart {
+  std::vector<Node*> nodes;             ///< that compute it, in front of the layers, in order
+  std::unordered_set<const Node*> own;  ///< of these, those that nothing else needs
+  std::vector<const Value*> values;     ///< what the rest takes of it; empty: there is no such part
+  std::string obstacle;                 ///< why; empty: there is no source
+};
+
 /// What analysis of the graph found; shared by whole-layer and token-level operation.
 struct Analysis {
   Module module;
@@ -32,7 +40,8 @@ struct Analysis {
   std::vector<bool> source;              ///< per input: InputSpec::source; empty: there is none
   std::int64_t max_tokens = 0;           ///< that tables of positions have room for; 0: unknown
   int ids_argument = 0;
-  std::string obstacle;    ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
+  std::string obstacle;  ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
+  SourcePart source_part;
   Dependence dependence;   ///< of numbers on lengths, rows and ids
   bool rows_meet = false;  ///< the graph chooses its way by what all rows of a batch hold, or by how many they are
 
@@ -58,6 +67,7 @@ void remove_dead(Analysis& analysis);
 /// Slots of the values that cross between the parts of an analysed model.
 struct Program {
   Slots slots;
+  Subgraph source;  ///< the source part, if there is one; runs before `embed`
   Subgraph embed;
   std::vector<Subgraph> layers;
   Subgraph head;

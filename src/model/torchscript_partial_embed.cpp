@@ -51,6 +51,10 @@ class Builder {
     if (const int i = source_argument(analysis); i >= 0) {
       source_ = whole_.at(analysis.flat.input(static_cast<std::size_t>(i)));
     }
+    for (const Value* value : analysis.source_part.values) {
+      whole_[value] = graph_->addInput();
+      whole_[value]->setType(value->type());
+    }
     positions_ = graph_->addInput("positions");
   }
 
@@ -278,11 +282,12 @@ std::optional<PartialEmbed> PartialEmbed::build(const Analysis& analysis, const 
 }
 
 std::vector<c10::IValue> PartialEmbed::call(const c10::IValue& self, const Inputs& inputs,
-                                            const at::Tensor& positions) const {
+                                            const std::vector<c10::IValue>& source, const at::Tensor& positions) const {
   torch::jit::Stack stack;
-  stack.reserve(inputs_ + 2);
+  stack.reserve(inputs_ + source.size() + 2);
   stack.emplace_back(self);
   for (std::size_t i = 0; i < inputs_; ++i) stack.push_back(i < inputs.size() ? inputs[i] : c10::IValue());
+  stack.insert(stack.end(), source.begin(), source.end());
   stack.emplace_back(positions);
   function_->run(stack);
   const auto& elements = stack.back().toTupleRef().elements();
@@ -292,13 +297,16 @@ std::vector<c10::IValue> PartialEmbed::call(const c10::IValue& self, const Input
 bool PartialEmbed::agrees(const Analysis& analysis) const {
   std::unordered_set<const Node*> made;
   for (const Output& output : outputs_) made.insert(output.value->node());
+  for (const Value* value : analysis.source_part.values) made.insert(value->node());
   const auto wanted = [&](const Node* node) { return made.count(node) > 0; };
   for (const auto& [batch, tokens] : {std::pair<std::int64_t, std::int64_t>{1, 6}, {2, 19}}) {
     const auto inputs = probe_inputs(analysis, batch, tokens);
     const auto values = run_some(analysis.flat, analysis.module, inputs, wanted);
+    std::vector<c10::IValue> source;
+    for (const Value* value : analysis.source_part.values) source.push_back(values.at(value));
     for (const auto& chosen : {std::vector<std::int64_t>{tokens - 1}, std::vector<std::int64_t>{1, 2, tokens - 2}}) {
       const auto positions = at::tensor(chosen, at::TensorOptions().dtype(at::kLong)).to(inputs[0].toTensor().device());
-      const auto got = call(analysis.module._ivalue(), inputs, positions);
+      const auto got = call(analysis.module._ivalue(), inputs, source, positions);
       for (std::size_t i = 0; i < outputs_.size(); ++i) {
         const c10::IValue& full = values.at(outputs_[i].value);
         if (!full.isTensor()) continue;
@@ -311,9 +319,9 @@ bool PartialEmbed::agrees(const Analysis& analysis) const {
   return true;
 }
 
-void PartialEmbed::run(const c10::IValue& self, const Inputs& inputs, const at::Tensor& positions, Env& whole,
-                       Env& cut) const {
-  auto results = call(self, inputs, positions);
+void PartialEmbed::run(const c10::IValue& self, const Inputs& inputs, const std::vector<c10::IValue>& source,
+                       const at::Tensor& positions, Env& whole, Env& cut) const {
+  auto results = call(self, inputs, source, positions);
   for (std::size_t i = 0; i < outputs_.size(); ++i) {
     (outputs_[i].dim < 0 ? whole : cut)[static_cast<std::size_t>(outputs_[i].slot)] = std::move(results[i]);
   }

@@ -24,11 +24,14 @@ class PartialEmbed {
   /// Empty if the graph has effects, or if the result is not what the whole graph gives (tried on tiny inputs).
   static std::optional<PartialEmbed> build(const Analysis& analysis, const std::vector<Output>& outputs);
 
-  /// `positions`: int64 `[n]`, ascending. Whole values go into `whole`, the others into `cut`, by slot.
-  void run(const c10::IValue& self, const Inputs& inputs, const at::Tensor& positions, Env& whole, Env& cut) const;
+  /// `positions`: int64 `[n]`, ascending. `source`: what the source part gave. Whole values go into `whole`, the others
+  /// into `cut`, by slot.
+  void run(const c10::IValue& self, const Inputs& inputs, const std::vector<c10::IValue>& source,
+           const at::Tensor& positions, Env& whole, Env& cut) const;
 
  private:
   [[nodiscard]] std::vector<c10::IValue> call(const c10::IValue& self, const Inputs& inputs,
+                                              const std::vector<c10::IValue>& source,
                                               const at::Tensor& positions) const;
   [[nodiscard]] bool agrees(const Analysis& analysis) const;
 

@@ -13,6 +13,7 @@
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
 #include "model/torchscript_run.h"
+#include "model/torchscript_source_part.h"
 
 namespace llmcache::ts {
 namespace {
@@ -69,7 +70,11 @@ std::unique_ptr<TokenRun> TokenLevel::start_at(const std::vector<c10::IValue>& i
   if (!partial_embed_) return nullptr;
   auto whole = std::make_shared<Env>(program_.slots.size());
   Env cut(program_.slots.size());
-  partial_embed_->run(self_, inputs, positions, *whole, cut);
+  put_inputs(*analysis_, program_, inputs, *whole);
+  put_source(*analysis_, program_, self_, inputs, *whole);
+  std::vector<c10::IValue> source;
+  for (const int slot : program_.source.out()) source.push_back((*whole)[static_cast<std::size_t>(slot)]);
+  partial_embed_->run(self_, inputs, source, positions, *whole, cut);
   return std::make_unique<Run>(*this, std::move(whole), std::move(cut), positions, layout);
 }
 

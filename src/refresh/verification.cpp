@@ -27,6 +27,8 @@ const char* to_string(Mechanism mechanism) noexcept {
   switch (mechanism) {
     case Mechanism::kExactMatch:
       return "exact match";
+    case Mechanism::kSource:
+      return "source";
     case Mechanism::kPrefix:
       return "prefix";
     case Mechanism::kPacked:
@@ -117,7 +119,7 @@ std::vector<std::string> Verification::differed(Due due, Mechanism mechanism, co
     return closed;
   }
   for (std::size_t one = 0; one <= static_cast<std::size_t>(mechanism); ++one) {
-    if (mechanism == Mechanism::kPrefix && one == 0) continue;
+    if (mechanism <= Mechanism::kPrefix && one == 0) continue;
     close(static_cast<Mechanism>(one));
   }
   return closed;

@@ -18,13 +18,14 @@ namespace llmcache {
 /// for kExactMatch, which stands alone.
 enum class Mechanism : std::uint8_t {
   kExactMatch,  ///< whole rows of earlier batches
+  kSource,      ///< what follows from a source alone, of an encoder-decoder
   kPrefix,      ///< tokens of a longer or shorter sequence
   kPacked,      ///< real tokens only, without the padding between them
   kDense,       ///< layer by layer
 };
-inline constexpr std::size_t kMechanisms = 4;
+inline constexpr std::size_t kMechanisms = 5;
 
-/// "exact match", "prefix", "packed", "dense".
+/// "exact match", "source", "prefix", "packed", "dense".
 const char* to_string(Mechanism mechanism) noexcept;
 
 /// Sizes of an answer that matter for one mechanism. A code is covered once an answer with it was compared.
@@ -41,6 +42,7 @@ class SizeCode {
     kPrefix,        ///< pair: length of the sequence that computed it, length of the one that takes it
     kMatchRows,     ///< pair: rows of the batch that computed it, rows of the one that takes it
     kMatchLength,   ///< pair: likewise the padded lengths
+    kSource,        ///< pair: padded length that a source was computed in, and that it is taken in
   };
   /// `a`, `b`: size_class() of the sizes. `b`: of pairs.
   SizeCode(Kind kind, std::uint8_t a, std::uint8_t b = 0) noexcept
@@ -55,7 +57,7 @@ class SizeCode {
  private:
   std::uint32_t code_;
 };
-inline constexpr std::uint32_t kSizeCodes = 10U << 10U;
+inline constexpr std::uint32_t kSizeCodes = 11U << 10U;
 
 /// What was compared. Thread-safe, without locks.
 class Envelope {

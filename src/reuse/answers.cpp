@@ -35,6 +35,7 @@ Answers::Answers(const Call& call, ForwardReport& report)
   report_.sequences = count_tokens(call.batch.full_plan(call.wrapped.layers()));
   for (std::size_t row = 0; row < report_.sequences.size(); ++row) {
     report_.sequences[row].number = call.first_number + row;
+    if (!call.batch.source.tokens.empty()) report_.sequences[row].source_tokens = call.batch.source.tokens[row];
   }
 }
 
@@ -55,9 +56,24 @@ const std::vector<std::int64_t>& Answers::open_rows() const {
 }
 
 const Batch& Answers::open() {
-  if (static_cast<std::int64_t>(open_rows().size()) == call_.batch.rows) return call_.batch;
+  if (!open_ && static_cast<std::int64_t>(open_rows().size()) == call_.batch.rows) return call_.batch;
   if (!open_) open_.emplace(call_.batch.select(open_rows_));
   return *open_;
+}
+
+void Answers::know_source(KnownSource known) {
+  const std::vector<std::int64_t>& rows = open_rows();
+  if (!open_) open_.emplace(open());
+  sizes_.insert(sizes_.end(), known.sizes.begin(), known.sizes.end());
+  owners_.insert(owners_.end(), known.owners.begin(), known.owners.end());
+  // Nothing fails from here on.
+  open_->source.values = std::move(known.values);
+  reused_source_ = !known.as_model;
+  for (std::size_t k = 0; k < rows.size(); ++k) {
+    report_.sequences[static_cast<std::size_t>(rows[k])].source_reused = known.reused_tokens[k];
+  }
+  report_.lookup_ms += known.lookup_ms;
+  report_.embed_ms += known.compute_ms;
 }
 
 void Answers::put_known(std::int64_t row, std::vector<at::Tensor> tensors, std::vector<SizeCode> sizes,
@@ -74,6 +90,7 @@ void Answers::put_known(std::int64_t row, std::vector<at::Tensor> tensors, std::
   sequence.source = Source::kIdentical;
   sequence.similarity = 1;
   sequence.reused_tokens = sequence.tokens;
+  sequence.source_reused = sequence.source_tokens;
   for (LayerTokens& layer : sequence.layers) {
     layer.reused += layer.computed;
     layer.computed = 0;
@@ -94,13 +111,18 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
   for (std::size_t k = 0; k < rows.size(); ++k) {
     const auto row = static_cast<std::size_t>(rows[k]);
     SequenceReport& sequence = report_.sequences[row];
-    const auto number = sequence.number;
-    sequence = std::move(own.sequences[k]);
-    sequence.number = number;
+    SequenceReport made = std::move(own.sequences[k]);
+    made.number = sequence.number;
+    made.source_tokens = sequence.source_tokens;
+    made.source_reused = sequence.source_reused;
+    sequence = std::move(made);
     sequence.miss = reason_for(sequence, row);
     done_[row] = 1;
     const bool known = sequence.source != Source::kComputed || sequence.shared_tokens > 0;
-    mechanisms_[row] = known ? Mechanism::kPrefix : packed ? Mechanism::kPacked : Mechanism::kDense;
+    mechanisms_[row] = reused_source_ ? Mechanism::kSource
+                       : known        ? Mechanism::kPrefix
+                       : packed       ? Mechanism::kPacked
+                                      : Mechanism::kDense;
     if (packed) padding_skipped_ += call_.batch.padded_length - sequence.tokens;
   }
   if (report_.execution != Execution::kPacked) report_.execution = own.execution;

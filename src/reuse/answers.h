@@ -31,6 +31,16 @@ struct PassResult {
   std::vector<SizeCode> sizes = {};  ///< at which what was reused had been computed
 };
 
+/// What follows from the sources of a batch alone, and where it came from.
+struct KnownSource {
+  std::vector<at::Tensor> values;                   ///< BatchSource::values
+  std::vector<std::int64_t> reused_tokens;          ///< by row: tokens that were not computed for it
+  bool as_model = false;                            ///< computed as the model itself does it, for this batch
+  std::vector<SizeCode> sizes;                      ///< as PassResult::sizes
+  std::vector<std::shared_ptr<const void>> owners;  ///< kept for as long as the values are read
+  double lookup_ms = 0, compute_ms = 0;
+};
+
 /// The only place that puts rows together, cuts outputs and writes into ForwardReport::sequences. Belongs to one call
 /// and its thread.
 class Answers {
@@ -56,6 +66,11 @@ class Answers {
   /// `owner`: kept for as long as this reads the tensors.
   void put_known(std::int64_t row, std::vector<at::Tensor> tensors, std::vector<SizeCode> sizes,
                  std::shared_ptr<const void> owner);
+  /// What is known of the sources of the open rows: open() has it from now on, until the next put().
+  void know_source(KnownSource known);
+  /// True if some row's source was not computed as the model itself does it.
+  [[nodiscard]] bool reused_source() const noexcept { return reused_source_; }
+
   /// Answers all open rows.
   void put(PassResult pass);
   /// Answers some of them: rows of the call, ascending.
@@ -97,6 +112,7 @@ class Answers {
   mutable bool stale_ = true;  ///< open_rows_ is to be found anew
   mutable std::vector<std::int64_t> open_rows_;
   std::optional<Batch> open_;  ///< unset: all rows, or not made yet
+  bool reused_source_ = false;
   std::vector<Pass> passes_;
   std::vector<char> done_;             ///< by row: it is known, or in a pass
   std::vector<Mechanism> mechanisms_;  ///< by row, of those

@@ -7,6 +7,7 @@
 #include "reuse/exact_match/exact_match.h"
 #include "reuse/prefix/prefix_reuse.h"
 #include "reuse/similarity/similarity_reuse.h"
+#include "reuse/source/source_reuse.h"
 
 namespace llmcache {
 namespace {
@@ -25,6 +26,13 @@ bool wants_prefixes(const StrategyContext& context) {
          options.prefix.capacity_share > 0;
 }
 
+bool wants_sources(const StrategyContext& context) {
+  const Options& options = context.options;
+  const bool lossless = options.fidelity == Fidelity::kLossless || options.fidelity == Fidelity::kBudget;
+  return context.wrapped.profile.source_reuse && lossless && options.capacity_bytes > 0 &&
+         options.source_capacity_share > 0;
+}
+
 std::vector<StrategyEntry> make_table() {
   using enum Fidelity;
   using Context = StrategyContext;
@@ -41,6 +49,12 @@ std::vector<StrategyEntry> make_table() {
        .share = nullptr,
        .make = [](const Context& c, std::size_t capacity) -> Made {
          return std::make_unique<ExactMatch>(c.wrapped, c.verification, capacity, &c.memory);
+       }},
+      {.chains = {kLossless, kBudget},
+       .wanted = wants_sources,
+       .share = [](const Options& options) { return options.source_capacity_share; },
+       .make = [](const Context& c, std::size_t capacity) -> Made {
+         return std::make_unique<SourceReuse>(c.wrapped, c.verification, capacity, &c.memory);
        }},
       {.chains = {kBudget},
        .wanted = [](const Context& c) { return c.options.fidelity == kBudget; },

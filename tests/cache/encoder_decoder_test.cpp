@@ -76,7 +76,8 @@ TEST_P(EncoderDecoder, SourceAndTargetAreFound) {
   EXPECT_EQ(profile().attention.size(), static_cast<std::size_t>(2 * profile().layers));
   EXPECT_EQ(profile().attention.at(0).key_inputs, 2U);
   EXPECT_EQ(profile().attention.at(1).key_inputs, 0U);
-  EXPECT_THAT(profile().to_string(), HasSubstr("source:            input_ids, attention_mask"));
+  EXPECT_TRUE(profile().source_reuse) << profile().to_string();
+  EXPECT_THAT(profile().to_string(), HasSubstr("source:            input_ids, attention_mask, its states are kept"));
 }
 
 TEST_P(EncoderDecoder, LengthsOfAnyKindAreRight) {
@@ -145,6 +146,8 @@ TEST_P(EncoderDecoder, AnyOrderOfRequestsIsRight) {
     for (const auto& sequence : large.last_report().sequences) reused += sequence.reused_tokens > 0 ? 1 : 0;
   }
   EXPECT_GT(reused, 40U);
+  EXPECT_GT(large.stats().source_reused, 1000U);
+  EXPECT_GT(small.stats().source_reused, 100U);
   EXPECT_EQ(large.stats().verification.mismatches, 0U);
   EXPECT_EQ(small.stats().verification.mismatches, 0U);
   EXPECT_GT(small.stats().evictions, 0U);
@@ -217,6 +220,69 @@ TEST_P(EncoderDecoder, TargetsOfOneSourceShareTheirBeginning) {
   EXPECT_EQ(sequences.at(0).shared_tokens, 0);
   EXPECT_EQ(sequences.at(1).shared_tokens, 5);
   EXPECT_EQ(sequences.at(2).shared_tokens, 5);
+}
+
+std::vector<std::int64_t> reused_of_source(const LayerCacheBase& cache) {
+  std::vector<std::int64_t> all;
+  for (const auto& sequence : cache.last_report().sequences) all.push_back(sequence.source_reused);
+  return all;
+}
+
+TEST_P(EncoderDecoder, ASourceIsComputedOnce) {
+  auto cache = cache_with({});
+  auto batch = rows({{9, 4}, {9, 4}, {5, 4}}, 12);
+  batch[1].source = batch[0].source;
+  const auto first = request_of(profile(), batch);
+  EXPECT_TRUE(close_on_real(cache.forward(first.inputs), plain(first), first, tolerance()));
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(0, 9, 0));
+  EXPECT_EQ(cache.last_report().sequences.at(2).source_tokens, 5);
+  // Other targets, another order, a new source, more padding.
+  auto other = rows({{5, 7}, {13, 7}, {9, 7}}, 13);
+  other[0].source = batch[2].source;
+  other[2].source = batch[0].source;
+  const auto second = request_of(profile(), other, 3);
+  EXPECT_TRUE(close_on_real(cache.forward(second.inputs), plain(second), second, tolerance()));
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(5, 0, 9));
+  for (const auto& sequence : cache.last_report().sequences) EXPECT_EQ(sequence.reused_tokens, 0);
+  (void)cache.forward(second.inputs, {.tenant = "other"});
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(0, 0, 0));
+  const Stats stats = cache.stats();
+  EXPECT_EQ(stats.source_tokens, 23U + 2 * 27U);
+  EXPECT_EQ(stats.source_reused, 23U);
+  EXPECT_EQ(stats.verification.mismatches, 0U);
+  EXPECT_THAT(stats.to_string(), HasSubstr("sources:   77 tokens, not computed 29.9 % (23 of 77)"));
+  cache.clear();
+  (void)cache.forward(second.inputs);
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(0, 0, 0));
+}
+
+TEST_P(EncoderDecoder, WhatIsKeptOfASourceIsNobodyElses) {
+  auto cache = cache_with({.verify_rate = 0});
+  const auto request = request_of(profile(), rows({{9, 6}}, 14));
+  const auto want = plain(request);
+  for (int round = 0; round < 3; ++round) {
+    auto given = request;
+    given.inputs = copy_of(request.inputs);
+    given.inputs[2].toTensor()[0][5].fill_(20 + round);  // else the whole row is known
+    const auto got = cache.forward(given.inputs).toTensor();
+    EXPECT_TRUE(close_on_real(got, plain(given), request, tolerance()));
+    got.fill_(1e6);
+    for (auto& input : given.inputs) input.toTensor().fill_(1);
+  }
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(9));
+  EXPECT_TRUE(close_on_real(cache.forward(request.inputs), want, request, tolerance()));
+}
+
+TEST_P(EncoderDecoder, IdenticalStaysIdentical) {
+  // What was computed from a kept source is equal up to rounding only.
+  auto cache = cache_with({});
+  auto batch = rows({{9, 6}}, 15);
+  (void)cache.forward(request_of(profile(), batch).inputs, {.output = Output::kLastToken});
+  batch[0].target[0] = 33;
+  const auto request = request_of(profile(), batch);
+  (void)cache.forward(request.inputs);
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(9));
+  EXPECT_TRUE(same_bits(cache.forward(request.inputs, {.fidelity = Fidelity::kIdentical}), plain(request)));
 }
 
 TEST_P(EncoderDecoder, BadInputsAreNamed) {

@@ -81,11 +81,29 @@ struct InputSpec {
   }
 };
 
+/// Of an encoder-decoder: the part of its work that follows from the source alone, such as its encoder, and keys and
+/// values that its layers make of the encoder's states. Const and thread-safe.
+class SourceModel {
+ public:
+  virtual ~SourceModel() = default;
+
+  /// What the rest of the model takes of the sources of `inputs`, which has one entry for every input of the model; of
+  /// those that are not the source's only the type is looked at. Tensors `[rows, ...]`, always as many.
+  [[nodiscard]] virtual std::vector<at::Tensor> run(const Inputs& inputs) const = 0;
+  /// By tensor: its dimension over the tokens of the source; -1: it has none.
+  [[nodiscard]] virtual const std::vector<int>& token_dims() const = 0;
+  /// True if nobody writes to the tensors, and nothing that the model returns shares their memory.
+  [[nodiscard]] virtual bool shareable() const = 0;
+};
+
 /// Type-erased model. Thread safety: const members may be called from many threads at once.
 class Model {
  public:
   virtual ~Model() = default;
 
+  /// `inputs`: one entry for every input; or one more, a list of the tensors that source()->run() gives for these rows,
+  /// which then are not computed. Those over the tokens of the source have as many as its inputs, and at padding any
+  /// finite numbers.
   [[nodiscard]] virtual Activations embed(const Inputs& inputs) const = 0;
   [[nodiscard]] virtual std::int64_t layers() const = 0;
   virtual void layer(std::int64_t i, Activations& activations) const = 0;
@@ -116,6 +134,8 @@ class Model {
   virtual void weights_changed() {}
   /// Token-level operation, or null where the model only runs whole layers.
   [[nodiscard]] virtual const TokenLevelModel* token_level() const { return nullptr; }
+  /// The part that follows from the source alone; null: there is none, or it cannot be run by itself.
+  [[nodiscard]] virtual const SourceModel* source() const { return nullptr; }
   /// What the adapter found by running the model while it was wrapped, for Options::profile_path. Null: nothing.
   [[nodiscard]] virtual const GraphFindings* findings() const { return nullptr; }
   /// Fills what the adapter knows: layers_path, layers, hidden_argument, attention, inputs, notes,

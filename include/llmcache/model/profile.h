@@ -41,6 +41,7 @@ struct ModelProfile {
   /// Positions of the inputs that are the source of an encoder-decoder, `[batch, source tokens]`; empty: it is none.
   /// input_ids, the mask and all that is said of tokens are the target's then.
   std::vector<int> source_arguments;
+  bool source_reuse = false;      ///< what follows from a source alone is computed once for it, and kept
   int source_mask_argument = -1;  ///< of the mask of the source, if padding at its end changes nothing; -1: none
   std::int64_t vocabulary = 0;    ///< rows of the embedding that input_ids select from; 0: unknown
   std::int64_t max_tokens = 0;    ///< longest sequence that the model has positions for; 0: unknown, or no bound

@@ -93,8 +93,8 @@ void Packed::serve(const Call& /*call*/, Answers& answers) {
   const Batch& batch = answers.open();
   if (!pays(batch)) return;
   PassResult pass;
-  pass.value =
-      execute_packed(*wrapped_.model, batch.inputs, batch.full_plan(wrapped_.layers()), {}, nullptr, pass.report);
+  pass.value = execute_packed(*wrapped_.model, batch.model_inputs(), batch.full_plan(wrapped_.layers()), {}, nullptr,
+                              pass.report);
   answers.put(std::move(pass));
 }
 
@@ -144,7 +144,7 @@ c10::IValue Hooked::nothing(const Batch& batch, std::int64_t padded_length) cons
 void Dense::serve(const Call& /*call*/, Answers& answers) {
   const Batch& batch = answers.open();
   PassResult pass;
-  pass.value = execute_dense(*wrapped_.model, batch.inputs, pass.report);
+  pass.value = execute_dense(*wrapped_.model, batch.model_inputs(), pass.report);
   pass.report.sequences = count_tokens(batch.full_plan(wrapped_.layers()));
   answers.put(std::move(pass));
 }

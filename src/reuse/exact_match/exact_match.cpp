@@ -81,7 +81,7 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
     rows.push_back({key_of(call, pass.rows[k]), std::move(tensors)});
   }
   if (rows.empty()) return;
-  const bool exact = pass.result.report.execution == Execution::kDense;
+  const bool exact = pass.result.report.execution == Execution::kDense && !answers.reused_source();
   const BatchSize size{static_cast<std::int32_t>(pass.rows.size()), static_cast<std::int32_t>(batch.padded_length)};
   answers.writes().add([this, rows = std::move(rows), exact, size] {
     for (const Row& row : rows) bank_.insert(row.key, row.tensors, exact, size);

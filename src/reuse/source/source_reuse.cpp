@@ -1,0 +1,203 @@
+#include "reuse/source/source_reuse.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <exception>
+#include <unordered_map>
+#include <utility>
+
+#include "execute/clock.h"
+#include "execute/engine.h"
+#include "execute/run_model.h"
+#include "match/size_class.h"
+#include "model/packing.h"
+#include "model/tensors_of.h"
+
+namespace llmcache {
+
+/// A source of the batch.
+struct SourceReuse::Distinct {
+  std::string key;
+  std::int64_t row = 0;                      ///< the first that has it
+  std::int64_t tokens = 0;                   ///< that decide anything
+  std::shared_ptr<const OutputEntry> entry;  ///< null: it is not known
+  std::vector<at::Tensor> values;            ///< `[1, ...]`, cut to its tokens
+  std::int64_t computed_length = 0;          ///< padded length that it was computed in
+};
+
+struct SourceReuse::Found {
+  std::vector<Distinct> sources;
+  std::vector<std::size_t> of_row;   ///< index in sources
+  std::vector<at::Tensor> as_model;  ///< of all rows, computed as the model itself does; empty: they were not
+};
+
+bool SourceReuse::accepts(const Call& call) const {
+  return wrapped_.profile.source_reuse && bank_.capacity() > 0 && call.batch.rows > 0 && call.batch.padded_length > 0 &&
+         call.batch.source.padded_length > 0 && !verification_.closed(Mechanism::kSource);
+}
+
+void SourceReuse::serve(const Call& call, Answers& answers) {
+  answers.know_source(find(answers.open(), call.request.tenant, answers.writes()));
+}
+
+KnownSource SourceReuse::find(const Batch& batch, const std::string& tenant, DeferredWrites& writes) {
+  KnownSource known;
+  Stopwatch clock;
+  Found found = look_up(batch, tenant);
+  known.lookup_ms = clock.lap();
+  compute(batch, found, writes);
+  known.values = put_together(batch, found);
+  known.compute_ms = clock.lap();
+  const auto served = size_class(batch.source.padded_length);
+  for (std::size_t row = 0; row < found.of_row.size(); ++row) {
+    const Distinct& source = found.sources[found.of_row[row]];
+    const bool reused = source.entry != nullptr || source.row != static_cast<std::int64_t>(row);
+    known.reused_tokens.push_back(reused ? source.tokens : 0);
+    if (source.entry) known.owners.push_back(source.entry);
+    if (found.as_model.empty()) {
+      known.sizes.emplace_back(SizeCode::Kind::kSource, size_class(source.computed_length), served);
+    }
+  }
+  known.as_model = !found.as_model.empty();
+  return known;
+}
+
+SourceReuse::Found SourceReuse::look_up(const Batch& batch, const std::string& tenant) {
+  Found found;
+  std::unordered_map<std::string, std::size_t> index;
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    std::string key = batch.source_key(row, tenant);
+    const auto [at, fresh] = index.try_emplace(key, found.sources.size());
+    found.of_row.push_back(at->second);
+    if (!fresh) continue;
+    Distinct& source = found.sources.emplace_back();
+    source.row = row;
+    source.tokens = batch.source.tokens[static_cast<std::size_t>(row)];
+    source.entry = bank_.find(key, /*exact=*/false);
+    source.key = std::move(key);
+    if (!source.entry) continue;
+    source.values.assign(source.entry->tensors().begin(), source.entry->tensors().end());
+    source.computed_length = source.entry->padded_length();
+  }
+  return found;
+}
+
+/// Computes those that are not known, all at once, no longer than the longest of them.
+void SourceReuse::compute(const Batch& batch, Found& found, DeferredWrites& writes) {
+  std::vector<Distinct*> missing;
+  std::int64_t length = 0;
+  for (Distinct& source : found.sources) {
+    if (source.entry) continue;
+    missing.push_back(&source);
+    length = std::max(length, source.tokens);
+  }
+  if (missing.empty()) return;
+  const bool as_model = static_cast<std::int64_t>(missing.size()) == batch.rows && length == batch.source.padded_length;
+  Inputs inputs = batch.inputs;
+  if (!as_model) {
+    std::vector<std::int64_t> rows;
+    for (const Distinct* source : missing) rows.push_back(source->row);
+    const auto index = at::tensor(rows, at::TensorOptions().dtype(at::kLong)).to(wrapped_.model->device());
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (!batch.source.has(i) || !inputs[i].isTensor()) continue;
+      inputs[i] = inputs[i].toTensor().index_select(0, index).narrow(1, 0, length).contiguous();
+    }
+  }
+  const SourceModel& model = *wrapped_.model->source();
+  const auto values = run_model([&] { return model.run(inputs); });
+  for (std::size_t k = 0; k < missing.size(); ++k) {
+    Distinct& source = *missing[k];
+    source.computed_length = length;
+    for (std::size_t v = 0; v < values.size(); ++v) {
+      const auto own = values[v].narrow(0, static_cast<std::int64_t>(k), 1);
+      const int dim = model.token_dims()[v];
+      source.values.push_back(dim < 0 ? own : own.narrow(dim, 0, source.tokens));
+    }
+    const BatchSize size{static_cast<std::int32_t>(missing.size()), static_cast<std::int32_t>(length)};
+    writes.add([this, key = source.key, tensors = source.values, size] { bank_.insert(key, tensors, false, size); });
+  }
+  if (as_model) found.as_model = values;
+}
+
+/// For each row of the batch those of its source, zero at padding.
+std::vector<at::Tensor> SourceReuse::put_together(const Batch& batch, const Found& found) const {
+  if (!found.as_model.empty()) return found.as_model;
+  const SourceModel& model = *wrapped_.model->source();
+  const bool one_source = found.sources.size() == 1 && found.sources[0].tokens == batch.source.padded_length;
+  std::vector<at::Tensor> values;
+  for (std::size_t v = 0; v < model.token_dims().size(); ++v) {
+    const int dim = model.token_dims()[v];
+    auto sizes = found.sources[0].values[v].sizes().vec();
+    sizes[0] = batch.rows;
+    if (dim >= 0) sizes[static_cast<std::size_t>(dim)] = batch.source.padded_length;
+    if (one_source && model.shareable()) {
+      values.push_back(found.sources[0].values[v].expand(sizes));  // not copied: they may be large
+      continue;
+    }
+    auto all = at::zeros(sizes, found.sources[0].values[v].options());
+    for (std::int64_t row = 0; row < batch.rows; ++row) {
+      const at::Tensor& own = found.sources[found.of_row[static_cast<std::size_t>(row)]].values[v];
+      auto place = all.narrow(0, row, 1);
+      if (dim >= 0) place = place.narrow(dim, 0, own.size(dim));
+      place.copy_(own);
+    }
+    values.push_back(std::move(all));
+  }
+  return values;
+}
+
+namespace {
+
+/// Two rows of one source and one of a shorter one, padded: once as the model does it, once from what is kept of each.
+bool sources_agree(const WrappedModel& wrapped) {
+  const Model& model = *wrapped.model;
+  Inputs inputs = probe_inputs(wrapped.inputs, model.device(), 3, 6, 13);
+  const bool masked = wrapped.profile.source_mask_argument >= 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (!wrapped.inputs.is_source(i)) continue;
+    auto source = inputs[i].toTensor().clone();
+    source[1].copy_(source[0]);
+    if (static_cast<int>(i) == wrapped.profile.source_mask_argument) source[2].narrow(0, 7, source.size(1) - 7).zero_();
+    inputs[i] = source;
+  }
+  const Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, model.device());
+  constexpr std::size_t kVerifying = std::size_t{1} << 30;
+  const Verification none(0);
+  SourceReuse reuse(wrapped, none, kVerifying);
+  const auto want = tensors_of(model.plain(batch.inputs));
+  // Computed, taken from a row of the same batch, and known; the last source alone and without its padding.
+  for (int round = 0; round < 2; ++round) {
+    DeferredWrites writes;
+    Batch own = batch;
+    if (round == 0 && masked) {
+      const Batch alone = batch.select({2});
+      (void)reuse.find(alone, "", writes);
+      writes.commit();
+    }
+    own.source.values = reuse.find(batch, "", writes).values;
+    writes.commit();
+    ForwardReport report;
+    const auto got = tensors_of(execute_dense(model, own.model_inputs(), report));
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      if (got.size() != want.size() || !nearly_equal(got[i], want[i], model.rounding())) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+void find_source_reuse(WrappedModel& wrapped) {
+  ModelProfile& profile = wrapped.profile;
+  if (wrapped.model->source() == nullptr || !wrapped.keeps_rows()) return;
+  std::string why = "kept sources give another result than the plain model";
+  try {
+    profile.source_reuse = sources_agree(wrapped);
+  } catch (const std::exception& error) {
+    why = reason_of(error);
+  }
+  if (!profile.source_reuse) profile.notes.push_back("what follows from a source alone is not kept: " + why);
+}
+
+}  // namespace llmcache
