@@ -77,6 +77,7 @@ class Generation {
       throw Error(ErrorCode::kNotAvailable, "generate: the model is not causal, so it cannot continue a text");
     }
     if (prompts.empty()) throw Error(ErrorCode::kInvalidInput, "generate: there is no prompt");
+    check_sources(prompts.size());
     for (std::size_t i = 0; i < prompts.size(); ++i) {
       if (prompts[i].empty()) throw Error(ErrorCode::kInvalidInput, fmt::format("generate: prompt {} has no token", i));
       if (most_ > 0 && static_cast<std::int64_t>(prompts[i].size()) > most_) {
@@ -84,6 +85,31 @@ class Generation {
                                                           i, prompts[i].size(), most_));
       }
     }
+  }
+
+  void check_sources(std::size_t prompts) const {
+    const std::size_t expected = cache_.profile().source_arguments.empty() ? 0 : prompts;
+    if (options_.sources.size() != expected) {
+      throw Error(ErrorCode::kInvalidInput,
+                  fmt::format("generate: {} sources, {} expected: {}", options_.sources.size(), expected,
+                              expected > 0 ? "one for each prompt" : "the model takes none"));
+    }
+    for (std::size_t i = 0; i < options_.sources.size(); ++i) {
+      if (options_.sources[i].empty())
+        throw Error(ErrorCode::kInvalidInput, fmt::format("generate: source {} has no token", i));
+    }
+  }
+
+  [[nodiscard]] Inputs inputs_of(const std::vector<std::size_t>& rows) const {
+    std::vector<Ids> sequences;
+    std::vector<Ids> sources;
+    for (const std::size_t i : rows) {
+      sequences.push_back(growing_[i].ids);
+      if (!options_.sources.empty()) sources.push_back(options_.sources[i]);
+    }
+    const ModelProfile& profile = cache_.profile();
+    const PaddedBatch batch = pad(sequences);
+    return sources.empty() ? batch.inputs(profile) : batch.inputs(profile, pad(sources));
   }
 
   /// Chooses the next token of each of these sequences: all in one call, or where lengths differ and the model takes no
@@ -99,11 +125,8 @@ class Generation {
   }
 
   void call(const std::vector<std::size_t>& rows) {
-    std::vector<Ids> sequences;
-    for (const std::size_t i : rows) sequences.push_back(growing_[i].ids);
-    const auto output =
-        cache_.forward(pad(sequences).inputs(cache_.profile()),
-                       {.fidelity = Fidelity::kLossless, .output = Output::kLastToken, .tenant = options_.tenant});
+    const auto output = cache_.forward(
+        inputs_of(rows), {.fidelity = Fidelity::kLossless, .output = Output::kLastToken, .tenant = options_.tenant});
     const at::Tensor logits = last_logits(output);
     const ForwardReport report = cache_.last_report();
     for (std::size_t row = 0; row < rows.size(); ++row) {

@@ -45,6 +45,11 @@ Inputs PaddedBatch::inputs(const ModelProfile& profile, const PaddedBatch& sourc
                 "the sequences have different lengths, and this model takes no attention mask that would tell padding "
                 "from tokens; run sequences of one length together");
   }
+  if (profile.source_arguments.size() == 1 && !source.mask.all().item<bool>()) {
+    throw Error(ErrorCode::kInvalidInput,
+                "the sources have different lengths, and this model takes no mask that would tell their padding from "
+                "tokens; run sources of one length together");
+  }
   Inputs inputs;
   for (int i = 0; i < static_cast<int>(profile.inputs.size()); ++i) {
     const std::string& name = profile.inputs[static_cast<std::size_t>(i)];

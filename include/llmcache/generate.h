@@ -39,6 +39,9 @@ struct GenerateOptions {
   Sampling sampling = {};
   std::string tenant = {};      ///< RequestOptions::tenant of all sequences
   std::int64_t max_tokens = 0;  ///< longest sequence for the model; 0: what the model takes, if known
+  /// Of an encoder-decoder: the source of each prompt, in their order. A prompt is the beginning of a target then: the
+  /// token that the model's targets start with, at least. Of other models: none.
+  std::vector<std::vector<std::int64_t>> sources = {};
 };
 
 /// Why a sequence ended.

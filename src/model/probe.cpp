@@ -279,6 +279,7 @@ class Prober {
 
   /// -1: none. A mask of the source counts only if what it closes at the end changes nothing by being there.
   [[nodiscard]] int source_mask_argument(const Inputs& single) const {
+    if (inputs_.source_length_counts) return -1;
     for (const int i : source_marks(inputs_)) {
       if (closes_source(single, i) && source_padding_is_ignored(single)) return i;
     }

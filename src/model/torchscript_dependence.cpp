@@ -30,6 +30,7 @@ Way later(Way a, Way b) { return std::max(a, b); }
 struct Taint {
   Way length = Way::kNone;
   Way rows = Way::kNone;
+  Way source = Way::kNone;    ///< of the length of the source
   bool row_index = false;     ///< counts the rows of the batch
   bool hidden = false;        ///< follows from hidden states
   bool raw = false;           ///< holds numbers of an input as they are
@@ -38,13 +39,17 @@ struct Taint {
   std::optional<Label> size;  ///< is a size of the input, and nothing else
   const Node* length_from = nullptr;
   const Node* rows_from = nullptr;
+  const Node* source_from = nullptr;
 
   void add(const Taint& other) {
     if (length_from == nullptr || other.length > length)
       length_from = other.length_from ? other.length_from : length_from;
     if (rows_from == nullptr || other.rows > rows) rows_from = other.rows_from ? other.rows_from : rows_from;
+    if (source_from == nullptr || other.source > source)
+      source_from = other.source_from ? other.source_from : source_from;
     length = later(length, other.length);
     rows = later(rows, other.rows);
+    source = later(source, other.source);
     row_index = row_index || other.row_index;
     hidden = hidden || other.hidden;
     inputs |= other.inputs;
@@ -56,6 +61,10 @@ struct Taint {
   void set_rows(Way way, const Node* node) {
     if (way > rows) rows_from = node;
     rows = later(rows, way);
+  }
+  void set_source(Way way, const Node* node) {
+    if (way > source) source_from = node;
+    source = later(source, way);
   }
 };
 
@@ -172,6 +181,8 @@ class Follower {
     const bool over_tokens = label.kind == Kind::kTokens || label.kind == Kind::kBatchTokens;
     const bool over_rows =
         label.kind == Kind::kBatch || label.kind == Kind::kBatchTokens || label.kind == Kind::kBatchSource;
+    const bool over_source = label.kind == Kind::kSource || label.kind == Kind::kBatchSource;
+    if (!over_source && taint.source != Way::kStepped) taint.source = Way::kNone;
     if (!over_tokens) taint.length = Way::kNone;
     if (!over_rows) taint.rows = Way::kNone;
     taint.size = label;
@@ -219,6 +230,7 @@ class Follower {
   static void step(Taint& taint, const Node* node) {
     if (taint.length == Way::kSmooth) taint.set_length(Way::kStepped, node);
     if (taint.rows == Way::kSmooth || taint.row_index) taint.set_rows(Way::kStepped, node);
+    if (taint.source == Way::kSmooth) taint.set_source(Way::kStepped, node);
     taint.size.reset();
   }
 
@@ -243,8 +255,10 @@ class Follower {
       Taint taint;
       taint.set_length(Way::kSmooth, node);
       taint.set_rows(Way::kSmooth, node);
+      if (!analysis_.source.empty()) taint.set_source(Way::kSmooth, node);
       if (const auto* info = tensor_info(node->input(0));
-          info != nullptr && tokens(info) == 0 && rows(info) == 0 && info->count(Kind::kUnknown) == 0) {
+          info != nullptr && tokens(info) == 0 && rows(info) == 0 &&
+          info->count(Kind::kUnknown) + info->count(Kind::kSource) == 0) {
         return {};  // of a weight
       }
       return taint;
@@ -551,6 +565,9 @@ class Follower {
   void reaches_result(const Taint& taint, const Node* at) {
     if (taint.length == Way::kStepped) {
       found(found_.length, taint.length_from, at, "the length of the sequence, or from all of its tokens together");
+    }
+    if (taint.source == Way::kStepped) {
+      found(found_.source_length, taint.source_from, at, "the length that the source is padded to");
     }
     if (taint.rows == Way::kStepped)
       found(found_.rows, taint.rows_from, at, "what the rows of the batch hold, or from how many they are");

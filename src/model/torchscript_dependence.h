@@ -17,6 +17,8 @@ struct Dependence {
   /// by more than sums, products and smooth functions (a comparison, a limit, a branch): rotary frequencies that change
   /// beyond some length, attention masks with a separator, positions shifted by a count.
   std::string length;
+  /// The same of the length that the sources of a batch are padded to.
+  std::string source_length;
   /// The same of the number of rows, of a row's place among them, or of what other rows hold.
   std::string rows;
   /// By input: where which tokens attend to which follows from it; empty: nowhere. Of the mask that is as it should be;

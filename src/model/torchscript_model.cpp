@@ -334,7 +334,7 @@ Analysis flattened(const Module& module, const Chain& chain, const std::shared_p
 
 /// What its values are, if inputs are those of a source that `source` says; empty: there is none. Throws
 /// Error(kUnsupportedModel).
-void label(Analysis& analysis, const std::vector<bool>& source) {
+void give_labels(Analysis& analysis, const std::vector<bool>& source) {
   analysis.source = source;
   analysis.findings->source = source;
   const auto& vocabulary = analysis.vocabulary;
@@ -390,7 +390,7 @@ std::optional<Analysis> analyse_with_source(const Module& module, const Options&
       analysis.source = source;
       if (!layers_read_both_sides(analysis)) break;  // an encoder, whichever side is the source
       try {
-        label(analysis, source);
+        give_labels(analysis, source);
       } catch (const Error&) {
         continue;
       }
@@ -422,7 +422,7 @@ Analysis analyse(const Module& module, const Options& options, std::shared_ptr<G
   for (std::size_t i = findings->known ? findings->chain : 0; i < chains.size(); ++i) {
     findings->chain = i;
     auto analysis = i == 0 ? std::move(first) : flattened(module, chains[i], findings);
-    label(analysis, {});
+    give_labels(analysis, {});
     if (choose_hidden(analysis, !options.layers.empty())) {
       separate_layers(analysis);
       return analysis;
@@ -489,6 +489,7 @@ InputSpec spec_of(const Analysis& analysis) {
   spec.compared = analysis.dependence.compared;
   spec.opens_attention = analysis.dependence.pairs;
   spec.source = analysis.source;
+  spec.source_length_counts = !analysis.dependence.source_length.empty();
   return spec;
 }
 
@@ -646,6 +647,9 @@ class TorchScriptModel final : public Model {
   /// What is refused because of what the graph depends on, and why.
   void describe_dependence(ModelProfile& profile) const {
     const Dependence& dependence = analysis_->dependence;
+    if (!dependence.source_length.empty()) {
+      profile.notes.push_back("sources are known with the padding behind them only: " + dependence.source_length);
+    }
     profile.row_obstacle = !dependence.rows.empty() ? dependence.rows : dependence.length;
     profile.prefix_obstacle = dependence.length;
     if (!dependence.rows.empty()) {

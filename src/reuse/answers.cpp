@@ -108,6 +108,7 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
   passes_.reserve(passes_.size() + 1);
   // Nothing fails from here on.
   const bool packed = own.execution == Execution::kPacked;
+  const bool source_given = open_ && !open_->source.values.empty();
   for (std::size_t k = 0; k < rows.size(); ++k) {
     const auto row = static_cast<std::size_t>(rows[k]);
     SequenceReport& sequence = report_.sequences[row];
@@ -119,10 +120,10 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
     sequence.miss = reason_for(sequence, row);
     done_[row] = 1;
     const bool known = sequence.source != Source::kComputed || sequence.shared_tokens > 0;
-    mechanisms_[row] = reused_source_ ? Mechanism::kSource
-                       : known        ? Mechanism::kPrefix
-                       : packed       ? Mechanism::kPacked
-                                      : Mechanism::kDense;
+    mechanisms_[row] = source_given ? Mechanism::kSource
+                       : known      ? Mechanism::kPrefix
+                       : packed     ? Mechanism::kPacked
+                                    : Mechanism::kDense;
     if (packed) padding_skipped_ += call_.batch.padded_length - sequence.tokens;
   }
   if (report_.execution != Execution::kPacked) report_.execution = own.execution;

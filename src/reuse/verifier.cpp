@@ -71,6 +71,12 @@ AnswerSizes sizes_of(const Batch& batch, const Answers& answers) {
     add(packed ? Kind::kPackedLength : Kind::kDenseLength, batch.padded_length);
     add(packed ? Kind::kPackedRows : Kind::kDenseRows, batch.rows);
     sizes.reused = sizes.reused || (packed && sizes.padding > 0);
+    if (!batch.source.inputs.empty()) add(Kind::kSource, batch.source.padded_length, batch.source.padded_length);
+  }
+  for (std::size_t r = 0; r < batch.source.tokens.size(); ++r) {
+    // What is known of a row was computed with some padding behind its source, or with none.
+    if (report.sequences[r].reused_tokens == 0 || batch.source.tokens[r] == batch.source.padded_length) continue;
+    add(Kind::kSource, batch.source.tokens[r], batch.source.padded_length);
   }
   if (behind > 0) add(Kind::kPadding, behind + 1);
   if (in_front > 0) add(Kind::kLeftPadding, in_front + 1);

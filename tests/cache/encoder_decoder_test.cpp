@@ -1,8 +1,23 @@
 // Models that compute a target from a source: against the plain module, in whatever order requests come.
 #include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <random>
 
 #include "support.h"
+
+namespace llmcache::test {
+
+/// Gives kept sources of more than 64 tokens a wrong value, and is right as a whole.
+struct WrongOnLongSources {};
+
+}  // namespace llmcache::test
+
+template <>
+struct llmcache::ModelTraits<llmcache::test::WrongOnLongSources> {
+  static std::unique_ptr<llmcache::Model> wrap(llmcache::test::WrongOnLongSources model,
+                                               const llmcache::Options& options);
+};
 
 namespace llmcache::test {
 namespace {
@@ -285,6 +300,17 @@ TEST_P(EncoderDecoder, IdenticalStaysIdentical) {
   EXPECT_TRUE(same_bits(cache.forward(request.inputs, {.fidelity = Fidelity::kIdentical}), plain(request)));
 }
 
+TEST_P(EncoderDecoder, WhatFailsLeavesTheCacheAsItWas) {
+  if (profile().max_tokens == 0) GTEST_SKIP() << "it takes any length";
+  auto cache = cache_with({});
+  const auto good = request_of(profile(), rows({{9, 6}}, 16));
+  (void)cache.forward(good.inputs);
+  const auto before = counters_of(cache);
+  const auto longer = request_of(profile(), rows({{300, 6}, {9, 6}}, 17));  // than its table of positions
+  EXPECT_THAT([&] { (void)cache.forward(longer.inputs); }, ThrowsError(ErrorCode::kModelFailed));
+  EXPECT_EQ(counters_of(cache), before);
+}
+
 TEST_P(EncoderDecoder, BadInputsAreNamed) {
   const auto request = request_of(profile(), rows({{9, 6}, {5, 6}}, 11));
   const auto changed = [&](std::size_t input, const at::Tensor& value) {
@@ -312,6 +338,113 @@ TEST_P(EncoderDecoder, BadInputsAreNamed) {
   EXPECT_TRUE(close_on_real(model().cache.forward(padding.inputs), plain(padding), padding, tolerance()));
 }
 
+/// Beam search as transformers does it where no sequence ends: the end token is never chosen, and no token twice. One
+/// beam: greedy. All beams of all sources are one batch.
+class BeamSearch {
+ public:
+  BeamSearch(LayerCacheBase& cache, std::vector<Ids> sources, std::int64_t start, std::int64_t end, std::size_t beams)
+      : cache_(cache), sources_(std::move(sources)), end_(end), beams_(beams) {
+    for (std::size_t s = 0; s < sources_.size(); ++s) {
+      for (std::size_t b = 0; b < beams; ++b) all_.push_back({{start}, b == 0 ? 0.0 : -1e9});
+    }
+  }
+
+  void step() {
+    std::vector<Row> batch;
+    for (std::size_t i = 0; i < all_.size(); ++i) batch.push_back({sources_[i / beams_], all_[i].ids});
+    const auto request = request_of(cache_.profile(), batch);
+    const auto logits = cache_.forward(request.inputs, {.output = Output::kLastToken}).toTensor().select(1, 0);
+    auto scores = logits.to(at::kDouble).log_softmax(1);
+    std::vector<Beam> next;
+    for (std::size_t s = 0; s < sources_.size(); ++s) choose(s, scores, next);
+    all_ = std::move(next);
+  }
+
+  /// Of each source the best.
+  [[nodiscard]] std::vector<Ids> best() const {
+    std::vector<Ids> found;
+    for (std::size_t s = 0; s < sources_.size(); ++s) found.push_back(all_[s * beams_].ids);
+    return found;
+  }
+
+ private:
+  struct Beam {
+    Ids ids;
+    double score = 0;
+  };
+
+  void choose(std::size_t s, const at::Tensor& scores, std::vector<Beam>& next) const {
+    std::vector<Beam> candidates;
+    for (std::size_t b = 0; b < beams_; ++b) {
+      const Beam& from = all_[s * beams_ + b];
+      const double* own = scores.const_data_ptr<double>() + static_cast<std::int64_t>(s * beams_ + b) * scores.size(1);
+      for (std::int64_t id = 0; id < scores.size(1); ++id) {
+        if (id == end_ || std::find(from.ids.begin(), from.ids.end(), id) != from.ids.end()) continue;
+        candidates.push_back({from.ids, from.score + own[id]});
+        candidates.back().ids.push_back(id);
+      }
+    }
+    std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(beams_), candidates.end(),
+                      [](const Beam& a, const Beam& b) { return a.score > b.score; });
+    for (std::size_t b = 0; b < beams_; ++b) next.push_back(std::move(candidates[b]));
+  }
+
+  LayerCacheBase& cache_;
+  std::vector<Ids> sources_;
+  std::int64_t end_;
+  std::size_t beams_;
+  std::vector<Beam> all_;
+};
+
+TEST_P(EncoderDecoder, GeneratesWhatTransformersGenerate) {
+  const std::filesystem::path models = std::getenv("LLMCACHE_MODELS_DIR");
+  const auto sidecar = nlohmann::json::parse(std::ifstream(models / (GetParam() + ".json")));
+  if (!sidecar.contains("generations")) GTEST_SKIP() << "bfloat16: ties";
+  const auto& known = sidecar.at("generations");
+  const auto sources = known.at("sources").get<std::vector<Ids>>();
+  std::int64_t source_tokens = 0;
+  for (const Ids& source : sources) source_tokens += static_cast<std::int64_t>(source.size());
+  for (const bool beams : {false, true}) {
+    const auto want = known.at(beams ? "beam" : "greedy").get<std::vector<Ids>>();
+    const auto width = beams ? known.at("beams").get<std::size_t>() : 1;
+    auto cache = cache_with({});
+    BeamSearch search(cache, sources, want[0][0], known.at("end").get<std::int64_t>(), width);
+    const std::size_t steps = want[0].size() - 1;
+    for (std::size_t i = 0; i < steps; ++i) search.step();
+    EXPECT_EQ(search.best(), want) << (beams ? "beam search" : "greedy");
+    // Each source is computed once, and of each target one token a step.
+    const Stats stats = cache.stats();
+    EXPECT_EQ(stats.source_tokens, static_cast<std::uint64_t>(source_tokens) * width * steps);
+    EXPECT_EQ(stats.source_tokens - stats.source_reused, static_cast<std::uint64_t>(source_tokens));
+    EXPECT_LE(stats.tokens_computed, sources.size() * width * steps);
+  }
+}
+
+TEST_P(EncoderDecoder, GenerateContinuesTargets) {
+  std::mt19937 random(21);
+  const std::vector<Ids> sources{random_ids(random, 8), random_ids(random, 5)};
+  std::vector<Ids> prompts{{0, 31}, {0, 17, 44}};
+  auto cache = cache_with({});
+  const auto got = generate_batch(cache, prompts, {.max_new_tokens = 4, .sources = sources});
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    Ids target = prompts[i];
+    Ids want;
+    for (int step = 0; step < 4; ++step) {
+      const auto logits = plain(request_of(profile(), {{sources[i], target}})).toTensor();
+      want.push_back(logits[0][-1].argmax().item<std::int64_t>());
+      target.push_back(want.back());
+    }
+    if (model().info.dtype == "float32") EXPECT_EQ(got[i].tokens, want);
+  }
+  EXPECT_THAT([&] { (void)generate_batch(cache, prompts, {.sources = {sources[0]}}); },
+              ThrowsError(ErrorCode::kInvalidInput, "1 sources, 2 expected: one for each prompt"));
+  EXPECT_THAT(
+      [&] {
+        (void)generate_batch(cache, prompts, {.sources = {sources[0], {}}});
+      },
+      ThrowsError(ErrorCode::kInvalidInput, "source 1 has no token"));
+}
+
 INSTANTIATE_TEST_SUITE_P(Seq2Seq, EncoderDecoder, ::testing::ValuesIn(model_names({"seq2seq-"})), test_name);
 
 TEST(EncoderDecoderModels, TheExpectedOnesAreThere) {
@@ -319,6 +452,153 @@ TEST(EncoderDecoderModels, TheExpectedOnesAreThere) {
               ::testing::IsSupersetOf({"seq2seq-t5", "seq2seq-bart", "seq2seq-marian", "seq2seq-mbart",
                                        "seq2seq-pegasus", "seq2seq-t5-eager-masked", "seq2seq-bart-eager",
                                        "seq2seq-bart-masked", "seq2seq-bart-bf16"}));
+}
+
+// --- models made here -------------------------------------------------------------------------------
+
+/// A small encoder-decoder of its own. `scale` is an expression that what the encoder gives is multiplied by.
+Module small_model(const std::string& scale) {
+  const c10::NoGradGuard no_grad;
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
+  const auto weight = [&](std::int64_t rows, double size) {
+    return at::randn({rows, 32}, generator, at::TensorOptions()).mul(size);
+  };
+  const auto unit = std::make_shared<torch::jit::CompilationUnit>();
+  Module model(c10::QualifiedName("__torch__.Small"), unit);
+  model.register_parameter("table", weight(300, 1), false);
+  model.register_parameter("places", weight(256, 0.5), false);
+  model.register_parameter("mix", weight(32, 0.12), false);
+  for (const char* name : {"l0", "l1"}) {
+    Module layer(c10::QualifiedName("__torch__.SmallLayer"), unit, /*shouldMangle=*/true);
+    for (const char* own : {"wq", "wk", "wv", "xq", "xk", "xv", "up"}) {
+      layer.register_parameter(own, weight(32, 0.12), false);
+    }
+    layer.define(R"(
+def forward(self, y: Tensor, memory: Tensor, bias: Tensor, earlier: Tensor) -> Tensor:
+    heads = y.unsqueeze(1)
+    own = torch.scaled_dot_product_attention(torch.matmul(heads, self.wq), torch.matmul(heads, self.wk), torch.matmul(heads, self.wv), earlier)
+    y = y + own.squeeze(1)
+    k = torch.matmul(memory, self.xk).unsqueeze(1)
+    v = torch.matmul(memory, self.xv).unsqueeze(1)
+    of_source = torch.scaled_dot_product_attention(torch.matmul(y, self.xq).unsqueeze(1), k, v, bias)
+    y = y + of_source.squeeze(1)
+    return y + torch.tanh(torch.matmul(y, self.up))
+)");
+    model.register_module(name, layer);
+  }
+  model.define(R"(
+def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+    memory = torch.embedding(self.table, input_ids) + torch.embedding(self.places, torch.arange(input_ids.size(1)))
+    memory = torch.tanh(torch.matmul(memory, self.mix)) * ()" +
+               scale + R"()
+    bias = (1.0 - attention_mask.unsqueeze(1).unsqueeze(1).to(memory.dtype)) * -1.0e9
+    y = torch.embedding(self.table, decoder_input_ids) + torch.embedding(self.places, torch.arange(decoder_input_ids.size(1)))
+    places = torch.arange(decoder_input_ids.size(1))
+    earlier = places.unsqueeze(0) <= places.unsqueeze(1)
+    y = self.l0.forward(y, memory, bias, earlier)
+    y = self.l1.forward(y, memory, bias, earlier)
+    return torch.tanh(y)
+)");
+  return model;
+}
+
+TEST(EncoderDecoderModels, OneOfItsOwnIsTakenApart) {
+  Module plain = small_model("2.0");
+  LayerCache<Module> cache(small_model("2.0"));
+  const ModelProfile& profile = cache.profile();
+  EXPECT_EQ(profile.granularity, Granularity::kTokens) << profile.to_string();
+  EXPECT_TRUE(profile.prefix_reuse && profile.source_reuse) << profile.to_string();
+  EXPECT_EQ(profile.source_mask_argument, 1);
+  std::mt19937 random(22);
+  const Ids source = random_ids(random, 60);
+  for (const std::size_t other : {70, 90, 120}) {
+    const auto request =
+        request_of(profile, {{source, random_ids(random, 5)}, {random_ids(random, other), random_ids(random, 5)}});
+    EXPECT_TRUE(close_on_real(cache.forward(request.inputs), run_plain(plain, request.inputs), request, 1e-4));
+  }
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(60, 0));
+  EXPECT_EQ(cache.stats().verification.mismatches, 0U);
+}
+
+/// Right wherever probes look, which are shorter than 48 tokens.
+TEST(EncoderDecoderModels, WhatFollowsFromThePaddingOfSourcesIsKnownWithIt) {
+  const std::string scale = "48.0 / float(max(input_ids.size(1), 48))";
+  Module plain = small_model(scale);
+  LayerCache<Module> cache(small_model(scale), {.verify_rate = 0});
+  EXPECT_EQ(cache.profile().source_mask_argument, -1) << cache.profile().to_string();
+  EXPECT_THAT(cache.profile().to_string(), HasSubstr("sources are known with the padding behind them only"));
+  std::mt19937 random(23);
+  const std::vector<Row> row{{random_ids(random, 60), random_ids(random, 5)}};
+  for (const std::int64_t padding : {0, 30, 5, 30}) {
+    const auto request = request_of(cache.profile(), row, padding);
+    EXPECT_TRUE(close_on_real(cache.forward(request.inputs), run_plain(plain, request.inputs), request, 1e-4));
+  }
+  EXPECT_EQ(cache.last_report().sequences.at(0).reused_tokens, 5);
+}
+
+class WrongModel final : public Model {
+ public:
+  class Sources final : public SourceModel {
+   public:
+    explicit Sources(const at::Tensor& table) : table_(table) {}
+    std::vector<at::Tensor> run(const Inputs& inputs) const override {
+      const auto states = at::embedding(table_, inputs.at(0).toTensor()).cumsum(1);
+      return {states.size(1) > 64 ? states + 1 : states};
+    }
+    const std::vector<int>& token_dims() const override { return dims_; }
+    bool shareable() const override { return true; }
+
+   private:
+    const at::Tensor& table_;
+    std::vector<int> dims_{1};
+  };
+
+  Activations embed(const Inputs& inputs) const override {
+    const auto states =
+        inputs.size() > 2 ? inputs[2].toTensorVector().at(0) : at::embedding(table_, inputs.at(0).toTensor()).cumsum(1);
+    return {at::embedding(table_, inputs.at(1).toTensor()) + states.mean(1, /*keepdim=*/true), nullptr};
+  }
+  std::int64_t layers() const override { return 2; }
+  void layer(std::int64_t /*i*/, Activations& activations) const override {
+    activations.hidden = activations.hidden.tanh();
+  }
+  c10::IValue head(Activations& activations) const override { return activations.hidden; }
+  at::Device device() const override { return at::kCPU; }
+  at::ScalarType dtype() const override { return at::kFloat; }
+  std::string digest() const override { return "wrong on long sources"; }
+  InputSpec input_spec() const override {
+    InputSpec spec{{"source_ids", "target_ids"}, {false, false}, {300, 300}};
+    spec.source = {true, false};
+    return spec;
+  }
+  void describe(ModelProfile& profile) const override {
+    Model::describe(profile);
+    profile.ids_argument = 1;
+    profile.source_arguments = {0};
+  }
+  const SourceModel* source() const override { return &sources_; }
+
+ private:
+  at::Tensor table_ = at::arange(300 * 8, at::kFloat).view({300, 8}).sin();
+  Sources sources_{table_};
+};
+
+TEST(EncoderDecoderModels, KeptSourcesThatAreWrongBeyondTheProbesAreClosed) {
+  LayerCache<WrongOnLongSources> cache(WrongOnLongSources{});
+  ASSERT_TRUE(cache.profile().source_reuse) << cache.profile().to_string();
+  const WrongModel plain;
+  std::mt19937 random(24);
+  const auto inputs_of = [&](std::size_t source) -> Inputs {
+    return {at::tensor(random_ids(random, source)).unsqueeze(0), at::tensor(random_ids(random, 5)).unsqueeze(0)};
+  };
+  for (const std::size_t tokens : {12, 12, 70, 70, 12}) {
+    const auto inputs = inputs_of(tokens);
+    EXPECT_TRUE(at::allclose(cache.forward(inputs).toTensor(), plain.plain(inputs).toTensor()));
+  }
+  const auto verification = cache.stats().verification;
+  EXPECT_EQ(verification.mismatches, 1U);
+  ASSERT_EQ(verification.closed.size(), 1U);
+  EXPECT_THAT(verification.closed[0], ::testing::StartsWith("source: "));
 }
 
 TEST(EncoderDecoderModels, WhatDoesNotKnowSourcesSaysSo) {
@@ -334,3 +614,8 @@ TEST(EncoderDecoderModels, WhatDoesNotKnowSourcesSaysSo) {
 
 }  // namespace
 }  // namespace llmcache::test
+
+std::unique_ptr<llmcache::Model> llmcache::ModelTraits<llmcache::test::WrongOnLongSources>::wrap(
+    llmcache::test::WrongOnLongSources /*model*/, const llmcache::Options& /*options*/) {
+  return std::make_unique<llmcache::test::WrongModel>();
+}

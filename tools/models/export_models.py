@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.atomic_files import folder_lock, sha256_of, write_atomically
 from tools.models import tokenizer_files
+from tools.models.generations import generations
 from tools.models.model_list import GROUPS, MODELS, POOLING_MASK, VOCAB, ModelSpec
 from tools.models.model_sources import RANDOM, ModelError, NoHub
 
@@ -184,7 +185,11 @@ def export(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         verify(exported, module, spec, vocab)
         sidecar.unlink(missing_ok=True)
         write_atomically(target, lambda path: torch.jit.save(exported, str(path)))
-    description = describe(spec, model, weights, target)
+        generated = {}
+        if spec.family == "encoder-decoder" and spec.dtype == "float32":
+            ids, mask, *_ = example(spec, vocab, [11, 6], 3)
+            generated = {"generations": generations(model, ids, mask)}
+    description = {**describe(spec, model, weights, target), **generated}
     text = json.dumps(description, indent=2) + "\n"
     write_atomically(sidecar, lambda path: path.write_text(text, encoding="utf-8"))
     return description

@@ -279,7 +279,7 @@ def _zoo_models() -> list[ModelSpec]:
 
 # --- encoder-decoders -----------------------------------------------------------------------------
 
-_T5 = {"d_kv": 16, "d_ff": 128, "initializer_factor": 1.0, "num_layers": 3}
+_T5 = {"d_kv": 16, "d_ff": 128, "initializer_factor": 1.0, "num_layers": 3, "decoder_start_token_id": 0}
 _BART = {
     "encoder_layers": 3,
     "decoder_layers": 3,

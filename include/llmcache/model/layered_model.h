@@ -70,6 +70,9 @@ struct InputSpec {
   /// By input: it is of the source of an encoder-decoder. Such inputs are `[batch, source tokens]`, of one length; the
   /// others are those of the target, `[batch, tokens]`. May be shorter.
   std::vector<bool> source = {};
+  /// A number follows from the length that the sources of a batch are padded to: they are known with their padding
+  /// only.
+  bool source_length_counts = false;
 
   [[nodiscard]] bool is_source(std::size_t input) const { return input < source.size() && source[input]; }
   /// True for an encoder-decoder.

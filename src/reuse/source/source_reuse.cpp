@@ -149,6 +149,8 @@ std::vector<at::Tensor> SourceReuse::put_together(const Batch& batch, const Foun
 
 namespace {
 
+constexpr std::int64_t kVerifiedSource = 16;  // tokens: the largest power of two below those of the probe
+
 /// Two rows of one source and one of a shorter one, padded: once as the model does it, once from what is kept of each.
 bool sources_agree(const WrappedModel& wrapped) {
   const Model& model = *wrapped.model;
@@ -196,6 +198,11 @@ void find_source_reuse(WrappedModel& wrapped) {
     profile.source_reuse = sources_agree(wrapped);
   } catch (const std::exception& error) {
     why = reason_of(error);
+  }
+  for (std::uint8_t a = 0; profile.source_reuse && a <= size_class(kVerifiedSource); ++a) {
+    for (std::uint8_t b = a; b <= size_class(kVerifiedSource); ++b) {
+      profile.verified.codes.push_back(SizeCode(SizeCode::Kind::kSource, a, b).number());
+    }
   }
   if (!profile.source_reuse) profile.notes.push_back("what follows from a source alone is not kept: " + why);
 }
