@@ -89,67 +89,66 @@ std::vector<std::vector<std::size_t>> core_groups(const Analysis& analysis, cons
   return result;
 }
 
+/// Of an input that does not depend on hidden states: where its rows and tokens are. Empty, or what is wrong with it.
+std::string describe_side(const ValueInfo& info, AttentionInput& input) {
+  input.batch_dim = info.only(Kind::kBatch);
+  if (input.batch_dim == -2 || info.count(Kind::kUnknown) > 0 || info.count(Kind::kBatchTokens) > 0 ||
+      info.count(Kind::kBatchSource) > 0) {
+    return "has a shape that follows no rule";
+  }
+  const auto rank = static_cast<int>(info.dims.size());
+  for (int d = 0; d < rank; ++d) {
+    const Label& label = info.dims[static_cast<std::size_t>(d)];
+    if (label.kind == Kind::kBatch) input.batch_factor = label.factor;
+    if (label.kind != Kind::kTokens) continue;
+    if (label.factor != 1) return "has a merged dimension";
+    if (info.count(Kind::kTokens) == 1) {
+      (d == rank - 1 ? input.key_dim : input.query_dim) = d;
+    } else if (input.query_dim == -1) {
+      input.query_dim = d;
+    } else if (input.key_dim == -1) {
+      input.key_dim = d;
+    } else {
+      return "has three token dimensions";
+    }
+  }
+  const bool fixed = input.batch_dim == -1 && input.query_dim == -1 && input.key_dim == -1;
+  input.role = fixed ? Role::kFixed : Role::kSide;
+  return {};
+}
+
+/// Empty, or what is wrong with it.
+std::string describe_input(const Analysis& analysis, AttentionInput& input) {
+  const auto found = analysis.infos.find(input.value);
+  if (found == analysis.infos.end() || found->second.kind == ValueInfo::Kind::kUnknown) return "has no fixed rank";
+  const ValueInfo& info = found->second;
+  const bool depends = analysis.dependent.count(input.value) > 0;
+  const auto type = input.value->type()->kind();
+  if (info.is_scalar() && over_source(info)) {
+    return info.integer.kind == Kind::kBatchSource ? "counts the source's tokens of all rows" : "";
+  }
+  if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown && info.is_scalar()) {
+    input.role = Role::kLength;
+    input.length = info.integer;
+  } else if (info.is_tensor() && depends) {
+    input.role = Role::kKey;
+    input.token_dim = token_dim(info);
+    if (input.token_dim < 0) return "is not per token";
+  } else if (info.is_tensor()) {
+    return describe_side(info, input);
+  } else if (depends && info.kind == ValueInfo::Kind::kOther && type == c10::TypeKind::ListType) {
+    return "is a list made from hidden states";
+  }
+  return {};
+}
+
 bool describe_inputs(const Analysis& analysis, Region& region, std::string& reason) {
   for (const Value* value : external_inputs(analysis.flat, region.nodes)) {
     AttentionInput input;
     input.value = value;
-    const auto found = analysis.infos.find(value);
-    if (found == analysis.infos.end() || found->second.kind == ValueInfo::Kind::kUnknown) {
-      reason = fmt::format("'{}', an input of its attention, has no fixed rank", value->debugName());
-      return false;
-    }
-    const ValueInfo& info = found->second;
-    const bool depends = analysis.dependent.count(value) > 0;
-    if (info.is_scalar() && over_source(info)) {
-      if (info.integer.kind == Kind::kBatchSource) {
-        reason =
-            fmt::format("'{}', an input of its attention, counts the source's tokens of all rows", value->debugName());
-        return false;
-      }
-      input.role = Role::kFixed;
-    } else if (info.integer.kind != Kind::kConstant && info.integer.kind != Kind::kUnknown && info.is_scalar()) {
-      input.role = Role::kLength;
-      input.length = info.integer;
-    } else if (info.is_tensor() && depends) {
-      const int dim = token_dim(info);
-      if (dim < 0) {
-        reason = fmt::format("'{}', an input of its attention, is not per token", value->debugName());
-        return false;
-      }
-      input.role = Role::kKey;
-      input.token_dim = dim;
-    } else if (info.is_tensor()) {
-      input.batch_dim = info.only(Kind::kBatch);
-      if (input.batch_dim == -2 || info.count(Kind::kUnknown) > 0 || info.count(Kind::kBatchTokens) > 0 ||
-          info.count(Kind::kBatchSource) > 0) {
-        reason = fmt::format("'{}', an input of its attention, has a shape that follows no rule", value->debugName());
-        return false;
-      }
-      const auto rank = static_cast<int>(info.dims.size());
-      for (int d = 0; d < rank; ++d) {
-        const Label& label = info.dims[static_cast<std::size_t>(d)];
-        if (label.kind != Kind::kTokens && label.kind != Kind::kBatch) continue;
-        if (label.kind == Kind::kBatch) input.batch_factor = label.factor;
-        if (label.kind == Kind::kTokens && label.factor != 1) {
-          reason = fmt::format("'{}', an input of its attention, has a merged dimension", value->debugName());
-          return false;
-        }
-        if (label.kind != Kind::kTokens) continue;
-        if (info.count(Kind::kTokens) == 1) {
-          (d == rank - 1 ? input.key_dim : input.query_dim) = d;
-        } else if (input.query_dim == -1) {
-          input.query_dim = d;
-        } else if (input.key_dim == -1) {
-          input.key_dim = d;
-        } else {
-          reason = fmt::format("'{}', an input of its attention, has three token dimensions", value->debugName());
-          return false;
-        }
-      }
-      const bool fixed = input.batch_dim == -1 && input.query_dim == -1 && input.key_dim == -1;
-      input.role = fixed ? Role::kFixed : Role::kSide;
-    } else if (depends && info.kind == ValueInfo::Kind::kOther && value->type()->kind() == c10::TypeKind::ListType) {
-      reason = fmt::format("'{}', an input of its attention, is a list made from hidden states", value->debugName());
+    const std::string wrong = describe_input(analysis, input);
+    if (!wrong.empty()) {
+      reason = fmt::format("'{}', an input of its attention, {}", value->debugName(), wrong);
       return false;
     }
     region.inputs.push_back(input);

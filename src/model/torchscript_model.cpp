@@ -283,7 +283,11 @@ void take_labels(Analysis& analysis) {
   const GraphFindings& findings = *analysis.findings;
   const auto values = labelled_values(analysis.flat);
   if (values.size() != findings.values.size()) throw DamagedData("it has labels of another number of values");
-  for (std::size_t i = 0; i < values.size(); ++i) analysis.infos[values[i]] = info_of(findings.values[i]);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const ValueInfo& info = analysis.infos[values[i]] = info_of(findings.values[i]);
+    if (analysis.source.empty() && info.count(Kind::kSource) > 0)
+      throw DamagedData("it has lengths of a source without one");
+  }
   analysis.max_tokens = findings.max_tokens;
   if (!findings.result) return;
   analysis.result.emplace();

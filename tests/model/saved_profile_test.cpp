@@ -146,10 +146,31 @@ TEST_F(SavedProfileTest, OtherVersionsAreProbed) {
     EXPECT_TRUE(wrap("tiny-bert-sdpa").profile().from_file);
   }
   auto newer = text();
-  const auto at = newer.find("\"version\":1");
+  const auto at = newer.find("\"version\":2");
   ASSERT_NE(at, std::string::npos);
-  put(newer.replace(at, 11, "\"version\":2"));
-  EXPECT_THAT(wrap("tiny-bert-sdpa").profile().file_note, HasSubstr("has version 2"));
+  put(newer.replace(at, 11, "\"version\":3"));
+  EXPECT_THAT(wrap("tiny-bert-sdpa").profile().file_note, HasSubstr("has version 3"));
+}
+
+TEST_F(SavedProfileTest, ASourceIsFoundAgain) {
+  const auto want = wrap("seq2seq-t5").profile();
+  const auto saved = read_saved_profile(path());
+  const auto again = wrap("seq2seq-t5").profile();
+  EXPECT_TRUE(again.from_file);
+  EXPECT_EQ(found(again), found(want));
+  EXPECT_EQ(again.source_arguments, want.source_arguments);
+  EXPECT_TRUE(again.source_reuse && again.source_mask_argument == 1);
+  const std::vector<std::pair<const char*, std::function<void(SavedProfile&)>>> forgeries{
+      {"no source", [](SavedProfile& s) { s.graph->source.clear(); }},
+      {"the other side", [](SavedProfile& s) { s.graph->source.flip(); }},
+      {"of another model", [](SavedProfile& s) { s.graph->source.push_back(true); }},
+      {"a mask of the target", [](SavedProfile& s) { s.profile.source_mask_argument = 2; }}};
+  for (const auto& [name, change] : forgeries) {
+    forge(saved, change);
+    const auto profile = wrap("seq2seq-t5").profile();
+    EXPECT_FALSE(profile.from_file) << name;
+    EXPECT_EQ(found(profile), found(want)) << name;
+  }
 }
 
 TEST_F(SavedProfileTest, ForgedFilesAreNotBelieved) {

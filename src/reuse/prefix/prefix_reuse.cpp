@@ -354,22 +354,30 @@ bool PrefixReuse::agrees(const Inputs& inputs, std::string& why) {
   return true;
 }
 
-bool PrefixReuse::verify(std::string& why, bool briefly) {
-  const auto device = model_.device();
-  const auto mask = wrapped_.profile.mask_argument;
-  // All sequences are beginnings of `main`, or leave it for `other` at some token.
-  const auto main = probe_inputs(wrapped_.inputs, device, 1, 40, 5);
-  const auto other = probe_inputs(wrapped_.inputs, device, 1, 40, 17);
-  // Ids and types that the model looks for stand in both, so that what they do to tokens before them shows.
+namespace {
+
+/// Ids and types that the model looks for stand in both, so that what they do to tokens before them shows.
+void put_special_values(const InputSpec& spec, int mask, const Inputs& main, const Inputs& other) {
   for (std::size_t i = 0; i < main.size(); ++i) {
-    if (static_cast<int>(i) == mask || wrapped_.inputs.is_source(i)) continue;
-    const auto special = special_values(wrapped_.inputs, i);
+    if (static_cast<int>(i) == mask || spec.is_source(i)) continue;
+    const auto special = special_values(spec, i);
     for (std::size_t k = 0; k < 5; ++k) {
       const auto value = special[(special.size() - 1 + k) % special.size()];
       other[i].toTensor()[0][static_cast<std::int64_t>(6 + 3 * k)].fill_(value);
       main[i].toTensor()[0][static_cast<std::int64_t>(2 + 7 * k)].fill_(value);
     }
   }
+}
+
+}  // namespace
+
+bool PrefixReuse::verify(std::string& why, bool briefly) {
+  const auto device = model_.device();
+  const auto mask = wrapped_.profile.mask_argument;
+  // All sequences are beginnings of `main`, or leave it for `other` at some token.
+  const auto main = probe_inputs(wrapped_.inputs, device, 1, 40, 5);
+  const auto other = probe_inputs(wrapped_.inputs, device, 1, 40, 17);
+  put_special_values(wrapped_.inputs, mask, main, other);
   struct Line {
     std::int64_t from_main, tokens;
   };
