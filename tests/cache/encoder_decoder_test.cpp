@@ -3,6 +3,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <thread>
 
 #include "support.h"
 
@@ -601,8 +602,56 @@ TEST(EncoderDecoderModels, KeptSourcesThatAreWrongBeyondTheProbesAreClosed) {
   EXPECT_THAT(verification.closed[0], ::testing::StartsWith("source: "));
 }
 
+TEST(EncoderDecoderModels, PackedWeightsChangeNothingOfIt) {
+  const LayerCache<Module> wrapped(load_model("seq2seq-bart"), {.weights = Weights::kPackedFp32});
+  auto cache = wrapped.with_options({.weights = Weights::kPackedFp32});
+  EXPECT_TRUE(cache.profile().source_reuse && cache.profile().prefix_reuse) << cache.profile().to_string();
+  std::mt19937 random(25);
+  std::vector<Row> row{{random_ids(random, 9), random_ids(random, 5)}};
+  for (int step = 0; step < 3; ++step) {
+    const auto request = request_of(cache.profile(), row);
+    const auto want = run_plain(subject("seq2seq-bart").plain, request.inputs);
+    EXPECT_TRUE(close_on_real(cache.forward(request.inputs), want, request, 1e-4));
+    row[0].target.push_back(20 + step);
+  }
+  EXPECT_THAT(reused_of_source(cache), ::testing::ElementsAre(9));
+}
+
+TEST(EncoderDecoderModels, ManyThreadsAtOnce) {
+  auto& model = subject("seq2seq-bart-masked");
+  auto cache = model.cache.with_options({.capacity_bytes = std::size_t{400} << 10});
+  std::mt19937 random(26);
+  std::vector<Request> requests;
+  std::vector<c10::IValue> wanted;
+  std::vector<Ids> sources;
+  for (const std::size_t length : {5, 9, 14}) sources.push_back(random_ids(random, length));
+  for (std::size_t i = 0; i < 12; ++i) {
+    requests.push_back(
+        request_of(cache.profile(), {{sources[i % 3], random_ids(random, 1 + i)}, {sources[i / 4], {0, 11}}}));
+    wanted.push_back(run_plain(model.plain, requests.back().inputs));
+  }
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong{0};
+  for (std::size_t t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (std::size_t i = 0; i < 2 * requests.size(); ++i) {
+        const std::size_t k = (i * 5 + t * 7) % requests.size();
+        if (!close_on_real(cache.forward(requests[k].inputs), wanted[k], requests[k], 1e-4)) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(cache.stats().verification.mismatches, 0U);
+  EXPECT_LE(cache.stats().peak_bytes, cache.options().capacity_bytes);
+}
+
 TEST(EncoderDecoderModels, WhatDoesNotKnowSourcesSaysSo) {
   auto& model = subject("seq2seq-t5");
+  auto budget = model.cache.with_options({.fidelity = Fidelity::kBudget});
+  std::mt19937 random(27);
+  const auto request = request_of(budget.profile(), {{random_ids(random, 9), random_ids(random, 5)}});
+  EXPECT_TRUE(close_on_real(budget.forward(request.inputs), run_plain(model.plain, request.inputs), request, 1e-4));
   EXPECT_THAT([&] { (void)model.cache.with_options({.fidelity = Fidelity::kThreshold}); },
               ThrowsError(ErrorCode::kNotAvailable, "states of an encoder-decoder belong to their source too"));
   EXPECT_THAT(
