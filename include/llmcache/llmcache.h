@@ -3,7 +3,7 @@
 //     llmcache::TorchScriptCache cache = llmcache::load("bert.pt", {.capacity_bytes = std::size_t{512} << 20});
 //     torch::IValue out = cache.forward({input_ids, attention_mask});
 //
-// model/torchscript.h loads and wraps a module; layer_cache.h is what it can do then; options.h is what you choose;
+// model/torchscript.h loads and wraps a module, model/exported.h a program of torch.export; layer_cache.h is what it can do then; options.h is what you choose;
 // report.h is what it did; snapshot.h keeps a cache over restarts; padding.h makes batches of token ids; generate.h
 // generates text; layer_hook.h sees and changes states between layers. Beyond the first page: threshold.h (the mode of
 // the LLMCache paper), refresh/budget.h and refresh/calibration.h (error budgets), model/layered_model.h (models that
@@ -16,6 +16,7 @@
 #include "llmcache/generate.h"
 #include "llmcache/layer_cache.h"
 #include "llmcache/layer_hook.h"
+#include "llmcache/model/exported.h"
 #include "llmcache/model/torchscript.h"
 #include "llmcache/options.h"
 #include "llmcache/padding.h"

@@ -40,7 +40,13 @@ void refuse_outside(const Batch& batch, std::size_t input, const std::string& na
   }
 }
 
-void refuse_too_long(const Batch& batch, std::int64_t max_tokens) {
+void refuse_too_long(const Batch& batch, const InputSpec& spec, std::int64_t max_tokens) {
+  if (spec.most_tokens > 0 && batch.padded_length > spec.most_tokens) {
+    invalid(
+        fmt::format("rows have {} tokens with their padding, the program was exported for at most {}; cut them, or "
+                    "export it for more",
+                    batch.padded_length, spec.most_tokens));
+  }
   if (max_tokens <= 0) return;
   for (std::size_t row = 0; row < batch.spans.size(); ++row) {
     if (batch.spans[row].tokens <= max_tokens) continue;
@@ -219,7 +225,7 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
   read_on_host(batch);
   find_spans(batch, profile.mask_argument);
   find_source_tokens(batch, profile.source_mask_argument);
-  refuse_too_long(batch, profile.max_tokens);
+  refuse_too_long(batch, spec, profile.max_tokens);
   look_at_values(batch, spec, profile);
   return batch;
 }

@@ -405,7 +405,6 @@ Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, 
 
 void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile) {
   constexpr std::int64_t kMost = 4096;  // longer ones would take memory and time: masks grow with the square
-  if (profile.max_tokens == 0 || profile.max_tokens > kMost) return;
   const auto takes = [&](std::int64_t tokens) {
     try {
       (void)model.embed(probe_inputs(inputs, model.device(), 1, tokens));
@@ -414,7 +413,9 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
       return false;
     }
   };
-  if (!takes(profile.max_tokens) || takes(profile.max_tokens + 1)) profile.max_tokens = 0;
+  std::int64_t& most = profile.max_tokens;
+  if (most > 0 && most <= kMost && (!takes(most) || takes(most + 1))) most = 0;
+  if (inputs.most_tokens > 0) most = most == 0 ? inputs.most_tokens : std::min(most, inputs.most_tokens);
 }
 
 std::vector<at::Tensor> row_of(const c10::IValue& result, const OutputSpec& spec, std::int64_t row, std::int64_t first,

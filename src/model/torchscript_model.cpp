@@ -14,6 +14,7 @@
 #include "caller_failed.h"
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
+#include "model/exported_module.h"
 #include "model/probe.h"
 #include "model/saved_profile.h"
 #include "model/torchscript_attention_ops.h"
@@ -494,6 +495,9 @@ InputSpec spec_of(const Analysis& analysis) {
   spec.opens_attention = analysis.dependence.pairs;
   spec.source = analysis.source;
   spec.source_length_counts = !analysis.dependence.source_length.empty();
+  if (analysis.module.hasattr(exported::kMostTokens)) {
+    spec.most_tokens = analysis.module.attr(exported::kMostTokens).toInt();
+  }
   return spec;
 }
 

@@ -73,6 +73,9 @@ struct InputSpec {
   /// A number follows from the length that the sources of a batch are padded to: they are known with their padding
   /// only.
   bool source_length_counts = false;
+  /// The largest padded length that the model says its answers hold for, though it may run longer ones; 0: any. Longer
+  /// requests are refused. An exported program has been made for a range of lengths.
+  std::int64_t most_tokens = 0;
 
   [[nodiscard]] bool is_source(std::size_t input) const { return input < source.size() && source[input]; }
   /// True for an encoder-decoder.

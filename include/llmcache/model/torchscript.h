@@ -27,8 +27,10 @@ struct ModelTraits<torch::jit::Module> {
 
 using TorchScriptCache = LayerCache<torch::jit::Module>;
 
-/// Loads a TorchScript file onto `device` and wraps what is in it: torch::jit::load() and the constructor in one.
-/// Throws Error(kInvalidFile) if the file is missing or holds no TorchScript module, and what the constructor throws.
+/// Loads a file onto `device` and wraps what is in it: torch::jit::load(), or load_exported() of a program of
+/// torch.export, and the constructor in one. Which of the two it is, its content tells, not its name.
+/// Throws Error(kInvalidFile) if the file is missing or holds neither, and what load_exported() and the constructor
+/// throw.
 [[nodiscard]] TorchScriptCache load(const std::filesystem::path& path, Options options = {},
                                     at::Device device = at::kCPU);
 
