@@ -252,6 +252,7 @@ setup() {  # further Debian packages
 main_test() {
   setup "${TEST_PACKAGES[@]}"
   export_models tiny zoo minilm
+  export_models exported --format pt2
   prepare_data --only sample
   configure_release
   build "$CMAKE_DIR" all

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Exports the models that tests and benchmarks use, as TorchScript files with a JSON sidecar each.
+"""Exports the models that tests and benchmarks use, with a JSON sidecar each.
 
-DIR/NAME.pt takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input like these.
-Encoder-decoders take the ids of the target, and perhaps their mask, behind those of the source.
+DIR/NAME.pt, a TorchScript file, takes (input_ids, attention_mask), int64 [batch, tokens], and some models a third input
+like these. Encoder-decoders take the ids of the target, and perhaps their mask, behind those of the source.
 DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a
 model counts as present only while size and SHA-256 in it match the file.
+With --format pt2 the same is written as DIR/NAME.pt2, by torch.export, and DIR/NAME.pt2.json.
 The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
 """
 
@@ -37,12 +38,18 @@ if TYPE_CHECKING:
 EXPORT_VERSION = 1  # raise it when a model of the same name changes: files made before are made again
 
 
-def present(folder: Path, name: str) -> tuple[bool, str]:
+def files_of(folder: Path, name: str, file_format: str) -> tuple[Path, Path]:
+    """Names the model file and its sidecar."""
+    sidecar = f"{name}.json" if file_format == "pt" else f"{name}.{file_format}.json"
+    return folder / f"{name}.{file_format}", folder / sidecar
+
+
+def present(folder: Path, name: str, file_format: str = "pt") -> tuple[bool, str]:
     """Tells whether NAME is there, whole and up to date, and if not, why."""
     import torch
     import transformers
 
-    model, sidecar = folder / f"{name}.pt", folder / f"{name}.json"
+    model, sidecar = files_of(folder, name, file_format)
     if not sidecar.exists() or not model.exists():
         return False, "not there"
     try:
@@ -52,7 +59,7 @@ def present(folder: Path, name: str) -> tuple[bool, str]:
     except (ValueError, KeyError, TypeError):
         return False, "its .json is damaged"
     if model.stat().st_size != size or sha256_of(model) != digest:
-        return False, "its .pt is not the file that its .json describes"
+        return False, f"its {model.suffix} is not the file that its .json describes"
     if version != EXPORT_VERSION:
         return False, "made by another version of the exporter"
     if versions != {"torch": torch.__version__, "transformers": transformers.__version__}:
@@ -95,14 +102,13 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
 
 
 def verify(exported: nn.Module, module: nn.Module, spec: ModelSpec, vocab: int) -> None:
-    """Fails unless the exported model gives what the original gives, on shapes it was not traced with."""
+    """Fails unless the exported model gives what the original gives, on shapes it was not exported with."""
     import torch
 
-    sites = len(exported.inlined_graph.findAllNodes("aten::scaled_dot_product_attention"))
-    if (sites > 0) != (spec.attention == "sdpa"):
-        raise ModelError(f"listed as {spec.attention}, but scaled_dot_product_attention is called {sites} times")
     tolerance = 3e-2 if spec.dtype == "bfloat16" else 2e-4
-    for seed, lengths in enumerate(([12, 9, 3], [1], [33])):
+    scripted = isinstance(exported, torch.jit.ScriptModule)
+    # Loaded in Python, an exported program checks that there are two rows and two tokens at least.
+    for seed, lengths in enumerate(([12, 9, 3], [1], [33]) if scripted else ([12, 9, 3], [33, 20])):
         inputs = example(spec, vocab, lengths, seed + 1)
         for got, want in zip(tensors_of(exported(*inputs)), tensors_of(module(*inputs)), strict=True):
             if got.shape != want.shape or got.dtype != want.dtype:
@@ -124,7 +130,14 @@ def verify(exported: nn.Module, module: nn.Module, spec: ModelSpec, vocab: int) 
                 raise ModelError(f"the model gives NaN or infinity for lengths {lengths}")
 
 
+def check_attention(exported: torch.jit.ScriptModule, spec: ModelSpec) -> None:
+    sites = len(exported.inlined_graph.findAllNodes("aten::scaled_dot_product_attention"))
+    if (sites > 0) != (spec.attention == "sdpa"):
+        raise ModelError(f"listed as {spec.attention}, but scaled_dot_product_attention is called {sites} times")
+
+
 def convert(spec: ModelSpec, module: nn.Module, vocab: int) -> nn.Module:
+    """The model as TorchScript."""
     import torch
 
     module.train(spec.how == "train")
@@ -135,6 +148,27 @@ def convert(spec: ModelSpec, module: nn.Module, vocab: int) -> nn.Module:
         warnings.simplefilter("ignore")  # tracer warnings: verify() decides instead
         traced = torch.jit.trace(module, example(spec, vocab, [7, 5], 0), strict=False, check_trace=False)
     return torch.jit.freeze(traced) if spec.how == "freeze" else traced
+
+
+def convert_to_program(spec: ModelSpec, module: nn.Module, vocab: int) -> torch.export.ExportedProgram:
+    """The model as an exported program, with any number of rows and tokens.
+
+    The example has unlike many of them, at least two each: of a size of 0 or 1 torch.export makes a constant, and two
+    sizes that are equal may become one. Non-strict export runs the model in Python, so that any Python will do.
+    """
+    import torch
+
+    module.train(spec.how == "train")
+    module.requires_grad_(False)
+    inputs = example(spec, vocab, [7, 5, 4], 0)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = tuple({0: dynamic, 1: dynamic} for _ in inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:  # where in which file: names of folders are nobody's business
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def describe(spec: ModelSpec, model: nn.Module, weights: str, file: Path) -> dict[str, Any]:
@@ -171,7 +205,15 @@ def describe(spec: ModelSpec, model: nn.Module, weights: str, file: Path) -> dic
     }
 
 
-def export(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Writes to `path` whatever it ends in."""
+    import torch
+
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def export(spec: ModelSpec, folder: Path, file_format: str = "pt") -> dict[str, Any]:
     import torch
 
     from tools.models.wrappers import wrap
@@ -179,12 +221,19 @@ def export(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     model, weights = spec.build()
     vocab = getattr(getattr(model, "config", None), "vocab_size", VOCAB)
     module = wrap(model, spec)
-    target, sidecar = folder / f"{spec.name}.pt", folder / f"{spec.name}.json"
+    target, sidecar = files_of(folder, spec.name, file_format)
     with torch.no_grad():
-        exported = convert(spec, module, vocab)
-        verify(exported, module, spec, vocab)
+        if file_format == "pt":
+            scripted = convert(spec, module, vocab)
+            check_attention(scripted, spec)
+            verify(scripted, module, spec, vocab)
+            save: Callable[[Path], object] = lambda path: torch.jit.save(scripted, str(path))  # noqa: E731
+        else:
+            program = convert_to_program(spec, module, vocab)
+            verify(program.module(), module, spec, vocab)
+            save = lambda path: save_program(program, path)  # noqa: E731
         sidecar.unlink(missing_ok=True)
-        write_atomically(target, lambda path: torch.jit.save(exported, str(path)))
+        write_atomically(target, save)
         generated = {}
         if spec.family == "encoder-decoder" and spec.dtype == "float32":
             ids, mask, *_ = example(spec, vocab, [11, 6], 3)
@@ -200,7 +249,7 @@ def chosen(names: list[str] | None) -> list[ModelSpec]:
         return list(MODELS.values())
     picked: dict[str, ModelSpec] = {}
     for name in names:
-        wanted = [name] if name in MODELS else [n for n, spec in MODELS.items() if spec.group == name]
+        wanted = [name] if name in MODELS else [n for n, spec in MODELS.items() if name in spec.groups]
         if not wanted:
             raise ModelError(
                 f"no model or group is called '{name}'; --list shows the names, the groups are {', '.join(GROUPS)}"
@@ -215,6 +264,7 @@ class Run:
 
     folder: Path
     force: bool
+    file_format: str = "pt"
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -230,14 +280,14 @@ class Run:
             print(f"{name}: FAILED: {type(error).__name__}: {str(error)[:1500]}", file=sys.stderr, flush=True)
 
     def model(self, spec: ModelSpec) -> None:
-        there, why = present(self.folder, spec.name)
+        there, why = present(self.folder, spec.name, self.file_format)
         if there and not self.force:
             print(f"{spec.name}: already there, skipped", flush=True)
             return
         started = time.monotonic()
 
         def make() -> str:
-            known = export(spec, self.folder)
+            known = export(spec, self.folder, self.file_format)
             note = RANDOM + " weights" if known["weights"] == RANDOM else known["weights"]
             again = "" if why == "not there" else f" (again: {why or '--force'})"
             return f"{known['bytes'] / 1e6:.1f} MB, {note}, {time.monotonic() - started:.1f} s{again}"
@@ -273,7 +323,10 @@ def quiet_libraries() -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the models go")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="models or groups (tiny, bench, zoo)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"models or groups ({', '.join(GROUPS)})")
+    parser.add_argument(
+        "--format", choices=("pt", "pt2"), default="pt", help="TorchScript (pt), or a program of torch.export (pt2)"
+    )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--force", action="store_true", help="export again what is already there")
     options = parser.parse_args(arguments)
@@ -288,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is None:
         parser.error("--out DIR is missing")
     quiet_libraries()
-    return Run(options.out, options.force).all(specs)
+    return Run(options.out, options.force, options.format).all(specs)
 
 
 if __name__ == "__main__":

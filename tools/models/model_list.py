@@ -22,6 +22,15 @@ ANSWER_SPAN = "(start_logits, end_logits)"  # of an answer in a passage
 SEQ2SEQ = ("input_ids", "attention_mask", "decoder_input_ids")  # of a source, and of a target of its own length
 SEQ2SEQ_MASKED = (*SEQ2SEQ, "decoder_attention_mask")
 
+EXPORTED = "exported"
+# Beside the tiny ones: a shared layer, relative positions, layers of two kinds, sliding windows, a limit by a guard,
+# parallel residuals, ALiBi, no token level, an operator that LibTorch lacks, states that are fed back.
+_EXPORTED = (
+    *(f"zoo-{name}" for name in ("albert", "t5-encoder", "modernbert", "mistral", "gptneo", "gptneox", "bloom")),
+    *(f"zoo-{name}" for name in ("deberta-v2", "qwen3moe")),
+    *(f"unusual-{name}" for name in ("past-llama", "states-back", "encoder-trace")),
+)
+
 Build = Callable[[], "tuple[nn.Module, str]"]  # -> module, where the weights came from
 
 
@@ -42,6 +51,13 @@ class ModelSpec:
     def group(self) -> str:
         head = self.name.split("-")[0]
         return {"tiny": "tiny", "unusual": "tiny", "seq2seq": "tiny", "zoo": "zoo"}.get(head, "bench")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Its group, and EXPORTED if the tests run it as a program of torch.export too."""
+        exportable = self.how != "freeze" and self.name != "tiny-throws"  # it raises, depending on numbers
+        tested = (self.name.startswith("tiny-") and exportable) or self.name in _EXPORTED
+        return (self.group, EXPORTED) if tested else (self.group,)
 
 
 def _of_transformers(name: str, architecture: str, build: Build, attention: str = "sdpa", **more: Any) -> ModelSpec:
@@ -346,4 +362,4 @@ def _full_size_models() -> list[ModelSpec]:
 
 _ALL = (*_tiny_models(), *_unusual_models(), *_seq2seq_models(), *_full_size_models(), *_zoo_models())
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ALL}
-GROUPS = ("tiny", "bench", "zoo")
+GROUPS = ("tiny", "bench", "zoo", EXPORTED)
