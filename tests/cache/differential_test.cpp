@@ -143,6 +143,9 @@ TEST_P(Differential, TheProfileIsRight) {
 
 INSTANTIATE_TEST_SUITE_P(Tiny, Differential, ::testing::ValuesIn(wrappable_names({"tiny-"})), test_name);
 INSTANTIATE_TEST_SUITE_P(Zoo, Differential, ::testing::ValuesIn(wrappable_names({"zoo-"})), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, Differential,
+                         ::testing::Values("tiny-bert-types-sdpa.pt2", "tiny-llama-sdpa-bf16.pt2", "zoo-albert.pt2"),
+                         test_name);
 
 TEST(DifferentialModels, TheExpectedOnesAreThere) {
   EXPECT_THAT(

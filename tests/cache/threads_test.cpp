@@ -18,7 +18,7 @@ class Threads : public ::testing::TestWithParam<std::string> {
  protected:
   Threads() : info_(model_info(GetParam())) {
     // Plain results of overlapping requests: some rows are in several of them.
-    const auto plain = std::make_unique<Module>(load_model(GetParam()));
+    const auto plain = std::make_unique<Module>(load_plain(GetParam()));
     const auto pool = right_padded(info_, {9, 4, 12, 1, 7, 10}, 1);
     for (const std::vector<std::int64_t>& rows :
          std::vector<std::vector<std::int64_t>>{{0, 1}, {1, 2, 3}, {4}, {5, 0}, {2}, {3, 4, 5, 1}}) {
@@ -193,7 +193,9 @@ TEST(ThreadsOfConversations, GrowWithoutSeeingEachOther) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Tiny, Threads, ::testing::Values("tiny-scripted", "tiny-llama-eager", "tiny-bert-sdpa-bf16"),
+INSTANTIATE_TEST_SUITE_P(Tiny, Threads,
+                         ::testing::Values("tiny-scripted", "tiny-llama-eager", "tiny-bert-sdpa-bf16",
+                                           "tiny-gpt2-sdpa.pt2"),
                          test_name);
 
 /// What the plain module gives for `inputs` in this thread and in others that run at once, its first runs and later

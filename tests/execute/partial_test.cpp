@@ -298,6 +298,9 @@ TEST_P(Partial, LayersThatNobodyNeedsAreNotRun) {
 
 INSTANTIATE_TEST_SUITE_P(Tiny, Partial, ::testing::ValuesIn(wrappable_names({"tiny-"})), test_name);
 INSTANTIATE_TEST_SUITE_P(Zoo, Partial, ::testing::ValuesIn(wrappable_names({"zoo-"})), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, Partial,
+                         ::testing::Values("tiny-bert-sdpa.pt2", "tiny-gpt2-eager.pt2", "zoo-t5-encoder.pt2"),
+                         test_name);
 
 }  // namespace
 }  // namespace llmcache::test

@@ -16,6 +16,8 @@ inline void require(bool holds, const char* what) {
 void check_json(std::string_view bytes);
 /// The JSON of a calibration profile, and, behind a byte of 0, its tensors. Hashes are not looked at.
 void check_profile(std::string_view bytes);
+/// An exported program, the list of its weights, and a guard.
+void check_exported(std::string_view bytes);
 /// A snapshot as a file, and as an entry of each kind.
 void check_snapshot(std::string_view bytes);
 /// A token file of the benchmark.

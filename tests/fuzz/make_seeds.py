@@ -241,6 +241,106 @@ def snapshot_seeds():
     write("snapshot", "empty", b"")
 
 
+def exported(nodes=None, **changes):
+    """A program of one layer, as torch.export writes it down."""
+
+    def size(number):
+        return {"as_expr": {"expr_str": f"Symbol('{number}', positive=True, integer=True)", "hint": None}}
+
+    def tensor(name):
+        return {"as_tensor": {"name": name}}
+
+    def node(target, output, stack="L__self__,,Model", **inputs):
+        return {
+            "target": f"torch.ops.aten.{target}",
+            "inputs": [{"name": name, "arg": value, "kind": 1} for name, value in inputs.items()],
+            "outputs": [output],
+            "metadata": {"nn_module_stack": stack},
+            "name": target,
+        }
+
+    layer = "L__self__,,Model;L__self__layers.0,layers.0,Layer"
+    program = {
+        "schema_version": {"major": 8, "minor": 20},
+        "torch_version": "2.13.0",
+        "range_constraints": {"s0": {"min_val": 2, "max_val": None}, "s1": {"min_val": 2, "max_val": 512}},
+        "guards_code": ["L['ids'].size()[1] <= 256", "L['mask'].size()[1] == L['ids'].size()[1]"],
+        "graph_module": {
+            "graph": {
+                "tensor_values": {"ids": {"sizes": [size("s0"), size("s1")]}},
+                "nodes": nodes if nodes is not None else [
+                    node("sym_size.int", {"as_sym_int": {"as_name": "n"}}, self=tensor("ids"), dim={"as_int": 1}),
+                    node("embedding.default", tensor("x"), weight=tensor("w"), indices=tensor("ids")),
+                    node("chunk.default", {"as_tensors": [{"name": "a"}, {"name": "b"}]}, layer, self=tensor("x"),
+                         chunks={"as_int": 2}, dim={"as_int": -1}),
+                    node("view.default", tensor("y"), layer, self=tensor("a"),
+                         size={"as_sym_ints": [{"as_int": -1}, {"as_name": "n"}, {"as_int": 4}]}),
+                    node("cat.default", tensor("z"), tensors={"as_tensors": [{"name": "y"}, {"name": "b"}]}),
+                ],
+            },
+            "signature": {
+                "input_specs": [
+                    {"parameter": {"arg": {"name": "w"}, "parameter_name": "tokens.weight"}},
+                    {"user_input": {"arg": tensor("ids")}},
+                ],
+                "output_specs": [{"user_output": {"arg": tensor("z")}}],
+            },
+            "module_call_graph": [{"signature": {"out_spec": '[1, {"type": null, "context": null}]'}}],
+        },
+    }  # fmt: skip
+    for path, value in changes.items():
+        place = program
+        *folders, last = path.split("__")
+        for folder in folders:
+            place = place[folder]
+        place[last] = value
+    return json.dumps(program)
+
+
+def exported_seeds():
+    def write_text(name, text):
+        write("exported", name, text.encode())
+
+    graph = "graph_module__graph__"
+    signature = "graph_module__signature__"
+    call = {"target": "torch.ops.higher_order.cond", "inputs": [], "outputs": []}
+    write_text("program", exported())
+    write_text("schema", exported(schema_version={"major": 9, "minor": 0}))
+    write_text("no_nodes", exported(nodes=[]))
+    write_text("higher_order", exported(nodes=[call]))
+    write_text("nested", exported(nodes=[{**call, "target": "x", "inputs": [{"name": "a", "arg": {
+        "as_optional_tensor": {"as_optional_tensor": {"as_none": True}}}}]}]))  # fmt: skip
+    write_text("softmax", exported(nodes=[{**call, "target": "torch.ops.aten._softmax.default"}]))
+    write_text("fixed", exported(**{graph + "tensor_values": {"ids": {"sizes": [{"as_int": 2}, {"as_int": 7}]}}}))
+    write_text("guard", exported(guards_code=["L['ids'].stride()[0] == 1"]))
+    write_text("range", exported(range_constraints={"s0": {"min_val": 2, "max_val": 8}}))
+    write_text("no_inputs", exported(**{signature + "input_specs": []}))
+    write_text("twice", exported(**{signature + "input_specs": [{"user_input": {"arg": {"as_tensor": {"name": "ids"}}}}] * 2}))
+    write_text("mutation", exported(**{signature + "output_specs": [{"buffer_mutation": {"buffer_name": "b"}}]}))
+    write_text("stack", exported().replace("layers.0,Layer", "..,Layer"))
+    meta = {
+        "dtype": 7,
+        "sizes": [{"as_int": 3}, {"as_int": 4}],
+        "strides": [{"as_int": 4}, {"as_int": 1}],
+        "storage_offset": {"as_int": 0},
+        "layout": 7,
+    }
+
+    def weights(pickled=False, **changes):
+        entry = {"path_name": "weight_0", "is_param": True, "use_pickle": pickled, "tensor_meta": {**meta, **changes}}
+        return json.dumps({"config": {"tokens.weight": entry}})
+
+    write_text("weights", weights())
+    write_text("weights_pickled", weights(pickled=True))
+    write_text("weights_huge", weights(sizes=[{"as_int": 2**62}, {"as_int": 2**62}]))
+    write_text("weights_far", weights(storage_offset={"as_int": 2**63 - 1}))
+    write_text("weights_negative", weights(strides=[{"as_int": -4}, {"as_int": 1}]))
+    write_text("weights_sparse", weights(layout=1))
+    write_text("guard_text", "((L['a'].size()[0]*L['b'].size()[1]) % L['a'].size()[0]) == 0 or not -3**2 // 2 < max(1, 2)")
+    write_text("guard_deep", "(" * 4000)
+
+
+exported_seeds()
 json_seeds()
 profile_seeds()
 snapshot_seeds()

@@ -411,6 +411,8 @@ TEST_P(PackedWeights, AnswersAsThePlainModule) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Tiny, PackedWeights, ::testing::ValuesIn(float32_names()), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, PackedWeights, ::testing::Values("tiny-bert-sdpa.pt2", "tiny-gpt2-sdpa.pt2"),
+                         test_name);
 
 TEST(PackedWeightsModels, WhatIsPacked) {
   for (const auto weights : packings()) {

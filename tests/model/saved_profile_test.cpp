@@ -93,6 +93,7 @@ TEST_P(SavedProfileOf, FindsTheSame) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SavedProfileOf, ::testing::ValuesIn(wrappable_names({"tiny-", "unusual-"})), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, SavedProfileOf, ::testing::Values("tiny-llama-eager.pt2"), test_name);
 
 TEST_F(SavedProfileTest, RunsThreePasses) {
   const auto module = load_model("tiny-gpt2-sdpa");

@@ -150,6 +150,7 @@ std::vector<std::string> identified() {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, IdentityOf, ::testing::ValuesIn(identified()), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, IdentityOf, ::testing::Values("tiny-gpt2-sdpa.pt2", "zoo-albert.pt2"), test_name);
 
 TEST(Identity, IsKeptByFiles) {
   for (const Place& place : places()) {

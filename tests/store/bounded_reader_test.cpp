@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "fuzz/check.h"
+#include "model/exported_guard.h"
+#include "model/exported_program.h"
+#include "model/exported_weights.h"
 #include "reader_support.h"
 #include "refresh/profile_text.h"
 #include "store/bounded_json.h"
@@ -165,6 +168,18 @@ TEST(Seeds, AreReadOrRefused) {
   each("json", [](const std::string& bytes, const std::string& name) {
     fuzz::check_json(bytes);
     EXPECT_EQ(json_refusal(bytes, {.depth = 6}).empty(), name == "object" || name == "fields" || name == "numbers");
+  });
+  each("exported", [](const std::string& bytes, const std::string& name) {
+    fuzz::check_exported(bytes);
+    const auto read = [&] {
+      if (name.starts_with("weights")) return exported::parse_weights(bytes).size();
+      if (name.starts_with("guard_"))
+        return std::size_t{exported::ShapeGuard::parse(bytes) ? 1U : throw DamagedData("")};
+      return exported::parse_program(bytes).nodes.size();
+    };
+    const bool sound = refusal<std::runtime_error>(read).empty() && name != "guard_deep";
+    EXPECT_EQ(sound, name == "program" || name == "weights" || name == "guard_text")
+        << refusal<std::runtime_error>(read);
   });
   each("snapshot", [](const std::string& bytes, const std::string& name) {
     fuzz::check_snapshot(bytes);

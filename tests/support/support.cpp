@@ -37,19 +37,35 @@ double largest(const at::Tensor& tensor) { return tensor.numel() == 0 ? 0 : tens
 
 }  // namespace
 
-std::vector<std::string> model_names(const std::vector<std::string>& prefixes) {
+namespace {
+
+constexpr std::string_view kProgram = ".pt2";
+
+std::string without_format(const std::string& name) {
+  return name.ends_with(kProgram) ? name.substr(0, name.size() - kProgram.size()) : name;
+}
+
+/// Those of which there are a file with this ending, and what describes it.
+std::vector<std::string> names_of(const std::vector<std::string>& prefixes, const std::string& ending) {
   std::vector<std::string> names;
   std::error_code none;
   for (const auto& file : std::filesystem::directory_iterator(models_dir(), none)) {
     if (file.path().extension() != ".json") continue;
     const std::string name = file.path().stem();
+    if (name.ends_with(kProgram) != ending.empty()) continue;
     const bool wanted = std::any_of(prefixes.begin(), prefixes.end(),
                                     [&](const std::string& prefix) { return name.starts_with(prefix); });
-    if (wanted && std::filesystem::exists(models_dir() / (name + ".pt"))) names.push_back(name);
+    if (wanted && std::filesystem::exists(models_dir() / (name + ending))) names.push_back(name);
   }
   std::sort(names.begin(), names.end());
   return names;
 }
+
+}  // namespace
+
+std::vector<std::string> model_names(const std::vector<std::string>& prefixes) { return names_of(prefixes, ".pt"); }
+
+std::vector<std::string> program_names(const std::vector<std::string>& prefixes) { return names_of(prefixes, ""); }
 
 ModelInfo model_info(const std::string& name) {
   const auto path = models_dir() / (name + ".json");
@@ -66,7 +82,12 @@ ModelInfo model_info(const std::string& name) {
           json.at("inputs").size()};
 }
 
-Module load_model(const std::string& name) { return torch::jit::load(models_dir() / (name + ".pt")); }
+Module load_model(const std::string& name) {
+  if (name.ends_with(kProgram)) return load_exported(models_dir() / name).module();
+  return torch::jit::load(models_dir() / (name + ".pt"));
+}
+
+Module load_plain(const std::string& name) { return load_model(without_format(name)); }
 
 Subject& subject(const std::string& name) {
   static std::map<std::string, std::unique_ptr<Subject>> subjects;
@@ -93,7 +114,8 @@ std::vector<std::string> token_level_decoders() {
 
 std::string test_name(const ::testing::TestParamInfo<std::string>& param) {
   std::string name = param.param;
-  std::replace(name.begin(), name.end(), '-', '_');
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return c == '-' || c == '.'; }, '_');
   return name;
 }
 

@@ -38,14 +38,20 @@ struct ModelInfo {
 
 /// Names of the exported models that begin with one of `prefixes`, sorted.
 std::vector<std::string> model_names(const std::vector<std::string>& prefixes);
+/// The same of those that are there as programs of torch.export too. Their names end in .pt2, and are good wherever
+/// those of models are.
+std::vector<std::string> program_names(const std::vector<std::string>& prefixes);
 ModelInfo model_info(const std::string& name);
 /// A fresh copy, read from the file.
 Module load_model(const std::string& name);
+/// What a cache around load_model() is compared with: a copy of it; of a program of torch.export the same model's
+/// TorchScript module, whose weights are equal.
+Module load_plain(const std::string& name);
 
 /// A model twice: as it is, and wrapped. The wrapped one keeps nothing, so that every call computes.
 struct Subject {
   explicit Subject(const std::string& name)
-      : info(model_info(name)), plain(load_model(name)), cache(load_model(name), Options{.capacity_bytes = 0}) {}
+      : info(model_info(name)), plain(load_plain(name)), cache(load_model(name), Options{.capacity_bytes = 0}) {}
 
   ModelInfo info;
   Module plain;
