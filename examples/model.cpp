@@ -12,6 +12,7 @@ torch::jit::Module load_module(const std::filesystem::path& path) {
   if (!std::filesystem::is_regular_file(path)) {
     throw std::runtime_error("there is no model " + path.string() + "; tools/models/export_models.py makes some");
   }
+  if (path.extension() == ".pt2") return load_exported(path).module();
   try {
     return torch::jit::load(path.string(), at::kCPU);
   } catch (const std::exception& error) {

@@ -13,7 +13,8 @@ namespace llmcache::examples {
 
 using Cache = TorchScriptCache;
 
-/// Throws std::runtime_error if there is no such file or it holds no TorchScript module.
+/// A TorchScript file, or a program of torch.export whose name ends in .pt2. Throws std::runtime_error if there is no
+/// such file or it holds no module.
 torch::jit::Module load_module(const std::filesystem::path& path);
 
 /// The tensor in a result; of a tuple, the first.
