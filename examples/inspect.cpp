@@ -1,5 +1,5 @@
-// Wraps a TorchScript model, or a program of torch.export (.pt2), and prints what the library found out about it: whether it can be wrapped, what can be
-// reused, and why something cannot.
+// Wraps a TorchScript model, or a program of torch.export (.pt2), and prints what the library found out about it:
+// whether it can be wrapped, what can be reused, and why something cannot.
 //
 //   llmcache-inspect MODEL.pt [LAYERS_PATH]
 #include <llmcache/llmcache.h>

@@ -3,11 +3,11 @@
 //     llmcache::TorchScriptCache cache = llmcache::load("bert.pt", {.capacity_bytes = std::size_t{512} << 20});
 //     torch::IValue out = cache.forward({input_ids, attention_mask});
 //
-// model/torchscript.h loads and wraps a module, model/exported.h a program of torch.export; layer_cache.h is what it can do then; options.h is what you choose;
-// report.h is what it did; snapshot.h keeps a cache over restarts; padding.h makes batches of token ids; generate.h
-// generates text; layer_hook.h sees and changes states between layers. Beyond the first page: threshold.h (the mode of
-// the LLMCache paper), refresh/budget.h and refresh/calibration.h (error budgets), model/layered_model.h (models that
-// are no TorchScript), match/plan.h (forced plans).
+// model/torchscript.h loads and wraps a module, model/exported.h a program of torch.export; layer_cache.h is what it
+// can do then; options.h is what you choose; report.h is what it did; snapshot.h keeps a cache over restarts; padding.h
+// makes batches of token ids; generate.h generates text; layer_hook.h sees and changes states between layers. Beyond
+// the first page: threshold.h (the mode of the LLMCache paper), refresh/budget.h and refresh/calibration.h (error
+// budgets), model/layered_model.h (models that are no TorchScript), match/plan.h (forced plans).
 #pragma once
 
 #include <torch/script.h>
