@@ -150,7 +150,8 @@ struct CallTimes {
 
 /// One kind of what is kept; of kinds with several banks all of them.
 struct BankStats {
-  std::string name;              ///< "outputs", "prefixes", "segments", "token states", "early exits", "layer states"
+  /// "outputs", "prefixes", "sources", "segments", "token states", "early exits", "layer states"
+  std::string name;
   std::uint64_t entries = 0;     ///< held now
   std::size_t bytes = 0;         ///< held now, tensors and index
   std::uint64_t insertions = 0;  ///< entries kept
