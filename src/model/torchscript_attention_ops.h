@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

@@ -10,7 +10,7 @@
 #include <set>
 #include <string_view>
 
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 #include "model/torchscript_operators.h"
 
 namespace llmcache::ts {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "model/row_kernels.h"
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

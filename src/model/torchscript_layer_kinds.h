@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "llmcache/model/profile.h"
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

@@ -11,7 +11,7 @@
 #include "llmcache/options.h"
 #include "model/fastest_weights.h"
 #include "model/packed_linear.h"
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

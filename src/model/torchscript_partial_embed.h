@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

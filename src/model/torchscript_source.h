@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "model/torchscript_model.h"
+#include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 

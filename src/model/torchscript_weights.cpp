@@ -233,6 +233,11 @@ void add_structure(ContentSink& sink, const torch::jit::Module& module) {
 
 }  // namespace
 
+at::Device device_of(const torch::jit::Module& module) {
+  const auto parameters = module.parameters();
+  return parameters.begin() != parameters.end() ? (*parameters.begin()).device() : at::Device(at::kCPU);
+}
+
 std::string structure_digest(const torch::jit::Module& module) {
   Hasher hasher;
   add_structure(hasher, module);

@@ -16,6 +16,9 @@
 
 namespace llmcache::ts {
 
+/// Of the first parameter; the CPU if there is none.
+at::Device device_of(const torch::jit::Module& module);
+
 /// The graph's structure and its constants, hashed: the same for the same model exported or loaded again, whatever
 /// names its values and classes got. 32 hexadecimal digits.
 std::string structure_digest(const torch::jit::Module& module);

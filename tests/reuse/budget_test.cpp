@@ -429,15 +429,10 @@ TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {
 
 TEST_F(BudgetTest, SegmentsOfPromptsAreReusedWithinTheBudget) {
   const auto info = model_info("tiny-llama-sdpa");
-  Options options{.fidelity = Fidelity::kBudget};
-  options.budget.budget = {BudgetMetric::kTokenAgreement, 0.4, 0.2};
-  options.budget.audit_rate = 0.2;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache(load_model(info.name), passage_budget(0.2));
   Module plain = load_model(info.name);
   PassagePrompts prompt(info);
-  std::vector<Inputs> sample;
-  for (int i = 0; i < 300; ++i) sample.push_back(prompt());
-  const auto profile = cache.calibrate(sample);
+  const auto profile = cache.calibrate(prompt.sample());
   ASSERT_TRUE(profile.reuse) << profile.to_string();
   int wrong = 0;
   int reused = 0;

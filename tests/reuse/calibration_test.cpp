@@ -162,13 +162,9 @@ TEST(CalibrationIsPrivate, TwoAtOnceDoNotMix) {
 
 TEST(CalibrationIsPrivate, SegmentsOfASampleServeNobody) {
   const auto info = model_info("tiny-llama-sdpa");
-  Options options{.fidelity = Fidelity::kBudget};
-  options.budget.budget = {BudgetMetric::kTokenAgreement, 0.4, 0.2};
-  options.budget.audit_rate = 0;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache(load_model(info.name), passage_budget());
   PassagePrompts prompt(info);
-  std::vector<Inputs> sample;
-  for (int i = 0; i < 300; ++i) sample.push_back(prompt());
+  const auto sample = prompt.sample();
   ASSERT_TRUE(cache.calibrate(sample).reuse);
   const auto live = prompt();
   while_running(

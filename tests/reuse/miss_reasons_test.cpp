@@ -225,14 +225,9 @@ TEST(MissReasons, TokenStatesThatAreNotWorthReusing) {
 
 TEST(MissReasons, AnOutputThatRulesOutSegmentsAndSegmentsThatWent) {
   const auto info = model_info("tiny-llama-sdpa");
-  Options options{.fidelity = Fidelity::kBudget};
-  options.budget.budget = {BudgetMetric::kTokenAgreement, 0.4, 0.2};
-  options.budget.audit_rate = 0;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache(load_model(info.name), passage_budget());
   PassagePrompts prompt(info);
-  std::vector<Inputs> sample;
-  for (int i = 0; i < 300; ++i) sample.push_back(prompt());
-  const auto profile = cache.calibrate(sample);
+  const auto profile = cache.calibrate(prompt.sample());
   ASSERT_TRUE(profile.reuse) << profile.to_string();
   const RequestOptions last{.output = Output::kLastToken};
   for (int i = 0; i < 20; ++i) cache.forward(prompt(), last);
@@ -243,6 +238,7 @@ TEST(MissReasons, AnOutputThatRulesOutSegmentsAndSegmentsThatWent) {
   expect_sums(cache);
 
   // Room for a few prompts only.
+  Options options = passage_budget();
   options.capacity_bytes = bytes_of(info.name, right_padded(info, {134}, 1), last) * 6;
   LayerCache<Module> small(load_model(info.name), options);
   small.use_calibration(profile);
