@@ -76,6 +76,9 @@ ExperimentRule read_rule(const Json& json, const Json& groups, const std::string
   rule.workloads = json.at("workloads").get<std::vector<std::string>>();
   rule.share = json.value("share", 1.0);
   rule.values = values_of(json.value("settings", Json::object()), name);
+  if (rule.values.contains("weights-sample")) {
+    throw Failure("'weights-sample' is a setting of the whole run, not of an experiment");
+  }
   return rule;
 }
 
@@ -199,9 +202,8 @@ std::string needs_text(const Configuration& configuration) {
     workloads.insert(rule.workloads.begin(), rule.workloads.end());
     budgets = budgets || settings_of({&configuration.values, &rule.values}).has_fidelity("budget");
   }
-  if (!workloads.empty() && !settings.weights_sample.empty()) workloads.insert(settings.weights_sample);
-  return fmt::format("models {}\nworkloads {}\nbudgets {}\n", fmt::join(models, " "), fmt::join(workloads, " "),
-                     budgets ? "yes" : "");
+  return fmt::format("models {}\nworkloads {}\nsample {}\nbudgets {}\n", fmt::join(models, " "),
+                     fmt::join(workloads, " "), settings.weights_sample, budgets ? "yes" : "");
 }
 
 }  // namespace llmcache::bench

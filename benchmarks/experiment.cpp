@@ -316,6 +316,7 @@ class RunLoop {
     r.model = context_.file.name;
     r.weights = context_.file.weights;
     r.workload = tokens_.workload;
+    r.weights_sample = settings_.weights_sample;
     r.threads = settings_.threads;
     r.requests_available = static_cast<std::int64_t>(stream_.requests.size());
     r.filled = filled_;

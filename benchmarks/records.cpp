@@ -227,6 +227,7 @@ void fields(const Record& r, const Visitor& field) {
   field("weights_held", r.weights_held,
         one_of({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8"}),
         "How the weights of linear layers were held");
+  field("weights_sample", maybe(r.weights_sample), {}, "Workload that packed-int8 was tuned on; null: it was not");
   field("output", r.output, one_of({"all", "last", "new", "last+new"}),
         "Tokens whose outputs were asked for: last+new in two calls, the prompt and then the whole");
   similarity_fields(r, field);

@@ -104,6 +104,7 @@ struct Record {
   std::string mode;
   std::string fidelity;
   std::string weights_held = "as-loaded";
+  std::string weights_sample;
   std::string output = "all";
   std::optional<double> threshold;
   std::string fingerprint;

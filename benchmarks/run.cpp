@@ -140,6 +140,7 @@ Record record_of(const Run& run, const std::vector<Run>& all, const RunContext& 
     describe_decoding(run, plain, kvcache, context, r);
   }
   run.system->describe(r);
+  if (r.weights_held != to_string(Weights::kPackedInt8)) r.weights_sample.clear();
   if (!run.errors.empty()) r.observed_error = observed(run.errors, context.budget_metric);
   if (!run.config.keeps()) r.filled = 0;
   if (context.judged) judge(run, plain, context, r);

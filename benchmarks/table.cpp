@@ -29,6 +29,7 @@ std::string small(double value) {
 std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
   std::string name = r.fidelity.empty() || r.mode == "kvcache" ? r.mode : fmt::format("{}/{}", r.mode, r.fidelity);
   if (r.weights_held != "as-loaded") name += " " + r.weights_held;
+  if (!r.weights_sample.empty()) name += " tuned";
   if (r.budget) name += fmt::format(" {:g}{}", r.budget->epsilon, r.budget->cache_free ? " cache-free" : "");
   if (r.budget && r.budget->calibration_part) name += fmt::format(" part {}", *r.budget->calibration_part);
   if (r.threshold) name += fmt::format(" {:.2f}", *r.threshold);

@@ -15,9 +15,19 @@ void add_times_of(const ForwardReport& report, CallTimes& times) {
   times.total.add(kSeconds * report.total_ms);
 }
 
+/// Nothing that was reused for an answer is of use where the plain model's took its place.
+SequenceReport replaced(const SequenceReport& sequence) {
+  SequenceReport plain = sequence;
+  plain.source = Source::kComputed;
+  plain.reused_tokens = plain.source_reused = 0;
+  for (LayerTokens& layer : plain.layers) layer = {layer.computed + layer.reused, 0};
+  return plain;
+}
+
 void add_sequences_of(const ForwardReport& report, Stats& sums) {
   sums.sequences += report.sequences.size();
-  for (const SequenceReport& sequence : report.sequences) {
+  for (const SequenceReport& told : report.sequences) {
+    const SequenceReport sequence = report.replaced ? replaced(told) : told;
     ++sums.sequences_from[static_cast<std::size_t>(sequence.source)];
     sums.identical_hits += sequence.source == Source::kIdentical ? 1 : 0;
     sums.prefix_hits += sequence.source == Source::kPrefix ? 1 : 0;

@@ -115,9 +115,14 @@ class Generation {
   /// Chooses the next token of each of these sequences: all in one call, or where lengths differ and the model takes no
   /// mask, each in its own.
   void step(const std::vector<std::size_t>& open) {
-    const auto length = [&](std::size_t i) { return growing_[i].ids.size(); };
-    const bool ragged = std::ranges::any_of(open, [&](std::size_t i) { return length(i) != length(open.front()); });
-    if (ragged && cache_.profile().mask_argument < 0) {
+    const ModelProfile& profile = cache_.profile();
+    const auto differ = [&](const auto& length) {
+      return std::ranges::any_of(open, [&](std::size_t i) { return length(i) != length(open.front()); });
+    };
+    const bool ragged = profile.mask_argument < 0 && differ([&](std::size_t i) { return growing_[i].ids.size(); });
+    const bool ragged_sources =
+        profile.source_arguments.size() == 1 && differ([&](std::size_t i) { return options_.sources[i].size(); });
+    if (ragged || ragged_sources) {
       for (const std::size_t i : open) call({i});
     } else {
       call(open);

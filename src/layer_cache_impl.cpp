@@ -81,12 +81,16 @@ WrappedModel wrap_all(const std::function<std::unique_ptr<Model>(const Options&)
 
 Options same_model(Options chosen, const Options& of) {
   chosen.validate();
-  if (chosen.layers == of.layers && chosen.mask_argument == of.mask_argument && chosen.weights == of.weights) {
+  if (chosen.weights_sample.empty()) chosen.weights_sample = of.weights_sample;
+  if (chosen.layers == of.layers && chosen.mask_argument == of.mask_argument && chosen.weights == of.weights &&
+      chosen.weights_sample == of.weights_sample) {
     if (chosen.snapshot.path == of.snapshot.path) chosen.snapshot = {};  // the file is the other cache's
     return chosen;
   }
-  throw Error(ErrorCode::kInvalidOptions,
-              "with_options: layers, mask_argument and weights must be those of the cache that wrapped the model");
+  throw Error(
+      ErrorCode::kInvalidOptions,
+      "with_options: layers, mask_argument, weights and weights_sample must be those of the cache that wrapped the "
+      "model");
 }
 
 }  // namespace
@@ -249,12 +253,13 @@ MissReason LayerCacheBase::Impl::expected_miss(const Call& call, const std::vect
 }
 
 bool LayerCacheBase::Impl::serve(ReuseStrategy& strategy, const Call& call, Answers& answers) {
+  const std::size_t before = answers.writes().size();
   try {
     strategy.serve(call, answers);
     return true;
   } catch (const std::exception& error) {
     if (!call.hooks.empty()) throw;  // what the plain model gives is not what was asked for
-    answers.writes() = {};           // of this strategy: those before it have only answered
+    answers.writes().cut(before);
     answers.fallbacks().emplace_back(strategy.name(), whole_reason(error));
     return !strategy.exact();
   }
@@ -262,6 +267,7 @@ bool LayerCacheBase::Impl::serve(ReuseStrategy& strategy, const Call& call, Answ
 
 /// What the plain model can do must not fail here; if it cannot, what it raises is what the caller gets.
 void LayerCacheBase::Impl::serve_plainly(const Call& /*call*/, Answers& answers) const {
+  answers.forget_source();
   const Batch& batch = answers.open();
   PassResult pass;
   pass.value = run_model([&] { return wrapped.model->plain(batch.inputs); });

@@ -39,6 +39,9 @@ Inputs PaddedBatch::inputs(const ModelProfile& profile) const {
 }
 
 Inputs PaddedBatch::inputs(const ModelProfile& profile, const PaddedBatch& source) const {
+  if (!profile.source_arguments.empty() && !(source.ids.defined() && source.mask.defined())) {
+    throw Error(ErrorCode::kInvalidInput, "the source is empty: pad() the sources, one for each target");
+  }
   const at::Device device(profile.device.empty() ? std::string("cpu") : profile.device);
   if (profile.mask_argument < 0 && !mask.all().item<bool>()) {
     throw Error(ErrorCode::kInvalidInput,

@@ -216,7 +216,8 @@ void TokenBalance::add(const ForwardReport& report) noexcept {
     if (spared > 0) count(reused_from[static_cast<std::size_t>(sequence.source)], spared);
     count(shared, sequence.shared_tokens);
     const std::int64_t computed = sequence.tokens - sequence.reused_tokens - sequence.shared_tokens - spared;
-    const std::int64_t evicted = std::min(sequence.evicted_tokens, computed);
+    const bool says_more = sequence.miss == MissReason::kFallback || sequence.miss == MissReason::kAudit;
+    const std::int64_t evicted = says_more ? 0 : std::min(sequence.evicted_tokens, computed);
     count(because(MissReason::kEvicted), evicted);
     count(because(sequence.miss), computed - evicted);
   }

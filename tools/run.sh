@@ -276,7 +276,7 @@ main_data() {
 }
 
 main_bench() {
-  local models workloads budgets argument arguments=() download=0
+  local models workloads sample budgets argument arguments=() download=0
   for argument in "$@"; do
     case "$argument" in
       --download) download=1 ;;
@@ -303,9 +303,11 @@ main_bench() {
   echo "$needs"
   read -ra models < <(sed -n 's/^models //p' <<<"$needs")
   read -ra workloads < <(sed -n 's/^workloads //p' <<<"$needs")
+  read -r sample < <(sed -n 's/^sample //p' <<<"$needs") || true
   read -r budgets < <(sed -n 's/^budgets //p' <<<"$needs")
   ((${#models[@]} == 0)) || export_models "${models[@]}"
   prepare_data ${workloads[0]:+--only "${workloads[@]}"}
+  [[ -z $sample ]] || prepare_data --only "$sample"
   # The probes judge what a cache does to the answers on labelled workloads; they need one of these models.
   # An error budget is calibrated on training text that the probe was not fitted on, so that takes a part only.
   if [[ " ${models[*]} " =~ \ (bench|minilm-pooled|minilm-pooled-mask)\  ]]; then

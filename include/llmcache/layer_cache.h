@@ -186,9 +186,9 @@ class LayerCache : public LayerCacheBase {
 
   /// A further cache around the model that is wrapped already, with options of its own (what is not set has its
   /// default; start from options() to keep the rest): nothing is probed or packed again, and weights are held once. The
-  /// two keep nothing in common. `layers`, `mask_argument` and `weights` of the options must be those of this cache.
-  /// May be called while calls are running. Throws Error(kInvalidOptions), and Error(kNotAvailable) where the model
-  /// does not allow the fidelity.
+  /// two keep nothing in common. `layers`, `mask_argument` and `weights` of the options must be those of this cache;
+  /// so must `weights_sample`, or empty. May be called while calls are running. Throws Error(kInvalidOptions), and
+  /// Error(kNotAvailable) where the model does not allow the fidelity.
   [[nodiscard]] LayerCache with_options(Options options) const { return LayerCache(*this, std::move(options)); }
 
  private:

@@ -90,7 +90,7 @@ class CapacityBank {
   AccountedResource memory_;
   mutable std::mutex mutex_;
   EvictionPolicy policy_;
-  EvictedKeys evicted_;  ///< and of what found no room. Forgotten by clear()
+  EvictedKeys evicted_;  ///< as far as a bank tells it; and of what found no room. Forgotten by clear()
   std::uint64_t insertions_ = 0;
   std::uint64_t rejected_ = 0;
 

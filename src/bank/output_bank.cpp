@@ -62,7 +62,7 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
   // Copying is the long part: done without the lock, with its bytes already reserved.
   std::vector<at::Tensor> copies;
   try {
-    for (const at::Tensor& tensor : tensors) copies.push_back(tensor.clone(at::MemoryFormat::Contiguous));
+    for (const at::Tensor& tensor : tensors) copies.push_back(tensor.clone(at::MemoryFormat::Preserve));
   } catch (const std::exception&) {
     const std::lock_guard lock(mutex_);
     count_rejected(key);

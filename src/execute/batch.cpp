@@ -40,24 +40,28 @@ void refuse_outside(const Batch& batch, std::size_t input, const std::string& na
   }
 }
 
-void refuse_too_long(const Batch& batch, const InputSpec& spec, std::int64_t max_tokens) {
+void refuse_too_long(const Batch& batch, const InputSpec& spec, const ModelProfile& profile) {
   if (spec.most_tokens > 0 && batch.padded_length > spec.most_tokens) {
     invalid(
         fmt::format("rows have {} tokens with their padding, the program was exported for at most {}; cut them, or "
                     "export it for more",
                     batch.padded_length, spec.most_tokens));
   }
-  if (max_tokens <= 0) return;
+  const auto refuse = [&](const char* what, std::size_t row, std::int64_t tokens, std::int64_t most) {
+    if (most <= 0 || tokens <= most) return;
+    invalid(fmt::format("{} {} has {} tokens, the model has positions for {}; cut it, or split the text", what, row,
+                        tokens, most));
+  };
   for (std::size_t row = 0; row < batch.spans.size(); ++row) {
-    if (batch.spans[row].tokens <= max_tokens) continue;
-    invalid(fmt::format("row {} has {} tokens, the model has positions for {}; cut it, or split the text", row,
-                        batch.spans[row].tokens, max_tokens));
+    refuse("row", row, batch.spans[row].tokens, profile.max_tokens);
+  }
+  for (std::size_t row = 0; row < batch.source.tokens.size(); ++row) {
+    refuse("source", row, batch.source.tokens[row], profile.max_source_tokens);
   }
 }
 
 /// Numbers that no probe holds: what the library found out about the model says nothing about them.
 void look_at_values(Batch& batch, const InputSpec& spec, const ModelProfile& profile) {
-  if (batch.rows * batch.padded_length == 0) return;
   for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
     if (!batch.on_host[i].defined() || batch.on_host[i].numel() == 0) continue;
     const int mask_argument = spec.is_source(i) ? profile.source_mask_argument : profile.mask_argument;
@@ -92,6 +96,13 @@ void append_bytes(std::string& text, const void* data, std::size_t bytes) {
 }
 
 void append_number(std::string& text, std::int64_t number) { append_bytes(text, &number, sizeof(number)); }
+
+/// Not the beginning of another tenant's.
+std::string tenant_key(const std::string& tenant) {
+  std::string key;
+  append_number(key, static_cast<std::int64_t>(tenant.size()));
+  return key + tenant;
+}
 
 const std::int64_t* row_on_host(const Batch& batch, std::size_t input, std::int64_t row) {
   const at::Tensor& all = batch.on_host[input];
@@ -225,7 +236,7 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
   read_on_host(batch);
   find_spans(batch, profile.mask_argument);
   find_source_tokens(batch, profile.source_mask_argument);
-  refuse_too_long(batch, spec, profile.max_tokens);
+  refuse_too_long(batch, spec, profile);
   look_at_values(batch, spec, profile);
   return batch;
 }
@@ -318,6 +329,8 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
     key.span = span;
     key.ids_per_token = used.size();
     key.tokens.resize(static_cast<std::size_t>(span.tokens) * used.size(), 0);
+    key.partition = source.inputs.empty() ? tenant_key(tenant) : source_key(row, tenant);
+    key.partition += used_types;
     // Padding in front decides positions, in some models by what it holds.
     append_number(key.partition, span.first);
     for (std::size_t u = 0; u < used.size(); ++u) {
@@ -328,19 +341,13 @@ std::vector<RowKey> Batch::keys(const std::string& tenant, const std::vector<cha
         key.tokens[static_cast<std::size_t>(t) * used.size() + u] = values[span.first + t];
       }
     }
-    append_source(key.partition, *this, row);
-    key.partition += used_types + tenant;
   }
   return all;
 }
 
 std::string Batch::source_key(std::int64_t row, const std::string& tenant) const {
-  std::string key;
-  append_number(key, static_cast<std::int64_t>(tenant.size()));
-  key += tenant;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    if (source.has(i)) key += types[i];
-  }
+  // The type of the target's inputs may decide numbers of the source.
+  std::string key = tenant_key(tenant) + types;
   append_source(key, *this, row);
   return key;
 }

@@ -42,9 +42,11 @@ double shortest_ms(const Multiply& product, const at::Tensor& rows) {
   return shortest;
 }
 
-Multiply multiply_by(Weights weights, const at::Tensor& weight) {
-  if (weights == Weights::kAsLoaded) return [weight](const at::Tensor& rows) { return at::linear(rows, weight); };
-  const auto packed = PackedLinear::pack(weights, weight, "a layer");
+Multiply multiply_by(Weights weights, const LayerShape& shape) {
+  if (weights == Weights::kAsLoaded) {
+    return [weight = shape.weight](const at::Tensor& rows) { return at::linear(rows, weight); };
+  }
+  const auto packed = PackedLinear::pack(weights, shape.weight, "a layer", shape.recipe);
   return [packed](const at::Tensor& rows) { return packed->apply(rows, std::nullopt); };
 }
 
@@ -53,7 +55,7 @@ std::optional<Timed> time_of(Weights weights, const std::vector<LayerShape>& sha
   Timed timed{weights, {}};
   try {
     for (const LayerShape& shape : shapes) {
-      const auto product = multiply_by(weights, shape.weight);
+      const auto product = multiply_by(weights, shape);
       for (std::size_t i = 0; i < kTimedRows.size(); ++i) {
         const auto rows = at::ones({kTimedRows[i], shape.weight.size(1)}, shape.weight.options());
         timed.ms[i] += static_cast<double>(shape.layers) * shortest_ms(product, rows);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "llmcache/options.h"
+#include "model/int8_recipe.h"
 
 namespace llmcache {
 
@@ -15,6 +16,7 @@ namespace llmcache {
 struct LayerShape {
   at::Tensor weight;  ///< `[out, in]`, of one of them
   std::int64_t layers = 0;
+  const Int8Recipe* recipe = nullptr;  ///< with which kPackedInt8 would pack it; null: without
 };
 
 /// A format, and in one sentence how fast it is.

@@ -23,6 +23,7 @@ struct GraphFindings {
   std::size_t chain = 0;                       ///< which of the chains that might be layers they are
   std::vector<bool> source;                    ///< by input: it is of the source; empty: there is none
   std::int64_t max_tokens = 0;                 ///< as tables of positions have room for; 0: unknown
+  std::int64_t max_source_tokens = 0;          ///< likewise
   std::vector<Numbers> values;                 ///< of each value of the graph, in its order
   std::optional<std::vector<Numbers>> result;  ///< of each tensor in the result; none: their number varies
   std::vector<bool> answers;                   ///< that ask() gave, in order

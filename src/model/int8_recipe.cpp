@@ -20,7 +20,7 @@ Int8Recipe int8_recipe(const at::Tensor& weight, const at::Tensor& peaks) {
   const auto inputs = peaks.clamp_min(kSmallestPeak);
   const auto steps = at::log2(inputs / columns).mul_(0.5 * kFineness).round_().clamp_(-kMostSteps, kMostSteps);
   const auto largest = std::get<1>(at::topk(inputs, outliers_of(weight.size(1))));
-  return {at::exp2(steps / kFineness), std::get<0>(at::sort(largest))};
+  return {at::exp2(steps / kFineness).cpu(), std::get<0>(at::sort(largest)).cpu()};
 }
 
 }  // namespace llmcache

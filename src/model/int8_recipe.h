@@ -11,11 +11,12 @@ namespace llmcache {
 /// Found from a sample of requests, and fixed from then on: what is chosen for each batch would let rows change each
 /// other.
 struct Int8Recipe {
-  /// float32 `[in]`, powers of two: inputs are divided by it, and the columns of the weight multiplied. It lies near
-  /// the root of an input's peak over its column's (SmoothQuant, arXiv 2211.10438, alpha 0.5), so that neither decides
-  /// alone how coarsely a row is rounded.
+  /// On the CPU: float32 `[in]`, powers of two: inputs are divided by it, and the columns of the weight multiplied. It
+  /// lies near the root of an input's peak over its column's (SmoothQuant, arXiv 2211.10438, alpha 0.5), so that
+  /// neither decides alone how coarsely a row is rounded.
   at::Tensor smoothing;
-  /// int64, ascending: the inputs that are the largest. They stay in float32 (LLM.int8(), arXiv 2208.07339).
+  /// On the CPU: int64, ascending: the inputs that are the largest. They stay in float32 (LLM.int8(), arXiv
+  /// 2208.07339).
   at::Tensor outliers;
 };
 

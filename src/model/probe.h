@@ -64,9 +64,9 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs);
 Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
              ModelProfile& profile);
 
-/// Keeps profile.max_tokens, which the adapter has read off, only where the model takes as many tokens and no more, as
-/// far as its work before the first layer tells; a bound beyond 4,096 is taken as it is, and so is one that the model
-/// declares (InputSpec::most_tokens).
+/// Keeps profile.max_tokens and max_source_tokens, which the adapter has read off, only where the model takes as many
+/// tokens and no more, as far as its work before the first layer tells; a bound beyond 4,096 is taken as it is, and so
+/// is one that the model declares (InputSpec::most_tokens).
 void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile);
 
 /// The entries of row `row` at positions [first, first + tokens) of each tensor of a result.

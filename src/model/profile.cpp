@@ -31,8 +31,9 @@ std::string ModelProfile::to_string() const {
   if (!source_arguments.empty()) {
     std::vector<std::string> names;
     for (const int i : source_arguments) names.push_back(inputs.at(static_cast<std::size_t>(i)));
-    text += fmt::format("source:            {}{}, its states are {}\n", fmt::join(names, ", "),
+    text += fmt::format("source:            {}{}, its states are {}", fmt::join(names, ", "),
                         source_mask_argument < 0 ? ", with its padding" : "", source_reuse ? "kept" : "not kept");
+    text += max_source_tokens > 0 ? fmt::format(", at most {} tokens\n", max_source_tokens) : "\n";
   }
   std::string kinds;
   for (const AttentionOp& attention_op : attention) {

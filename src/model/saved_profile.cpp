@@ -2,6 +2,7 @@
 
 #include <ATen/Version.h>
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 #include <torch/version.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -36,6 +37,13 @@ std::string text_of(const NumericState& state) {
                      state.deterministic, state.matmul_precision, state.onednn);
 }
 
+std::string text_of(const std::vector<std::vector<std::int64_t>>& sample) {
+  if (sample.empty()) return "none";
+  std::string ids;
+  for (const auto& text : sample) ids += fmt::format("{};", fmt::join(text, ","));
+  return fmt::format("{} texts, {:016x}", sample.size(), XXH3_64bits(ids.data(), ids.size()));
+}
+
 std::map<std::string, std::string> conditions_of(const Options& options, at::Device device) {
   return {{"library", LLMCACHE_VERSION},
           {"torch", TORCH_VERSION},
@@ -44,6 +52,7 @@ std::map<std::string, std::string> conditions_of(const Options& options, at::Dev
           {"numbers", text_of(numeric_state(device))},
           {"weights", to_string(options.weights)},
           {"fastest_may_be_int8", options.fastest_may_be_int8 ? "yes" : "no"},
+          {"weights_sample", text_of(options.weights_sample)},
           {"layers", options.layers},
           {"mask_argument", options.mask_argument ? std::to_string(*options.mask_argument) : "to be found"}};
 }
@@ -65,6 +74,7 @@ Json json_of(const ModelProfile& profile) {
   return {{"mask_argument", profile.mask_argument},
           {"source_mask_argument", profile.source_mask_argument},
           {"max_tokens", profile.max_tokens},
+          {"max_source_tokens", profile.max_source_tokens},
           {"causal", profile.causal},
           {"head_tokenwise", profile.head_tokenwise},
           {"rows_independent", profile.rows_independent},
@@ -89,8 +99,13 @@ Json json_of(const GraphFindings& graph) {
   for (const bool answer : graph.answers) answers.push_back(answer ? 1 : 0);
   Json source = Json::array();
   for (const bool own : graph.source) source.push_back(own ? 1 : 0);
-  Json json = {{"structure", graph.structure},   {"chain", graph.chain},   {"source", std::move(source)},
-               {"max_tokens", graph.max_tokens}, {"values", graph.values}, {"answers", std::move(answers)}};
+  Json json = {{"structure", graph.structure},
+               {"chain", graph.chain},
+               {"source", std::move(source)},
+               {"max_tokens", graph.max_tokens},
+               {"max_source_tokens", graph.max_source_tokens},
+               {"values", graph.values},
+               {"answers", std::move(answers)}};
   if (graph.result) json["result"] = *graph.result;
   return json;
 }
@@ -101,6 +116,7 @@ ModelProfile probed_of(const JsonObject& json) {
   profile.source_mask_argument =
       static_cast<int>(json.whole("source_mask_argument", -1, std::numeric_limits<int>::max()));
   profile.max_tokens = json.whole("max_tokens");
+  profile.max_source_tokens = json.whole("max_source_tokens");
   profile.causal = json.flag("causal");
   profile.head_tokenwise = json.flag("head_tokenwise");
   profile.rows_independent = json.flag("rows_independent");
@@ -142,6 +158,7 @@ GraphFindings graph_of(const JsonObject& json) {
   graph.chain = static_cast<std::size_t>(json.whole("chain"));
   for (const std::int64_t own : json.wholes("source", 0, 1)) graph.source.push_back(own == 1);
   graph.max_tokens = json.whole("max_tokens");
+  graph.max_source_tokens = json.whole("max_source_tokens");
   graph.values = json.whole_tables("values", -kAny, kAny);
   for (const std::int64_t answer : json.wholes("answers", 0, 1)) graph.answers.push_back(answer == 1);
   if (json.has("result")) graph.result = json.whole_tables("result", -kAny, kAny);
@@ -178,6 +195,7 @@ void take_probed(ModelProfile& profile, const ModelProfile& probed) {
   profile.mask_argument = probed.mask_argument;
   profile.source_mask_argument = probed.source_mask_argument;
   profile.max_tokens = probed.max_tokens;
+  profile.max_source_tokens = probed.max_source_tokens;
   profile.causal = probed.causal;
   profile.head_tokenwise = probed.head_tokenwise;
   profile.rows_independent = probed.rows_independent;

@@ -255,11 +255,14 @@ void find_labels(Analysis& analysis) {
   const bool with_source = !analysis.source.empty();
   analysis.infos = label_values(runs, with_source);
   analysis.result = label_result(flat, runs, with_source);
-  analysis.max_tokens = token_limit(flat, analysis.module, runs);
+  const TokenLimits limits = token_limits(flat, analysis.module, runs, with_source);
+  analysis.max_tokens = limits.tokens;
+  analysis.max_source_tokens = limits.source_tokens;
   GraphFindings& findings = *analysis.findings;
   findings.values.clear();
   for (const Value* value : labelled_values(flat)) findings.values.push_back(numbers_of(analysis.infos.at(value)));
   findings.max_tokens = analysis.max_tokens;
+  findings.max_source_tokens = analysis.max_source_tokens;
   findings.result.reset();
   if (!analysis.result) return;
   findings.result.emplace();
@@ -277,6 +280,7 @@ void take_labels(Analysis& analysis) {
       throw DamagedData("it has lengths of a source without one");
   }
   analysis.max_tokens = findings.max_tokens;
+  analysis.max_source_tokens = findings.max_source_tokens;
   if (!findings.result) return;
   analysis.result.emplace();
   for (const auto& numbers : *findings.result) analysis.result->push_back(info_of(numbers));

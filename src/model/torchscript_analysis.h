@@ -40,6 +40,7 @@ struct Analysis {
   std::vector<std::int64_t> vocabulary;  ///< per input
   std::vector<bool> source;              ///< per input: InputSpec::source; empty: there is none
   std::int64_t max_tokens = 0;           ///< that tables of positions have room for; 0: unknown
+  std::int64_t max_source_tokens = 0;    ///< likewise
   int ids_argument = 0;
   std::string obstacle;  ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
   SourcePart source_part;
@@ -51,9 +52,6 @@ struct Analysis {
   /// Values of `defined` that are used by nodes outside it or returned.
   [[nodiscard]] std::vector<const Value*> escaping(const std::vector<Node*>& defined) const;
 };
-
-/// An input of the source that selects from an embedding; -1: there is none.
-int source_argument(const Analysis& analysis);
 
 /// Deterministic token-level inputs for probing: in range for every embedding, masks all ones.
 Inputs probe_inputs(const Analysis& analysis, std::int64_t batch, std::int64_t tokens);

@@ -125,8 +125,14 @@ ValueInfo info_of(const std::vector<std::int64_t>& numbers);
 /// The values that have labels, in the order of the graph: its inputs, and what its top-level nodes make.
 std::vector<const Value*> labelled_values(const FlatGraph& flat);
 
-/// The longest sequence that the tables of positions have room for, by the same runs; 0: there are none.
-std::int64_t token_limit(const FlatGraph& flat, const Module& module, const std::vector<Values>& runs);
+/// The longest sequences that tables of positions have room for; 0: there are none.
+struct TokenLimits {
+  std::int64_t tokens = 0, source_tokens = 0;
+};
+
+/// By the same runs. `with_source`: as for label_values().
+TokenLimits token_limits(const FlatGraph& flat, const Module& module, const std::vector<Values>& runs,
+                         bool with_source);
 
 /// Rows of the embedding that each model input selects from directly; 0: none.
 std::vector<std::int64_t> input_vocabulary(const FlatGraph& flat, const Module& module);

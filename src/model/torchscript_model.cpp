@@ -200,6 +200,7 @@ class TorchScriptModel final : public Model {
     }
     profile.vocabulary = analysis_->vocabulary[static_cast<std::size_t>(analysis_->ids_argument)];
     profile.max_tokens = analysis_->max_tokens;
+    profile.max_source_tokens = analysis_->max_source_tokens;
     profile.rows_independent = !analysis_->rows_meet && analysis_->dependence.rows.empty();
     profile.notes = notes_;
     describe_dependence(profile);

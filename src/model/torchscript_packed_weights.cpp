@@ -18,6 +18,7 @@
 #include "model/probe.h"
 #include "model/tensors_of.h"
 #include "model/torchscript_follow_up.h"
+#include "model/torchscript_source.h"
 
 namespace llmcache::ts {
 namespace {
@@ -167,21 +168,28 @@ class InputPeaks {
   std::map<Int8Recipes::Key, at::Tensor> peaks_;
 };
 
-/// One text without padding; other inputs that select from an embedding, such as token types, are 0.
-Inputs inputs_of(const std::vector<std::int64_t>& text, const Analysis& analysis) {
-  const auto ids_at = static_cast<std::size_t>(analysis.ids_argument);
-  const std::int64_t rows = analysis.vocabulary.at(ids_at);
-  TORCH_CHECK(!text.empty(), "it has no token");
+void check_ids(const std::vector<std::int64_t>& text, std::int64_t rows) {
   for (const std::int64_t id : text) {
     TORCH_CHECK(id >= 0 && (rows == 0 || id < rows), "the model does not know the token ", id, ", its ids end at ",
                 rows - 1);
   }
+}
+
+/// One text without padding, as a source and as a target; other inputs that select from an embedding, such as token
+/// types, are 0.
+Inputs inputs_of(const std::vector<std::int64_t>& text, const Analysis& analysis) {
+  const int of_source = source_argument(analysis);
+  TORCH_CHECK(!text.empty(), "it has no token");
   const auto options = at::TensorOptions().dtype(at::kLong).device(analysis.device);
   Inputs inputs;
   for (std::size_t i = 0; i < analysis.vocabulary.size(); ++i) {
-    const auto like =
-        at::full({1, static_cast<std::int64_t>(text.size())}, analysis.vocabulary[i] == 0 ? 1 : 0, options);
-    inputs.emplace_back(i == ids_at ? at::tensor(text, at::kLong).unsqueeze(0).to(analysis.device) : like);
+    const std::int64_t rows = analysis.vocabulary[i];
+    if (static_cast<int>(i) == analysis.ids_argument || static_cast<int>(i) == of_source) {
+      check_ids(text, rows);
+      inputs.emplace_back(at::tensor(text, at::kLong).unsqueeze(0).to(analysis.device));
+    } else {
+      inputs.emplace_back(at::full({1, static_cast<std::int64_t>(text.size())}, rows == 0 ? 1 : 0, options));
+    }
   }
   return inputs;
 }
@@ -371,13 +379,14 @@ PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& 
   return made;
 }
 
-std::vector<LayerShape> layer_shapes(const Analysis& analysis) {
+std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes& recipes) {
   std::map<std::pair<std::int64_t, std::int64_t>, LayerShape> shapes;
   visit_nodes(analysis.flat.graph->block(), [&](Node* node) {
     const auto linear = linear_of(node, analysis);
     if (!linear) return;
     auto& shape = shapes[{linear->weight.tensor.size(0), linear->weight.tensor.size(1)}];
     shape.weight = linear->weight.tensor;
+    shape.recipe = recipes.of(shape.weight);
     ++shape.layers;
   });
   std::vector<LayerShape> found;
@@ -385,7 +394,7 @@ std::vector<LayerShape> layer_shapes(const Analysis& analysis) {
   return found;
 }
 
-void check_packed(const Model& model, const Module& module, Weights weights) {
+void check_packed(const Model& model, const Module& module, Weights weights, bool tuned) {
   const double allowed = allowed_of(weights);
   auto original = module;
   for (const auto& shape : {std::pair<std::int64_t, std::int64_t>{2, 5}, {1, 1}, {1, 3}, {3, 8}}) {
@@ -403,10 +412,11 @@ void check_packed(const Model& model, const Module& module, Weights weights) {
       worst = std::max(worst, relative_difference(got[i], want[i]));
     }
     if (worst <= allowed) continue;
+    const bool untuned = weights == Weights::kPackedInt8 && !tuned;
     throw Error(ErrorCode::kNotAvailable,
                 fmt::format("with weights that are {} the model's results move by {:.2g} of their scale, {} is the "
-                            "limit; use as-loaded",
-                            to_string(weights), worst, allowed));
+                            "limit; use {}as-loaded",
+                            to_string(weights), worst, allowed, untuned ? "Options.weights_sample, or " : ""));
   }
 }
 

@@ -42,11 +42,11 @@ Int8Recipes find_int8_recipes(const Analysis& analysis, const std::vector<std::v
 /// PackedLinear::pack().
 PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& recipes = {});
 
-/// The shapes of the layers that pack_weights() would pack, and how many layers have each.
-std::vector<LayerShape> layer_shapes(const Analysis& analysis);
+/// The shapes of the layers that pack_weights() would pack, and how many layers have each. `recipes` outlive them.
+std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes& recipes);
 
-/// Compares `model`, made on packed weights, with `module` as it was given, on tiny inputs: no later check does. Throws
-/// Error(kNotAvailable) if results move by more than what the format explains.
-void check_packed(const Model& model, const Module& module, Weights weights);
+/// Compares `model`, made on packed weights, with `module` as it was given, on tiny inputs: no later check does.
+/// `tuned`: with recipes. Throws Error(kNotAvailable) if results move by more than what the format explains.
+void check_packed(const Model& model, const Module& module, Weights weights, bool tuned);
 
 }  // namespace llmcache::ts

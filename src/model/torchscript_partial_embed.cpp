@@ -8,6 +8,7 @@
 #include <map>
 
 #include "model/packing.h"
+#include "model/torchscript_source.h"
 
 namespace llmcache::ts {
 namespace {

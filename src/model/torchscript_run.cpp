@@ -98,7 +98,8 @@ const c10::IValue& Run::side_of(const AttentionInput& input, int slot, std::size
     side = side.narrow(input.query_dim, sequence.first, sequence.tokens);
     if (sequence.active.defined()) side = side.index_select(input.query_dim, sequence.active);
   }
-  it->second = side.contiguous();
+  // What is not cut stays as the module itself sees it: it may be large (keys and values of a source).
+  it->second = input.key_dim >= 0 || input.query_dim >= 0 ? side.contiguous() : side;
   return it->second;
 }
 

@@ -12,6 +12,9 @@ namespace llmcache::ts {
 /// all inputs have one length, or the model takes several divisions. Needs the graph and the vocabulary.
 std::vector<std::vector<bool>> source_candidates(const Analysis& analysis);
 
+/// An input of the source that selects from an embedding; -1: there is none.
+int source_argument(const Analysis& analysis);
+
 /// Do the layers work on what follows from the ids of the source, and on what follows from the others? An encoder's do
 /// not.
 bool layers_read_both_sides(const Analysis& analysis);

@@ -7,6 +7,7 @@
 
 #include "llmcache/error.h"
 #include "model/torchscript_operators.h"
+#include "model/torchscript_source.h"
 
 namespace llmcache::ts {
 namespace {

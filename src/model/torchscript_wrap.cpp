@@ -14,31 +14,38 @@ namespace llmcache {
 namespace {
 
 std::unique_ptr<Model> wrap_as(const torch::jit::Module& module, const Options& options, ts::Analysis analysis,
-                               const RankedFormat& format) {
+                               const RankedFormat& format, const ts::Int8Recipes& found) {
   const bool known = analysis.findings->known;
   if (format.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
-  const bool tuned = format.weights == Weights::kPackedInt8 && !options.weights_sample.empty();
-  const auto recipes = tuned ? ts::find_int8_recipes(analysis, options.weights_sample) : ts::Int8Recipes{};
+  const auto& recipes = format.weights == Weights::kPackedInt8 ? found : ts::Int8Recipes{};
   auto model = ts::make_model(std::move(analysis), format.weights, format.reason, recipes);
-  if (format.weights != Weights::kAsLoaded && !known) ts::check_packed(*model, module, format.weights);
+  if (format.weights != Weights::kAsLoaded && !known) {
+    ts::check_packed(*model, module, format.weights, !recipes.recipes.empty());
+  }
   return model;
+}
+
+ts::Int8Recipes recipes_for(const ts::Analysis& analysis, const Options& options, bool int8) {
+  if (!int8 || options.weights_sample.empty()) return {};
+  return ts::find_int8_recipes(analysis, options.weights_sample);
 }
 
 /// The fastest format that this model bears.
 std::unique_ptr<Model> wrap_fastest(const torch::jit::Module& module, const Options& options, ts::Analysis analysis) {
   tell(options.progress, "timing formats of weights");
   RankedFormat chosen;
-  for (const RankedFormat& format : rank_formats(ts::layer_shapes(analysis), options.fastest_may_be_int8)) {
+  const auto recipes = recipes_for(analysis, options, options.fastest_may_be_int8);
+  for (const RankedFormat& format : rank_formats(ts::layer_shapes(analysis, recipes), options.fastest_may_be_int8)) {
     chosen = format;
     if (format.weights == Weights::kAsLoaded) break;
     try {
-      return wrap_as(module, options, std::move(analysis), format);
+      return wrap_as(module, options, std::move(analysis), format, recipes);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotAvailable) throw;
       analysis = ts::analyse(module, options, std::make_shared<GraphFindings>());  // packing had changed it
     }
   }
-  return wrap_as(module, options, std::move(analysis), chosen);
+  return wrap_as(module, options, std::move(analysis), chosen, recipes);
 }
 
 ts::Analysis analysed(const torch::jit::Module& module, const Options& options,
@@ -63,7 +70,9 @@ std::unique_ptr<Model> model_as_saved(const torch::jit::Module& module, const Op
     if (!saved.graph || saved.graph->structure != ts::structure_digest(module)) return nullptr;
     const RankedFormat format{saved.weights, saved.profile.weights_reason};
     auto findings = std::make_shared<GraphFindings>(*std::move(saved.graph));
-    auto model = wrap_as(module, options, analysed(module, options, std::move(findings)), format);
+    auto analysis = analysed(module, options, std::move(findings));
+    const auto recipes = recipes_for(analysis, options, saved.weights == Weights::kPackedInt8);
+    auto model = wrap_as(module, options, std::move(analysis), format, recipes);
     const GraphFindings& used = *model->findings();
     return model->digest() == saved.digest && used.asked == used.answers.size() ? std::move(model) : nullptr;
   } catch (const CallerFailed&) {
@@ -80,7 +89,8 @@ std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const 
   if (auto model = model_as_saved(module, options)) return model;
   auto analysis = analysed(module, options, std::make_shared<GraphFindings>());
   if (options.weights == Weights::kFastest) return wrap_fastest(module, options, std::move(analysis));
-  return wrap_as(module, options, std::move(analysis), {options.weights, {}});
+  const auto recipes = recipes_for(analysis, options, options.weights == Weights::kPackedInt8);
+  return wrap_as(module, options, std::move(analysis), {options.weights, {}}, recipes);
 }
 
 }  // namespace llmcache

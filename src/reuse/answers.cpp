@@ -76,6 +76,12 @@ void Answers::know_source(KnownSource known) {
   report_.embed_ms += known.compute_ms;
 }
 
+void Answers::forget_source() noexcept {
+  if (!open_ || open_->source.values.empty()) return;
+  open_->source.values.clear();
+  for (const std::int64_t row : open_rows_) report_.sequences[static_cast<std::size_t>(row)].source_reused = 0;
+}
+
 void Answers::put_known(std::int64_t row, std::vector<at::Tensor> tensors, std::vector<SizeCode> sizes,
                         std::shared_ptr<const void> owner) {
   owners_.reserve(owners_.size() + 1);
@@ -120,10 +126,11 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
     sequence.miss = reason_for(sequence, row);
     done_[row] = 1;
     const bool known = sequence.source != Source::kComputed || sequence.shared_tokens > 0;
-    mechanisms_[row] = source_given ? Mechanism::kSource
-                       : known      ? Mechanism::kPrefix
-                       : packed     ? Mechanism::kPacked
-                                    : Mechanism::kDense;
+    // The one whose closing closes all that had a part.
+    mechanisms_[row] = known          ? Mechanism::kPrefix
+                       : source_given ? Mechanism::kSource
+                       : packed       ? Mechanism::kPacked
+                                      : Mechanism::kDense;
     if (packed) padding_skipped_ += call_.batch.padded_length - sequence.tokens;
   }
   if (report_.execution != Execution::kPacked) report_.execution = own.execution;

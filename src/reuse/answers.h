@@ -68,6 +68,8 @@ class Answers {
                  std::shared_ptr<const void> owner);
   /// What is known of the sources of the open rows: open() has it from now on, until the next put().
   void know_source(KnownSource known);
+  /// The open rows are computed without what is known of their sources.
+  void forget_source() noexcept;
   /// True if some row's source was not computed as the model itself does it.
   [[nodiscard]] bool reused_source() const noexcept { return reused_source_; }
 

@@ -1,6 +1,7 @@
 // What a call learnt, and keeps only once it has succeeded.
 #pragma once
 
+#include <cstddef>
 #include <exception>
 #include <memory>
 #include <utility>
@@ -19,6 +20,11 @@ class DeferredWrites {
   template <class Step>
   void add(Step step) {
     steps_.push_back(std::make_unique<Typed<Step>>(std::move(step)));
+  }
+  [[nodiscard]] std::size_t size() const noexcept { return steps_.size(); }
+  /// Drops those behind the first `steps`.
+  void cut(std::size_t steps) noexcept {
+    steps_.erase(steps_.begin() + static_cast<std::ptrdiff_t>(steps), steps_.end());
   }
   /// Takes the steps in the order in which they were added, once. One that throws keeps nothing; the others go on.
   void commit() noexcept {

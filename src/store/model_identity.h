@@ -11,7 +11,7 @@ namespace llmcache {
 
 /// How the engine lays out what banks keep, and what it means. To be raised by whoever changes that: states that were
 /// kept before are then nobody's any more.
-inline constexpr std::int64_t kStateLayout = 1;
+inline constexpr std::int64_t kStateLayout = 2;
 
 /// All that decides whether kept states are those that this model would compute. What is not in it: names and places of
 /// files, processors, numbers of threads.

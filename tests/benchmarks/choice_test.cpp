@@ -359,9 +359,9 @@ TEST(SettingsTest, ConfigurationsOfTheRepositoryAreGood) {
     EXPECT_NO_THROW(read_configuration(file.path(), {})) << file.path();
     EXPECT_NO_THROW(read_configuration(file.path().stem(), {})) << file.path();
   }
-  EXPECT_EQ(
-      needs_text(read_configuration(std::filesystem::path("first-run"), {})),
-      "models bench\nworkloads banking77 chat generate-128 openbookqa small-edits-256 squad wikitext\nbudgets yes\n");
+  EXPECT_EQ(needs_text(read_configuration(std::filesystem::path("first-run"), {})),
+            "models bench\nworkloads banking77 chat generate-128 openbookqa small-edits-256 squad wikitext\nsample "
+            "\nbudgets yes\n");
 }
 
 TEST(SettingsTest, NeedsAreModelsAndWorkloadsThatAreMade) {
@@ -369,8 +369,20 @@ TEST(SettingsTest, NeedsAreModelsAndWorkloadsThatAreMade) {
     return needs_text(read_configuration(std::string_view("{}"), "none", options));
   };
   EXPECT_EQ(needs({{"model", {"a", "b/c.pt"}}, {"workload", {"openbookqa-5shot", "squad"}}}),
-            "models a\nworkloads openbookqa-5shot squad\nbudgets \n");
-  EXPECT_EQ(needs({{"model", {"b/c.pt"}}, {"fidelity", {"budget"}}}), "models \nworkloads \nbudgets yes\n");
+            "models a\nworkloads openbookqa-5shot squad\nsample \nbudgets \n");
+  EXPECT_EQ(needs({{"model", {"b/c.pt"}}, {"fidelity", {"budget"}}}), "models \nworkloads \nsample \nbudgets yes\n");
+}
+
+TEST(SettingsTest, TheSampleOfWeightsIsOneForTheWholeRun) {
+  EXPECT_EQ(needs_text(read_configuration(std::string_view("{}"), "none", {{"weights-sample", {"sample-articles"}}})),
+            "models bench\nworkloads \nsample sample-articles\nbudgets \n");
+  expect_failure(
+      [] {
+        read_configuration(std::string_view(R"({"experiments": [{"workloads": ["squad"],
+                                                 "settings": {"weights-sample": "chat"}}]})"),
+                           "own", {});
+      },
+      "'weights-sample' is a setting of the whole run");
 }
 
 TEST(SettingsTest, CacheLayers) {

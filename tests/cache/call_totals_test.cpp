@@ -79,10 +79,15 @@ TEST(TokenBalanceTest, ComputedTokensHaveTheirReasons) {
   failed.miss = MissReason::kFallback;
   auto over = row(8, Source::kComputed, 8);
   over.miss = MissReason::kOverBudget;
-  const auto balance = balance_of({prefix, all_gone, failed, over});
+  auto failed_and_gone = failed;  // the reason that says more is the one that counts
+  failed_and_gone.evicted_tokens = 4;
+  auto audited_and_gone = failed_and_gone;
+  audited_and_gone.miss = MissReason::kAudit;
+  const auto balance = balance_of({prefix, all_gone, failed, over, failed_and_gone, audited_and_gone});
   EXPECT_EQ(because(balance, MissReason::kEvicted), 32U + 12U);
   EXPECT_EQ(because(balance, MissReason::kNew), 8U);
-  EXPECT_EQ(because(balance, MissReason::kFallback), 6U);
+  EXPECT_EQ(because(balance, MissReason::kFallback), 6U + 6U);
+  EXPECT_EQ(because(balance, MissReason::kAudit), 6U);
   EXPECT_EQ(because(balance, MissReason::kOverBudget), 8U);
 }
 
@@ -122,6 +127,25 @@ TEST(TimeHistogramTest, BucketsIncludeTheirUpperEnds) {
   EXPECT_EQ(times.buckets.back(), 1U);
   EXPECT_EQ(std::accumulate(times.buckets.begin(), times.buckets.end(), std::uint64_t{0}), times.count);
   EXPECT_TRUE(std::is_sorted(TimeHistogram::kBounds.begin(), TimeHistogram::kBounds.end()));
+}
+
+TEST(CallTotalsTest, AReplacedAnswerCountsAsComputedEverywhere) {
+  ForwardReport report;
+  auto identical = row(9, Source::kIdentical, 0);
+  identical.reused_tokens = 9;
+  identical.source_tokens = identical.source_reused = 4;
+  report.sequences = {identical, row(5, Source::kPartial, 2)};
+  report.replaced = true;
+  CallTotals totals;
+  totals.add(report);
+  Stats stats;
+  totals.fill(stats);
+  EXPECT_EQ(stats.identical_hits, 0U);
+  EXPECT_EQ(stats.tokens_reused + stats.source_reused + stats.layer_tokens_reused, 0U);
+  EXPECT_EQ(stats.tokens_computed, 14U);
+  EXPECT_EQ(stats.layer_tokens_computed, kLayers * 14U);
+  EXPECT_EQ(stats.sequences_from[static_cast<std::size_t>(Source::kComputed)], 2U);
+  EXPECT_EQ(stats.balance.reused(), 0U);
 }
 
 TEST(CallTotalsTest, WhatIsReadBelongsTogether) {

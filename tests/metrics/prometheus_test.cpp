@@ -33,6 +33,17 @@ double sum_of(const std::vector<prometheus::MetricFamily>& families, const std::
   return -1;
 }
 
+TEST(CacheMetricsTest, NamesThatNoScrapeCouldHoldAreRefused) {
+  LayerCache<Module> cache(load_model(kEncoder));
+  CacheMetrics metrics;
+  metrics.add(cache, R"(a "name" \ of its own)");
+  for (const char* name : {"", "a\nb", "caf\xe9", "\xff\xfe", "\x7f"}) {
+    EXPECT_THAT([&] { metrics.add(cache, name); }, ThrowsError(ErrorCode::kInvalidOptions, "printable ASCII"));
+  }
+  EXPECT_THAT([&] { metrics.add(cache, R"(a "name" \ of its own)"); },
+              ThrowsError(ErrorCode::kInvalidOptions, "already"));
+}
+
 TEST(CacheMetricsTest, SamplesAreTheStats) {
   const auto info = model_info(kEncoder);
   LayerCache<Module> cache(load_model(kEncoder));

@@ -50,6 +50,7 @@ def record(
         "mode": mode,
         "fidelity": None,
         "weights_held": "as-loaded",
+        "weights_sample": None,
         "output": "all",
         "threshold": None,
         "fingerprint": None,

@@ -237,7 +237,7 @@ class BenchTest(unittest.TestCase):
         settings = {"model": MODEL, "workload": WORKLOAD, "limit": 9, "mode": ["nocache", "llmcache"]}
         file.write_text(json.dumps({"settings": settings}), encoding="utf-8")
         needs = self.bench("--config", file, "--needs")
-        self.assertEqual(needs.stdout, f"models {MODEL}\nworkloads {WORKLOAD}\nbudgets \n")
+        self.assertEqual(needs.stdout, f"models {MODEL}\nworkloads {WORKLOAD}\nsample \nbudgets \n")
         run = self.bench("--config", file, "--limit", "2", "--mode", "nocache")
         self.assertEqual(run.returncode, 0, run.stderr)
         self.assertIn("2/2", run.stdout)

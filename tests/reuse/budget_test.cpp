@@ -187,6 +187,22 @@ TEST_F(BudgetTest, SupervisionStopsReuseOfDriftedTraffic) {
   const auto after = serve(cache, plain_, drifted, 500, BudgetMetric::kDecision, 1);
   EXPECT_LE(after.error, epsilon);
   EXPECT_GT(cache.stats().budget->closings, 0U);
+  // What was counted stays counted, whatever is in force.
+  const auto counted = *cache.stats().budget;
+  const auto expect_no_less = [&] {
+    const auto now = *cache.stats().budget;
+    EXPECT_EQ(now.audits, counted.audits);
+    EXPECT_EQ(now.audit_errors, counted.audit_errors);
+    EXPECT_EQ(now.closings, counted.closings);
+    EXPECT_EQ(now.reopenings, counted.reopenings);
+  };
+  cache.use_calibration(profile);
+  expect_no_less();
+  EXPECT_EQ(cache.stats().budget->threshold_index, 0U) << "a calibration comes into force as it was made";
+  cache.use_calibration(profile);
+  cache.weights_changed();
+  expect_no_less();
+  EXPECT_FALSE(cache.stats().budget->calibrated);
 }
 
 TEST_F(BudgetTest, BackgroundAuditsLeaveAnswersAsTheyAre) {

@@ -41,6 +41,12 @@ inline Request request_of(const ModelProfile& profile, const std::vector<Row>& r
   return request;
 }
 
+inline std::vector<std::int64_t> reused_of_source(const LayerCacheBase& cache) {
+  std::vector<std::int64_t> all;
+  for (const auto& sequence : cache.last_report().sequences) all.push_back(sequence.source_reused);
+  return all;
+}
+
 /// A test of one exported encoder-decoder, by name.
 class EncoderDecoder : public ::testing::TestWithParam<std::string> {
  protected:

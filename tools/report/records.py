@@ -21,8 +21,8 @@ PLAIN = "nocache"
 _THRESHOLD = ("threshold", "fingerprint", "fingerprint_layer", "centring")
 _BUDGET = ("budget_metric", "budget_epsilon", "budget_delta", "cache_free")
 _CACHE = ("cache_layers", "eviction", "ttl_seconds", "audit_rate", "capacity_bytes")
-SETTINGS = ("weights_held", "output", *_THRESHOLD, *_BUDGET, *_CACHE, "threads", "shuffle")
-ALWAYS_SHOWN = ("weights_held", "threshold", "fingerprint", "centring", "budget_metric", "budget_epsilon", "cache_free")
+SETTINGS = ("weights_held", "weights_sample", "output", *_THRESHOLD, *_BUDGET, *_CACHE, "threads", "shuffle")
+ALWAYS_SHOWN = ("weights_held", "weights_sample", "threshold", "fingerprint", "centring", "budget_metric", "budget_epsilon", "cache_free")
 CENTRING = {"off": "not centred", "running": "centred", "fitted": "centred (fitted)"}
 
 
@@ -40,6 +40,7 @@ _SETTING_TEXTS: dict[str, Callable[[Any], str]] = {
     "budget_delta": _with_sign("δ"),
     "capacity_bytes": lambda value: f"{value / 2**20:g} MiB" if measured(value) else f"{value} MiB",
     "weights_held": lambda value: "" if value == "as-loaded" else str(value),
+    "weights_sample": lambda value: f"tuned on {value}",
     "fingerprint": str,
     "budget_metric": lambda value: f"{value} error",
     "cache_free": lambda value: "no neighbours" if value is True else "",

@@ -40,8 +40,14 @@ namespace llmcache {
 class CacheMetrics final : public prometheus::Collectable {
  public:
   /// Metrics of `cache` under `name`. The cache must not be moved, and must be there until remove(). Throws
-  /// Error(kInvalidOptions) if there is one of this name already.
+  /// Error(kInvalidOptions) if there is one of this name already, or the name is empty or has other characters than
+  /// printable ASCII: Prometheus would reject all that is scraped with it.
   void add(const LayerCacheBase& cache, std::string name) {
+    const auto printable = [](char c) { return c >= ' ' && c <= '~'; };
+    if (name.empty() || !std::ranges::all_of(name, printable)) {
+      throw Error(ErrorCode::kInvalidOptions,
+                  "CacheMetrics::add: a name is of printable ASCII characters, one at least");
+    }
     const std::lock_guard lock(mutex_);
     if (!caches_.emplace(std::move(name), &cache).second) {
       throw Error(ErrorCode::kInvalidOptions, "CacheMetrics::add: there is a cache of this name already");

@@ -41,14 +41,15 @@ struct ModelProfile {
   /// Positions of the inputs that are the source of an encoder-decoder, `[batch, source tokens]`; empty: it is none.
   /// input_ids, the mask and all that is said of tokens are the target's then.
   std::vector<int> source_arguments;
-  bool source_reuse = false;      ///< what follows from a source alone is computed once for it, and kept
-  int source_mask_argument = -1;  ///< of the mask of the source, if padding at its end changes nothing; -1: none
-  std::int64_t vocabulary = 0;    ///< rows of the embedding that input_ids select from; 0: unknown
-  std::int64_t max_tokens = 0;    ///< longest sequence that the model has positions for; 0: unknown, or no bound
-  bool causal = false;            ///< earlier tokens never depend on later ones
-  bool head_tokenwise = false;    ///< the work behind the last layer can be done token by token
-  bool rows_independent = false;  ///< a sequence's output does not depend on the rest of its batch
-  bool per_row_output = false;    ///< every output tensor has one entry a sequence
+  bool source_reuse = false;           ///< what follows from a source alone is computed once for it, and kept
+  int source_mask_argument = -1;       ///< of the mask of the source, if padding at its end changes nothing; -1: none
+  std::int64_t vocabulary = 0;         ///< rows of the embedding that input_ids select from; 0: unknown
+  std::int64_t max_tokens = 0;         ///< longest sequence that the model has positions for; 0: unknown, or no bound
+  std::int64_t max_source_tokens = 0;  ///< likewise, of a source
+  bool causal = false;                 ///< earlier tokens never depend on later ones
+  bool head_tokenwise = false;         ///< the work behind the last layer can be done token by token
+  bool rows_independent = false;       ///< a sequence's output does not depend on the rest of its batch
+  bool per_row_output = false;         ///< every output tensor has one entry a sequence
   Granularity granularity = Granularity::kWholeLayers;
   bool prefix_reuse = false;       ///< causal, and reuse of a prefix in a longer sequence was verified
   bool left_padding = false;       ///< packing was verified for left padding too

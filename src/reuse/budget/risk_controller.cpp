@@ -26,6 +26,15 @@ namespace {
 
 constexpr double kWorthBoth = 0.97;  // of the cost of the cheaper mechanism alone, that both together must stay below
 
+/// Of what the statistics tell.
+RiskGate::Counters sum_of(RiskGate::Counters sum, const RiskGate::Counters& more) noexcept {
+  sum.audits += more.audits;
+  sum.losses += more.losses;
+  sum.closings += more.closings;
+  sum.reopenings += more.reopenings;
+  return sum;
+}
+
 /// Runs a step of a calibration; what is no Error yet becomes one.
 template <class Run>
 auto only_errors(const Run& run) {
@@ -156,6 +165,7 @@ void RiskController::weights_changed() {
   {
     const std::lock_guard lock(mutex_);
     calibration_.reset();
+    supervise({});
   }
   exits_.install(nullptr);
   account_.release(std::exchange(exit_bytes_, 0));
@@ -396,12 +406,22 @@ void RiskController::use(CalibrationProfile profile) {
     const std::lock_guard one_at_a_time(use_mutex_);
     const std::size_t bytes = exits ? exits->exit.bytes() : 0;
     if (bytes > exit_bytes_) reserve_exits(bytes);
+    std::vector<std::shared_ptr<const SupervisedPolicy>> supervised;
+    if (exits) supervised.push_back(exits);
+    if (states) supervised.push_back(states);
     if (states_) states_->install(std::move(states));
     const std::lock_guard lock(mutex_);
+    supervise(std::move(supervised));
     calibration_ = std::move(profile);
     exits_.install(std::move(exits));
     account_.release(std::exchange(exit_bytes_, bytes) - bytes);
   });
+}
+
+/// What was counted of others goes on to count. Needs mutex_.
+void RiskController::supervise(std::vector<std::shared_ptr<const SupervisedPolicy>> policies) noexcept {
+  for (const auto& policy : supervised_) retired_ = sum_of(retired_, policy->supervision.counters());
+  supervised_ = std::move(policies);
 }
 
 /// Token states make room, as soon as no running request reads them any more.
@@ -444,28 +464,26 @@ void RiskController::add_to(Stats& stats) const {
   add_supervision(budget);
 }
 
-/// Sums over what is in force. With both, the threshold is that of early exit, and that of states follows it.
+/// Counters of all that was ever in force. With both mechanisms, the threshold is that of early exit, and that of
+/// states follows it.
 void RiskController::add_supervision(BudgetStats& stats) const {
-  std::vector<const Supervision*> supervisions;
-  const auto exits = exits_.policy();
-  const auto states = states_ ? states_->policy() : nullptr;
-  if (exits) {
-    stats.thresholds += exits->exit.thresholds.size();
-    supervisions.push_back(&exits->supervision);
+  RiskGate::Counters sum;
+  {
+    const std::lock_guard lock(mutex_);
+    sum = retired_;
+    for (const auto& policy : supervised_) {
+      const Supervision& own = policy->supervision;
+      sum = sum_of(sum, own.counters());
+      if (own.thresholds() > 0) stats.threshold_index += own.threshold_index();
+    }
+    stats.calibrated = !supervised_.empty();
   }
-  if (states) {
-    stats.thresholds += 1;
-    supervisions.push_back(&states->supervision);
-  }
-  stats.calibrated = !supervisions.empty();
-  for (const Supervision* supervision : supervisions) {
-    const auto gates = supervision->counters();
-    stats.audits += gates.audits;
-    stats.audit_errors += gates.losses;
-    stats.closings += gates.closings;
-    stats.reopenings += gates.reopenings;
-    if (supervision->thresholds() > 0) stats.threshold_index += supervision->threshold_index();
-  }
+  if (const auto exits = exits_.policy()) stats.thresholds += exits->exit.thresholds.size();
+  if (states_ && states_->policy()) stats.thresholds += 1;
+  stats.audits = sum.audits;
+  stats.audit_errors = sum.losses;
+  stats.closings = sum.closings;
+  stats.reopenings = sum.reopenings;
 }
 
 }  // namespace llmcache

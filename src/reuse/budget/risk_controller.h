@@ -78,6 +78,7 @@ class RiskController final : public ReuseStrategy {
   void check_fits(const CalibrationProfile& profile) const;
   void reserve_exits(std::size_t bytes);
   void add_supervision(BudgetStats& stats) const;
+  void supervise(std::vector<std::shared_ptr<const SupervisedPolicy>> policies) noexcept;
 
   const WrappedModel& wrapped_;
   const BudgetOptions options_;
@@ -93,8 +94,10 @@ class RiskController final : public ReuseStrategy {
   std::mutex calibrate_mutex_;          ///< one calibrate() at a time
   std::mutex use_mutex_;                ///< one use() at a time
   mutable std::mutex mutex_;
-  std::optional<CalibrationProfile> calibration_;  ///< guarded by mutex_
-  std::unique_ptr<BackgroundJobs> audits_;         ///< null: audits are made within the call. Uses all above
+  std::optional<CalibrationProfile> calibration_;                    ///< guarded by mutex_, as are the next two
+  std::vector<std::shared_ptr<const SupervisedPolicy>> supervised_;  ///< in force
+  RiskGate::Counters retired_;                                       ///< of those that were
+  std::unique_ptr<BackgroundJobs> audits_;  ///< null: audits are made within the call. Uses all above
 };
 
 }  // namespace llmcache

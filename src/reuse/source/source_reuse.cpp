@@ -117,7 +117,11 @@ void SourceReuse::compute(const Batch& batch, Found& found, DeferredWrites& writ
     const BatchSize size{static_cast<std::int32_t>(missing.size()), static_cast<std::int32_t>(length)};
     writes.add([this, key = source.key, tensors = source.values, size] { bank_.insert(key, tensors, false, size); });
   }
-  if (as_model) found.as_model = values;
+  if (!as_model) return;
+  found.as_model = values;
+  // Layers that write to them must not write to what is kept.
+  if (!model.shareable())
+    std::ranges::transform(values, found.as_model.begin(), [](const auto& v) { return v.clone(); });
 }
 
 /// For each row of the batch those of its source, zero at padding.
@@ -151,6 +155,20 @@ namespace {
 
 constexpr std::int64_t kVerifiedSource = 16;  // tokens: the largest power of two below those of the probe
 
+bool rows_agree(const WrappedModel& wrapped, SourceReuse& reuse, const Batch& batch, DeferredWrites& writes) {
+  const Model& model = *wrapped.model;
+  Batch own = batch;
+  own.source.values = reuse.find(batch, "", writes).values;
+  ForwardReport report;
+  const auto got = tensors_of(execute_dense(model, own.model_inputs(), report));
+  const auto want = tensors_of(model.plain(batch.inputs));
+  if (got.size() != want.size()) return false;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    if (!nearly_equal(got[i], want[i], model.rounding())) return false;
+  }
+  return true;
+}
+
 /// Two rows of one source and one of a shorter one, padded: once as the model does it, once from what is kept of each.
 bool sources_agree(const WrappedModel& wrapped) {
   const Model& model = *wrapped.model;
@@ -166,24 +184,26 @@ bool sources_agree(const WrappedModel& wrapped) {
   const Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, model.device());
   constexpr std::size_t kVerifying = std::size_t{1} << 30;
   const Verification none(0);
-  SourceReuse reuse(wrapped, none, kVerifying);
-  const auto want = tensors_of(model.plain(batch.inputs));
-  // Computed, taken from a row of the same batch, and known; the last source alone and without its padding.
-  for (int round = 0; round < 2; ++round) {
+  // Taken from a row of the same batch, and then known; the last source first alone and without its padding.
+  {
+    SourceReuse reuse(wrapped, none, kVerifying);
     DeferredWrites writes;
-    Batch own = batch;
-    if (round == 0 && masked) {
-      const Batch alone = batch.select({2});
-      (void)reuse.find(alone, "", writes);
+    if (masked) {
+      (void)reuse.find(batch.select({2}), "", writes);
       writes.commit();
     }
-    own.source.values = reuse.find(batch, "", writes).values;
-    writes.commit();
-    ForwardReport report;
-    const auto got = tensors_of(execute_dense(model, own.model_inputs(), report));
-    for (std::size_t i = 0; i < want.size(); ++i) {
-      if (got.size() != want.size() || !nearly_equal(got[i], want[i], model.rounding())) return false;
+    for (int round = 0; round < 2; ++round) {
+      if (!rows_agree(wrapped, reuse, batch, writes)) return false;
+      writes.commit();
     }
+  }
+  // Computed as the model itself does it; kept only then, as in a call; and known.
+  SourceReuse reuse(wrapped, none, kVerifying);
+  const Batch first = batch.select({0});
+  for (int round = 0; round < 3; ++round) {
+    DeferredWrites writes;
+    if (!rows_agree(wrapped, reuse, first, writes)) return false;
+    writes.commit();
   }
   return true;
 }
