@@ -183,6 +183,16 @@ Stats LayerCacheBase::stats() const { return impl_->stats(); }
 const ModelProfile& LayerCacheBase::profile() const noexcept { return impl_->wrapped.profile; }
 const Options& LayerCacheBase::options() const noexcept { return impl_->options; }
 void LayerCacheBase::clear() { impl_->drop(); }
+
+PinLease LayerCacheBase::pin(const Inputs& inputs, const std::string& tenant, double seconds) {
+  check_pin_seconds(seconds);
+  static_cast<void>(impl_->prefixes());
+  forward(inputs, {.fidelity = Fidelity::kLossless, .output = Output::kLastToken, .tenant = tenant});
+  return impl_->pin(inputs, tenant, seconds);
+}
+
+TenantErasure LayerCacheBase::erase_tenant(const std::string& tenant) { return impl_->erase_tenant(tenant); }
+
 void LayerCacheBase::add_hook(std::shared_ptr<LayerHook> hook) { impl_->add_hook(std::move(hook)); }
 void LayerCacheBase::remove_hook(const std::shared_ptr<LayerHook>& hook) { impl_->remove_hook(hook); }
 void LayerCacheBase::weights_changed() {

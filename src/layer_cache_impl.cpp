@@ -3,11 +3,14 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <exception>
 
 #include "caller_failed.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
+#include "execute/plan_check.h"
 #include "execute/run_model.h"
 #include "execute/wrap.h"
 #include "reuse/prefix/prefix_reuse.h"
@@ -106,6 +109,7 @@ LayerCacheBase::Impl::Impl(Options chosen, WrappedModel found)
       verifier_(wrapped, options, verification, {[this] { return check_weights(); }, [this] { drop(); }}),
       snapshots_(options.snapshot, for_snapshots()) {
   verification.envelope().take(wrapped.profile.verified);
+  limit_tenants();
   if (!options.snapshot.path.empty()) tell(options.progress, "loading the snapshot");
   snapshots_.start();
 }
@@ -181,9 +185,11 @@ std::string LayerCacheBase::Impl::plain_reason(const Call& call) const {
 c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOptions& request, ForwardReport& report) {
   const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
   check_request(request, fidelity);
+  const RunningCalls::Entry running(running_, request.tenant);
   const std::uint64_t epoch = check_weights();
   Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
   call.epoch = epoch;
+  call.running = &running;
   call.first_number = next_number_.fetch_add(static_cast<std::uint64_t>(call.batch.rows));
   call.packable = can_pack(call.batch);
   call.hooks = hooks_for(request);
@@ -288,7 +294,8 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
   }
   {
     const std::shared_lock lock(kept_mutex_);
-    if (epoch_.load(std::memory_order_acquire) == call.epoch) answers.writes().commit();
+    const bool erased = call.running != nullptr && call.running->erased();
+    if (epoch_.load(std::memory_order_acquire) == call.epoch && !erased) answers.writes().commit();
   }
   report.padding_skipped = answers.padding_skipped();
   report.store_ms += clock.lap();
@@ -302,7 +309,7 @@ Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
   };
   const auto publish = [this](std::uint64_t epoch, const std::function<void()>& step) {
     const std::shared_lock lock(kept_mutex_);
-    if (epoch_.load(std::memory_order_acquire) != epoch) return false;
+    if (dropped() != epoch) return false;
     step();
     return true;
   };
@@ -311,13 +318,70 @@ Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
     wrapped.model->check_unchanged();
     return wrapped.identity();
   };
-  return {identity_of_model, parts, [this] { return epoch_.load(std::memory_order_acquire); }, publish};
+  return {identity_of_model, parts, [this] { return dropped(); }, publish};
 }
 
 void LayerCacheBase::Impl::drop() {
   const std::unique_lock lock(kept_mutex_);
   epoch_.fetch_add(1, std::memory_order_release);
   for (const auto& strategy : strategies.all()) strategy->clear();
+}
+
+std::uint64_t LayerCacheBase::Impl::dropped() const noexcept {
+  return epoch_.load(std::memory_order_acquire) + erasures_.load(std::memory_order_acquire);
+}
+
+TenantErasure LayerCacheBase::Impl::erase_tenant(const std::string& tenant) {
+  const std::unique_lock lock(kept_mutex_);
+  erasures_.fetch_add(1, std::memory_order_release);
+  TenantErasure erased;
+  for (const auto& strategy : strategies.all()) {
+    const TenantErasure part = strategy->erase_tenant(tenant);
+    erased.entries += part.entries;
+    erased.bytes += part.bytes;
+    erased.pins += part.pins;
+  }
+  // Last: a call that began meanwhile may have found what is gone now.
+  erased.calls = running_.erase(tenant);
+  return erased;
+}
+
+PrefixReuse& LayerCacheBase::Impl::prefixes() const {
+  if (auto* const found = strategies.find<PrefixReuse>()) return *found;
+  throw Error(ErrorCode::kNotAvailable,
+              "there are no prefixes to pin: that takes a causal model with ModelProfile::prefix_reuse, "
+              "Options.fidelity kLossless or kBudget, and room for prefixes");
+}
+
+PinLease LayerCacheBase::Impl::pin(const Inputs& inputs, const std::string& tenant, double seconds) {
+  const Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device());
+  check_packable(batch, *wrapped.model, wrapped.profile);
+  return prefixes().pin(batch, tenant, seconds);
+}
+
+/// Gives the banks their part of the limits.
+void LayerCacheBase::Impl::limit_tenants() {
+  const auto clock = options.refresh.clock ? options.refresh.clock : std::function<double()>([] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  });
+  if (auto* const found = strategies.find<PrefixReuse>()) found->allow_pins(options.tenants.pinned_share, clock);
+  if (!options.tenants.accounts()) return;
+  for (const auto& strategy : strategies.all()) {
+    strategy->each_bank(
+        [&](CapacityBank& bank) { bank.limit_tenants(options.tenants, options.capacity_bytes, clock); });
+  }
+}
+
+void LayerCacheBase::Impl::add_tenants(Stats& stats) const {
+  if (!options.tenants.accounts()) return;
+  TenantUsages usages;
+  for (const auto& strategy : strategies.all()) {
+    strategy->each_bank([&](CapacityBank& bank) { bank.add_to(usages); });
+  }
+  constexpr std::array kNames = {"unnamed", "listed", "others"};
+  for (std::size_t i = 0; i < kTenantClasses; ++i) {
+    stats.tenants.push_back({kNames[i], usages[i].entries, usages[i].bytes});
+  }
 }
 
 void LayerCacheBase::Impl::weights_changed() {
@@ -338,6 +402,7 @@ Stats LayerCacheBase::Impl::stats() const {
   Stats stats;
   totals.fill(stats);
   for (const auto& strategy : strategies.all()) strategy->add_to(stats);
+  add_tenants(stats);
   stats.bytes = memory.used();
   stats.peak_bytes = memory.peak();  // read last: never less than the bytes
   fallbacks_.fill(stats.fallbacks);

@@ -19,6 +19,8 @@
 #include "reuse/chain.h"
 #include "reuse/computed/computed.h"
 #include "reuse/fallbacks.h"
+#include "reuse/prefix/prefix_reuse.h"
+#include "reuse/running_calls.h"
 #include "reuse/snapshot/snapshots.h"
 #include "reuse/verifier.h"
 
@@ -35,6 +37,12 @@ struct LayerCacheBase::Impl {
   void weights_changed();
   /// Drops all that is kept. What running calls compute is not kept.
   void drop();
+  /// LayerCacheBase::erase_tenant().
+  TenantErasure erase_tenant(const std::string& tenant);
+  /// LayerCacheBase::pin(), of inputs that were given to forward().
+  [[nodiscard]] PinLease pin(const Inputs& inputs, const std::string& tenant, double seconds);
+  /// Of the strategy that can pin. Throws Error(kNotAvailable): there is none.
+  [[nodiscard]] PrefixReuse& prefixes() const;
   /// Throws Error(kInvalidOptions) if the cache was not made for Fidelity::kBudget.
   [[nodiscard]] RiskController& budget() const;
   [[nodiscard]] Stats stats() const;
@@ -57,6 +65,10 @@ struct LayerCacheBase::Impl {
   void check_request(const RequestOptions& request, Fidelity fidelity);
   std::uint64_t check_weights();
   [[nodiscard]] Snapshots::Cache for_snapshots();
+  void limit_tenants();
+  void add_tenants(Stats& stats) const;
+  /// Another number after each drop() and erase_tenant().
+  [[nodiscard]] std::uint64_t dropped() const noexcept;
   [[nodiscard]] bool can_pack(const Batch& batch) const;
   [[nodiscard]] std::string plain_reason(const Call& call) const;
   [[nodiscard]] std::vector<std::shared_ptr<LayerHook>> hooks_for(const RequestOptions& request) const;
@@ -76,7 +88,9 @@ struct LayerCacheBase::Impl {
   std::vector<std::shared_ptr<LayerHook>> hooks_;  ///< guarded by hooks_mutex_
   std::shared_mutex weights_mutex_;                ///< exclusive: the weights are taken as they are now
   std::shared_mutex kept_mutex_;                   ///< exclusive: all is dropped
-  std::atomic<std::uint64_t> epoch_{0};            ///< raised by each drop(): what was begun before is not kept
+  RunningCalls running_;
+  std::atomic<std::uint64_t> erasures_{0};  ///< calls of erase_tenant()
+  std::atomic<std::uint64_t> epoch_{0};     ///< raised by each drop(): what was begun before is not kept
   std::once_flag told_uncalibrated_;
   Fallbacks fallbacks_;
   std::atomic<std::uint64_t> weight_checks_{0}, next_number_{0};

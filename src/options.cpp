@@ -104,6 +104,17 @@ void SnapshotOptions::validate() const {
   }
 }
 
+void TenantOptions::validate() const {
+  if (!(ttl_s >= 0)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("TenantOptions.ttl_s is {}; 0 (no limit) or more is expected", ttl_s));
+  }
+  if (!(pinned_share >= 0 && pinned_share <= 1)) {
+    throw Error(ErrorCode::kInvalidOptions,
+                fmt::format("TenantOptions.pinned_share is {}; 0 to 1 is expected", pinned_share));
+  }
+}
+
 void PrefixOptions::validate(std::int64_t model_layers) const {
   if (!(capacity_share >= 0 && capacity_share <= 1)) {
     throw Error(ErrorCode::kInvalidOptions,
@@ -183,6 +194,7 @@ void check_weights_as_loaded(const Options& options) {
 }
 
 void Options::validate() const {
+  tenants.validate();
   if (!(source_capacity_share >= 0 && source_capacity_share <= 1)) {
     throw Error(ErrorCode::kInvalidOptions,
                 fmt::format("Options.source_capacity_share is {}; 0 to 1 is expected", source_capacity_share));

@@ -52,6 +52,10 @@ const char* to_string(MissReason reason) noexcept {
       return "audit";
     case MissReason::kFallback:
       return "fallback";
+    case MissReason::kOwnQuota:
+      return "own quota";
+    case MissReason::kOtherTenant:
+      return "other tenant";
   }
   return "unknown";
 }
@@ -218,7 +222,7 @@ void TokenBalance::add(const ForwardReport& report) noexcept {
     const std::int64_t computed = sequence.tokens - sequence.reused_tokens - sequence.shared_tokens - spared;
     const bool says_more = sequence.miss == MissReason::kFallback || sequence.miss == MissReason::kAudit;
     const std::int64_t evicted = says_more ? 0 : std::min(sequence.evicted_tokens, computed);
-    count(because(MissReason::kEvicted), evicted);
+    count(because(sequence.evicted_because), evicted);
     count(because(sequence.miss), computed - evicted);
   }
 }
@@ -322,6 +326,10 @@ std::string Stats::to_string() const {
   text += fmt::format(
       "memory:    {} in {} entries, at most {} so far; {} insertions, {} evictions, {} not kept for want of room\n",
       size_text(bytes), entries, size_text(peak_bytes), insertions, evictions, rejected);
+  for (const TenantClassStats& tenant : tenants) {
+    text += fmt::format("tenants:   {}: {} in {} entries\n", tenant.name, size_text(tenant.bytes), tenant.entries);
+  }
+  if (pins > 0) text += fmt::format("pinned:    {} prefixes in {}\n", pins, size_text(pinned_bytes));
   if (unusable_states > 0) text += fmt::format("not kept:  {} sequences with unusable states\n", unusable_states);
   if (budget) add_budget(*budget, sequences, text);
   for (const auto& run :

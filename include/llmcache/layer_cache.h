@@ -21,6 +21,7 @@
 #include "llmcache/refresh/calibration.h"
 #include "llmcache/report.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/tenants.h"
 
 namespace llmcache {
 
@@ -136,6 +137,23 @@ class LayerCacheBase {
   /// are around the same wrapped model (LayerCache::with_options()): construct a new LayerCache; Error(kModelChanged)
   /// if more than values was changed (a type, a place in memory, a mode).
   void weights_changed();
+
+  /// Computes `inputs` for the tenant, and holds on to what is kept of their rows, all of their real tokens: neither
+  /// evicted nor too old while the lease lives, for `seconds` at most, so that an owner who is lost holds nothing for
+  /// longer. For what many requests begin with, a system prompt say. It counts in the capacity and in the tenant's
+  /// quota; TenantOptions::pinned_share bounds it. clear(), weights_changed() and erase_tenant() end it; snapshots hold
+  /// the entry, not the pin.
+  /// Throws Error as forward(), kInvalidOptions unless `seconds` is above 0 and finite, and kNotAvailable with the
+  /// reason: no prefix reuse, not enough room or quota, more than may be pinned, rows that cannot be packed.
+  [[nodiscard]] PinLease pin(const Inputs& inputs, const std::string& tenant, double seconds);
+
+  /// Drops every entry and every pin of a tenant ("": of requests that name none), in memory. Of its calls that are
+  /// running nothing is kept; what they read is freed when they end. Files are the caller's: a save() that is running
+  /// fails, a load() ends, and one that was saved before holds the tenant's entries until it is written again.
+  /// Also forgotten is why entries of any tenant went (SequenceReport::evicted_tokens). What was made of all tenants'
+  /// requests and is nobody's stays: a calibration, the running mean of fingerprints, and counters.
+  /// Throws std::bad_alloc; calling it again is harmless.
+  TenantErasure erase_tenant(const std::string& tenant);
 
   /// Drops every entry of every tenant, and forgets the running mean of fingerprints. A calibration stays in force.
   /// Running calls are not disturbed; what they have computed is not kept.

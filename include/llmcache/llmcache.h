@@ -6,8 +6,9 @@
 // model/torchscript.h loads and wraps a module, model/exported.h a program of torch.export; layer_cache.h is what it
 // can do then; options.h is what you choose; report.h is what it did; snapshot.h keeps a cache over restarts; padding.h
 // makes batches of token ids; generate.h generates text; layer_hook.h sees and changes states between layers. Beyond
-// the first page: threshold.h (the mode of the LLMCache paper), refresh/budget.h and refresh/calibration.h (error
-// budgets), model/layered_model.h (models that are no TorchScript), match/plan.h (forced plans).
+// the first page: tenants.h (limits of tenants, pinned prefixes), threshold.h (the mode of the LLMCache paper),
+// refresh/budget.h and refresh/calibration.h (error budgets), model/layered_model.h (models that are no TorchScript),
+// match/plan.h (forced plans).
 #pragma once
 
 #include <torch/script.h>
@@ -22,4 +23,5 @@
 #include "llmcache/padding.h"
 #include "llmcache/report.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/tenants.h"
 #include "llmcache/version.h"

@@ -14,6 +14,7 @@
 #include "llmcache/refresh/budget.h"
 #include "llmcache/refresh/options.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/tenants.h"
 #include "llmcache/threshold.h"
 
 namespace llmcache {
@@ -220,6 +221,9 @@ struct Options {
 
   /// Checking of what kThreshold serves, and ageing of its entries.
   RefreshOptions refresh = {};
+
+  /// What each tenant may hold, and for how long. Default: tenants share the capacity without limits.
+  TenantOptions tenants = {};
 
   /// Keeping the cache over restarts. Default: it is not.
   SnapshotOptions snapshot = {};

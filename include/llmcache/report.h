@@ -31,16 +31,18 @@ const char* to_string(Source source) noexcept;
 enum class MissReason {
   kNew,          ///< nothing that was asked knew it, nor remembers that it did
   kEvicted,      ///< it was known and had to go for room, or there was no room to keep it
-  kExpired,      ///< it was known and became too old, or was used too little (kThreshold)
+  kExpired,      ///< it was known and became too old (TenantOptions, kThreshold), or was used too little (kThreshold)
   kNotWorth,     ///< what is known of its sequence would save less than it costs (kBudget, token reuse)
   kOverBudget,   ///< what could be reused is not near enough for the error budget, or supervision has stopped it
   kOutput,       ///< nothing knew it, and the output asked for ruled out a mechanism that might have (kBudget)
   kNotLookedUp,  ///< nothing was asked: hooks, no capacity, closed mechanisms, a batch or a model that keeps none
   kAudit,        ///< it could have been reused, and was computed to see whether that would have been right
   kFallback,     ///< a mechanism failed, or only the plain model was trusted with the request (Stats::fallbacks)
+  kOwnQuota,     ///< it was known and went, or was not kept, because its tenant had used up its quota (TenantOptions)
+  kOtherTenant,  ///< it was known and went to make room for another tenant (told if TenantOptions::accounts())
 };
 
-inline constexpr std::size_t kMissReasons = 9;
+inline constexpr std::size_t kMissReasons = 11;
 /// "new", "over budget".
 const char* to_string(MissReason reason) noexcept;
 
@@ -67,13 +69,15 @@ struct SequenceReport {
   std::int64_t reused_tokens = 0;     ///< kPrefix, kIdentical: length of the prefix that was known before the call
   std::int64_t shared_tokens = 0;     ///< tokens behind that prefix which another row of the same batch computes for it
   std::int64_t evicted_tokens = 0;    ///< tokens behind these that were known once, as far as is remembered
-  MissReason miss = MissReason::kNew;  ///< why the other tokens were computed, if any were
-  std::uint64_t number = 0;            ///< of this sequence: all of a cache's are numbered from 0
-  std::int64_t entry = -1;             ///< kSimilar: number of the sequence whose state was used; else -1
-  std::int64_t resumed_layer = -1;     ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
-                                       ///< layer that the known prefix does not run through. kEarlyExit: first
-                                       ///< layer that did not run for it. Else -1
-  double expected_error = 0;           ///< kEarlyExit: what its gate expects
+  MissReason evicted_because = MissReason::kEvicted;  ///< why the first of these went; it may be that of kExpired,
+                                                      ///< kOwnQuota and kOtherTenant too
+  MissReason miss = MissReason::kNew;                 ///< why the other tokens were computed, if any were
+  std::uint64_t number = 0;                           ///< of this sequence: all of a cache's are numbered from 0
+  std::int64_t entry = -1;          ///< kSimilar: number of the sequence whose state was used; else -1
+  std::int64_t resumed_layer = -1;  ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
+                                    ///< layer that the known prefix does not run through. kEarlyExit: first
+                                    ///< layer that did not run for it. Else -1
+  double expected_error = 0;        ///< kEarlyExit: what its gate expects
   bool audited = false;  ///< a hit that was computed in full too, which is what was answered: source is kComputed
   double error = 0;      ///< that the audit found: relative L2 between what would have been served and that
                          ///< (kThreshold), or its error in the metric of the budget (kBudget)
@@ -152,12 +156,21 @@ struct CallTimes {
 struct BankStats {
   /// "outputs", "prefixes", "sources", "segments", "token states", "early exits", "layer states"
   std::string name;
-  std::uint64_t entries = 0;     ///< held now
-  std::size_t bytes = 0;         ///< held now, tensors and index
-  std::uint64_t insertions = 0;  ///< entries kept
-  std::uint64_t evictions = 0;   ///< for room
-  std::uint64_t rejected = 0;    ///< for which there was no room
-  std::uint64_t expired = 0;     ///< too old, or used too little
+  std::uint64_t entries = 0;          ///< held now
+  std::size_t bytes = 0;              ///< held now, tensors and index
+  std::uint64_t insertions = 0;       ///< entries kept
+  std::uint64_t evictions = 0;        ///< for room
+  std::uint64_t rejected = 0;         ///< for which there was no room
+  std::uint64_t expired = 0;          ///< too old, or used too little
+  std::uint64_t quota_evictions = 0;  ///< of the evictions, for the quota of the entry's own tenant
+};
+
+/// What the tenants of a class hold, in all banks. Told if TenantOptions::accounts().
+struct TenantClassStats {
+  /// "unnamed": requests without a tenant; "listed": tenants of TenantOptions::quota_bytes; "others".
+  std::string name;
+  std::uint64_t entries = 0;  ///< held now
+  std::size_t bytes = 0;      ///< that quotas count: with keys and what the index takes for them
 };
 
 /// What the divergence monitor (RefreshOptions) and the bank of one cached layer did. Threshold mode only.
@@ -231,11 +244,14 @@ struct Stats {
   std::uint64_t entries = 0;                             ///< entries held now
   std::size_t bytes = 0;                                 ///< bytes held now, tensors and index
   std::size_t peak_bytes = 0;                            ///< largest `bytes` so far; never above the capacity
-  std::uint64_t unusable_states = 0;     ///< sequences whose states were not finite, or had no fingerprint: not kept
-  std::vector<BankStats> banks;          ///< one a kind of what is kept
-  std::vector<LayerStats> layers;        ///< one a cached layer, shallow to deep; empty without kThreshold
-  std::optional<BudgetStats> budget;     ///< of a cache made for kBudget
-  std::vector<FallbackStats> fallbacks;  ///< one a mechanism that did not serve every request it should have
+  std::uint64_t unusable_states = 0;      ///< sequences whose states were not finite, or had no fingerprint: not kept
+  std::vector<BankStats> banks;           ///< one a kind of what is kept
+  std::vector<TenantClassStats> tenants;  ///< one a class; empty where it is not kept who holds what
+  std::uint64_t pins = 0;                 ///< of prefixes, in force now (LayerCacheBase::pin())
+  std::size_t pinned_bytes = 0;           ///< that they hold on to
+  std::vector<LayerStats> layers;         ///< one a cached layer, shallow to deep; empty without kThreshold
+  std::optional<BudgetStats> budget;      ///< of a cache made for kBudget
+  std::vector<FallbackStats> fallbacks;   ///< one a mechanism that did not serve every request it should have
   VerificationStats verification;
   SnapshotStats snapshot;  ///< of save(), load() and Options::snapshot
 

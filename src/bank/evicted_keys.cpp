@@ -9,9 +9,12 @@ namespace llmcache {
 namespace {
 
 constexpr std::size_t kEvictedBlockTokens = 16;
+constexpr std::uint32_t kCauseBits = 3;
 
 /// What is kept of a hash, without the cause; never 0. The set follows from other bits.
-std::uint32_t tag_of(std::uint64_t hash) { return std::max(static_cast<std::uint32_t>(hash >> 32) & ~1U, 2U); }
+std::uint32_t tag_of(std::uint64_t hash) {
+  return std::max(static_cast<std::uint32_t>(hash >> 32) & ~kCauseBits, kCauseBits + 1);
+}
 
 /// Calls visit(end, hash) for each prefix that ends with a block or the sequence, until that is false.
 template <class Visit>
@@ -34,7 +37,7 @@ void EvictedKeys::add(std::uint64_t hash, Cause cause) noexcept {
   if (!table_) return;
   std::uint32_t* const set = set_of(hash);
   const std::uint32_t tag = tag_of(hash);
-  std::uint32_t* end = std::find_if(set, set + kWays, [&](std::uint32_t held) { return (held & ~1U) == tag; });
+  std::uint32_t* end = std::find_if(set, set + kWays, [&](std::uint32_t held) { return (held & ~kCauseBits) == tag; });
   if (end == set + kWays) --end;  // the oldest is forgotten
   std::move_backward(set, end, end + 1);
   *set = tag | static_cast<std::uint32_t>(cause);
@@ -44,30 +47,34 @@ std::optional<EvictedKeys::Cause> EvictedKeys::find(std::uint64_t hash) const no
   if (!table_) return std::nullopt;
   const std::uint32_t* const set = set_of(hash);
   const std::uint32_t tag = tag_of(hash);
-  const auto* held = std::find_if(set, set + kWays, [&](std::uint32_t one) { return (one & ~1U) == tag; });
+  const auto* held = std::find_if(set, set + kWays, [&](std::uint32_t one) { return (one & ~kCauseBits) == tag; });
   if (held == set + kWays) return std::nullopt;
-  return static_cast<Cause>(*held & 1U);
+  return static_cast<Cause>(*held & kCauseBits);
 }
 
 void add_evicted_prefixes(EvictedKeys& keys, std::string_view partition, std::span<const std::int64_t> tokens,
-                          std::size_t ids_per_token, std::size_t begin) noexcept {
+                          std::size_t ids_per_token, std::size_t begin, EvictedKeys::Cause cause) noexcept {
   each_prefix(partition, tokens, ids_per_token, [&](std::size_t end, std::uint64_t hash) {
-    if (end > begin) keys.add(hash, EvictedKeys::Cause::kRoom);
+    if (end > begin) keys.add(hash, cause);
     return true;
   });
 }
 
-std::int64_t count_evicted(const EvictedKeys& keys, std::string_view partition, std::span<const std::int64_t> tokens,
-                           std::size_t ids_per_token, std::size_t known) noexcept {
-  if (keys.empty()) return 0;
+EvictedRun count_evicted(const EvictedKeys& keys, std::string_view partition, std::span<const std::int64_t> tokens,
+                         std::size_t ids_per_token, std::size_t known) noexcept {
+  EvictedRun run;
+  if (keys.empty()) return run;
   std::size_t last = known;
   each_prefix(partition, tokens, ids_per_token, [&](std::size_t end, std::uint64_t hash) {
     if (end <= known) return true;
-    if (!keys.find(hash)) return false;
+    const auto cause = keys.find(hash);
+    if (!cause) return false;
+    if (last == known) run.cause = *cause;
     last = end;
     return true;
   });
-  return static_cast<std::int64_t>(last - known);
+  run.tokens = static_cast<std::int64_t>(last - known);
+  return run;
 }
 
 }  // namespace llmcache

@@ -11,14 +11,19 @@
 namespace llmcache {
 
 /// Hashes of what went, the latest ones: a table of fixed size, in sets of eight of which the oldest is forgotten. For
-/// statistics only: 31 bits of a hash are kept, so that one look-up in 268 million finds what was never there. What it
+/// statistics only: 30 bits of a hash are kept, so that one look-up in 134 million finds what was never there. What it
 /// forgets is told as new.
 ///
 /// Memory: 4 bytes a hash, taken with the first one, beside the capacity of the bank; without memory nothing is
 /// remembered. Thread safety: none; the bank locks.
 class EvictedKeys {
  public:
-  enum class Cause : std::uint32_t { kRoom = 0, kAge = 1 };
+  enum class Cause : std::uint32_t {
+    kRoom = 0,
+    kAge = 1,
+    kOwnQuota = 2,     ///< its tenant had used up what it may hold
+    kOtherTenant = 3,  ///< to make room for another tenant's entry
+  };
 
   /// `remembered`: hashes, a power of two, 8 or more.
   explicit EvictedKeys(std::size_t remembered) noexcept : sets_(remembered / kWays) {}
@@ -37,19 +42,23 @@ class EvictedKeys {
   }
 
   const std::size_t sets_;
-  /// Sets, the latest hash in front. The lowest bit is the cause; 0: nothing.
+  /// Sets, the latest hash in front. The lowest two bits are the cause; 0: nothing.
   std::unique_ptr<std::uint32_t[]> table_;
 };
 
 /// Puts tokens of a sequence, from number `begin` on, into `keys`: the hashes of its prefixes that end with 16 tokens,
 /// 32 and so on, and of the whole. `ids_per_token` numbers each.
 void add_evicted_prefixes(EvictedKeys& keys, std::string_view partition, std::span<const std::int64_t> tokens,
-                          std::size_t ids_per_token, std::size_t begin) noexcept;
+                          std::size_t ids_per_token, std::size_t begin, EvictedKeys::Cause cause) noexcept;
 
 /// Of a sequence whose first `known` tokens are known, how many behind these went: whole blocks of 16, and all of them
 /// if just this sequence was there. O(tokens), and nothing while `keys` is empty.
-[[nodiscard]] std::int64_t count_evicted(const EvictedKeys& keys, std::string_view partition,
-                                         std::span<const std::int64_t> tokens, std::size_t ids_per_token,
-                                         std::size_t known) noexcept;
+struct EvictedRun {
+  std::int64_t tokens = 0;
+  EvictedKeys::Cause cause = EvictedKeys::Cause::kRoom;  ///< of the first of them: without it the others are of no use
+};
+[[nodiscard]] EvictedRun count_evicted(const EvictedKeys& keys, std::string_view partition,
+                                       std::span<const std::int64_t> tokens, std::size_t ids_per_token,
+                                       std::size_t known) noexcept;
 
 }  // namespace llmcache

@@ -12,6 +12,8 @@ namespace {
 
 /// What a FingerprintIndex takes of itself, at most.
 constexpr std::size_t kIndexBytes = 1024;
+/// What an entry takes beside its tensors, with fingerprints and its places in indices, policy and ledger, about.
+constexpr std::size_t kLayerBeside = sizeof(LayerEntry) + 1024;
 /// Of entries that went: there is a bank for each layer.
 constexpr std::size_t kRememberedEntries = std::size_t{1} << 12;
 
@@ -60,7 +62,7 @@ std::optional<LayerBank::Hit> LayerBank::find(std::string_view partition, std::s
   const auto match = it->second.indices[which].best(fingerprint, tau);
   if (!match) return std::nullopt;
   const std::uint32_t slot = it->second.slots[match->id];
-  policy_.hit(slot, now_s);
+  touch(slot, now_s);
   const Node& node = nodes_[slot];
   return Hit{node.entry, match->similarity, slot, node.audits, node.audits == 0 ? 0 : node.error_sum / node.audits};
 }
@@ -83,9 +85,9 @@ void LayerBank::insert_unless_held(std::string_view partition, const Candidate& 
   follow_centres();
   const auto fingerprints = current_fingerprints(candidate);
   if (!fingerprints || holds_same(partition, candidate, now_s)) return;
-  auto reserved = make_room(bytes, now_s);
+  auto reserved = make_room(partition, bytes, kLayerBeside, now_s);
   std::shared_ptr<const LayerEntry> entry;
-  const bool kept = reserved && take_evicting(now_s, [&] {
+  const bool kept = reserved && take_evicting(partition, now_s, [&] {
                       if (!entry) {
                         const std::pmr::polymorphic_allocator<LayerEntry> allocator(&memory_);
                         entry = std::allocate_shared<LayerEntry>(allocator, candidate.number, candidate.hidden,
@@ -114,7 +116,7 @@ void LayerBank::insert_indexed(std::string_view partition, const Candidate& cand
     }
     // Another request with this key, if there is one, stays the one that is found by it.
     by_key_.try_emplace(candidate.key, slot);
-    policy_.insert(slot, {entry->hidden().nbytes(), candidate.saved_ms, candidate.key}, now_s);
+    enter(slot, partition, {entry->hidden().nbytes(), candidate.saved_ms, candidate.key}, now_s);
     ttl_.insert(slot, now_s);
   } catch (...) {
     if (slot != kNoSlot) {
@@ -146,7 +148,7 @@ bool LayerBank::holds_same(std::string_view partition, const Candidate& candidat
   if (it == by_key_.end()) return false;
   const Node& node = nodes_[it->second];
   if (node.partition->first != partition || !same_inputs(*node.entry, candidate.inputs)) return false;
-  policy_.hit(it->second, now_s);
+  touch(it->second, now_s);
   return true;
 }
 
@@ -204,6 +206,7 @@ bool LayerBank::index_again(const Node& node, std::size_t which, std::uint64_t g
 }
 
 void LayerBank::flush_old(double now_s) {
+  drop_aged();
   while (const auto slot = ttl_.expired(now_s)) {
     evicted_.add(nodes_[*slot].key, EvictedKeys::Cause::kAge);
     remove(*slot);
@@ -227,7 +230,7 @@ void LayerBank::remove(std::uint32_t slot) noexcept {
     partition->second.slots.erase(node.local);
   }
   if (const auto it = by_key_.find(node.key); it != by_key_.end() && it->second == slot) by_key_.erase(it);
-  policy_.erase(slot);
+  leave(slot);
   ttl_.erase(slot);
   if (node.audits > 0) --refreshes_.audited_entries;
   nodes_.erase(slot);

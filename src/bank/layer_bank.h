@@ -153,7 +153,12 @@ class LayerBank final : public CapacityBank {
   void follow_centres();
   void follow_centre(std::size_t which, std::uint64_t generation);
   [[nodiscard]] bool index_again(const Node& node, std::size_t which, std::uint64_t generation);
-  void remember(std::uint32_t slot) noexcept override { evicted_.add(nodes_[slot].key, EvictedKeys::Cause::kRoom); }
+  void remember(std::uint32_t slot, EvictedKeys::Cause cause) noexcept override {
+    evicted_.add(nodes_[slot].key, cause);
+  }
+  [[nodiscard]] std::string_view key_of(std::uint32_t slot) const noexcept override {
+    return nodes_[slot].partition->first;
+  }
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
   void drop_if_empty(Partitions::iterator partition) noexcept;

@@ -32,9 +32,11 @@ std::size_t MemoryAccount::left() const noexcept {
 
 Reservation& Reservation::operator=(Reservation&& other) noexcept {
   if (this == &other) return *this;
-  shrink_to(0);
+  release();
   account_ = std::exchange(other.account_, nullptr);
   bytes_ = std::exchange(other.bytes_, 0);
+  charged_ = std::exchange(other.charged_, nullptr);
+  charged_bytes_ = std::exchange(other.charged_bytes_, 0);
   return *this;
 }
 
@@ -49,7 +51,23 @@ std::optional<Reservation> Reservation::of(MemoryAccount& account, std::size_t b
 void Reservation::shrink_to(std::size_t bytes) noexcept {
   if (bytes >= bytes_) return;
   account_->release(bytes_ - bytes);
+  if (charged_ != nullptr) {
+    charged_->release(bytes_ - bytes);
+    charged_bytes_ -= bytes_ - bytes;
+  }
   bytes_ = bytes;
+}
+
+void Reservation::charge_to(MemoryAccount& account, std::size_t bytes) noexcept {
+  charged_ = &account;
+  charged_bytes_ = bytes;
+}
+
+void Reservation::release() noexcept {
+  shrink_to(0);
+  if (MemoryAccount* const charged = std::exchange(charged_, nullptr)) {
+    charged->release(std::exchange(charged_bytes_, 0));
+  }
 }
 
 void* AccountedResource::do_allocate(std::size_t bytes, std::size_t alignment) {

@@ -41,26 +41,35 @@ class MemoryAccount {
 };
 
 /// Bytes of an account, released at its end. Whoever holds tensors has it as a member before them, so that it goes
-/// after them. Movable.
+/// after them. They may be charged to somebody else beside that (a tenant). Movable.
 class Reservation {
  public:
   Reservation() = default;  ///< of nothing
   Reservation(Reservation&& other) noexcept
-      : account_(std::exchange(other.account_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+      : account_(std::exchange(other.account_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)),
+        charged_(std::exchange(other.charged_, nullptr)),
+        charged_bytes_(std::exchange(other.charged_bytes_, 0)) {}
   Reservation& operator=(Reservation&& other) noexcept;
-  ~Reservation() { shrink_to(0); }
+  ~Reservation() { release(); }
 
   /// Empty if the account has not so many left.
   [[nodiscard]] static std::optional<Reservation> of(MemoryAccount& account, std::size_t bytes) noexcept;
-  /// Releases what is more than that.
+  /// Releases what is more than that, also of what is charged.
   void shrink_to(std::size_t bytes) noexcept;
+  /// Goes with these bytes of another account, bytes() or more, which were reserved there.
+  void charge_to(MemoryAccount& account, std::size_t bytes) noexcept;
 
   [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
   [[nodiscard]] bool is_in(const MemoryAccount& account) const noexcept { return account_ == &account; }
 
  private:
+  void release() noexcept;
+
   MemoryAccount* account_ = nullptr;
   std::size_t bytes_ = 0;
+  MemoryAccount* charged_ = nullptr;
+  std::size_t charged_bytes_ = 0;
 };
 
 /// Memory for containers, counted in an account; throws std::bad_alloc at its limit.

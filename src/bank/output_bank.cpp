@@ -12,6 +12,8 @@ namespace {
 
 /// The policy of this bank, LRU, looks at no clock.
 constexpr double kNoTime = 0;
+/// What an entry takes beside its tensors and its key, with its places in index, policy and ledger.
+constexpr std::size_t kOutputBeside = sizeof(OutputEntry) + 256;
 
 }  // namespace
 
@@ -29,9 +31,10 @@ const std::uint32_t* OutputBank::slot_of(std::string_view key) const {
 
 std::shared_ptr<const OutputEntry> OutputBank::find(std::string_view key, bool exact) {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const std::uint32_t* const slot = slot_of(key);
   if (slot == nullptr || (exact && !entries_[*slot]->exact())) return nullptr;
-  policy_.hit(*slot, kNoTime);
+  touch(*slot, kNoTime);
   return entries_[*slot];
 }
 
@@ -40,8 +43,9 @@ bool OutputBank::holds_as_good(std::string_view key, bool exact) const {
   return slot != nullptr && (entries_[*slot]->exact() || !exact);
 }
 
-bool OutputBank::holds(std::string_view key, bool exact) const {
+bool OutputBank::holds(std::string_view key, bool exact) {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   return holds_as_good(key, exact);
 }
 
@@ -52,8 +56,9 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
   std::optional<Reservation> reserved;
   {
     const std::lock_guard lock(mutex_);
+    drop_aged();
     if (holds_as_good(key, exact)) return;
-    reserved = make_room(bytes, kNoTime);
+    reserved = make_room(key, bytes, key.size() + kOutputBeside, kNoTime);
     if (!reserved) {
       count_rejected(key);
       return;
@@ -72,7 +77,7 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
   if (holds_as_good(key, exact)) return;  // somebody was faster
   if (const std::uint32_t* const slot = slot_of(key)) remove(*slot);
   std::shared_ptr<const OutputEntry> entry;
-  const bool kept = take_evicting(kNoTime, [&] {
+  const bool kept = take_evicting(key, kNoTime, [&] {
     if (!entry) {
       const std::pmr::polymorphic_allocator<OutputEntry> allocator(&memory_);
       entry = std::allocate_shared<OutputEntry>(allocator, key, copies, exact, computed_in, *reserved, &memory_);
@@ -89,16 +94,17 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
 
 void OutputBank::count_rejected(std::string_view key) noexcept {
   ++rejected_;
-  evicted_.add(Hash{}(key), EvictedKeys::Cause::kRoom);
+  evicted_.add(Hash{}(key), refused_);
 }
 
-void OutputBank::remember(std::uint32_t slot) noexcept {
-  evicted_.add(Hash{}(entries_[slot]->key()), EvictedKeys::Cause::kRoom);
+void OutputBank::remember(std::uint32_t slot, EvictedKeys::Cause cause) noexcept {
+  evicted_.add(Hash{}(entries_[slot]->key()), cause);
 }
 
-bool OutputBank::was_evicted(std::string_view key) const {
+std::optional<EvictedKeys::Cause> OutputBank::why_gone(std::string_view key) const {
   const std::lock_guard lock(mutex_);
-  return !evicted_.empty() && slot_of(key) == nullptr && evicted_.find(Hash{}(key)).has_value();
+  if (evicted_.empty() || slot_of(key) != nullptr) return std::nullopt;
+  return evicted_.find(Hash{}(key));
 }
 
 /// Makes the entry findable, or throws std::bad_alloc and changes nothing.
@@ -106,7 +112,7 @@ void OutputBank::insert_indexed(const std::shared_ptr<const OutputEntry>& entry)
   const std::uint32_t slot = entries_.insert(entry);
   try {
     slots_.emplace(entry->key(), slot);
-    policy_.insert(slot, {}, kNoTime);
+    enter(slot, entry->key(), {}, kNoTime);
   } catch (...) {
     remove(slot);
     throw;
@@ -115,7 +121,7 @@ void OutputBank::insert_indexed(const std::shared_ptr<const OutputEntry>& entry)
 
 void OutputBank::remove(std::uint32_t slot) noexcept {
   slots_.erase(entries_[slot]->key());
-  policy_.erase(slot);
+  leave(slot);
   entries_.erase(slot);
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <memory_resource>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -73,10 +74,10 @@ class OutputBank final : public CapacityBank {
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
               const BatchSize& computed_in = {});
 
-  /// True if the key had an entry that was evicted, or for which there was no room, as far as that is remembered.
-  [[nodiscard]] bool was_evicted(std::string_view key) const;
+  /// Why the key has no entry any more, or none was kept, as far as that is remembered; empty: it has one, or had none.
+  [[nodiscard]] std::optional<EvictedKeys::Cause> why_gone(std::string_view key) const;
   /// True if there is an entry that find() would give.
-  [[nodiscard]] bool holds(std::string_view key, bool exact) const;
+  [[nodiscard]] bool holds(std::string_view key, bool exact);
   /// All entries, the one that would be evicted last in front. None is held by this.
   [[nodiscard]] std::vector<std::weak_ptr<const OutputEntry>> listed() const;
 
@@ -92,7 +93,8 @@ class OutputBank final : public CapacityBank {
   [[nodiscard]] bool holds_as_good(std::string_view key, bool exact) const;
   void insert_indexed(const std::shared_ptr<const OutputEntry>& entry);
   void count_rejected(std::string_view key) noexcept;
-  void remember(std::uint32_t slot) noexcept override;
+  void remember(std::uint32_t slot, EvictedKeys::Cause cause) noexcept override;
+  [[nodiscard]] std::string_view key_of(std::uint32_t slot) const noexcept override { return entries_[slot]->key(); }
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
+#include <fmt/core.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <new>
 #include <utility>
 
+#include "bank/tenant_key.h"
 #include "bank/tensor_bytes.h"
 
 namespace llmcache {
@@ -54,11 +56,13 @@ PrefixLease::PrefixLease(PrefixLease&& other) noexcept
       known_(std::exchange(other.known_, {})),
       reserved_(std::exchange(other.reserved_, {})),
       known_tokens_(std::exchange(other.known_tokens_, 0)),
-      evicted_tokens_(std::exchange(other.evicted_tokens_, 0)),
+      evicted_(std::exchange(other.evicted_, {})),
       shortest_(other.shortest_),
       longest_(other.longest_),
       continues_(std::exchange(other.continues_, false)),
-      refused_(std::exchange(other.refused_, false)) {}
+      refused_(std::exchange(other.refused_, false)),
+      kept_(std::exchange(other.kept_, false)),
+      kept_for_(std::move(other.kept_for_)) {}
 
 PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
   if (this == &other) return *this;
@@ -67,11 +71,13 @@ PrefixLease& PrefixLease::operator=(PrefixLease&& other) noexcept {
   known_ = std::exchange(other.known_, {});
   reserved_ = std::exchange(other.reserved_, {});
   known_tokens_ = std::exchange(other.known_tokens_, 0);
-  evicted_tokens_ = std::exchange(other.evicted_tokens_, 0);
+  evicted_ = std::exchange(other.evicted_, {});
   shortest_ = other.shortest_;
   longest_ = other.longest_;
   continues_ = std::exchange(other.continues_, false);
   refused_ = std::exchange(other.refused_, false);
+  kept_ = std::exchange(other.kept_, false);
+  kept_for_ = std::move(other.kept_for_);
   return *this;
 }
 
@@ -103,6 +109,7 @@ PrefixLease PrefixBank::look(std::string_view partition, std::span<const std::in
                              std::optional<double> used_at) {
   PrefixLease lease;
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const PrefixTree::Match match = tree_.match(partition, tokens);
   if (match.tokens > 0) {
     for (std::uint32_t node = match.node; !tree_.is_root(node); node = tree_.parent(node)) {
@@ -121,13 +128,13 @@ PrefixLease PrefixBank::look(std::string_view partition, std::span<const std::in
     // Nothing fails from here on. The root was used last, so that a leaf is older than what is above it.
     std::ranges::reverse(lease.known_);
     for (std::uint32_t node = match.node; used_at && !tree_.is_root(node); node = tree_.parent(node)) {
-      policy_.hit(node, *used_at);
+      touch(node, *used_at);
     }
     for (const KeyRange& range : lease.known_) pin(*range.block);
     lease.known_tokens_ = static_cast<std::int64_t>(match.tokens);
     lease.continues_ = match.in_node == tree_.size(match.node) && tree_.is_leaf(match.node);
   }
-  lease.evicted_tokens_ = count_evicted(evicted_, partition, tokens, settings_.ids_per_token, match.tokens);
+  lease.evicted_ = count_evicted(evicted_, partition, tokens, settings_.ids_per_token, match.tokens);
   lease.bank_ = this;
   return lease;
 }
@@ -176,18 +183,25 @@ void PrefixBank::commit(PrefixLease& lease, std::string_view partition, std::spa
   std::size_t held = 0;
   for (const KeyRange& range : ranges) held += static_cast<std::size_t>(range.tokens);
   const std::size_t count = std::min(tokens.size() / settings_.ids_per_token, held);
+  const std::size_t known_before = std::min(count, static_cast<std::size_t>(lease.known_tokens_));
   const Sequence sequence{partition, tokens.first(count * settings_.ids_per_token), ranges, saved_ms, now_s};
   const std::lock_guard lock(mutex_);
+  drop_aged();
   bool room = !std::exchange(lease.refused_, false);
   // After a failure it goes on where the tree ends by then: that may be earlier, if what it found was evicted.
   const auto step = [&] {
     room = take_over(sequence);
     if (room && grow(sequence)) ++insertions_;
   };
-  if (room && take_evicting(now_s, step) && room) return;
+  refused_ = EvictedKeys::Cause::kRoom;
+  if (ledger_ && ledger_->ages() && tree_.match(partition, sequence.tokens).tokens < known_before) {
+    room = false;  // its beginning became too old meanwhile, and would come back as new
+    refused_ = EvictedKeys::Cause::kAge;
+  }
+  if (room && take_evicting(partition, now_s, step) && room) return;
   ++rejected_;
   const std::size_t known = tree_.match(partition, sequence.tokens).tokens;
-  add_evicted_prefixes(evicted_, partition, sequence.tokens, settings_.ids_per_token, known);
+  add_evicted_prefixes(evicted_, partition, sequence.tokens, settings_.ids_per_token, known, refused_);
 }
 
 /// Makes the blocks of what is not known yet the bank's, and evicts for them; false if there is no room.
@@ -203,7 +217,8 @@ bool PrefixBank::take_over(const Sequence& sequence) noexcept {
     });
     if (next == sequence.ranges.end()) return true;
     KeyBlock& block = *next->block;
-    auto reserved = make_room(block.reserved_.bytes(), sequence.now_s);
+    auto reserved = make_room(sequence.partition, block.reserved_.bytes(),
+                              bytes_beside(static_cast<std::size_t>(block.room_)), sequence.now_s);
     if (!reserved) return false;
     block.reserved_ = std::move(*reserved);
     if (block.pins_ > 0) pinned_bytes_ += block.reserved_.bytes();
@@ -270,9 +285,10 @@ std::uint32_t PrefixBank::split(std::uint32_t node, std::size_t count, const Seq
   try {
     tree_.split(node, count);
   } catch (...) {
-    policy_.erase(slot);
+    leave(slot);
     throw;
   }
+  make_as_old(slot, node);
   KeyRange& lower = held(node);
   held(slot) = {lower.block, lower.offset, tokens, lower.shortest, lower.longest, lower.saved_ms};
   lower.offset += tokens;
@@ -297,7 +313,7 @@ std::uint32_t PrefixBank::append(std::uint32_t node, const KeyRange& range, cons
     try {
       tree_.attach(node, tokens);
     } catch (...) {
-      policy_.erase(holder);
+      leave(holder);
       throw;
     }
     held(holder) = range;
@@ -318,7 +334,7 @@ std::uint32_t PrefixBank::prepare(std::int64_t tokens, const Sequence& sequence,
   cost.saved_ms = static_cast<double>(tokens) * sequence.saved_ms;
   cost.key = XXH3_64bits_withSeed(sequence.tokens.data(), end * settings_.ids_per_token * sizeof(std::int64_t),
                                   XXH3_64bits(sequence.partition.data(), sequence.partition.size()));
-  policy_.insert(slot, cost, sequence.now_s);
+  enter(slot, sequence.partition, cost, sequence.now_s);
   return slot;
 }
 
@@ -327,6 +343,7 @@ void PrefixBank::release(PrefixLease& lease) noexcept {
   const std::vector<KeyRange> known = std::exchange(lease.known_, {});
   const std::vector<KeyRange> reserved = std::exchange(lease.reserved_, {});
   const std::lock_guard lock(mutex_);
+  let_go(lease, known);
   for (std::size_t i = reserved.size(); i-- > 0;) {
     KeyBlock& block = *reserved[i].block;
     // What nodes hold of it is theirs, whoever made it known.
@@ -379,10 +396,32 @@ PrefixBank::Listed PrefixBank::listed(std::uint32_t node) const {
 }
 
 std::optional<std::size_t> PrefixBank::bytes_for(std::size_t tokens) const noexcept {
-  constexpr std::size_t kNodeBytes = 512;  // of tree, index, policy: with what allocators add
   const auto block = block_bytes(static_cast<std::int64_t>(tokens));
   if (!block) return std::nullopt;
-  return *block + tokens * settings_.ids_per_token * sizeof(std::int64_t) + kNodeBytes;
+  return *block + bytes_beside(tokens);
+}
+
+/// Of tree, index, policy and ledger, with what allocators add.
+std::size_t PrefixBank::bytes_beside(std::size_t tokens) const noexcept {
+  constexpr std::size_t kNodeBytes = 512;
+  return tokens * settings_.ids_per_token * sizeof(std::int64_t) + kNodeBytes;
+}
+
+PrefixBank::Kept PrefixBank::keep(std::string_view partition, std::span<const std::int64_t> tokens, double share) {
+  Kept kept{look(partition, tokens, std::nullopt)};
+  const auto count = static_cast<std::int64_t>(tokens.size() / settings_.ids_per_token);
+  if (kept.lease.known_tokens() < count) {
+    kept.refused = fmt::format(
+        "only {} of its {} tokens could be kept: it needs more room than there is, or more than "
+        "its tenant's quota",
+        kept.lease.known_tokens(), count);
+  } else {
+    kept.lease.kept_for_ = std::string(tenant_of(partition));
+    const std::lock_guard lock(mutex_);
+    kept.refused = hold(kept.lease, share);
+  }
+  if (!kept.refused.empty()) kept.lease = {};
+  return kept;
 }
 
 PrefixBank::Counters PrefixBank::counters() const {
@@ -434,17 +473,27 @@ bool PrefixBank::is_idle(std::uint32_t node) const noexcept {
   return tree_.is_leaf(node) && (*ranges_)[node].block->pins_ == 0;
 }
 
-void PrefixBank::remember(std::uint32_t leaf) noexcept {
+std::string_view PrefixBank::key_of(std::uint32_t node) const noexcept {
+  while (!tree_.is_root(node)) node = tree_.parent(node);
+  return tree_.partition(node);
+}
+
+std::uint32_t PrefixBank::last_below(std::uint32_t node) const noexcept {
+  while (!tree_.is_leaf(node)) node = tree_.first_child(node);
+  return node;
+}
+
+void PrefixBank::remember(std::uint32_t leaf, EvictedKeys::Cause cause) noexcept {
   try {
     const Listed gone = listed(leaf);
-    add_evicted_prefixes(evicted_, gone.partition, gone.tokens, settings_.ids_per_token, gone.begin);
+    add_evicted_prefixes(evicted_, gone.partition, gone.tokens, settings_.ids_per_token, gone.begin, cause);
   } catch (const std::exception&) {  // no memory: it counts as new if it comes again
   }
 }
 
 void PrefixBank::remove(std::uint32_t leaf) noexcept {
   const KeyRange gone = std::exchange(held(leaf), {});
-  policy_.erase(leaf);
+  leave(leaf);
   tree_.remove(leaf);
   if (tree_.empty()) ranges_.reset();
   contents_.tokens -= static_cast<std::uint64_t>(gone.tokens);
@@ -481,6 +530,43 @@ bool PrefixBank::trim(KeyBlock& block) noexcept {
   }
   block.room_ = block.claimed_;
   return true;
+}
+
+/// Why not; empty: the lease holds its blocks on. The ledger has a record of its tenant, to which they are charged.
+std::string PrefixBank::hold(PrefixLease& lease, double share) {
+  TenantLedger::Tenant* const tenant = ledger_ ? ledger_->find(lease.kept_for_) : nullptr;
+  std::size_t more = 0;
+  for (const KeyRange& range : lease.known_) {
+    if (range.block->kept_++ == 0) more += range.block->reserved_.bytes();
+  }
+  lease.kept_ = true;
+  contents_.kept_bytes += more;
+  if (tenant != nullptr) tenant->kept_bytes += more;
+  const auto part_of = [share](std::size_t whole) {
+    return static_cast<std::size_t>(static_cast<double>(whole) * share);
+  };
+  std::string refused;
+  if (const std::size_t most = part_of(capacity()); contents_.kept_bytes > most) {
+    refused = fmt::format("all pinned prefixes would take {} bytes; {} may", contents_.kept_bytes, most);
+  } else if (tenant != nullptr && tenant->account.limit() != TenantLedger::kNoQuota &&
+             tenant->kept_bytes > part_of(tenant->account.limit())) {
+    refused = fmt::format("the pinned prefixes of its tenant would take {} bytes; {} may", tenant->kept_bytes,
+                          part_of(tenant->account.limit()));
+  }
+  if (!refused.empty()) let_go(lease, lease.known_);
+  return refused;
+}
+
+void PrefixBank::let_go(PrefixLease& lease, const std::vector<KeyRange>& known) noexcept {
+  if (!std::exchange(lease.kept_, false)) return;
+  std::size_t less = 0;
+  for (const KeyRange& range : known) {
+    if (--range.block->kept_ == 0) less += range.block->reserved_.bytes();
+  }
+  contents_.kept_bytes -= less;
+  if (TenantLedger::Tenant* const tenant = ledger_ ? ledger_->find(lease.kept_for_) : nullptr) {
+    tenant->kept_bytes -= less;
+  }
 }
 
 void PrefixBank::pin(KeyBlock& block) noexcept {

@@ -53,7 +53,8 @@ class KeyBlock {
   // Guarded by the bank's lock:
   std::int64_t claimed_ = 0;  ///< tokens from the start that belong to somebody
   std::int64_t held_ = 0;     ///< tokens from the start that nodes hold, with what has gone in their midst
-  std::int64_t pins_ = 0;     ///< running passes that use it
+  std::int64_t pins_ = 0;     ///< leases that use it
+  std::int64_t kept_ = 0;     ///< of these, what PrefixBank::keep() gave
   bool wasteful_ = false;     ///< was to give back its spare room and could not
 };
 
@@ -94,8 +95,8 @@ class PrefixLease {
   [[nodiscard]] std::uint8_t longest() const noexcept { return longest_; }
   /// True if the known prefix is all of an earlier sequence, so that this one is its continuation.
   [[nodiscard]] bool continues() const noexcept { return continues_; }
-  /// Tokens behind the known ones that were known once and had to go for room, as far as that is remembered.
-  [[nodiscard]] std::int64_t evicted_tokens() const noexcept { return evicted_tokens_; }
+  /// Tokens behind the known ones that were known once, as far as that is remembered, and why they went.
+  [[nodiscard]] const EvictedRun& evicted() const noexcept { return evicted_; }
   /// What reserve() gave, in order.
   [[nodiscard]] const std::vector<KeyRange>& reserved() const noexcept { return reserved_; }
 
@@ -105,11 +106,13 @@ class PrefixLease {
   std::vector<KeyRange> known_;
   std::vector<KeyRange> reserved_;
   std::int64_t known_tokens_ = 0;
-  std::int64_t evicted_tokens_ = 0;
+  EvictedRun evicted_;
   std::uint8_t shortest_ = std::numeric_limits<std::uint8_t>::max();
   std::uint8_t longest_ = 0;
   bool continues_ = false;
   bool refused_ = false;  ///< reserve() found no room, which the bank has not counted yet
+  bool kept_ = false;     ///< by keep(), for the tenant of
+  std::string kept_for_;
 };
 
 /// Bank of keys and values with a byte capacity. Thread-safe. Tensors (spare room included), tree and index of what it
@@ -137,7 +140,8 @@ class PrefixBank final : public CapacityBank {
     MemoryAccount* total = nullptr;  ///< which the bank's account is part of; null: of none
   };
   struct Contents {
-    std::uint64_t tokens = 0;  ///< that the nodes hold
+    std::uint64_t tokens = 0;    ///< that the nodes hold
+    std::size_t kept_bytes = 0;  ///< of blocks that keep() holds on to
   };
   /// Entries are nodes, insertions and rejected are commits.
   struct Counters : BankCounters, Contents {};
@@ -178,6 +182,14 @@ class PrefixBank final : public CapacityBank {
   [[nodiscard]] std::vector<Listed> listed() const;
   /// As find(), and nothing counts as used.
   [[nodiscard]] PrefixLease peek(std::string_view partition, std::span<const std::int64_t> tokens);
+  /// Holds on to a whole sequence, if all of it is known and `share` of the capacity, and of what its tenant may hold,
+  /// is enough for all that is held so: while the lease lives, nothing of it is evicted or becomes too old. Nothing
+  /// counts as used.
+  struct Kept {
+    PrefixLease lease;         ///< of nothing if it was refused
+    std::string refused = {};  ///< why; empty: it was not
+  };
+  [[nodiscard]] Kept keep(std::string_view partition, std::span<const std::int64_t> tokens, double share);
   /// What `tokens` more in a block of their own take, index included. Empty if it is more than the capacity.
   [[nodiscard]] std::optional<std::size_t> bytes_for(std::size_t tokens) const noexcept;
 
@@ -197,7 +209,10 @@ class PrefixBank final : public CapacityBank {
   [[nodiscard]] bool is_held(const KeyBlock& block) const noexcept { return block.reserved_.is_in(account_); }
   [[nodiscard]] KeyRange& held(std::uint32_t node) noexcept { return (*ranges_)[node]; }
   [[nodiscard]] const KeyRange& held(std::uint32_t node) const noexcept { return (*ranges_)[node]; }
-  void remember(std::uint32_t leaf) noexcept override;
+  void remember(std::uint32_t leaf, EvictedKeys::Cause cause) noexcept override;
+  [[nodiscard]] std::string_view key_of(std::uint32_t node) const noexcept override;
+  [[nodiscard]] std::uint32_t last_below(std::uint32_t node) const noexcept override;
+  [[nodiscard]] bool is_kept(std::uint32_t node) const noexcept override { return held(node).block->kept_ > 0; }
   void remove(std::uint32_t leaf) noexcept override;
   void remove_all() noexcept override;
   [[nodiscard]] bool is_idle(std::uint32_t node) const noexcept override;
@@ -216,6 +231,9 @@ class PrefixBank final : public CapacityBank {
     double saved_ms;
     double now_s;
   };
+  [[nodiscard]] std::size_t bytes_beside(std::size_t tokens) const noexcept;
+  [[nodiscard]] std::string hold(PrefixLease& lease, double share);
+  void let_go(PrefixLease& lease, const std::vector<KeyRange>& known) noexcept;
   bool take_over(const Sequence& sequence) noexcept;
   bool grow(const Sequence& sequence);
   void append_behind(const PrefixTree::Match& match, const Sequence& sequence);

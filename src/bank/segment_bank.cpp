@@ -15,6 +15,8 @@ namespace {
 
 /// What values and scales take beside their data.
 constexpr std::size_t kStatesOverhead = sizeof(StoredStates) + 2 * kTensorOverhead;
+/// What an entry takes beside states, tokens and partition, with its places in index, policy and ledger.
+constexpr std::size_t kSegmentBeside = sizeof(SegmentEntry) + 512;
 
 /// Does `part` have most of the tokens of `run`? Then what stands around it there is no passage of its own.
 bool is_most_of(const BlockMatch& part, const BlockMatch& run) {
@@ -100,10 +102,11 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view partition, std::span<
   const BlockHashIndex::Sequence request{partition, tokens};
   std::vector<SegmentHit> hits;
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const auto add = [&](const BlockMatch& match, bool exact) {
     hits.push_back({static_cast<std::int64_t>(match.begin), entries_[match.slot],
                     static_cast<std::int64_t>(match.donor_begin), static_cast<std::int64_t>(match.tokens), exact});
-    if (wanted.use) policy_.hit(match.slot, now_s);
+    if (wanted.use) touch(match.slot, now_s);
   };
   const BlockMatch prefix = index_.prefix(request);
   if (prefix.tokens > 0) add(prefix, true);
@@ -127,6 +130,7 @@ std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const {
 SegmentBank::Room SegmentBank::reserve(std::string_view partition, std::span<const std::int64_t> tokens) {
   try {
     const std::lock_guard lock(mutex_);
+    drop_aged();
     if (index_.prefix({partition, tokens}).tokens == tokens.size() / settings_.ids_per_token) return {};
   } catch (const std::bad_alloc&) {
     return {nullptr, true};
@@ -172,6 +176,7 @@ void SegmentBank::insert_mean(Room mean, const SegmentEntry& replaced, double sa
 
 void SegmentBank::insert_pending(SegmentEntry& pending, double saved_ms, double now_s) {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const std::size_t count = tokens_of(pending);
   const BlockMatch known = index_.prefix({pending.partition(), pending.tokens()});
   if (known.tokens == count) return;  // somebody was faster
@@ -188,6 +193,7 @@ void SegmentBank::insert_pending(SegmentEntry& pending, double saved_ms, double 
 void SegmentBank::insert_pending_mean(SegmentEntry& pending, const SegmentEntry& replaced, double saved_ms,
                                       double now_s) {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   if (replaced.is_mean()) {
     if (!slot_of(replaced)) return;  // somebody was faster
   } else {
@@ -208,16 +214,17 @@ void SegmentBank::replace(std::uint32_t slot) noexcept {
 /// Makes an entry of the states that are pending, and evicts for it; null, and counted as rejected, if there is no
 /// room.
 const SegmentEntry* SegmentBank::take_over(SegmentEntry& pending, double saved_ms, double now_s) {
-  auto reserved = make_room(pending.reserved_.bytes(), now_s);
+  const std::size_t beside = pending.tokens().size_bytes() + pending.partition().size() + kSegmentBeside;
+  auto reserved = make_room(pending.partition(), pending.reserved_.bytes(), beside, now_s);
   std::shared_ptr<SegmentEntry> entry;
-  const bool kept = reserved && take_evicting(now_s, [&] {
+  const bool kept = reserved && take_evicting(pending.partition(), now_s, [&] {
                       if (!entry) entry = make_entry(pending, *reserved);
                       insert_indexed(entry, saved_ms, now_s);
                     });
   if (kept) return entry.get();
   ++rejected_;
   if (!pending.is_mean()) {
-    add_evicted_prefixes(evicted_, pending.partition(), pending.tokens(), settings_.ids_per_token, 0);
+    add_evicted_prefixes(evicted_, pending.partition(), pending.tokens(), settings_.ids_per_token, 0, refused_);
   }
   return nullptr;
 }
@@ -244,7 +251,7 @@ void SegmentBank::insert_indexed(const std::shared_ptr<SegmentEntry>& entry, dou
                                   XXH3_64bits(entry->partition().data(), entry->partition().size()));
   try {
     index_of(*entry).insert(slot);
-    policy_.insert(slot, cost, now_s);
+    enter(slot, entry->partition(), cost, now_s);
   } catch (...) {
     remove(slot);
     throw;
@@ -259,14 +266,14 @@ std::optional<std::uint32_t> SegmentBank::slot_of(const SegmentEntry& entry) con
   return std::nullopt;
 }
 
-void SegmentBank::remember(std::uint32_t slot) noexcept {
+void SegmentBank::remember(std::uint32_t slot, EvictedKeys::Cause cause) noexcept {
   const SegmentEntry& entry = *entries_[slot];
   if (entry.is_mean()) return;
-  add_evicted_prefixes(evicted_, entry.partition(), entry.tokens(), settings_.ids_per_token, 0);
+  add_evicted_prefixes(evicted_, entry.partition(), entry.tokens(), settings_.ids_per_token, 0, cause);
 }
 
-std::int64_t SegmentBank::evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
-                                         std::int64_t known) const {
+EvictedRun SegmentBank::evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
+                                       std::int64_t known) const {
   const std::lock_guard lock(mutex_);
   return count_evicted(evicted_, partition, tokens, settings_.ids_per_token, static_cast<std::size_t>(known));
 }
@@ -274,7 +281,7 @@ std::int64_t SegmentBank::evicted_tokens(std::string_view partition, std::span<c
 void SegmentBank::remove(std::uint32_t slot) noexcept {
   const SegmentEntry& entry = *entries_[slot];
   index_of(entry).erase(slot);
-  policy_.erase(slot);
+  leave(slot);
   contents_.means -= entry.is_mean() ? 1 : 0;
   contents_.tokens -= tokens_of(entry);
   entries_.erase(slot);

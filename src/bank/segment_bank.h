@@ -131,8 +131,8 @@ class SegmentBank final : public CapacityBank {
 
   /// Tokens behind the first `known` ones that were known once as the beginning of a sequence, and had to go for room,
   /// as far as that is remembered.
-  [[nodiscard]] std::int64_t evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
-                                            std::int64_t known) const;
+  [[nodiscard]] EvictedRun evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
+                                          std::int64_t known) const;
   [[nodiscard]] Counters counters() const;
 
  private:
@@ -153,7 +153,10 @@ class SegmentBank final : public CapacityBank {
   [[nodiscard]] BlockHashIndex& index_of(const SegmentEntry& entry) noexcept {
     return entry.is_mean() ? means_ : index_;
   }
-  void remember(std::uint32_t slot) noexcept override;
+  void remember(std::uint32_t slot, EvictedKeys::Cause cause) noexcept override;
+  [[nodiscard]] std::string_view key_of(std::uint32_t slot) const noexcept override {
+    return entries_[slot]->partition();
+  }
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
   [[nodiscard]] bool is_idle(std::uint32_t slot) const noexcept override { return entries_[slot].use_count() == 1; }

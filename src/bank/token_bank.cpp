@@ -18,6 +18,13 @@ std::int64_t support(const TokenEntry& entry, const TokenAlignment& alignment) {
   return sum;
 }
 
+/// What an entry takes beside its tensors, with its places in index, policy and ledger.
+std::size_t bytes_beside(const TokenView& tokens) {
+  constexpr std::size_t kTokenBeside = sizeof(TokenEntry) + 512;
+  constexpr std::size_t kIndexedToken = 64;
+  return tokens.values.size_bytes() + static_cast<std::size_t>(tokens.size()) * kIndexedToken + kTokenBeside;
+}
+
 }  // namespace
 
 TokenBank::TokenBank(Settings settings)
@@ -32,6 +39,7 @@ std::vector<std::shared_ptr<const TokenEntry>> TokenBank::similar(std::string_vi
                                                                   const std::vector<std::uint64_t>& hashes,
                                                                   std::size_t limit) {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   std::vector<std::shared_ptr<const TokenEntry>> entries;
   const auto it = partitions_.find(partition);
   if (it == partitions_.end()) return entries;
@@ -157,9 +165,9 @@ void TokenBank::keep_computed(std::string_view partition, const TokenView& token
 void TokenBank::insert_computed(std::string_view partition, const TokenView& tokens, PendingEntry& pending,
                                 const std::vector<std::uint16_t>& counts, const std::vector<std::uint64_t>& hashes,
                                 double saved_ms, double now_s) {
-  auto reserved = make_room(pending.bytes(), now_s);
+  auto reserved = make_room(partition, pending.bytes(), bytes_beside(tokens), now_s);
   std::shared_ptr<const TokenEntry> entry;
-  const bool kept = reserved && take_evicting(now_s, [&] {
+  const bool kept = reserved && take_evicting(partition, now_s, [&] {
                       if (!entry) {
                         const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
                         entry = std::allocate_shared<TokenEntry>(allocator, settings_.layout, pending, tokens, counts,
@@ -182,7 +190,7 @@ void TokenBank::insert_indexed(std::string_view partition, const std::shared_ptr
     slot = nodes_.insert({entry, it, saved_ms});
     ++it->second.entries;
     index_.insert(slot, it->second.number, hashes);
-    policy_.insert(slot, {entry->bytes(), saved_ms}, now_s);
+    enter(slot, partition, {entry->bytes(), saved_ms}, now_s);
   } catch (...) {
     if (slot != kNoSlot) {
       remove(slot);
@@ -209,8 +217,10 @@ bool TokenBank::restore(std::string_view partition, const TokenView& tokens, con
   std::size_t bytes = 0;
   for (const EncodedTensor& tensor : tensors) bytes += tensor.bytes();
   const auto hashes = shingle_hashes(tokens, settings_.alignment.least_shifted);
+  const std::size_t beside = bytes_beside(tokens);
   const std::lock_guard lock(mutex_);
-  auto reserved = Reservation::of(account_, bytes);
+  if (!fits(partition, bytes, beside)) return false;
+  auto reserved = make_room(partition, bytes, beside, now_s);
   if (!reserved) return false;
   try {
     const std::pmr::polymorphic_allocator<TokenEntry> allocator(&memory_);
@@ -253,13 +263,13 @@ std::optional<std::uint32_t> TokenBank::slot_of(const TokenEntry* entry) const {
 /// The entry counts as used, if it is there still.
 void TokenBank::use(const TokenEntry* entry, double now_s) {
   const std::lock_guard lock(mutex_);
-  if (const auto slot = slot_of(entry)) policy_.hit(*slot, now_s);
+  if (const auto slot = slot_of(entry)) touch(*slot, now_s);
 }
 
 void TokenBank::remove(std::uint32_t slot) noexcept {
   const auto partition = nodes_[slot].partition;
   index_.erase(slot);
-  policy_.erase(slot);
+  leave(slot);
   nodes_.erase(slot);
   --partition->second.entries;
   drop_if_empty(partition);

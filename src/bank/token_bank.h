@@ -121,6 +121,9 @@ class TokenBank final : public CapacityBank {
   [[nodiscard]] std::shared_ptr<const TokenEntry> same(std::string_view partition, const TokenView& tokens);
   [[nodiscard]] std::optional<std::uint32_t> slot_of(const TokenEntry* entry) const;
   void use(const TokenEntry* entry, double now_s);
+  [[nodiscard]] std::string_view key_of(std::uint32_t slot) const noexcept override {
+    return nodes_[slot].partition->first;
+  }
   void remove(std::uint32_t slot) noexcept override;
   void remove_all() noexcept override;
   void drop_if_empty(Partitions::iterator partition) noexcept;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <exception>
 
+#include "bank/tenant_key.h"
 #include "llmcache/error.h"
 
 namespace llmcache {
@@ -100,8 +101,8 @@ void append_number(std::string& text, std::int64_t number) { append_bytes(text, 
 /// Not the beginning of another tenant's.
 std::string tenant_key(const std::string& tenant) {
   std::string key;
-  append_number(key, static_cast<std::int64_t>(tenant.size()));
-  return key + tenant;
+  append_tenant(key, tenant);
+  return key;
 }
 
 const std::int64_t* row_on_host(const Batch& batch, std::size_t input, std::int64_t row) {
@@ -357,8 +358,7 @@ std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool p
   const std::int64_t first = padding ? 0 : span.first;
   const std::int64_t count = padding ? padded_length : span.tokens;
   std::string key;
-  append_number(key, static_cast<std::int64_t>(tenant.size()));
-  key += tenant;
+  append_tenant(key, tenant);
   append_number(key, first);
   append_number(key, count);
   key += types;

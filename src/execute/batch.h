@@ -20,8 +20,8 @@ struct RowSpan {
 struct RowKey {
   std::int64_t row = 0;  ///< of the batch
   RowSpan span;
-  /// Rows of other partitions share nothing with it: tenant, types of the inputs, padding in front and what it holds,
-  /// the source.
+  /// Rows of other partitions share nothing with it: tenant (tenant_key.h, in front), the source, types of the
+  /// inputs, padding in front and what it holds.
   std::string partition;
   std::vector<std::int64_t> tokens;  ///< `ids_per_token` numbers for each real token
   std::size_t ids_per_token = 1;

@@ -31,7 +31,7 @@ Answers::Answers(const Call& call, ForwardReport& report)
       known_(static_cast<std::size_t>(call.batch.rows)),
       done_(known_.size()),
       mechanisms_(known_.size(), Mechanism::kDense),
-      evicted_(known_.size()) {
+      evicted_(known_.size(), MissReason::kNew) {
   report_.sequences = count_tokens(call.batch.full_plan(call.wrapped.layers()));
   for (std::size_t row = 0; row < report_.sequences.size(); ++row) {
     report_.sequences[row].number = call.first_number + row;
@@ -148,7 +148,7 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
 MissReason Answers::reason_for(const SequenceReport& sequence, std::size_t row) const noexcept {
   if (!fallbacks_.empty()) return MissReason::kFallback;
   if (sequence.audited) return MissReason::kAudit;
-  if (evicted_[row] != 0) return MissReason::kEvicted;
+  if (evicted_[row] != MissReason::kNew) return evicted_[row];
   return sequence.miss == MissReason::kNew ? expected_miss_ : sequence.miss;
 }
 

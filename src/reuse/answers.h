@@ -58,8 +58,8 @@ class Answers {
   /// Why rows are computed of which nothing else is told: by the strategy that computes them (SequenceReport::miss), by
   /// was_evicted(), or by a fallback before that.
   void expect_misses(MissReason reason) noexcept { expected_miss_ = reason; }
-  /// The whole output of the row was known once, and had to go for room.
-  void was_evicted(std::int64_t row) noexcept { evicted_[static_cast<std::size_t>(row)] = 1; }
+  /// The whole output of the row was known once, and went for that reason.
+  void was_evicted(std::int64_t row, MissReason because) noexcept { evicted_[static_cast<std::size_t>(row)] = because; }
 
   /// The row's whole output is known: one tensor a leaf, batch dimension 1. `sizes`: see PassResult; empty if the model
   /// would be given just what it was given then.
@@ -118,7 +118,7 @@ class Answers {
   std::vector<Pass> passes_;
   std::vector<char> done_;             ///< by row: it is known, or in a pass
   std::vector<Mechanism> mechanisms_;  ///< by row, of those
-  std::vector<char> evicted_;          ///< by row
+  std::vector<MissReason> evicted_;    ///< by row; kNew: it was not
   MissReason expected_miss_ = MissReason::kNew;
   std::vector<SizeCode> sizes_;
   std::int64_t padding_skipped_ = 0;

@@ -9,6 +9,7 @@
 #include "llmcache/layer_hook.h"
 #include "llmcache/options.h"
 #include "model/wrapped_model.h"
+#include "reuse/running_calls.h"
 
 namespace llmcache {
 
@@ -24,6 +25,7 @@ struct Call {
   /// A strategy that serves it computes only the tokens that request.output names. Whole outputs are not made then, so
   /// that there are none to keep and none to find.
   bool cuts_output = false;
+  const RunningCalls::Entry* running = nullptr;  ///< tells if its tenant was erased meanwhile; null: it is not asked
   std::vector<std::shared_ptr<LayerHook>> hooks = {};  ///< with any, nothing is looked up and nothing kept
 };
 

@@ -31,6 +31,19 @@ class ReuseStrategy {
   virtual void store(const Call& /*call*/, Answers& /*answers*/) {}
   /// Forgets what was kept.
   virtual void clear() {}
+  /// Shows its banks in memory, those that calibrations make for themselves left out.
+  virtual void each_bank(const BankVisitor& /*visit*/) {}
+  /// Forgets what was kept for a tenant, wherever it is kept. Called while no call commits. Throws std::bad_alloc; what
+  /// it has dropped by then is gone.
+  virtual TenantErasure erase_tenant(const std::string& tenant) {
+    TenantErasure erased;
+    each_bank([&](CapacityBank& bank) {
+      const TenantErasure part = bank.erase_tenant(tenant);
+      erased.entries += part.entries;
+      erased.bytes += part.bytes;
+    });
+    return erased;
+  }
   /// The weights are others now: forgets what holds for the old ones.
   virtual void weights_changed() { clear(); }
   virtual void add_to(Stats& /*stats*/) const {}
@@ -57,7 +70,8 @@ inline void add(Stats& stats, const char* name, const BankCounters& counters, st
   bank.insertions += counters.insertions;
   bank.evictions += counters.evictions;
   bank.rejected += counters.rejected;
-  bank.expired += expired;
+  bank.expired += expired + counters.aged;
+  bank.quota_evictions += counters.quota_evictions;
   stats.entries += counters.entries;
   stats.insertions += counters.insertions;
   stats.evictions += counters.evictions;

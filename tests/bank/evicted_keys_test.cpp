@@ -74,10 +74,11 @@ TEST(EvictedKeysTest, CountsTokensBehindAKnownPrefix) {
     EvictedKeys keys(kHashes);
     const auto tokens = [&](std::size_t count, std::int64_t first = 0) { return counted(count * ids, first); };
     const auto gone = [&](std::string_view partition, const Tokens& asked, std::size_t known) {
-      return count_evicted(keys, partition, asked, ids, known);
+      return count_evicted(keys, partition, asked, ids, known).tokens;
     };
     EXPECT_EQ(gone("a", tokens(40), 0), 0) << "nothing went yet";
-    add_evicted_prefixes(keys, "a", tokens(40), ids, 20);
+    add_evicted_prefixes(keys, "a", tokens(40), ids, 20, Cause::kOwnQuota);
+    EXPECT_EQ(count_evicted(keys, "a", tokens(40), ids, 20).cause, Cause::kOwnQuota);
     EXPECT_EQ(gone("a", tokens(40), 20), 20) << "just this sequence";
     EXPECT_EQ(gone("a", tokens(60), 20), 12) << "blocks of 16";
     EXPECT_EQ(gone("a", tokens(33), 20), 12);

@@ -169,10 +169,20 @@ class CacheMetrics final : public prometheus::Collectable {
       all.gauge("llmcache_bank_entries", "Entries held, by kind", bank.entries, "bank", bank.name);
       all.counter("llmcache_bank_insertions_total", "Entries kept", bank.insertions, "bank", bank.name);
       all.counter("llmcache_bank_evictions_total", "Entries dropped for room", bank.evictions, "bank", bank.name);
+      all.counter("llmcache_bank_quota_evictions_total", "Of these, for the quota of their own tenant",
+                  bank.quota_evictions, "bank", bank.name);
       all.counter("llmcache_bank_rejections_total", "Entries not kept for want of room", bank.rejected, "bank",
                   bank.name);
       all.counter("llmcache_bank_expirations_total", "Entries dropped for age", bank.expired, "bank", bank.name);
     }
+    for (const TenantClassStats& tenants : stats.tenants) {
+      all.gauge("llmcache_tenant_bytes", "What tenants hold as quotas count it, by their class", tenants.bytes, "class",
+                tenants.name);
+      all.gauge("llmcache_tenant_entries", "Entries of tenants, by their class", tenants.entries, "class",
+                tenants.name);
+    }
+    all.gauge("llmcache_pins", "Prefixes that are held on to", stats.pins);
+    all.gauge("llmcache_pinned_bytes", "What these hold on to", stats.pinned_bytes);
   }
 
   static void add_troubles(const Stats& stats, Families& all) {

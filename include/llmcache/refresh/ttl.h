@@ -54,12 +54,27 @@ class TtlQueue {
     table_.remove(slot);
   }
 
+  /// Two slots: the first one is as old as the other from now on. Ignored unless both are held.
+  void make_as_old(std::uint32_t slot, std::uint32_t as) noexcept {
+    Node* const node = table_.find(slot);
+    Node* const other = table_.find(as);
+    if (node == nullptr || other == nullptr || node == other) return;
+    list_.unlink(table_, slot);
+    node->inserted = other->inserted;
+    node->previous = other->previous;
+    node->next = as;
+    (node->previous == kNoSlot ? list_.first : table_.at(node->previous).next) = slot;
+    other->previous = slot;
+  }
+
   /// The slot that was inserted first of those whose age is ttl_seconds or more; empty if there is none. It stays held
-  /// until it is erased.
-  [[nodiscard]] std::optional<std::uint32_t> expired(double now_s) noexcept {
+  /// until it is erased. `after`: only those that follow this one, where it is held.
+  [[nodiscard]] std::optional<std::uint32_t> expired(double now_s, std::uint32_t after = kNoSlot) noexcept {
     const double now = clock_.advance(now_s);
-    if (list_.empty() || now - table_.at(list_.first).inserted < ttl_seconds_) return std::nullopt;
-    return list_.first;
+    const Node* const passed = after == kNoSlot ? nullptr : table_.find(after);
+    const std::uint32_t first = passed == nullptr ? list_.first : passed->next;
+    if (first == kNoSlot || now - table_.at(first).inserted < ttl_seconds_) return std::nullopt;
+    return first;
   }
 
   void clear() noexcept {

@@ -160,6 +160,10 @@ void RiskController::clear() {
   if (states_) states_->clear();
 }
 
+void RiskController::each_bank(const BankVisitor& visit) {
+  if (states_) states_->each_bank(visit);
+}
+
 void RiskController::weights_changed() {
   const std::lock_guard one_at_a_time(use_mutex_);
   {

@@ -38,6 +38,7 @@ class RiskController final : public ReuseStrategy {
   void serve(const Call& call, Answers& answers) override;
   /// Forgets token states. Calibrated banks stay.
   void clear() override;
+  void each_bank(const BankVisitor& visit) override;
   /// Goes by no profile any more.
   void weights_changed() override;
   void add_to(Stats& stats) const override;

@@ -61,6 +61,7 @@ class StateReuse {
   [[nodiscard]] PassResult run(const std::shared_ptr<StatePolicy>& policy, const Batch& batch,
                                const RequestOptions& request, DeferredWrites& writes, BackgroundJobs* jobs);
   void clear() { strategy_->clear(); }
+  void each_bank(const BankVisitor& visit) { strategy_->each_bank(visit); }
   [[nodiscard]] std::unique_ptr<SnapshotPart> snapshot_part() { return strategy_->snapshot_part(); }
   void add_to(Stats& stats) const;
 

@@ -61,6 +61,7 @@ class TunableStrategy {
   /// Another one of the same kind, with an empty bank of its own that is part of no account.
   [[nodiscard]] virtual std::unique_ptr<TunableStrategy> fresh() const = 0;
   virtual void clear() = 0;
+  virtual void each_bank(const BankVisitor& visit) = 0;
   /// What a snapshot holds of its bank; null: nothing.
   [[nodiscard]] virtual std::unique_ptr<SnapshotPart> snapshot_part() { return nullptr; }
   [[nodiscard]] virtual BankCounters counters() const = 0;

@@ -8,6 +8,7 @@
 
 #include "execute/clock.h"
 #include "reuse/exact_match/output_part.h"
+#include "reuse/miss_reason.h"
 
 namespace llmcache {
 namespace {
@@ -41,7 +42,7 @@ void ExactMatch::serve(const Call& call, Answers& answers) {
     const std::string key = key_of(call, row);
     const auto entry = bank_.find(key, call.fidelity == Fidelity::kIdentical);
     if (!entry) {
-      if (bank_.was_evicted(key)) answers.was_evicted(row);
+      if (const auto cause = bank_.why_gone(key)) answers.was_evicted(row, miss_reason_of(*cause));
       continue;
     }
     answers.put_known(row, {entry->tensors().begin(), entry->tensors().end()}, sizes_of(*entry, call.batch), entry);

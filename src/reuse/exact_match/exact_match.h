@@ -24,6 +24,7 @@ class ExactMatch final : public ReuseStrategy {
   /// Keeps the rows that were computed, unless they are approximations.
   void store(const Call& call, Answers& answers) override;
   void clear() override { bank_.clear(); }
+  void each_bank(const BankVisitor& visit) override { visit(bank_); }
   void add_to(Stats& stats) const override;
   void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
 

@@ -76,6 +76,7 @@ std::size_t OutputPart::check(std::string_view entry) const {
 SnapshotPart::Outcome OutputPart::take(std::string_view entry, SnapshotPartReport& /*report*/) {
   const OutputRecord record = read_output(entry);
   if (bank_.holds(record.key, record.exact)) return Outcome::kKnown;
+  if (bank_.room_for(record.key) < check(entry)) return Outcome::kNoRoom;
   std::vector<at::Tensor> tensors;
   for (const TensorRecord& tensor : record.tensors) tensors.push_back(tensor_of(tensor, wrapped_.model->device()));
   bank_.insert(record.key, tensors, record.exact, {record.rows, record.padded_length});

@@ -118,6 +118,7 @@ SnapshotPart::Outcome PrefixPart::take(std::string_view entry, SnapshotPartRepor
   PrefixLease lease = bank_.find(record.partition, record.tokens, now_());
   if (lease.known_tokens() >= end) return Outcome::kKnown;
   if (lease.known_tokens() < begin) return Outcome::kOther;
+  if (bank_.room_for(record.partition) < check(entry)) return Outcome::kNoRoom;
   if (!bank_.reserve(lease, nullptr, end - begin, 0, record.longest)) return Outcome::kNoRoom;
   keep(lease, record);
   if (bank_.peek(record.partition, record.tokens).known_tokens() < end) return Outcome::kNoRoom;

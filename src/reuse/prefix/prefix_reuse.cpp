@@ -12,6 +12,7 @@
 #include "model/packing.h"
 #include "model/shallow_model.h"
 #include "model/tensors_of.h"
+#include "reuse/miss_reason.h"
 #include "reuse/prefix/prefix_part.h"
 
 namespace llmcache {
@@ -181,6 +182,7 @@ double PrefixReuse::now() const {
 }
 
 std::vector<PrefixReuse::Row> PrefixReuse::look_up(const Batch& batch, const std::string& tenant) {
+  if (pins_) pins_->drop_late();
   std::vector<Row> rows;
   for (RowKey& key : batch.keys(tenant)) {
     Row& row = rows.emplace_back();
@@ -274,7 +276,48 @@ void PrefixReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
   parts.push_back(std::make_unique<PrefixPart>(bank_, std::move(layers), [this] { return now(); }));
 }
 
-void PrefixReuse::add_to(Stats& stats) const { add(stats, "prefixes", bank_.counters()); }
+void PrefixReuse::add_to(Stats& stats) const {
+  if (pins_) stats.pins = pins_->count();
+  const PrefixBank::Counters counters = bank_.counters();
+  stats.pinned_bytes = counters.kept_bytes;
+  add(stats, "prefixes", counters);
+}
+
+PrefixReuse::~PrefixReuse() {
+  if (pins_) pins_->drop_all();  // leases of the caller's may live on
+}
+
+void PrefixReuse::clear() {
+  if (pins_) pins_->drop_all();
+  bank_.clear();
+}
+
+TenantErasure PrefixReuse::erase_tenant(const std::string& tenant) {
+  const std::uint64_t pins = pins_ ? pins_->drop(tenant) : 0;
+  TenantErasure erased = ReuseStrategy::erase_tenant(tenant);
+  erased.pins = pins;
+  return erased;
+}
+
+void PrefixReuse::allow_pins(double share, std::function<double()> clock) {
+  pinned_share_ = share;
+  pins_ = std::make_shared<PinnedPrefixes>(std::move(clock));
+}
+
+PinLease PrefixReuse::pin(const Batch& batch, const std::string& tenant, double seconds) {
+  std::vector<PrefixLease> leases;
+  std::int64_t tokens = 0;
+  pins_->drop_late();
+  for (const RowKey& key : batch.keys(tenant)) {
+    auto kept = bank_.keep(key.partition, key.tokens, pinned_share_);
+    if (!kept.refused.empty()) {
+      throw Error(ErrorCode::kNotAvailable, fmt::format("row {} cannot be pinned: {}", key.row, kept.refused));
+    }
+    tokens += key.span.tokens;
+    leases.push_back(std::move(kept.lease));
+  }
+  return {pins_, pins_->add(tenant, seconds, std::move(leases)), tokens};
+}
 
 PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Output output, DeferredWrites& writes) {
   PassResult done;
@@ -305,7 +348,7 @@ PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Outpu
     sequence.similarity = identical ? 1 : 0;
     sequence.reused_tokens = known;
     sequence.shared_tokens = row.prefix_tokens - known;
-    sequence.evicted_tokens = std::max<std::int64_t>(0, row.lease.evicted_tokens() - sequence.shared_tokens);
+    tell_evicted(sequence, row.lease.evicted());
     if (known == 0) continue;
     sequence.resumed_layer = resume_;
     const auto served = size_class(row.key.span.tokens);

@@ -4,12 +4,14 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "bank/prefix_bank.h"
 #include "execute/engine.h"
+#include "reuse/prefix/pinned_prefixes.h"
 #include "reuse/strategy.h"
 
 namespace llmcache {
@@ -23,10 +25,16 @@ class PrefixReuse final : public ReuseStrategy {
   PrefixReuse(const WrappedModel& wrapped, const Verification& verification, const PrefixOptions& options,
               std::size_t capacity_bytes, MemoryAccount* total = nullptr);
 
+  ~PrefixReuse() override;
+  PrefixReuse(const PrefixReuse&) = delete;
+  PrefixReuse& operator=(const PrefixReuse&) = delete;
+
   std::string name() const override { return "prefix"; }
   bool accepts(const Call& call) const override;
   void serve(const Call& call, Answers& answers) override;
-  void clear() override { bank_.clear(); }
+  void clear() override;
+  void each_bank(const BankVisitor& visit) override { visit(bank_); }
+  TenantErasure erase_tenant(const std::string& tenant) override;
   void add_to(Stats& stats) const override;
   void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
   bool cuts_output(const Call&) const override { return true; }
@@ -41,6 +49,12 @@ class PrefixReuse final : public ReuseStrategy {
   /// Does a sequence come out right that takes its beginning from another one, whose tokens differ behind it? Compares
   /// tiny sequences with the plain model, or one of them (`briefly`); says why not in `why`. What it kept is dropped.
   bool verify(std::string& why, bool briefly);
+
+  /// From now on pins may be made of at most this share, by that clock. To be called once, before there is one.
+  void allow_pins(double share, std::function<double()> clock);
+  /// LayerCacheBase::pin(): holds on to all rows of a batch that can be packed (check_packable), all of whose tokens
+  /// are known. Throws Error(kNotAvailable) that says why it cannot.
+  PinLease pin(const Batch& batch, const std::string& tenant, double seconds);
 
   [[nodiscard]] PrefixBank::Counters counters() const { return bank_.counters(); }
 
@@ -67,6 +81,8 @@ class PrefixReuse final : public ReuseStrategy {
   std::size_t final_spec_ = 0;  ///< of the final states
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   PrefixBank bank_;
+  double pinned_share_ = 0;
+  std::shared_ptr<PinnedPrefixes> pins_;  ///< null until allow_pins()
 };
 
 /// Where the model lets a sequence take its beginning from another one, seen on tiny sequences: sets prefix_reuse of

@@ -9,6 +9,7 @@
 #include "execute/clock.h"
 #include "llmcache/error.h"
 #include "model/packing.h"
+#include "reuse/miss_reason.h"
 
 namespace llmcache {
 
@@ -237,7 +238,7 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
     sequence.source = !row.reused.empty() ? Source::kPartial : row.exact > 0 ? Source::kPrefix : Source::kComputed;
     sequence.reused_tokens = row.exact;
     // Where segments were found it is not known of how many of the others was.
-    sequence.evicted_tokens = row.reused.empty() ? bank.evicted_tokens(row.partition, row.tokens, row.exact) : 0;
+    if (row.reused.empty()) tell_evicted(sequence, bank.evicted_tokens(row.partition, row.tokens, row.exact));
     if (sequence.source == Source::kPrefix) sequence.resumed_layer = 0;
   }
   const double token_ms = model_ms / static_cast<double>(std::max<std::int64_t>(computed, 1));

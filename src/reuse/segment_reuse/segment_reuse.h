@@ -78,6 +78,7 @@ class SegmentReuse {
   /// How keys turn with their position. Not movable: only segments that stay in their place are found.
   [[nodiscard]] const KeyPositions& positions() const noexcept { return layout_.positions; }
   void clear() { bank_.clear(); }
+  void each_bank(const BankVisitor& visit) { visit(bank_); }
   [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
 
  private:

@@ -23,6 +23,7 @@ class SegmentStrategy final : public TunableStrategy {
   c10::IValue run(const Run& run, ForwardReport& report) override;
   std::unique_ptr<TunableStrategy> fresh() const override;
   void clear() override { reuse_.clear(); }
+  void each_bank(const BankVisitor& visit) override { reuse_.each_bank(visit); }
   BankCounters counters() const override { return reuse_.counters(); }
 
  private:

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "bank/tenant_key.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
 #include "execute/engine_hook.h"
@@ -17,6 +18,7 @@
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
 #include "refresh/output_difference.h"
+#include "reuse/miss_reason.h"
 
 namespace llmcache {
 namespace {
@@ -71,6 +73,12 @@ class LayerRecorder final : public EngineHook {
   std::map<std::int64_t, at::Tensor> states_;
   std::int64_t heads_ = 0;
 };
+
+std::string partition_of(const Batch& batch, const std::string& tenant) {
+  std::string partition;
+  append_tenant(partition, tenant);
+  return partition + batch.types;
+}
 
 /// Of what a sequence's entries are made from, in its partition.
 std::uint64_t key_of(const std::string& partition, const std::vector<at::Tensor>& inputs) {
@@ -318,7 +326,7 @@ void SimilarityReuse::serve(const Call& call, Answers& answers) {
   const double now_s = now();
   const Batch& batch = answers.open();
   DeferredWrites& writes = answers.writes();
-  const std::string partition = batch.types + call.request.tenant;
+  const std::string partition = partition_of(batch, call.request.tenant);
   const Plan plan = batch.full_plan(wrapped_.layers());
   auto captures = start(batch, plan, call.first_number, answers.open_rows());
   Pass pass(*this, partition, captures, call.request.look_up, now_s);
@@ -450,7 +458,7 @@ void SimilarityReuse::audit(const Call& call, const std::vector<std::int64_t>& o
   for (const Hit* hit : chosen) rows.push_back(row_number(hit));
   const Batch part = batch.select(rows);
   const Plan full = part.full_plan(wrapped_.layers());
-  const std::string partition = batch.types + call.request.tenant;
+  const std::string partition = partition_of(batch, call.request.tenant);
   std::vector<std::int64_t> numbers;
   for (const std::int64_t row : rows) numbers.push_back(open[static_cast<std::size_t>(row)]);
   auto captures = start(part, full, call.first_number, numbers);
@@ -483,7 +491,7 @@ MissReason SimilarityReuse::why_missed(std::uint64_t key) const {
   for (const auto& bank : banks_) {
     const auto cause = bank->entries->why_gone(key);
     if (!cause) continue;
-    return *cause == EvictedKeys::Cause::kAge ? MissReason::kExpired : MissReason::kEvicted;
+    return miss_reason_of(*cause);
   }
   return MissReason::kNew;
 }
@@ -568,7 +576,7 @@ void SimilarityReuse::add_to(Stats& stats) const {
     layer.insertions = counters.insertions;
     layer.evictions = counters.evictions;
     layer.rejected = counters.rejected;
-    layer.expired = counters.expired;
+    layer.expired = counters.expired + counters.aged;
     layer.decayed = counters.decayed;
     layer.dropped = counters.dropped;
     layer.audited_entries = counters.audited_entries;

@@ -31,6 +31,9 @@ class SimilarityReuse final : public ReuseStrategy {
   bool accepts(const Call& call) const override { return call.packable; }
   void serve(const Call& call, Answers& answers) override;
   void clear() override;
+  void each_bank(const BankVisitor& visit) override {
+    for (const auto& bank : banks_) visit(*bank->entries);
+  }
   void add_to(Stats& stats) const override;
   bool exact() const override { return false; }
 

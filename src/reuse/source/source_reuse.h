@@ -26,6 +26,7 @@ class SourceReuse final : public ReuseStrategy {
   bool accepts(const Call& call) const override;
   void serve(const Call& call, Answers& answers) override;
   void clear() override { bank_.clear(); }
+  void each_bank(const BankVisitor& visit) override { visit(bank_); }
   void add_to(Stats& stats) const override { add(stats, "sources", bank_.counters()); }
 
   /// What of `batch`, whose rows are of the tenant, is known or can be shared, put together for its rows.

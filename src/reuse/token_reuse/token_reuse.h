@@ -109,6 +109,7 @@ class TokenReuse {
   void keep(std::vector<Computed> computed);
 
   void clear() { bank_->clear(); }
+  void each_bank(const BankVisitor& visit) { visit(*bank_); }
   /// What a snapshot holds of its bank.
   [[nodiscard]] std::unique_ptr<SnapshotPart> snapshot_part();
   [[nodiscard]] TokenBank::Counters counters() const { return bank_->counters(); }
