@@ -130,8 +130,9 @@ void OutputBank::remove_all() noexcept {
   entries_.clear();
 }
 
-std::vector<std::weak_ptr<const OutputEntry>> OutputBank::listed() const {
+std::vector<std::weak_ptr<const OutputEntry>> OutputBank::listed() {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const auto slots = policy_.order();
   std::vector<std::weak_ptr<const OutputEntry>> entries;
   for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) entries.emplace_back(entries_[*slot]);

@@ -79,7 +79,7 @@ class OutputBank final : public CapacityBank {
   /// True if there is an entry that find() would give.
   [[nodiscard]] bool holds(std::string_view key, bool exact);
   /// All entries, the one that would be evicted last in front. None is held by this.
-  [[nodiscard]] std::vector<std::weak_ptr<const OutputEntry>> listed() const;
+  [[nodiscard]] std::vector<std::weak_ptr<const OutputEntry>> listed();
 
   [[nodiscard]] BankCounters counters() const;
 

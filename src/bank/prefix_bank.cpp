@@ -361,8 +361,9 @@ void PrefixBank::remove_all() noexcept {
   contents_.tokens = 0;
 }
 
-std::vector<PrefixBank::Listed> PrefixBank::listed() const {
+std::vector<PrefixBank::Listed> PrefixBank::listed() {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const auto slots = policy_.order();
   std::vector<char> taken(tree_.slots());
   std::vector<Listed> all;

@@ -179,7 +179,7 @@ class PrefixBank final : public CapacityBank {
     float saved_ms = 0;
   };
   /// All nodes, the one that would be evicted last in front, but each behind its parent. None is held by this.
-  [[nodiscard]] std::vector<Listed> listed() const;
+  [[nodiscard]] std::vector<Listed> listed();
   /// As find(), and nothing counts as used.
   [[nodiscard]] PrefixLease peek(std::string_view partition, std::span<const std::int64_t> tokens);
   /// Holds on to a whole sequence, if all of it is known and `share` of the capacity, and of what its tenant may hold,

@@ -201,8 +201,9 @@ void TokenBank::insert_indexed(std::string_view partition, const std::shared_ptr
   }
 }
 
-std::vector<TokenBank::Listed> TokenBank::listed() const {
+std::vector<TokenBank::Listed> TokenBank::listed() {
   const std::lock_guard lock(mutex_);
+  drop_aged();
   const auto slots = policy_.order();
   std::vector<Listed> all;
   for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {

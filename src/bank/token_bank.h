@@ -77,7 +77,7 @@ class TokenBank final : public CapacityBank {
     double saved_ms = 0;
   };
   /// All entries, the one that would be evicted last in front.
-  [[nodiscard]] std::vector<Listed> listed() const;
+  [[nodiscard]] std::vector<Listed> listed();
   /// Keeps an entry of another process as it was there, if there is room without evicting; false: there is none. One
   /// tensor for each spec of the layout.
   bool restore(std::string_view partition, const TokenView& tokens, const std::vector<std::uint16_t>& counts,

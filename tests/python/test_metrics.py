@@ -27,7 +27,7 @@ ALERTS = ROOT / "docs" / "metrics" / "alerts.yml"
 OPERATIONS = ROOT / "docs" / "operations.md"
 NAME = r"llmcache_[a-z_]+"
 # Of caches made for an error budget, or once something has fallen back.
-NOT_ALWAYS = re.compile(r"llmcache_budget_|llmcache_fallbacks_total$")
+NOT_ALWAYS = re.compile(r"llmcache_budget_|llmcache_tenant_|llmcache_fallbacks_total$")
 
 Labels = tuple[tuple[str, str], ...]
 
