@@ -108,8 +108,8 @@ class LayerCacheBase {
   /// another process goes on where this one is. Calls may be running. The file is replaced in one step: whoever opens
   /// it sees the one before or the new one, whatever happens meanwhile. docs/operations.md has more,
   /// docs/snapshot-format.md every byte.
-  /// Throws Error: kInvalidFile if it cannot be written, kModelChanged, kNotAvailable if the cache was cleared, or its
-  /// weights were changed, meanwhile. The file is then as it was.
+  /// Throws Error: kInvalidFile if it cannot be written, kModelChanged, kNotAvailable if the cache was cleared, a
+  /// tenant erased, or its weights changed, meanwhile. The file is then as it was.
   SnapshotReport save(const std::filesystem::path& path);
   /// Makes known what a file of save() holds, as far as there is room without evicting, most valuable first. Calls may
   /// be running. Nothing is taken of a file that is missing, damaged, of another model or of a later version of the

@@ -71,7 +71,7 @@ void SnapshotLoad::take(const std::function<bool(const std::function<void()>& st
     try {
       reader_.read(entry.frame, bytes);
       const bool current = publish([&] { outcome = line.part->take(bytes, line.report); });
-      if (!current) stopped = "the cache was cleared, or its weights were changed, meanwhile";
+      if (!current) stopped = "the cache was cleared, a tenant erased, or its weights changed, meanwhile";
     } catch (const std::exception& error) {
       stopped = fmt::format("reading was broken off: {}", error.what());
     }

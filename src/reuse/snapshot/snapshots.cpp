@@ -115,13 +115,13 @@ SnapshotReport Snapshots::write(const std::filesystem::path& path) {
       line.name = part->name();
       part->save(writer, line);
     }
-    if (cache_.epoch() != epoch) {
+    // Nothing is dropped between looking and putting the file in its place.
+    if (!cache_.publish(epoch, [&] { writer.commit(); })) {
       throw Error(ErrorCode::kNotAvailable,
-                  fmt::format("snapshot '{}' was not written, because the cache was cleared, or its weights were "
-                              "changed, meanwhile; save again",
+                  fmt::format("snapshot '{}' was not written, because the cache was cleared, a tenant erased, or its "
+                              "weights changed, meanwhile; save again",
                               report.path));
     }
-    writer.commit();
     report.bytes = writer.bytes();
   } catch (const UnwritableFile& error) {
     refuse_file(fmt::format("snapshot '{}' cannot be written: {}; what was there before is there still", report.path,
