@@ -83,9 +83,13 @@ TEST(TokenBalanceTest, ComputedTokensHaveTheirReasons) {
   failed_and_gone.evicted_tokens = 4;
   auto audited_and_gone = failed_and_gone;
   audited_and_gone.miss = MissReason::kAudit;
-  const auto balance = balance_of({prefix, all_gone, failed, over, failed_and_gone, audited_and_gone});
+  auto quota = row(20, Source::kComputed, 20);
+  quota.evicted_tokens = 16;
+  quota.evicted_because = MissReason::kOwnQuota;
+  const auto balance = balance_of({prefix, all_gone, failed, over, failed_and_gone, audited_and_gone, quota});
+  EXPECT_EQ(because(balance, MissReason::kOwnQuota), 16U);
   EXPECT_EQ(because(balance, MissReason::kEvicted), 32U + 12U);
-  EXPECT_EQ(because(balance, MissReason::kNew), 8U);
+  EXPECT_EQ(because(balance, MissReason::kNew), 8U + 4U);
   EXPECT_EQ(because(balance, MissReason::kFallback), 6U + 6U);
   EXPECT_EQ(because(balance, MissReason::kAudit), 6U);
   EXPECT_EQ(because(balance, MissReason::kOverBudget), 8U);

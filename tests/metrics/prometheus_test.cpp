@@ -114,6 +114,31 @@ TEST(CacheMetricsTest, SeveralCachesShareFamiliesAndKeepTheirNames) {
   EXPECT_THAT(prometheus::TextSerializer().Serialize(metrics.Collect()), Not(HasSubstr("cache=\"a\"")));
 }
 
+TEST(CacheMetricsTest, TenantsAreToldByTheirClass) {
+  LayerCache<Module> cache(load_model(kEncoder));
+  LayerCache<Module> limited = cache.with_options({.tenants = {.quota_bytes = {{"acme", std::size_t{1} << 20}}}});
+  CacheMetrics metrics;
+  metrics.add(limited, "a");
+  const auto request = right_padded(model_info(kEncoder), {9}, 1);
+  limited.forward(request.inputs, {.tenant = "acme"});
+  limited.forward(request.inputs);
+  limited.forward(request.inputs, {.tenant = "bolt"});
+  limited.forward(right_padded(model_info(kEncoder), {9}, 2).inputs, {.tenant = "coil"});
+  const auto families = metrics.Collect();
+  EXPECT_GE(sum_of(families, "llmcache_tenant_bytes"), 4 * 9 * 4);
+  EXPECT_EQ(sum_of(families, "llmcache_tenant_entries"), 4);
+  EXPECT_EQ(sum_of(families, "llmcache_bank_quota_evictions_total"), 0);
+  EXPECT_EQ(sum_of(families, "llmcache_pins"), 0);
+  const std::string text = prometheus::TextSerializer().Serialize(families);
+  EXPECT_THAT(text, AllOf(HasSubstr("llmcache_tenant_entries{cache=\"a\",class=\"unnamed\"} 1\n"),
+                          HasSubstr("llmcache_tenant_entries{cache=\"a\",class=\"listed\"} 1\n"),
+                          HasSubstr("llmcache_tenant_entries{cache=\"a\",class=\"others\"} 2\n"),
+                          HasSubstr("reason=\"own_quota\"} 0\n")));
+  metrics.remove("a");
+  metrics.add(cache, "b");
+  EXPECT_EQ(sum_of(metrics.Collect(), "llmcache_tenant_bytes", "b"), -1) << "it is not kept who holds what";
+}
+
 TEST(CacheMetricsTest, EveryScrapeAddsUpWhile64ThreadsCall) {
   const auto info = model_info("tiny-gpt2-sdpa");
   LayerCache<Module> cache(load_model("tiny-gpt2-sdpa"), {.capacity_bytes = std::size_t{300} << 10});

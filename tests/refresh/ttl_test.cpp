@@ -60,6 +60,31 @@ TEST_F(EvictionTtl, AClockThatGoesBackExpiresNothingEarly) {
   EXPECT_EQ(queue.expired(1060), 2U);
 }
 
+TEST_F(EvictionTtl, OneMayBeMadeAsOldAsAnother) {
+  queue.insert(1, 0);
+  queue.insert(2, 10);
+  queue.insert(3, 20);
+  queue.make_as_old(3, 2);
+  queue.make_as_old(3, 3);
+  queue.make_as_old(3, 77);
+  queue.make_as_old(77, 3);
+  EXPECT_EQ(queue.size(), 3U);
+  EXPECT_EQ(queue.expired(69), 1U);
+  EXPECT_EQ(queue.expired(69, 1), std::nullopt) << "behind the first";
+  EXPECT_EQ(queue.expired(70, 1), 3U);
+  EXPECT_EQ(queue.expired(70, 3), 2U);
+  EXPECT_EQ(queue.expired(70, 2), std::nullopt);
+  EXPECT_EQ(queue.expired(70, 77), 1U) << "it is not held: from the start";
+  queue.make_as_old(2, 1);  // to the front
+  queue.erase(1);
+  EXPECT_EQ(queue.expired(60), 2U);
+  queue.erase(2);
+  EXPECT_EQ(queue.expired(69), std::nullopt);
+  EXPECT_EQ(queue.expired(70), 3U);
+  queue.erase(3);
+  EXPECT_EQ(memory.used, 0U);
+}
+
 TEST_F(EvictionTtl, WithoutLimitNothingExpires) {
   for (const double ttl : {0.0, kInfinity}) {
     TtlQueue never(ttl, &memory);
