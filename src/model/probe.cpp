@@ -405,7 +405,7 @@ Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, 
 
 void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile& profile) {
   constexpr std::int64_t kMost = 4096;  // longer ones would take memory and time: masks grow with the square
-  constexpr std::int64_t kFew = 6;
+  constexpr std::int64_t kFewTokens = 6;
   const auto takes = [&](std::int64_t tokens, std::int64_t source_tokens) {
     Inputs given = probe_inputs(inputs, model.device(), 1, tokens);
     for (std::size_t i = 0; source_tokens > 0 && i < given.size(); ++i) {
@@ -423,7 +423,7 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
   std::int64_t& most = profile.max_tokens;
   if (most > 0 && most <= kMost && (!takes(most, 0) || takes(most + 1, 0))) most = 0;
   std::int64_t& most_source = profile.max_source_tokens;
-  if (most_source > 0 && most_source <= kMost && (!takes(kFew, most_source) || takes(kFew, most_source + 1))) {
+  if (most_source > 0 && most_source <= kMost && (!takes(kFewTokens, most_source) || takes(kFewTokens, most_source + 1))) {
     most_source = 0;
   }
   if (inputs.most_tokens > 0) most = most == 0 ? inputs.most_tokens : std::min(most, inputs.most_tokens);

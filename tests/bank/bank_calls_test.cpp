@@ -27,22 +27,10 @@
 #include "every_allocation.h"
 #include "match/size_class.h"
 #include "reuse/deferred_writes.h"
+#include "token_ids.h"
 
 namespace llmcache::test {
 namespace {
-
-using Tokens = std::vector<std::int64_t>;
-
-Tokens iota(std::int64_t count, std::int64_t first = 0) {
-  Tokens tokens(static_cast<std::size_t>(count));
-  for (auto& token : tokens) token = first++;
-  return tokens;
-}
-
-Tokens joined(Tokens tokens, const Tokens& more) {
-  tokens.insert(tokens.end(), more.begin(), more.end());
-  return tokens;
-}
 
 // --- what is kept later -------------------------------------------------------------------------------
 
@@ -138,7 +126,7 @@ TEST(MemoryTotal, HoldsUnderInterleavings) {
 
 // --- prefixes -----------------------------------------------------------------------------------------
 
-constexpr std::size_t kTokenBytes = 16;
+constexpr std::size_t kCallTokenBytes = 16;
 
 PrefixBank::Settings prefix_settings(std::size_t capacity, MemoryAccount* total = nullptr) {
   PrefixBank::Settings settings;
@@ -149,15 +137,15 @@ PrefixBank::Settings prefix_settings(std::size_t capacity, MemoryAccount* total 
 }
 
 /// A pass over a sequence of `length` tokens in all; written with its tokens.
-struct Pass {
+struct CallPass {
   PrefixLease lease;
   std::string partition;
   Tokens tokens;
   std::vector<KeyRange> ranges;
   bool complete = false;
 
-  Pass(PrefixBank& bank, std::string partition_of, Tokens tokens_of, std::int64_t room = 0,
-       std::optional<std::uint8_t> length_class = {})
+  CallPass(PrefixBank& bank, std::string partition_of, Tokens tokens_of, std::int64_t room = 0,
+           std::optional<std::uint8_t> length_class = {})
       : partition(std::move(partition_of)), tokens(std::move(tokens_of)) {
     lease = bank.find(partition, tokens, 0);
     ranges = lease.known();
@@ -177,7 +165,7 @@ struct Pass {
 
 void add(PrefixBank& bank, const std::string& partition, const Tokens& tokens, std::int64_t room = 0,
          std::optional<std::uint8_t> length_class = {}) {
-  Pass pass(bank, partition, tokens, room, length_class);
+  CallPass pass(bank, partition, tokens, room, length_class);
   pass.commit(bank);
 }
 
@@ -237,14 +225,14 @@ TEST(PrefixTags, StayWithTheTokensWhoeverMakesThemKnown) {
   add(bank, "s", iota(60));
   {
     // What was known is dropped while a pass uses it, and comes back with what the pass adds.
-    Pass pass(bank, "s", joined(iota(60), iota(200, 900)));
+    CallPass pass(bank, "s", joined(iota(60), iota(200, 900)));
     bank.clear();
     pass.commit(bank);
   }
   EXPECT_EQ(classes(bank, iota(60)), std::pair(6, 6));
   EXPECT_EQ(classes(bank, joined(iota(60), iota(200, 900))), std::pair(6, 9));
   // Rows of a batch that begin alike: what another one computed is of its length.
-  Pass first(bank, "t", joined(iota(20), iota(100, 300)));
+  CallPass first(bank, "t", joined(iota(20), iota(100, 300)));
   PrefixLease lease = bank.find("t", joined(iota(20), {1}), 0);
   std::vector<KeyRange> ranges = first.lease.reserved();
   ranges.resize(1);
@@ -265,13 +253,13 @@ TEST(PrefixCalls, LeaveNothingBeforeTheyAreCommitted) {
   std::vector<std::int64_t> lengths;
   for (std::int64_t n = 0; n < held; ++n) lengths.push_back(known(bank, "a", iota(100, 1000 * n)));
   for (int round = 0; round < 3; ++round) {
-    const Pass fits(bank, "b", iota(900));
+    const CallPass fits(bank, "b", iota(900));
     EXPECT_TRUE(fits.complete);
-    const Pass beside(bank, "b", iota(900, 5000), 2000);
+    const CallPass beside(bank, "b", iota(900, 5000), 2000);
     EXPECT_TRUE(beside.complete);
-    const Pass too_large(bank, "b", iota(9000));
+    const CallPass too_large(bank, "b", iota(9000));
     EXPECT_FALSE(too_large.complete);
-    const Pass grows(bank, "a", joined(iota(100, 1000 * (held - 1)), {1, 2, 3}), 512);
+    const CallPass grows(bank, "a", joined(iota(100, 1000 * (held - 1)), {1, 2, 3}), 512);
     EXPECT_TRUE(grows.complete);
     EXPECT_EQ(numbers_of(bank.counters()), before);
     EXPECT_EQ(known(bank, "b", iota(900)), 0);
@@ -287,16 +275,16 @@ TEST(PrefixCalls, LeaveNothingBeforeTheyAreCommitted) {
 
 TEST(PrefixCalls, RunningOnesTakeNoMoreThanTheCapacityTogether) {
   PrefixBank bank(prefix_settings(32 << 10));
-  std::vector<Pass> passes;
+  std::vector<CallPass> passes;
   std::size_t room = 0;
   for (std::int64_t n = 0; n < 64; ++n) {
     passes.emplace_back(bank, "s", iota(100, 1000 * n));
-    if (passes.back().complete) room += 100 * kTokenBytes;
+    if (passes.back().complete) room += 100 * kCallTokenBytes;
   }
   EXPECT_LE(room, std::size_t{32} << 10);
   EXPECT_GT(room, std::size_t{24} << 10);
   EXPECT_EQ(bank.counters().bytes, 0u);
-  for (Pass& pass : passes) pass.commit(bank);
+  for (CallPass& pass : passes) pass.commit(bank);
   EXPECT_EQ(bank.counters().insertions + bank.counters().rejected, 64u);
   EXPECT_LE(bank.counters().peak_bytes, std::size_t{32} << 10);
 }
@@ -305,7 +293,7 @@ TEST(PrefixCalls, RunningOnesTakeNoMoreThanTheCapacityTogether) {
 TEST(PrefixCalls, WhatAnotherRowMadeKnownIsNotGivenBackWithItsOwner) {
   PrefixBank bank(prefix_settings(1 << 20));
   add(bank, "s", iota(10), 16);
-  std::optional<Pass> owner(std::in_place, bank, "s", joined(iota(10), iota(90, 100)));
+  std::optional<CallPass> owner(std::in_place, bank, "s", joined(iota(10), iota(90, 100)));
   ASSERT_EQ(owner->lease.reserved().size(), 2u) << "spare room, and a block of its own";
   const Tokens tokens = joined(iota(10), {100, 101, 102, 7, 8});
   {
@@ -441,7 +429,7 @@ TEST(FailingMemory, CommittingToAPrefixBankNeverFails) {
     PrefixBank bank(prefix_settings(capacity));
     add(bank, "s", iota(40), 64);
     std::uint64_t turns = 1;
-    std::optional<Pass> pass;
+    std::optional<CallPass> pass;
     const auto prepare = [&] {
       pass.reset();
       // A new node, one that splits another one, and one that goes on in its block, in turn.

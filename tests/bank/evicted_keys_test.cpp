@@ -10,12 +10,12 @@
 #include <string_view>
 #include <vector>
 
+#include "token_ids.h"
+
 namespace llmcache::test {
 namespace {
 
 using Cause = EvictedKeys::Cause;
-using Tokens = std::vector<std::int64_t>;
-
 constexpr std::size_t kHashes = 1024;
 
 Tokens counted(std::size_t count, std::int64_t first = 0) {

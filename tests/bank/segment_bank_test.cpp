@@ -10,11 +10,10 @@
 #include "match/block_hash_index.h"
 #include "model/rotary.h"
 #include "support.h"
+#include "token_ids.h"
 
 namespace llmcache::test {
 namespace {
-
-using Tokens = std::vector<std::int64_t>;
 
 // --- rotation -----------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ TEST(EncoderDecoderModels, AnEmptySourceIsRefusedByName) {
 }
 
 TEST(EncoderDecoderModels, TextsOfUnlikeSourcesGrowWithoutAMask) {
-  const SmallModel unmasked{.mask = "", .bias = "torch.zeros(1)"};
+  const SmallModel unmasked{.mask = "", .bias = "torch.zeros(1, 1, 1, 1)"};
   Module plain = small_model(unmasked);
   LayerCache<Module> cache(small_model(unmasked));
   ASSERT_EQ(cache.profile().source_arguments, std::vector<int>{0}) << cache.profile().to_string();

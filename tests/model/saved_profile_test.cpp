@@ -147,10 +147,12 @@ TEST_F(SavedProfileTest, OtherVersionsAreProbed) {
     EXPECT_TRUE(wrap("tiny-bert-sdpa").profile().from_file);
   }
   auto newer = text();
-  const auto at = newer.find("\"version\":2");
+  const auto own = "\"version\":" + std::to_string(kSavedProfileVersion);
+  const auto at = newer.find(own);
   ASSERT_NE(at, std::string::npos);
-  put(newer.replace(at, 11, "\"version\":3"));
-  EXPECT_THAT(wrap("tiny-bert-sdpa").profile().file_note, HasSubstr("has version 3"));
+  put(newer.replace(at, own.size(), "\"version\":" + std::to_string(kSavedProfileVersion + 1)));
+  EXPECT_THAT(wrap("tiny-bert-sdpa").profile().file_note,
+              HasSubstr("has version " + std::to_string(kSavedProfileVersion + 1)));
 }
 
 TEST_F(SavedProfileTest, ASourceIsFoundAgain) {

@@ -20,10 +20,9 @@
 #include "bank/segment_bank.h"
 #include "bank/token_bank.h"
 #include "match/size_class.h"
+#include "token_ids.h"
 
 namespace llmcache::test {
-
-using Tokens = std::vector<std::int64_t>;
 
 inline constexpr std::int64_t kTokens = 32;
 /// Data of an entry of kTokens tokens: eight float32 each, whatever the bank.

@@ -12,27 +12,15 @@
 
 #include "bank/prefix_bank.h"
 #include "match/size_class.h"
+#include "token_ids.h"
 
 namespace llmcache::test {
-
-using Tokens = std::vector<std::int64_t>;
 
 /// Two places of a model: [1, 2, tokens, 3] and [tokens, 2].
 inline std::vector<KeySpec> specs() {
   return {{{1, 2, 1, 3}, 2, at::TensorOptions().dtype(at::kLong)}, {{1, 2}, 0, at::TensorOptions().dtype(at::kInt)}};
 }
 inline constexpr std::size_t kTokenBytes = 2 * 3 * 8 + 2 * 4;
-
-inline Tokens iota(std::int64_t count, std::int64_t first = 0) {
-  Tokens tokens(static_cast<std::size_t>(count));
-  for (auto& token : tokens) token = first++;
-  return tokens;
-}
-
-inline Tokens joined(Tokens tokens, const Tokens& more) {
-  tokens.insert(tokens.end(), more.begin(), more.end());
-  return tokens;
-}
 
 /// A number for each token of a sequence that follows from all tokens up to it, and from the partition.
 inline std::vector<std::int64_t> marks(const std::string& partition, const Tokens& tokens, std::size_t width) {
