@@ -90,6 +90,11 @@ c10::IValue LayerCacheBase::forward(const Inputs& inputs, const RequestOptions& 
   return result;
 }
 
+void LayerCacheBase::prefetch(const Inputs& inputs, const RequestOptions& options) {
+  const c10::NoGradGuard no_grad;
+  as_the_caller_threw([&] { impl_->prefetch(inputs, options); });
+}
+
 c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan, const Donors& donors,
                                          Donors* capture) {
   const c10::NoGradGuard no_grad;

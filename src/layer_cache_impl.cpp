@@ -107,7 +107,8 @@ LayerCacheBase::Impl::Impl(Options chosen, WrappedModel found)
       risk_(strategies.find<RiskController>()),
       hooked_(wrapped),
       verifier_(wrapped, options, verification, {[this] { return check_weights(); }, [this] { drop(); }}),
-      snapshots_(options.snapshot, for_snapshots()) {
+      snapshots_(options.snapshot, for_snapshots()),
+      tiers_(options.store, stored_parts(), for_tiers()) {
   verification.envelope().take(wrapped.profile.verified);
   limit_tenants();
   if (!options.snapshot.path.empty()) tell(options.progress, "loading the snapshot");
@@ -189,14 +190,18 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   const std::uint64_t epoch = check_weights();
   Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
   call.epoch = epoch;
+  call.dropped = dropped();
   call.running = &running;
   call.first_number = next_number_.fetch_add(static_cast<std::uint64_t>(call.batch.rows));
   call.packable = can_pack(call.batch);
   call.hooks = hooks_for(request);
   Answers answers(call, report);
   std::vector<ReuseStrategy*> asked;
+  bool tiered = false;
   if (auto reason = plain_reason(call); reason.empty()) {
     const auto chain = strategies_for(call);
+    tiered = tiers_.on() && call.hooks.empty();
+    if (tiered) tiers_.look_up(call, report);
     answers.expect_misses(expected_miss(call, chain));
     for (ReuseStrategy* strategy : chain) {
       if (answers.complete()) break;
@@ -213,7 +218,22 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   report.store_ms += clock.lap();
   result = verifier_.verified(call, answers, std::move(result));
   finish(call, answers);
+  if (tiered) tiers_.keep(call, report);
   return result;
+}
+
+void LayerCacheBase::Impl::prefetch(const Inputs& inputs, const RequestOptions& request) {
+  const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
+  check_request(request, fidelity);
+  const std::uint64_t epoch = check_weights();
+  Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
+  call.epoch = epoch;
+  call.dropped = dropped();
+  call.packable = can_pack(call.batch);
+  call.hooks = hooks_for(request);
+  if (!tiers_.on() || !call.hooks.empty() || !plain_reason(call).empty()) return;
+  static_cast<void>(strategies_for(call));  // it finds out what the call cuts
+  tiers_.prefetch(call);
 }
 
 std::vector<std::shared_ptr<LayerHook>> LayerCacheBase::Impl::hooks_for(const RequestOptions& request) const {
@@ -301,24 +321,38 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
   report.store_ms += clock.lap();
 }
 
+bool LayerCacheBase::Impl::publish(std::uint64_t epoch, const std::function<void()>& step) {
+  const std::shared_lock lock(kept_mutex_);
+  if (dropped() != epoch) return false;
+  step();
+  return true;
+}
+
+ModelIdentity LayerCacheBase::Impl::identity_of_model() {
+  const std::shared_lock lock(weights_mutex_);
+  wrapped.model->check_unchanged();
+  return wrapped.identity();
+}
+
 Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
   const auto parts = [this] {
     SnapshotParts all;
     for (const auto& strategy : strategies.all()) strategy->add_parts(all);
     return all;
   };
-  const auto publish = [this](std::uint64_t epoch, const std::function<void()>& step) {
-    const std::shared_lock lock(kept_mutex_);
-    if (dropped() != epoch) return false;
-    step();
-    return true;
-  };
-  const auto identity_of_model = [this] {
-    const std::shared_lock lock(weights_mutex_);
-    wrapped.model->check_unchanged();
-    return wrapped.identity();
-  };
-  return {identity_of_model, parts, [this] { return dropped(); }, publish};
+  return {[this] { return identity_of_model(); }, parts, [this] { return dropped(); },
+          [this](std::uint64_t epoch, const std::function<void()>& step) { return publish(epoch, step); }};
+}
+
+std::vector<std::unique_ptr<StoredPart>> LayerCacheBase::Impl::stored_parts() const {
+  std::vector<std::unique_ptr<StoredPart>> parts;
+  for (const auto& strategy : strategies.all()) strategy->add_stored(parts);
+  return parts;
+}
+
+Tiers::Cache LayerCacheBase::Impl::for_tiers() {
+  return {[this] { return identity_of_model().digest(); }, [this] { return dropped(); },
+          [this](std::uint64_t epoch, const std::function<void()>& step) { return publish(epoch, step); }};
 }
 
 void LayerCacheBase::Impl::drop() {
@@ -408,6 +442,7 @@ Stats LayerCacheBase::Impl::stats() const {
   fallbacks_.fill(stats.fallbacks);
   verifier_.fill(stats.verification);
   stats.snapshot = snapshots_.stats();
+  stats.store = tiers_.stats();
   return stats;
 }
 

@@ -22,6 +22,7 @@
 #include "reuse/prefix/prefix_reuse.h"
 #include "reuse/running_calls.h"
 #include "reuse/snapshot/snapshots.h"
+#include "reuse/tiers/tiers.h"
 #include "reuse/verifier.h"
 
 namespace llmcache {
@@ -34,6 +35,8 @@ struct LayerCacheBase::Impl {
 
   /// LayerCacheBase::forward(), without time and thread's report.
   c10::IValue forward(const Inputs& inputs, const RequestOptions& request, ForwardReport& report);
+  /// LayerCacheBase::prefetch().
+  void prefetch(const Inputs& inputs, const RequestOptions& request);
   void weights_changed();
   /// Drops all that is kept. What running calls compute is not kept.
   void drop();
@@ -69,6 +72,11 @@ struct LayerCacheBase::Impl {
   void add_tenants(Stats& stats) const;
   /// Another number after each drop() and erase_tenant().
   [[nodiscard]] std::uint64_t dropped() const noexcept;
+  [[nodiscard]] Tiers::Cache for_tiers();
+  [[nodiscard]] std::vector<std::unique_ptr<StoredPart>> stored_parts() const;
+  /// Takes a step unless all, or a tenant, was dropped since: `epoch` is what dropped() gave then.
+  bool publish(std::uint64_t epoch, const std::function<void()>& step);
+  [[nodiscard]] ModelIdentity identity_of_model();
   [[nodiscard]] bool can_pack(const Batch& batch) const;
   [[nodiscard]] std::string plain_reason(const Call& call) const;
   [[nodiscard]] std::vector<std::shared_ptr<LayerHook>> hooks_for(const RequestOptions& request) const;
@@ -96,6 +104,7 @@ struct LayerCacheBase::Impl {
   std::atomic<std::uint64_t> weight_checks_{0}, next_number_{0};
   Verifier verifier_;    ///< its thread uses all above
   Snapshots snapshots_;  ///< likewise
+  Tiers tiers_;          ///< likewise
 };
 
 }  // namespace llmcache

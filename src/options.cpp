@@ -216,6 +216,7 @@ void Options::validate() const {
   threshold.validate();
   refresh.validate();
   snapshot.validate();
+  store.validate();
   if (refresh.flush_below > 0 && threshold.eviction.policy != Eviction::kDecay) {
     throw Error(
         ErrorCode::kInvalidOptions,

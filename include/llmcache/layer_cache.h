@@ -56,6 +56,12 @@ class LayerCacheBase {
   /// error, nested). The cache is then as it was before the call.
   c10::IValue forward(const Inputs& inputs, const RequestOptions& options = {});
 
+  /// Tells that forward() will be called with the same arguments soon, so that what the store below the memory
+  /// (Options::store) has of them can be fetched while the request waits for its turn. Returns at once: a thread of the
+  /// cache fetches. Does nothing without a store. Inputs are copied. Throws Error(kInvalidInput) and
+  /// Error(kInvalidOptions) as forward() does, and Error(kModelChanged).
+  void prefetch(const Inputs& inputs, const RequestOptions& options = {});
+
   /// Runs exactly `plan`, looking nothing up and keeping nothing: the hook by which partial
   /// recomputation is tested and timed. `donors` are numbered as the plan numbers them. If `capture`
   /// is given it receives one state a sequence of the plan, in its order.

@@ -14,6 +14,7 @@
 #include "llmcache/refresh/budget.h"
 #include "llmcache/refresh/options.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/store/store_options.h"
 #include "llmcache/tenants.h"
 #include "llmcache/threshold.h"
 
@@ -227,6 +228,9 @@ struct Options {
 
   /// Keeping the cache over restarts. Default: it is not.
   SnapshotOptions snapshot = {};
+
+  /// Stores below the memory: a directory, a server that several processes share. Default: none.
+  StoreOptions store = {};
 
   /// Told how far wrapping (some seconds for a large model) and calibrate() have come: once for each step, and within
   /// the long ones of a calibration once for each request. It is called by the thread that constructs or calibrates,

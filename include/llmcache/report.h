@@ -10,6 +10,7 @@
 
 #include "llmcache/model/verified_envelope.h"
 #include "llmcache/snapshot.h"
+#include "llmcache/store/store_stats.h"
 #include "llmcache/time_histogram.h"
 
 namespace llmcache {
@@ -254,6 +255,7 @@ struct Stats {
   std::vector<FallbackStats> fallbacks;   ///< one a mechanism that did not serve every request it should have
   VerificationStats verification;
   SnapshotStats snapshot;  ///< of save(), load() and Options::snapshot
+  StoreStats store;        ///< of Options::store
 
   [[nodiscard]] double hit_rate() const noexcept;  ///< all hits, early exits among them, / sequences
   /// A few lines for people; ends in a newline.

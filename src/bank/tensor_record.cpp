@@ -28,6 +28,16 @@ std::size_t number_bytes(const at::Tensor& tensor) {
   return static_cast<std::size_t>(tensor.numel()) * tensor.element_size();
 }
 
+/// Gives the numbers of tensors, one after the other, to a sink. Copies one tensor at a time.
+template <class Sink>
+void give_numbers(const std::vector<at::Tensor>& tensors, const Sink& sink) {
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
+    const at::Tensor own = tensor.detach().to(at::kCPU).contiguous().resolve_conj().resolve_neg();
+    sink(static_cast<const char*>(own.const_data_ptr()), number_bytes(own));
+  }
+}
+
 /// A view of the record's bytes, which must live as long.
 at::Tensor view_of(const TensorRecord& record) {
   // Nobody writes to it.
@@ -60,12 +70,16 @@ void write_entry(SnapshotWriter& writer, FrameKind kind, const std::string& entr
   for (const at::Tensor& tensor : tensors) bytes += number_bytes(tensor);
   writer.begin(kind, bytes);
   writer.add(entry);
-  for (const at::Tensor& tensor : tensors) {
-    if (tensor.numel() == 0) continue;
-    const at::Tensor own = tensor.detach().to(at::kCPU).contiguous().resolve_conj().resolve_neg();
-    writer.add(own.const_data_ptr(), number_bytes(own));
-  }
+  give_numbers(tensors, [&](const char* data, std::size_t size) { writer.add(data, size); });
   writer.end();
+}
+
+void append_entry(std::string& to, const std::string& entry, const std::vector<at::Tensor>& tensors) {
+  std::size_t bytes = entry.size();
+  for (const at::Tensor& tensor : tensors) bytes += number_bytes(tensor);
+  to.reserve(to.size() + bytes);
+  to += entry;
+  give_numbers(tensors, [&](const char* data, std::size_t size) { to.append(data, size); });
 }
 
 bool has_form(const TensorRecord& record, at::IntArrayRef sizes, at::ScalarType type) {

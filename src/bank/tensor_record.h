@@ -21,6 +21,9 @@ namespace llmcache {
 void write_entry(SnapshotWriter& writer, FrameKind kind, const std::string& entry,
                  const std::vector<at::Tensor>& tensors);
 
+/// Appends the same bytes to a text.
+void append_entry(std::string& to, const std::string& entry, const std::vector<at::Tensor>& tensors);
+
 /// True if a record is of this type and these sizes.
 [[nodiscard]] bool has_form(const TensorRecord& record, at::IntArrayRef sizes, at::ScalarType type);
 /// The type of a record's numbers.

@@ -21,6 +21,7 @@ struct Call {
   const Fidelity fidelity;
   std::uint64_t first_number = 0;  ///< of its first row; rows are numbered in the order of the calls
   std::uint64_t epoch = 0;         ///< of the weights and banks; what belongs to an earlier one is not kept
+  std::uint64_t dropped = 0;       ///< another number after each erasure of a tenant too
   bool packable = false;           ///< its real tokens can be run without the padding between them
   /// A strategy that serves it computes only the tokens that request.output names. Whole outputs are not made then, so
   /// that there are none to keep and none to find.

@@ -11,6 +11,7 @@
 #include "reuse/answers.h"
 #include "reuse/call.h"
 #include "reuse/snapshot/snapshot_part.h"
+#include "reuse/tiers/stored_part.h"
 
 namespace llmcache {
 
@@ -49,6 +50,9 @@ class ReuseStrategy {
   virtual void add_to(Stats& /*stats*/) const {}
   /// Adds what a snapshot holds of it, in the order in which it is written and taken.
   virtual void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& /*parts*/) {}
+
+  /// Adds what stores below the memory keep of it, in the order in which it is looked for. It outlives them.
+  virtual void add_stored(std::vector<std::unique_ptr<StoredPart>>& /*parts*/) {}
 
   /// True if it computes only the tokens that the request's Output names.
   [[nodiscard]] virtual bool cuts_output(const Call& /*call*/) const { return false; }

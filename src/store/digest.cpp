@@ -6,10 +6,11 @@
 
 namespace llmcache {
 
-Digest::Digest() {
+Digest::Digest(std::string_view key) {
   // Without it libsodium does not look for what the processor can do, and is half as fast.
   static const bool ready = sodium_init() >= 0;
-  if (!ready || crypto_generichash_init(&state_, nullptr, 0, crypto_generichash_BYTES) != 0) {
+  const auto* bytes = key.empty() ? nullptr : reinterpret_cast<const unsigned char*>(key.data());
+  if (!ready || crypto_generichash_init(&state_, bytes, key.size(), crypto_generichash_BYTES) != 0) {
     throw std::runtime_error("libsodium cannot be used");
   }
 }

@@ -12,7 +12,9 @@ namespace llmcache {
 /// BLAKE2b with 256 bits, of what is given to it, part after part. One thread at a time.
 class Digest {
  public:
-  Digest();
+  Digest() : Digest(std::string_view{}) {}
+  /// With a key of at most 64 bytes: who does not know it cannot tell what comes out. Empty: as without one.
+  explicit Digest(std::string_view key);
 
   void add(const void* data, std::size_t bytes);
   /// The text with its length, so that where one ends and the next begins counts too.

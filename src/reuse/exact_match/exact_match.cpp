@@ -8,6 +8,7 @@
 
 #include "execute/clock.h"
 #include "reuse/exact_match/output_part.h"
+#include "reuse/exact_match/stored_outputs.h"
 #include "reuse/miss_reason.h"
 
 namespace llmcache {
@@ -91,6 +92,13 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
 
 void ExactMatch::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
   if (wrapped_.keeps_rows()) parts.push_back(std::make_unique<OutputPart>(wrapped_, bank_));
+}
+
+void ExactMatch::add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) {
+  if (!wrapped_.keeps_rows()) return;
+  parts.push_back(std::make_unique<StoredOutputs>(
+      wrapped_, bank_, [this](const Call& call) { return accepts(call); },
+      [this](const Call& call, std::int64_t row) { return key_of(call, row); }));
 }
 
 void ExactMatch::add_to(Stats& stats) const { add(stats, "outputs", bank_.counters()); }

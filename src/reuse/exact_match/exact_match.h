@@ -27,6 +27,7 @@ class ExactMatch final : public ReuseStrategy {
   void each_bank(const BankVisitor& visit) override { visit(bank_); }
   void add_to(Stats& stats) const override;
   void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
+  void add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) override;
 
  private:
   void store(const Call& call, const Answers::Pass& pass, Answers& answers);

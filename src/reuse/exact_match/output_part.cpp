@@ -49,6 +49,17 @@ void OutputPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
   }
 }
 
+bool OutputPart::append_entry_of(std::string& to, std::string_view key, bool exact) const {
+  const auto entry = bank_.find(key, exact);
+  if (!entry) return false;
+  const std::vector<at::Tensor> tensors(entry->tensors().begin(), entry->tensors().end());
+  auto records = records_of(tensors);
+  if (!records || !forms_fit(entry->key(), *records)) return false;
+  const OutputRecord record{entry->key(), entry->exact(), entry->rows(), entry->padded_length(), std::move(*records)};
+  append_entry(to, write_output(record), tensors);
+  return true;
+}
+
 /// True if the tensors are those of a row of this model's result, of as many tokens as the key says.
 bool OutputPart::forms_fit(std::string_view key, const std::vector<TensorRecord>& tensors) const {
   const auto forms = tensors_of(wrapped_.result_form);

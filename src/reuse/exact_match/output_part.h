@@ -24,6 +24,9 @@ class OutputPart final : public SnapshotPart {
   Outcome take(std::string_view entry, SnapshotPartReport& report) override;
   void finish() override;
 
+  /// Appends the entry of a key to a text, as save() writes it. False if there is none, or none that files hold.
+  bool append_entry_of(std::string& to, std::string_view key, bool exact) const;
+
  private:
   [[nodiscard]] bool forms_fit(std::string_view key, const std::vector<TensorRecord>& tensors) const;
 

@@ -95,6 +95,31 @@ bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& li
   return true;
 }
 
+bool PrefixPart::append_piece(std::string& to, std::string_view partition, std::span<const std::int64_t> tokens,
+                              std::size_t begin, std::size_t end) const {
+  const auto known = tokens.first(end * bank_.ids_per_token());
+  const PrefixLease lease = bank_.peek(partition, known);
+  if (lease.known_tokens() < static_cast<std::int64_t>(end)) return false;
+  std::vector<at::Tensor> tensors;
+  for (std::size_t i = 0; i < bank_.specs().size(); ++i) {
+    tensors.push_back(tokens_in_ranges(lease.known(), i, bank_.specs()[i].token_dim, static_cast<std::int64_t>(begin),
+                                       static_cast<std::int64_t>(end)));
+  }
+  PrefixRecord record;
+  record.partition = partition;
+  record.ids_per_token = static_cast<std::uint32_t>(bank_.ids_per_token());
+  record.begin = begin;
+  record.tokens.assign(known.begin(), known.end());
+  record.shortest = lease.shortest();
+  record.longest = lease.longest();
+  for (const KeyRange& range : lease.known()) record.saved_ms = std::max(record.saved_ms, range.saved_ms);
+  record.tensors = records_of(tensors).value();
+  append_entry(to, write_prefix(record), tensors);
+  return true;
+}
+
+std::size_t PrefixPart::bytes_of_token() const { return token_bytes(bank_.specs()); }
+
 std::size_t PrefixPart::check(std::string_view entry) const {
   const PrefixRecord record = read_prefix(entry);
   const auto& specs = bank_.specs();

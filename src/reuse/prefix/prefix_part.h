@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bank/prefix_bank.h"
@@ -27,6 +29,13 @@ class PrefixPart final : public SnapshotPart {
   Outcome take(std::string_view entry, SnapshotPartReport& report) override;
   std::string reason() const override { return "what comes before it in its sequence was not taken"; }
   void finish() override;
+
+  /// Appends tokens [begin, end) of a sequence to a text, as save() writes them. False if not all of it up to the end
+  /// is known. `tokens`: of the sequence, up to `end` at least.
+  bool append_piece(std::string& to, std::string_view partition, std::span<const std::int64_t> tokens,
+                    std::size_t begin, std::size_t end) const;
+  /// What the numbers of one token take.
+  [[nodiscard]] std::size_t bytes_of_token() const;
 
  private:
   bool save_piece(SnapshotWriter& writer, const PrefixBank::Listed& listed, std::size_t begin, std::size_t end) const;

@@ -14,6 +14,7 @@
 #include "model/tensors_of.h"
 #include "reuse/miss_reason.h"
 #include "reuse/prefix/prefix_part.h"
+#include "reuse/prefix/stored_prefixes.h"
 
 namespace llmcache {
 namespace {
@@ -272,8 +273,16 @@ void PrefixReuse::serve(const Call& call, Answers& answers) {
 }
 
 void PrefixReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
-  std::string layers = options_.layers.empty() ? "all" : fmt::format("{}", fmt::join(options_.layers, ","));
-  parts.push_back(std::make_unique<PrefixPart>(bank_, std::move(layers), [this] { return now(); }));
+  parts.push_back(std::make_unique<PrefixPart>(bank_, kept_layers(), [this] { return now(); }));
+}
+
+void PrefixReuse::add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) {
+  parts.push_back(std::make_unique<StoredPrefixes>(
+      bank_, kept_layers(), [this] { return now(); }, [this](const Call& call) { return accepts(call); }));
+}
+
+std::string PrefixReuse::kept_layers() const {
+  return options_.layers.empty() ? "all" : fmt::format("{}", fmt::join(options_.layers, ","));
 }
 
 void PrefixReuse::add_to(Stats& stats) const {

@@ -37,6 +37,7 @@ class PrefixReuse final : public ReuseStrategy {
   TenantErasure erase_tenant(const std::string& tenant) override;
   void add_to(Stats& stats) const override;
   void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
+  void add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) override;
   bool cuts_output(const Call&) const override { return true; }
 
   /// Runs a batch that can be packed (check_packable) and has a real token. The result covers the tokens that `output`
@@ -62,6 +63,7 @@ class PrefixReuse final : public ReuseStrategy {
   class Pass;
   struct Row;
 
+  [[nodiscard]] std::string kept_layers() const;
   [[nodiscard]] std::vector<KeySpec> key_specs();
   [[nodiscard]] double now() const;
   [[nodiscard]] std::vector<Row> look_up(const Batch& batch, const std::string& tenant);

@@ -1,0 +1,464 @@
+// A cache above a store: what it finds there, and that nothing the store does changes an answer.
+#include <llmcache/store/directory_store.h>
+#include <llmcache/store/tiered_store.h>
+
+#include <set>
+
+#include "memory_store.h"
+#include "reuse/tiers/fetch_speed.h"
+#include "store/snapshot_entries.h"
+#include "store/tier_value.h"
+#include "temporary_folder.h"
+#include "tier_support.h"
+
+namespace llmcache::test {
+namespace {
+
+constexpr const char* kDecoder = "tiny-gpt2-sdpa";
+constexpr const char* kEncoder = "tiny-bert-sdpa";
+
+std::set<std::string> keys_of(const MemoryStore& store) {
+  std::set<std::string> keys;
+  for (const auto& [key, value] : store.values()) keys.insert(key);
+  return keys;
+}
+
+// --- two caches, one store ------------------------------------------------------------------------------
+
+class TiersOf : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(TiersOf, TheSecondCacheComputesNothingOfWhatTheFirstHas) {
+  const ModelInfo info = model_info(GetParam());
+  Module plain = load_model(info.name);
+  const auto store = std::make_shared<MemoryStore>();
+  LayerCache<Module> first(load_model(info.name), above(store));
+  LayerCache<Module> second(load_model(info.name), above(store));
+  const bool causal = first.profile().prefix_reuse;
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    const Request request = right_padded(info, {16, 7, 12}, seed);
+    expect_plain_answer(first, plain, info, request);
+    wait_for_store(first);
+    expect_plain_answer(second, plain, info, request);
+    // Of prefixes whole blocks of 4 tokens, of outputs all.
+    EXPECT_EQ(reused_tokens(second), causal ? 16 + 4 + 12 : 35);
+    EXPECT_TRUE(same_bits(second.forward(request.inputs), second.forward(request.inputs)));
+  }
+  const StoreStats stats = second.stats().store;
+  EXPECT_GT(stats.hits, 0U);
+  EXPECT_EQ(stats.damaged + stats.failures + stats.timeouts, 0U);
+  EXPECT_EQ(second.stats().verification.mismatches, 0U);
+  EXPECT_GT(first.stats().store.writes, 0U);
+  EXPECT_EQ(first.stats().store.writes_dropped, 0U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, TiersOf,
+                         ::testing::Values("tiny-bert-sdpa", "tiny-bert-pooled", "tiny-bert-sdpa-bf16",
+                                           "tiny-gpt2-sdpa", "tiny-llama-eager", "tiny-llama-sdpa-bf16",
+                                           "tiny-scripted"),
+                         test_name);
+
+TEST(Tiers, ALongerTextGoesOnFromTheBlocksOfAShorterOne) {
+  const ModelInfo info = model_info(kDecoder);
+  Module plain = load_model(kDecoder);
+  const auto store = std::make_shared<MemoryStore>();
+  LayerCache<Module> first(load_model(kDecoder), above(store));
+  LayerCache<Module> second(load_model(kDecoder), above(store));
+  const Request whole = right_padded(info, {24}, 1);
+  Request begins = right_padded(info, {13}, 1);
+  begins.ids().copy_(whole.ids().narrow(1, 0, 13));
+  first.forward(begins.inputs);
+  wait_for_store(first);
+  EXPECT_EQ(store->values().size(), 3U) << "12 of 13 tokens fill blocks";
+  expect_plain_answer(second, plain, info, whole);
+  EXPECT_EQ(reused_tokens(second), 12);
+  wait_for_store(second);
+  EXPECT_EQ(store->values().size(), 6U);
+  // What is known is not asked for again.
+  const auto lookups = store->stats()[0].lookups;
+  second.forward(whole.inputs);
+  EXPECT_EQ(store->stats()[0].lookups, lookups);
+}
+
+TEST(Tiers, AreKeptOverARestartInADirectory) {
+  const TemporaryFolder folder;
+  for (const char* name : {kDecoder, kEncoder}) {
+    const ModelInfo info = model_info(name);
+    Module plain = load_model(name);
+    const Request request = right_padded(info, {16, 8}, 5);
+    const auto open = [&] {
+      return std::make_shared<DirectoryStore>(
+          DirectoryStoreOptions{.path = folder / name, .capacity_bytes = std::uint64_t{64} << 20});
+    };
+    {
+      LayerCache<Module> cache(load_model(name), above(open()));
+      cache.forward(request.inputs);
+      wait_for_store(cache);
+    }
+    LayerCache<Module> cache(load_model(name), above(open()));
+    expect_plain_answer(cache, plain, info, request);
+    EXPECT_EQ(reused_tokens(cache), 24);
+    EXPECT_EQ(cache.stats().store.tiers.at(0).name, "directory");
+    EXPECT_GT(cache.stats().store.bytes_read, 0U);
+  }
+}
+
+TEST(Tiers, TheDirectoryInFrontTakesWhatTheOneBehindHad) {
+  const TemporaryFolder folder;
+  const ModelInfo info = model_info(kDecoder);
+  Module plain = load_model(kDecoder);
+  const Request request = right_padded(info, {16}, 5);
+  const auto back = std::make_shared<MemoryStore>();
+  LayerCache<Module> first(load_model(kDecoder), above(back));
+  first.forward(request.inputs);
+  wait_for_store(first);
+  const auto front = std::make_shared<DirectoryStore>(DirectoryStoreOptions{.path = folder.path()});
+  const auto both = std::make_shared<TieredStore>(std::vector<std::shared_ptr<StateStore>>{front, back});
+  LayerCache<Module> second(load_model(kDecoder), above(both));
+  expect_plain_answer(second, plain, info, request);
+  EXPECT_EQ(reused_tokens(second), 16);
+  both->flush();
+  EXPECT_EQ(front->stats()[0].entries, 4U);
+  EXPECT_EQ(second.stats().store.tiers.size(), 2U);
+}
+
+TEST(Tiers, OutputsOfOneFidelityDoNotStandForThoseOfAnother) {
+  const ModelInfo info = model_info(kEncoder);
+  Module plain = load_model(kEncoder);
+  const auto store = std::make_shared<MemoryStore>();
+  const Request request = right_padded(info, {16, 3, 3}, 5);  // its padding is worth packing
+  LayerCache<Module> packed(load_model(kEncoder), above(store));
+  packed.forward(request.inputs);
+  wait_for_store(packed);
+  LayerCache<Module> second(load_model(kEncoder), above(store));
+  const auto got = second.forward(request.inputs, {.fidelity = Fidelity::kIdentical});
+  EXPECT_TRUE(same_bits(got, run_plain(plain, request.inputs)));
+  EXPECT_EQ(reused_tokens(second), 0);
+  wait_for_store(second);
+  LayerCache<Module> third(load_model(kEncoder), above(store));
+  EXPECT_TRUE(same_bits(third.forward(request.inputs, {.fidelity = Fidelity::kIdentical}), got));
+  EXPECT_EQ(reused_tokens(third), 22);
+}
+
+// --- whose entries --------------------------------------------------------------------------------------
+
+TEST(Tiers, TenantsStayApart) {
+  const ModelInfo info = model_info(kDecoder);
+  Module plain = load_model(kDecoder);
+  const auto store = std::make_shared<MemoryStore>();
+  const Request request = right_padded(info, {16}, 5);
+  LayerCache<Module> first(load_model(kDecoder), above(store));
+  first.forward(request.inputs, {.tenant = "acme"});
+  wait_for_store(first);
+  const auto of_acme = keys_of(*store);
+  LayerCache<Module> second(load_model(kDecoder), above(store));
+  for (const char* other : {"", "acme2", "acm"}) {
+    expect_plain_answer(second, plain, info, request, other);
+    EXPECT_EQ(reused_tokens(second), 0) << other;
+    wait_for_store(second);
+  }
+  EXPECT_EQ(keys_of(*store).size(), 4 * of_acme.size());
+  expect_plain_answer(second, plain, info, request, "acme");
+  EXPECT_EQ(reused_tokens(second), 16);
+}
+
+TEST(Tiers, ASecretMakesKeysThatNobodyElseCanTell) {
+  const ModelInfo info = model_info(kDecoder);
+  Module plain = load_model(kDecoder);
+  const Request request = right_padded(info, {16}, 5);
+  const auto store = std::make_shared<MemoryStore>();
+  Options with_secret = above(store);
+  with_secret.store.tenant_secrets = {{"acme", std::string(32, 's')}};
+  std::vector<std::set<std::string>> keys;
+  for (const Options& options : {above(store), with_secret}) {
+    store->set({});
+    LayerCache<Module> cache(load_model(kDecoder), options);
+    cache.forward(request.inputs, {.tenant = "acme"});
+    wait_for_store(cache);
+    keys.push_back(keys_of(*store));
+    ASSERT_EQ(keys.back().size(), 4U);
+  }
+  for (const std::string& key : keys[0]) EXPECT_FALSE(keys[1].contains(key));
+  // Who has the secret finds them, who has another, or none, does not.
+  LayerCache<Module> knowing(load_model(kDecoder), with_secret);
+  expect_plain_answer(knowing, plain, info, request, "acme");
+  EXPECT_EQ(reused_tokens(knowing), 16);
+  with_secret.store.tenant_secrets["acme"].back() = 't';
+  for (const Options& options : {above(store), with_secret}) {
+    LayerCache<Module> other(load_model(kDecoder), options);
+    expect_plain_answer(other, plain, info, request, "acme");
+    EXPECT_EQ(reused_tokens(other), 0);
+  }
+}
+
+TEST(Tiers, AnotherModelFindsNothing) {
+  const auto store = std::make_shared<MemoryStore>();
+  const ModelInfo info = script_info(Script{});
+  const Request request = right_padded(info, {8}, 1);
+  LayerCache<Module> first(make_module(Script{}), above(store));
+  first.forward(request.inputs);
+  wait_for_store(first);
+  ASSERT_FALSE(store->values().empty());
+  Module other = make_module(Script{});
+  {
+    const c10::NoGradGuard no_grad;
+    other.attr("table").toTensor().select(0, 3).add_(1);
+  }
+  LayerCache<Module> second(other, above(store));
+  second.forward(request.inputs);
+  EXPECT_EQ(reused_tokens(second), 0);
+  EXPECT_GT(second.stats().store.misses, 0U);
+  LayerCache<Module> third(make_module(Script{}), above(store));
+  third.forward(request.inputs);
+  EXPECT_EQ(reused_tokens(third), 8);
+}
+
+TEST(Tiers, WeightsThatWereChangedHaveKeysOfTheirOwn) {
+  const auto store = std::make_shared<MemoryStore>();
+  const Request request = right_padded(script_info(Script{}), {8}, 1);
+  Module module = make_module(Script{});
+  LayerCache<Module> cache(module, above(store));
+  const auto before = cache.forward(request.inputs).toTensor().clone();
+  wait_for_store(cache);
+  {
+    const c10::NoGradGuard no_grad;
+    module.attr("table").toTensor().mul_(1.5);
+  }
+  cache.weights_changed();
+  const auto after = cache.forward(request.inputs);
+  EXPECT_EQ(reused_tokens(cache), 0);
+  EXPECT_TRUE(same_bits(after, run_plain(module, request.inputs)));
+  EXPECT_FALSE(same_bits(after, before));
+}
+
+TEST(Tiers, ClearingEmptiesTheMemoryAlone) {
+  const auto store = std::make_shared<MemoryStore>();
+  const Request request = right_padded(model_info(kDecoder), {16}, 1);
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  cache.forward(request.inputs);
+  wait_for_store(cache);
+  cache.clear();
+  EXPECT_EQ(cache.stats().entries, 0U);
+  cache.forward(request.inputs);
+  EXPECT_EQ(reused_tokens(cache), 16);
+  // Prefixes of keys say whose they are.
+  TierKeys keys(TierDomain::kPrefixBlock, "none", "", "", "");
+  const std::string first = *keys_of(*store).begin();
+  const std::string tenant = first.substr(0, first.rfind(':', first.rfind(':') - 1) + 1);
+  EXPECT_EQ(store->erase_prefix(tenant, store_deadline(1'000)), StoreOutcome::kDone);
+  EXPECT_TRUE(store->values().empty());
+}
+
+TEST(Tiers, CallsWithHooksAskForNothing) {
+  class Watching final : public LayerHook {};
+  const auto store = std::make_shared<MemoryStore>();
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  cache.forward(right_padded(model_info(kDecoder), {16}, 1).inputs, {.hook = std::make_shared<Watching>()});
+  wait_for_store(cache);
+  EXPECT_EQ(cache.stats().store.lookups, 0U);
+  EXPECT_TRUE(store->values().empty());
+}
+
+// --- what fails -----------------------------------------------------------------------------------------
+
+class FailingTiers : public ::testing::Test {
+ protected:
+  FailingTiers() : plain(load_model(kDecoder)), info(model_info(kDecoder)) {
+    LayerCache<Module> first(load_model(kDecoder), above(store));
+    first.forward(request().inputs);
+    wait_for_store(first);
+  }
+  [[nodiscard]] Request request(std::uint64_t seed = 7) const { return right_padded(info, {16}, seed); }
+
+  const std::shared_ptr<MemoryStore> store = std::make_shared<MemoryStore>();
+  Module plain;
+  const ModelInfo info;
+};
+
+TEST_F(FailingTiers, AreAsNone) {
+  for (const StoreOutcome outcome : {StoreOutcome::kFailed, StoreOutcome::kRefused, StoreOutcome::kTimeout}) {
+    store->outcome = outcome;
+    Options options = above(store);
+    options.store.deadline_ms = 5;
+    LayerCache<Module> cache(load_model(kDecoder), options);
+    for (const std::uint64_t seed : {7, 8, 9}) expect_plain_answer(cache, plain, info, request(seed));
+    const StoreStats stats = cache.stats().store;
+    EXPECT_EQ(stats.hits, 0U);
+    EXPECT_EQ(stats.timeouts, outcome == StoreOutcome::kTimeout ? 3U : 0U);
+    EXPECT_EQ(stats.failures, outcome == StoreOutcome::kTimeout ? 0U : 3U);
+    EXPECT_EQ(stats.misses, 0U) << "whether it has them is not known";
+  }
+}
+
+TEST_F(FailingTiers, AreAskedOncePerRequestThen) {
+  store->outcome = StoreOutcome::kFailed;
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  cache.forward(right_padded(info, {16, 16, 16, 16}, 3).inputs);
+  EXPECT_EQ(store->stats()[0].lookups, 1U);
+}
+
+TEST_F(FailingTiers, DropWhatTheyDoNotTake) {
+  store->put_outcome = StoreOutcome::kNoRoom;
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  expect_plain_answer(cache, plain, info, request(8));
+  wait_for_store(cache);
+  EXPECT_EQ(cache.stats().store.writes, 0U);
+  EXPECT_EQ(cache.stats().store.writes_dropped, 4U);
+}
+
+TEST_F(FailingTiers, WritesThatWaitAreBounded) {
+  Options options = above(store);
+  options.store.max_pending_write_bytes = 1;
+  LayerCache<Module> cache(load_model(kDecoder), options);
+  expect_plain_answer(cache, plain, info, request(8));
+  EXPECT_EQ(cache.stats().store.writes_dropped, 4U);
+  EXPECT_EQ(cache.stats().store.waiting, 0U);
+}
+
+TEST_F(FailingTiers, NothingIsTakenOfAValueWithAByteChanged) {
+  const auto whole = store->values();
+  // The block that is asked for first holds the fewest tokens in front of it, and so is the smallest.
+  const auto smallest = std::ranges::min_element(whole, {}, [](const auto& one) { return one.second.size(); });
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  const auto answer = run_plain(plain, request().inputs);
+  std::uint64_t damaged = 0;
+  // All of the headers, and a part of the numbers: each byte of a small value is in tier_value_test.cpp.
+  for (std::size_t at = 0; at < smallest->second.size(); at += at < 600 ? 1 : 61) {
+    auto values = whole;
+    std::string& value = values[smallest->first];
+    value[at] = static_cast<char>(value[at] ^ 0x20);
+    store->set(std::move(values));
+    cache.clear();
+    EXPECT_TRUE(close_on_real(cache.forward(request().inputs), answer, request(), tolerance_of(info))) << at;
+    ASSERT_EQ(reused_tokens(cache), 0) << at;
+    ASSERT_EQ(cache.stats().store.damaged, ++damaged) << at;
+    wait_for_store(cache);
+  }
+  EXPECT_EQ(store->values().at(smallest->first), smallest->second) << "it was erased, and written anew";
+}
+
+TEST_F(FailingTiers, ForgedEntriesWithRightChecksDoNoHarm) {
+  const auto whole = store->values();
+  ASSERT_EQ(whole.size(), 4U);
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  // Each key gets the entry of each other one, in a value that is right but for that.
+  for (const auto& [key, value] : whole) {
+    for (const auto& [other, entry] : whole) {
+      if (other == key) continue;
+      auto values = whole;
+      std::string forged = begin_tier_value(key);
+      forged += entry_of_tier_value(entry, TierDomain::kPrefixBlock, other);
+      finish_tier_value(forged, TierDomain::kPrefixBlock, key);
+      values[key] = forged;
+      store->set(std::move(values));
+      cache.clear();
+      const auto damaged = cache.stats().store.damaged;
+      expect_plain_answer(cache, plain, info, request());
+      EXPECT_EQ(cache.stats().store.damaged, damaged + 1);
+      EXPECT_LT(reused_tokens(cache), 16);
+    }
+  }
+}
+
+TEST_F(FailingTiers, AMemoryWithoutRoomIsCounted) {
+  Options options = above(store);
+  options.capacity_bytes = 2'000;
+  LayerCache<Module> cache(load_model(kDecoder), options);
+  expect_plain_answer(cache, plain, info, request());
+  EXPECT_EQ(reused_tokens(cache), 0);
+  EXPECT_EQ(cache.stats().store.no_room, 1U);
+  EXPECT_LE(cache.stats().peak_bytes, options.capacity_bytes);
+}
+
+// --- ahead, and from many threads -------------------------------------------------------------------------
+
+TEST_F(FailingTiers, PrefetchBringsThemBeforeTheRequest) {
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  cache.prefetch(request().inputs);
+  wait_for_store(cache);
+  StoreStats stats = cache.stats().store;
+  EXPECT_EQ(stats.prefetches, 1U);
+  EXPECT_EQ(stats.hits, 4U);
+  const auto asked = store->stats()[0].lookups;
+  expect_plain_answer(cache, plain, info, request());
+  EXPECT_EQ(reused_tokens(cache), 16);
+  EXPECT_EQ(store->stats()[0].lookups, asked) << "the request itself asks for nothing";
+  EXPECT_EQ(cache.stats().requests, 1U);
+}
+
+TEST_F(FailingTiers, PrefetchRefusesWhatForwardDoes) {
+  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  EXPECT_THAT([&] { cache.prefetch({}); }, ThrowsError(ErrorCode::kInvalidInput));
+  EXPECT_THAT([&] { cache.prefetch(request().inputs, {.fidelity = Fidelity::kThreshold}); },
+              ThrowsError(ErrorCode::kInvalidOptions));
+  LayerCache<Module> without = cache.with_options({});
+  EXPECT_NO_THROW(without.prefetch(request().inputs));
+  EXPECT_EQ(without.stats().store.prefetches, 0U);
+}
+
+TEST_F(FailingTiers, ManyThreadsOfTwoCachesAgree) {
+  LayerCache<Module> first(load_model(kDecoder), above(store));
+  LayerCache<Module> second = first.with_options(above(store));
+  std::vector<at::Tensor> answers;
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
+    answers.push_back(run_plain(plain, request(seed).inputs).toTensor());
+  }
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 6; ++t) {
+    threads.emplace_back([&, t] {
+      LayerCache<Module>& cache = t % 2 == 0 ? first : second;
+      for (unsigned i = 0; i < 20; ++i) {
+        const unsigned seed = (i * 5 + t) % 6;
+        if (i % 7 == 3) cache.clear();
+        if (i % 4 == 1) cache.prefetch(request(seed).inputs);
+        const auto got = cache.forward(request(seed).inputs);
+        EXPECT_TRUE(close_on_real(got, answers[seed], request(seed), tolerance_of(info)));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  wait_for_store(first);
+  wait_for_store(second);
+  EXPECT_EQ(first.stats().store.damaged + second.stats().store.damaged, 0U);
+  EXPECT_GT(first.stats().store.hits + second.stats().store.hits, 0U);
+}
+
+// --- whether it pays --------------------------------------------------------------------------------------
+
+TEST(FetchSpeed, TriesWhatItDoesNotKnow) {
+  FetchSpeed speed;
+  EXPECT_TRUE(speed.worth(1 << 30, 1));
+  speed.computed(100, 50);
+  EXPECT_DOUBLE_EQ(speed.compute_ms(10), 5);
+  EXPECT_TRUE(speed.worth(1 << 30, 1)) << "how fast the store is has not been measured";
+  EXPECT_EQ(speed.values_within(20, 1 << 20), 1U);
+}
+
+TEST(FetchSpeed, ComparesFetchingWithComputing) {
+  FetchSpeed speed;
+  speed.computed(100, 100);      // 1 ms a token
+  speed.fetched(1'000'000, 10);  // 100 MB/s
+  EXPECT_NEAR(speed.bytes_per_s(), 1e8, 1);
+  EXPECT_TRUE(speed.worth(4'000'000, 64));   // 40 ms against 64
+  EXPECT_FALSE(speed.worth(4'000'000, 32));  // 40 ms against 32
+  EXPECT_EQ(speed.values_within(100, 1'000'000), 5U);
+  EXPECT_EQ(speed.values_within(1, 1'000'000), 1U);
+}
+
+TEST(FetchSpeed, TriesNowAndThenWhatDidNotPay) {
+  FetchSpeed speed;
+  speed.computed(100, 1);
+  speed.fetched(1'000'000, 1'000);
+  int tried = 0;
+  for (int i = 0; i < 1'024; ++i) tried += speed.worth(1'000'000, 1) ? 1 : 0;
+  EXPECT_EQ(tried, 4);
+}
+
+TEST(FetchSpeed, IgnoresPassesOfFewTokens) {
+  FetchSpeed speed;
+  speed.computed(1, 100);
+  speed.computed(0, 100);
+  EXPECT_EQ(speed.compute_ms(1), 0);
+}
+
+}  // namespace
+}  // namespace llmcache::test
