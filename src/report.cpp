@@ -259,6 +259,19 @@ void add_budget(const BudgetStats& budget, std::uint64_t sequences, std::string&
   if (budget.calibrating_bytes > 0) text += fmt::format("  calibrating in {}\n", size_text(budget.calibrating_bytes));
 }
 
+void add_store(const StoreStats& store, std::string& text) {
+  text += fmt::format("stores:    asked for {} rows; {} entries of {} tokens came, {} were not there, {} damaged; ",
+                      store.lookups, store.hits, store.tokens, store.misses, store.damaged);
+  text += fmt::format("{} timeouts, {} failures, {} not worth it; {} entries written, {} dropped\n", store.timeouts,
+                      store.failures, store.not_worth, store.writes, store.writes_dropped);
+  for (const TierStats& tier : store.tiers) {
+    if (!tier.last_failure.empty()) {
+      text += fmt::format("  {}: {}, the latest failure: {}\n", tier.name, tier.open ? "left alone" : "works",
+                          tier.last_failure);
+    }
+  }
+}
+
 /// Why tokens were computed, the commonest reason first; empty: none were.
 std::string computed_text(const TokenBalance& balance) {
   std::vector<std::pair<std::uint64_t, std::size_t>> reasons;
@@ -347,6 +360,7 @@ std::string Stats::to_string() const {
                         verification.mismatches);
     for (const std::string& closed : verification.closed) text += "  closed: " + closed + "\n";
   }
+  if (!store.tiers.empty()) add_store(store, text);
   if (!snapshot.loaded.path.empty()) text += "loaded:    " + snapshot.loaded.summary() + "\n";
   if (snapshot.saves > 0) text += fmt::format("saved:     {} times\n", snapshot.saves);
   if (snapshot.failed > 0) {

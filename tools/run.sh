@@ -36,9 +36,11 @@ HELP
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 readonly PACKAGES=(cmake ninja-build g++ ccache python3 python3-venv git ca-certificates libeigen3-dev libfmt-dev
-  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev libsodium-dev)
-# Of the tests only: a compiler with libFuzzer, a formatter, a browser that opens the report, what serves metrics.
-readonly TEST_PACKAGES=(clang clang-format libclang-rt-14-dev chromium fonts-dejavu-core prometheus-cpp-dev)
+  libgtest-dev libgmock-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libxxhash-dev libsodium-dev
+  libhiredis-dev)
+# Of the tests only: a compiler with libFuzzer, a formatter, a browser that opens the report, what serves metrics, a
+# server that they start as a store.
+readonly TEST_PACKAGES=(clang clang-format libclang-rt-14-dev chromium fonts-dejavu-core prometheus-cpp-dev redis-server)
 
 BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"

@@ -9,6 +9,8 @@
 #include <thread>
 
 #include "budget_support.h"
+#include "memory_store.h"
+#include "tier_support.h"
 
 namespace llmcache::test {
 namespace {
@@ -64,6 +66,33 @@ TEST(CacheMetricsTest, SamplesAreTheStats) {
   EXPECT_EQ(sum_of(families, "llmcache_bank_bytes"), static_cast<double>(stats.bytes));
   EXPECT_EQ(sum_of(families, "llmcache_bank_entries"), 2);
   EXPECT_EQ(sum_of(families, "llmcache_budget_audits_total"), -1) << "made for no budget";
+}
+
+TEST(CacheMetricsTest, StoresBelowTheMemoryAreThereWithTheirNames) {
+  const auto request = right_padded(model_info(kEncoder), {9, 4}, 1);
+  const auto store = std::make_shared<MemoryStore>();
+  LayerCache<Module> first(load_model(kEncoder), above(store));
+  first.forward(request.inputs);
+  wait_for_store(first);
+  LayerCache<Module> second = first.with_options(above(store));
+  second.forward(request.inputs);
+  CacheMetrics metrics;
+  metrics.add(first, "a");
+  metrics.add(second, "b");
+  const auto families = metrics.Collect();
+  EXPECT_EQ(sum_of(families, "llmcache_tier_writes_total", "a"), 2);
+  EXPECT_EQ(sum_of(families, "llmcache_tier_entries_total", "a"), 2) << "misses";
+  EXPECT_EQ(sum_of(families, "llmcache_tier_entries_total", "b"), 2) << "hits";
+  EXPECT_EQ(sum_of(families, "llmcache_tier_tokens_total", "b"), 13);
+  EXPECT_EQ(sum_of(families, "llmcache_tier_open", "b"), 0);
+  const std::string text = prometheus::TextSerializer().Serialize(families);
+  EXPECT_THAT(text, AllOf(HasSubstr("llmcache_tier_entries_total{cache=\"b\",outcome=\"hit\"} 2\n"),
+                          HasSubstr("llmcache_tier_open{cache=\"a\",store=\"memory\"} 0\n")));
+  LayerCache<Module> without = first.with_options({});
+  metrics.remove("a");
+  metrics.remove("b");
+  metrics.add(without, "c");
+  EXPECT_EQ(sum_of(metrics.Collect(), "llmcache_tier_lookups_total", "c"), -1);
 }
 
 TEST(CacheMetricsTest, HistogramsAreCumulative) {

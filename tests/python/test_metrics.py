@@ -26,8 +26,8 @@ DASHBOARD = ROOT / "docs" / "metrics" / "dashboard.json"
 ALERTS = ROOT / "docs" / "metrics" / "alerts.yml"
 OPERATIONS = ROOT / "docs" / "operations.md"
 NAME = r"llmcache_[a-z_]+"
-# Of caches made for an error budget, or once something has fallen back.
-NOT_ALWAYS = re.compile(r"llmcache_budget_|llmcache_tenant_|llmcache_fallbacks_total$")
+# Of caches with tenants' limits, made for an error budget, above a store, or once something has fallen back.
+NOT_ALWAYS = re.compile(r"llmcache_budget_|llmcache_tenant_|llmcache_tier_|llmcache_fallbacks_total$")
 
 Labels = tuple[tuple[str, str], ...]
 

@@ -91,7 +91,7 @@ TEST(DirectoryStore, ReplacesAndErases) {
 TEST(DirectoryStore, RefusesOtherKeys) {
   const TemporaryFolder folder;
   const auto store = open(folder.path());
-  for (const std::string key : {std::string(), std::string("../a"), std::string("a b"), std::string(201, 'a')}) {
+  for (const std::string& key : {std::string(), std::string("../a"), std::string("a b"), std::string(201, 'a')}) {
     EXPECT_THROW(put(*store, key, "value"), std::invalid_argument) << key;
     EXPECT_THROW(get(*store, key), std::invalid_argument) << key;
   }

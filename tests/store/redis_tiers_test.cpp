@@ -13,9 +13,6 @@ namespace {
 namespace fs = std::filesystem;
 using Manner = Proxy::Manner;
 
-constexpr const char* kDecoder = "tiny-gpt2-sdpa";
-constexpr const char* kEncoder = "tiny-bert-sdpa";
-
 std::shared_ptr<RedisStore> redis_at(int port) {
   return std::make_shared<RedisStore>(
       RedisStoreOptions{.port = port, .probe_ms = 2'000, .pauses = {.first_ms = 5, .longest_ms = 20}});
@@ -25,7 +22,7 @@ Request asked(const char* model, std::uint64_t seed = 1) { return right_padded(m
 
 /// What the test below does in the process that it starts: answers what the first process has answered.
 void answer_in_another_process(int port) {
-  for (const char* name : {kDecoder, kEncoder}) {
+  for (const char* name : {kCausalModel, kEncoderModel}) {
     Module plain = load_model(name);
     LayerCache<Module> cache(load_model(name), above(redis_at(port)));
     expect_plain_answer(cache, plain, model_info(name), asked(name));
@@ -38,7 +35,7 @@ void answer_in_another_process(int port) {
 TEST(RedisTiers, AnotherProcessAnswersWithoutComputing) {
   if (const char* const port = std::getenv("LLMCACHE_REDIS_CHILD")) return answer_in_another_process(std::atoi(port));
   const RedisServer server;
-  for (const char* name : {kDecoder, kEncoder}) {
+  for (const char* name : {kCausalModel, kEncoderModel}) {
     LayerCache<Module> cache(load_model(name), above(redis_at(server.port())));
     cache.forward(asked(name).inputs);
     EXPECT_EQ(cache.stats().balance.reused(), 0U);
@@ -53,7 +50,7 @@ TEST(RedisTiers, AnotherProcessAnswersWithoutComputing) {
 
 TEST(RedisTiers, AnotherCacheGeneratesTheSameTokens) {
   const RedisServer server;
-  const ModelInfo info = model_info(kDecoder);
+  const ModelInfo info = model_info(kCausalModel);
   const Request prompt = right_padded(info, {20}, 3);
   const auto generate_from = [&](LayerCache<Module>& cache) {
     std::vector<std::int64_t> tokens;
@@ -65,10 +62,10 @@ TEST(RedisTiers, AnotherCacheGeneratesTheSameTokens) {
     }
     return tokens;
   };
-  LayerCache<Module> first(load_model(kDecoder), above(redis_at(server.port())));
+  LayerCache<Module> first(load_model(kCausalModel), above(redis_at(server.port())));
   const auto want = generate_from(first);
   wait_for_store(first);
-  LayerCache<Module> second(load_model(kDecoder), above(redis_at(server.port())));
+  LayerCache<Module> second(load_model(kCausalModel), above(redis_at(server.port())));
   EXPECT_EQ(generate_from(second), want);
   EXPECT_EQ(second.stats().store.tokens, 24U) << "20 of the prompt, and the block that generating filled";
 }
@@ -76,20 +73,20 @@ TEST(RedisTiers, AnotherCacheGeneratesTheSameTokens) {
 /// A server that fails while requests come: every answer is the plain one.
 class FailingServer : public ::testing::Test {
  protected:
-  FailingServer() : plain(load_model(kDecoder)), info(model_info(kDecoder)) {
-    LayerCache<Module> first(load_model(kDecoder), above(redis_at(server.port())));
-    first.forward(asked(kDecoder).inputs);
+  FailingServer() : plain(load_model(kCausalModel)), info(model_info(kCausalModel)) {
+    LayerCache<Module> first(load_model(kCausalModel), above(redis_at(server.port())));
+    first.forward(asked(kCausalModel).inputs);
     wait_for_store(first);
   }
   [[nodiscard]] LayerCache<Module> cache_at(int port, double deadline_ms = 30) const {
     Options options = above(redis_at(port));
     options.store.deadline_ms = deadline_ms;
-    return LayerCache<Module>(load_model(kDecoder), options);
+    return LayerCache<Module>(load_model(kCausalModel), options);
   }
   /// The cache has nothing in memory, and is asked for what the server may have and for what it has not.
   void expect_plain_answers(LayerCache<Module>& cache) {
     cache.clear();
-    for (const std::uint64_t seed : {1, 2, 3}) expect_plain_answer(cache, plain, info, asked(kDecoder, seed));
+    for (const std::uint64_t seed : {1, 2, 3}) expect_plain_answer(cache, plain, info, asked(kCausalModel, seed));
   }
   /// Once the breaker has closed, what the server has is used again.
   void expect_use(LayerCache<Module>& cache) {
@@ -97,7 +94,7 @@ class FailingServer : public ::testing::Test {
     do {
       wait_for_store(cache);
       cache.clear();
-      expect_plain_answer(cache, plain, info, asked(kDecoder));
+      expect_plain_answer(cache, plain, info, asked(kCausalModel));
     } while (reused_tokens(cache) < 24 && std::chrono::steady_clock::now() < until);
     EXPECT_EQ(reused_tokens(cache), 24);
   }
@@ -167,18 +164,18 @@ TEST_F(FailingServer, AnsweringGarbageAndBreakingOff) {
 
 TEST(RedisTiers, AFullServerKeepsWhatItHas) {
   const RedisServer server({"--maxmemory", "1500kb", "--maxmemory-policy", "noeviction"});
-  Module plain = load_model(kDecoder);
-  LayerCache<Module> cache(load_model(kDecoder), above(redis_at(server.port())));
+  Module plain = load_model(kCausalModel);
+  LayerCache<Module> cache(load_model(kCausalModel), above(redis_at(server.port())));
   std::uint64_t seed = 0;
   while (cache.stats().store.writes_dropped == 0 && seed < 500) {
-    expect_plain_answer(cache, plain, model_info(kDecoder), asked(kDecoder, ++seed));
+    expect_plain_answer(cache, plain, model_info(kCausalModel), asked(kCausalModel, ++seed));
     wait_for_store(cache);
   }
   const StoreStats stats = cache.stats().store;
   EXPECT_GT(stats.writes_dropped, 0U);
   EXPECT_FALSE(stats.tiers[0].open);
   cache.clear();
-  expect_plain_answer(cache, plain, model_info(kDecoder), asked(kDecoder, seed));
+  expect_plain_answer(cache, plain, model_info(kCausalModel), asked(kCausalModel, seed));
 }
 
 TEST(RedisTiers, ADirectoryInFrontServesWhileTheServerIsGone) {
@@ -186,15 +183,15 @@ TEST(RedisTiers, ADirectoryInFrontServesWhileTheServerIsGone) {
   const TemporaryFolder folder;
   const auto both = std::make_shared<TieredStore>(std::vector<std::shared_ptr<StateStore>>{
       std::make_shared<DirectoryStore>(DirectoryStoreOptions{.path = folder.path()}), redis_at(server.port())});
-  Module plain = load_model(kDecoder);
-  LayerCache<Module> cache(load_model(kDecoder), above(both));
-  cache.forward(asked(kDecoder).inputs);
+  Module plain = load_model(kCausalModel);
+  LayerCache<Module> cache(load_model(kCausalModel), above(both));
+  cache.forward(asked(kCausalModel).inputs);
   wait_for_store(cache);
   server.stop();
   cache.clear();
-  expect_plain_answer(cache, plain, model_info(kDecoder), asked(kDecoder));
+  expect_plain_answer(cache, plain, model_info(kCausalModel), asked(kCausalModel));
   EXPECT_EQ(reused_tokens(cache), 24);
-  expect_plain_answer(cache, plain, model_info(kDecoder), asked(kDecoder, 2));
+  expect_plain_answer(cache, plain, model_info(kCausalModel), asked(kCausalModel, 2));
 }
 
 }  // namespace

@@ -14,9 +14,6 @@
 namespace llmcache::test {
 namespace {
 
-constexpr const char* kDecoder = "tiny-gpt2-sdpa";
-constexpr const char* kEncoder = "tiny-bert-sdpa";
-
 std::set<std::string> keys_of(const MemoryStore& store) {
   std::set<std::string> keys;
   for (const auto& [key, value] : store.values()) keys.insert(key);
@@ -58,11 +55,11 @@ INSTANTIATE_TEST_SUITE_P(Models, TiersOf,
                          test_name);
 
 TEST(Tiers, ALongerTextGoesOnFromTheBlocksOfAShorterOne) {
-  const ModelInfo info = model_info(kDecoder);
-  Module plain = load_model(kDecoder);
+  const ModelInfo info = model_info(kCausalModel);
+  Module plain = load_model(kCausalModel);
   const auto store = std::make_shared<MemoryStore>();
-  LayerCache<Module> first(load_model(kDecoder), above(store));
-  LayerCache<Module> second(load_model(kDecoder), above(store));
+  LayerCache<Module> first(load_model(kCausalModel), above(store));
+  LayerCache<Module> second(load_model(kCausalModel), above(store));
   const Request whole = right_padded(info, {24}, 1);
   Request begins = right_padded(info, {13}, 1);
   begins.ids().copy_(whole.ids().narrow(1, 0, 13));
@@ -81,7 +78,7 @@ TEST(Tiers, ALongerTextGoesOnFromTheBlocksOfAShorterOne) {
 
 TEST(Tiers, AreKeptOverARestartInADirectory) {
   const TemporaryFolder folder;
-  for (const char* name : {kDecoder, kEncoder}) {
+  for (const char* name : {kCausalModel, kEncoderModel}) {
     const ModelInfo info = model_info(name);
     Module plain = load_model(name);
     const Request request = right_padded(info, {16, 8}, 5);
@@ -104,16 +101,16 @@ TEST(Tiers, AreKeptOverARestartInADirectory) {
 
 TEST(Tiers, TheDirectoryInFrontTakesWhatTheOneBehindHad) {
   const TemporaryFolder folder;
-  const ModelInfo info = model_info(kDecoder);
-  Module plain = load_model(kDecoder);
+  const ModelInfo info = model_info(kCausalModel);
+  Module plain = load_model(kCausalModel);
   const Request request = right_padded(info, {16}, 5);
   const auto back = std::make_shared<MemoryStore>();
-  LayerCache<Module> first(load_model(kDecoder), above(back));
+  LayerCache<Module> first(load_model(kCausalModel), above(back));
   first.forward(request.inputs);
   wait_for_store(first);
   const auto front = std::make_shared<DirectoryStore>(DirectoryStoreOptions{.path = folder.path()});
   const auto both = std::make_shared<TieredStore>(std::vector<std::shared_ptr<StateStore>>{front, back});
-  LayerCache<Module> second(load_model(kDecoder), above(both));
+  LayerCache<Module> second(load_model(kCausalModel), above(both));
   expect_plain_answer(second, plain, info, request);
   EXPECT_EQ(reused_tokens(second), 16);
   both->flush();
@@ -122,19 +119,19 @@ TEST(Tiers, TheDirectoryInFrontTakesWhatTheOneBehindHad) {
 }
 
 TEST(Tiers, OutputsOfOneFidelityDoNotStandForThoseOfAnother) {
-  const ModelInfo info = model_info(kEncoder);
-  Module plain = load_model(kEncoder);
+  const ModelInfo info = model_info(kEncoderModel);
+  Module plain = load_model(kEncoderModel);
   const auto store = std::make_shared<MemoryStore>();
   const Request request = right_padded(info, {16, 3, 3}, 5);  // its padding is worth packing
-  LayerCache<Module> packed(load_model(kEncoder), above(store));
+  LayerCache<Module> packed(load_model(kEncoderModel), above(store));
   packed.forward(request.inputs);
   wait_for_store(packed);
-  LayerCache<Module> second(load_model(kEncoder), above(store));
+  LayerCache<Module> second(load_model(kEncoderModel), above(store));
   const auto got = second.forward(request.inputs, {.fidelity = Fidelity::kIdentical});
   EXPECT_TRUE(same_bits(got, run_plain(plain, request.inputs)));
   EXPECT_EQ(reused_tokens(second), 0);
   wait_for_store(second);
-  LayerCache<Module> third(load_model(kEncoder), above(store));
+  LayerCache<Module> third(load_model(kEncoderModel), above(store));
   EXPECT_TRUE(same_bits(third.forward(request.inputs, {.fidelity = Fidelity::kIdentical}), got));
   EXPECT_EQ(reused_tokens(third), 22);
 }
@@ -142,15 +139,15 @@ TEST(Tiers, OutputsOfOneFidelityDoNotStandForThoseOfAnother) {
 // --- whose entries --------------------------------------------------------------------------------------
 
 TEST(Tiers, TenantsStayApart) {
-  const ModelInfo info = model_info(kDecoder);
-  Module plain = load_model(kDecoder);
+  const ModelInfo info = model_info(kCausalModel);
+  Module plain = load_model(kCausalModel);
   const auto store = std::make_shared<MemoryStore>();
   const Request request = right_padded(info, {16}, 5);
-  LayerCache<Module> first(load_model(kDecoder), above(store));
+  LayerCache<Module> first(load_model(kCausalModel), above(store));
   first.forward(request.inputs, {.tenant = "acme"});
   wait_for_store(first);
   const auto of_acme = keys_of(*store);
-  LayerCache<Module> second(load_model(kDecoder), above(store));
+  LayerCache<Module> second(load_model(kCausalModel), above(store));
   for (const char* other : {"", "acme2", "acm"}) {
     expect_plain_answer(second, plain, info, request, other);
     EXPECT_EQ(reused_tokens(second), 0) << other;
@@ -162,8 +159,8 @@ TEST(Tiers, TenantsStayApart) {
 }
 
 TEST(Tiers, ASecretMakesKeysThatNobodyElseCanTell) {
-  const ModelInfo info = model_info(kDecoder);
-  Module plain = load_model(kDecoder);
+  const ModelInfo info = model_info(kCausalModel);
+  Module plain = load_model(kCausalModel);
   const Request request = right_padded(info, {16}, 5);
   const auto store = std::make_shared<MemoryStore>();
   Options with_secret = above(store);
@@ -171,7 +168,7 @@ TEST(Tiers, ASecretMakesKeysThatNobodyElseCanTell) {
   std::vector<std::set<std::string>> keys;
   for (const Options& options : {above(store), with_secret}) {
     store->set({});
-    LayerCache<Module> cache(load_model(kDecoder), options);
+    LayerCache<Module> cache(load_model(kCausalModel), options);
     cache.forward(request.inputs, {.tenant = "acme"});
     wait_for_store(cache);
     keys.push_back(keys_of(*store));
@@ -179,12 +176,12 @@ TEST(Tiers, ASecretMakesKeysThatNobodyElseCanTell) {
   }
   for (const std::string& key : keys[0]) EXPECT_FALSE(keys[1].contains(key));
   // Who has the secret finds them, who has another, or none, does not.
-  LayerCache<Module> knowing(load_model(kDecoder), with_secret);
+  LayerCache<Module> knowing(load_model(kCausalModel), with_secret);
   expect_plain_answer(knowing, plain, info, request, "acme");
   EXPECT_EQ(reused_tokens(knowing), 16);
   with_secret.store.tenant_secrets["acme"].back() = 't';
   for (const Options& options : {above(store), with_secret}) {
-    LayerCache<Module> other(load_model(kDecoder), options);
+    LayerCache<Module> other(load_model(kCausalModel), options);
     expect_plain_answer(other, plain, info, request, "acme");
     EXPECT_EQ(reused_tokens(other), 0);
   }
@@ -232,8 +229,8 @@ TEST(Tiers, WeightsThatWereChangedHaveKeysOfTheirOwn) {
 
 TEST(Tiers, ClearingEmptiesTheMemoryAlone) {
   const auto store = std::make_shared<MemoryStore>();
-  const Request request = right_padded(model_info(kDecoder), {16}, 1);
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  const Request request = right_padded(model_info(kCausalModel), {16}, 1);
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   cache.forward(request.inputs);
   wait_for_store(cache);
   cache.clear();
@@ -249,10 +246,12 @@ TEST(Tiers, ClearingEmptiesTheMemoryAlone) {
 }
 
 TEST(Tiers, CallsWithHooksAskForNothing) {
-  class Watching final : public LayerHook {};
+  class Watching final : public LayerHook {
+    HookAction at_layer(LayerStates& /*at*/) override { return HookAction::kGoOn; }
+  };
   const auto store = std::make_shared<MemoryStore>();
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
-  cache.forward(right_padded(model_info(kDecoder), {16}, 1).inputs, {.hook = std::make_shared<Watching>()});
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
+  cache.forward(right_padded(model_info(kCausalModel), {16}, 1).inputs, {.hook = std::make_shared<Watching>()});
   wait_for_store(cache);
   EXPECT_EQ(cache.stats().store.lookups, 0U);
   EXPECT_TRUE(store->values().empty());
@@ -262,8 +261,8 @@ TEST(Tiers, CallsWithHooksAskForNothing) {
 
 class FailingTiers : public ::testing::Test {
  protected:
-  FailingTiers() : plain(load_model(kDecoder)), info(model_info(kDecoder)) {
-    LayerCache<Module> first(load_model(kDecoder), above(store));
+  FailingTiers() : plain(load_model(kCausalModel)), info(model_info(kCausalModel)) {
+    LayerCache<Module> first(load_model(kCausalModel), above(store));
     first.forward(request().inputs);
     wait_for_store(first);
   }
@@ -279,7 +278,7 @@ TEST_F(FailingTiers, AreAsNone) {
     store->outcome = outcome;
     Options options = above(store);
     options.store.deadline_ms = 5;
-    LayerCache<Module> cache(load_model(kDecoder), options);
+    LayerCache<Module> cache(load_model(kCausalModel), options);
     for (const std::uint64_t seed : {7, 8, 9}) expect_plain_answer(cache, plain, info, request(seed));
     const StoreStats stats = cache.stats().store;
     EXPECT_EQ(stats.hits, 0U);
@@ -291,14 +290,14 @@ TEST_F(FailingTiers, AreAsNone) {
 
 TEST_F(FailingTiers, AreAskedOncePerRequestThen) {
   store->outcome = StoreOutcome::kFailed;
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   cache.forward(right_padded(info, {16, 16, 16, 16}, 3).inputs);
   EXPECT_EQ(store->stats()[0].lookups, 1U);
 }
 
 TEST_F(FailingTiers, DropWhatTheyDoNotTake) {
   store->put_outcome = StoreOutcome::kNoRoom;
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   expect_plain_answer(cache, plain, info, request(8));
   wait_for_store(cache);
   EXPECT_EQ(cache.stats().store.writes, 0U);
@@ -308,7 +307,7 @@ TEST_F(FailingTiers, DropWhatTheyDoNotTake) {
 TEST_F(FailingTiers, WritesThatWaitAreBounded) {
   Options options = above(store);
   options.store.max_pending_write_bytes = 1;
-  LayerCache<Module> cache(load_model(kDecoder), options);
+  LayerCache<Module> cache(load_model(kCausalModel), options);
   expect_plain_answer(cache, plain, info, request(8));
   EXPECT_EQ(cache.stats().store.writes_dropped, 4U);
   EXPECT_EQ(cache.stats().store.waiting, 0U);
@@ -318,7 +317,7 @@ TEST_F(FailingTiers, NothingIsTakenOfAValueWithAByteChanged) {
   const auto whole = store->values();
   // The block that is asked for first holds the fewest tokens in front of it, and so is the smallest.
   const auto smallest = std::ranges::min_element(whole, {}, [](const auto& one) { return one.second.size(); });
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   const auto answer = run_plain(plain, request().inputs);
   std::uint64_t damaged = 0;
   // All of the headers, and a part of the numbers: each byte of a small value is in tier_value_test.cpp.
@@ -339,7 +338,7 @@ TEST_F(FailingTiers, NothingIsTakenOfAValueWithAByteChanged) {
 TEST_F(FailingTiers, ForgedEntriesWithRightChecksDoNoHarm) {
   const auto whole = store->values();
   ASSERT_EQ(whole.size(), 4U);
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   // Each key gets the entry of each other one, in a value that is right but for that.
   for (const auto& [key, value] : whole) {
     for (const auto& [other, entry] : whole) {
@@ -362,7 +361,7 @@ TEST_F(FailingTiers, ForgedEntriesWithRightChecksDoNoHarm) {
 TEST_F(FailingTiers, AMemoryWithoutRoomIsCounted) {
   Options options = above(store);
   options.capacity_bytes = 2'000;
-  LayerCache<Module> cache(load_model(kDecoder), options);
+  LayerCache<Module> cache(load_model(kCausalModel), options);
   expect_plain_answer(cache, plain, info, request());
   EXPECT_EQ(reused_tokens(cache), 0);
   EXPECT_EQ(cache.stats().store.no_room, 1U);
@@ -372,7 +371,7 @@ TEST_F(FailingTiers, AMemoryWithoutRoomIsCounted) {
 // --- ahead, and from many threads -------------------------------------------------------------------------
 
 TEST_F(FailingTiers, PrefetchBringsThemBeforeTheRequest) {
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   cache.prefetch(request().inputs);
   wait_for_store(cache);
   StoreStats stats = cache.stats().store;
@@ -386,7 +385,7 @@ TEST_F(FailingTiers, PrefetchBringsThemBeforeTheRequest) {
 }
 
 TEST_F(FailingTiers, PrefetchRefusesWhatForwardDoes) {
-  LayerCache<Module> cache(load_model(kDecoder), above(store));
+  LayerCache<Module> cache(load_model(kCausalModel), above(store));
   EXPECT_THAT([&] { cache.prefetch({}); }, ThrowsError(ErrorCode::kInvalidInput));
   EXPECT_THAT([&] { cache.prefetch(request().inputs, {.fidelity = Fidelity::kThreshold}); },
               ThrowsError(ErrorCode::kInvalidOptions));
@@ -396,7 +395,7 @@ TEST_F(FailingTiers, PrefetchRefusesWhatForwardDoes) {
 }
 
 TEST_F(FailingTiers, ManyThreadsOfTwoCachesAgree) {
-  LayerCache<Module> first(load_model(kDecoder), above(store));
+  LayerCache<Module> first(load_model(kCausalModel), above(store));
   LayerCache<Module> second = first.with_options(above(store));
   std::vector<at::Tensor> answers;
   for (std::uint64_t seed = 0; seed < 6; ++seed) {

@@ -12,6 +12,9 @@
 
 namespace llmcache::test {
 
+inline constexpr const char* kCausalModel = "tiny-gpt2-sdpa";
+inline constexpr const char* kEncoderModel = "tiny-bert-sdpa";
+
 /// Options of a cache above a store. Small blocks, as tiny models have short sequences.
 inline Options above(std::shared_ptr<StateStore> store, std::int64_t block_tokens = 4) {
   Options options;

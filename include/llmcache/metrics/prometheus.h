@@ -26,6 +26,7 @@
 #include "llmcache/error.h"
 #include "llmcache/layer_cache.h"
 #include "llmcache/report.h"
+#include "llmcache/store/store_stats.h"
 #include "llmcache/time_histogram.h"
 
 namespace llmcache {
@@ -72,6 +73,7 @@ class CacheMetrics final : public prometheus::Collectable {
       add_memory(stats, cache->options().capacity_bytes, all);
       add_troubles(stats, all);
       if (stats.budget) add_budget(*stats.budget, all);
+      if (!stats.store.tiers.empty()) add_tiers(stats.store, all);
     }
     return std::move(all.families);
   }
@@ -207,6 +209,47 @@ class CacheMetrics final : public prometheus::Collectable {
     all.counter("llmcache_budget_audit_errors_total", "Sum of their errors, in the metric of the budget",
                 budget.audit_errors);
     all.counter("llmcache_budget_audits_failed_total", "Audits that raised an error", budget.audits_failed);
+  }
+
+  static void add_tiers(const StoreStats& store, Families& all) {
+    constexpr auto kEntries = "llmcache_tier_entries_total";
+    constexpr auto kEntriesHelp = "Entries that stores were asked for, by what came of it";
+    constexpr auto kWrites = "llmcache_tier_writes_total";
+    constexpr auto kWritesHelp = "Entries that were to be written to stores, by what came of it";
+    constexpr auto kAborted = "llmcache_tier_lookups_aborted_total";
+    constexpr auto kAbortedHelp = "Look-ups in stores that were given up, by the reason";
+    all.counter("llmcache_tier_lookups_total", "Rows for which the stores below the memory were asked", store.lookups);
+    all.counter("llmcache_tier_tokens_wanted_total", "Tokens that memory lacked of these rows", store.tokens_wanted);
+    all.counter("llmcache_tier_tokens_total", "Tokens that came from stores", store.tokens);
+    all.counter(kEntries, kEntriesHelp, store.hits, "outcome", "hit");
+    all.counter(kEntries, kEntriesHelp, store.misses, "outcome", "miss");
+    all.counter(kEntries, kEntriesHelp, store.damaged, "outcome", "damaged");
+    all.counter(kEntries, kEntriesHelp, store.no_room, "outcome", "no room");
+    all.counter(kAborted, kAbortedHelp, store.timeouts, "reason", "timeout");
+    all.counter(kAborted, kAbortedHelp, store.failures, "reason", "failure");
+    all.counter(kAborted, kAbortedHelp, store.not_worth, "reason", "not worth");
+    all.counter(kWrites, kWritesHelp, store.writes, "outcome", "written");
+    all.counter(kWrites, kWritesHelp, store.writes_known, "outcome", "known");
+    all.counter(kWrites, kWritesHelp, store.writes_dropped, "outcome", "dropped");
+    all.counter("llmcache_tier_prefetches_total", "Requests that were announced by prefetch()", store.prefetches);
+    all.counter("llmcache_tier_read_bytes_total", "Bytes of entries that came from stores", store.bytes_read);
+    all.counter("llmcache_tier_written_bytes_total", "Bytes of entries written to stores", store.bytes_written);
+    constexpr double kMsPerSecond = 1'000;
+    all.counter("llmcache_tier_wait_seconds_total", "Time that calls spent looking in stores",
+                store.wait_ms / kMsPerSecond);
+    all.gauge("llmcache_tier_waiting", "Entries waiting to be written or fetched ahead", store.waiting);
+    for (const TierStats& tier : store.tiers) add_tier(tier, all);
+  }
+
+  static void add_tier(const TierStats& tier, Families& all) {
+    all.gauge("llmcache_tier_open", "1 while a store is left alone because it failed", tier.open ? 1 : 0, "store",
+              tier.name);
+    all.counter("llmcache_tier_openings_total", "Times that this began", tier.openings, "store", tier.name);
+    all.gauge("llmcache_tier_held_bytes", "What a store holds, where it tells", tier.bytes, "store", tier.name);
+    all.gauge("llmcache_tier_held_entries", "Entries that a store holds, where it tells", tier.entries, "store",
+              tier.name);
+    all.counter("llmcache_tier_evictions_total", "Entries that a store dropped for room, where it tells",
+                tier.evictions, "store", tier.name);
   }
 
   mutable std::mutex mutex_;

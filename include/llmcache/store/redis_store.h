@@ -2,7 +2,9 @@
 // (target llmcache::redis, hiredis).
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -66,13 +68,18 @@ class RedisStore final : public StateStore {
     found.values.resize(keys.size());
     for (const std::string& key : keys) check_store_key(key);
     found.outcome = run(deadline, [&](redis::Connection& connection) {
-      std::string commands;
-      for (const std::string& key : keys) redis::append_command(commands, {"GET", key});
-      StoreOutcome outcome = connection.send({commands}, deadline);
-      for (std::size_t i = 0; i < keys.size() && outcome == StoreOutcome::kDone; ++i) {
+      // A server prepares all answers that it is asked for, which takes long where they are large.
+      std::size_t ahead = 1;
+      std::size_t asked = 0;
+      StoreOutcome outcome = StoreOutcome::kDone;
+      for (std::size_t i = 0; i < keys.size(); ++i) {
+        std::string commands;
+        for (; asked < std::min(keys.size(), i + ahead); ++asked) redis::append_command(commands, {"GET", keys[asked]});
         std::unique_ptr<redis::Reply> reply;
-        outcome = connection.read(reply, deadline);
-        if (outcome != StoreOutcome::kDone) return Ended{outcome, connection.why()};
+        outcome = connection.send({commands}, deadline);
+        if (outcome == StoreOutcome::kDone) outcome = connection.read(reply, deadline);
+        if (outcome != StoreOutcome::kDone) break;
+        ahead = reply->text.size() > kLargeBytes ? kFewAhead : std::min(2 * ahead, kMostAhead);
         if (reply->type == REDIS_REPLY_STRING) {
           found.values[i] = std::move(reply->text);
         } else if (reply->type != REDIS_REPLY_NIL && !reply->is_error("WRONGTYPE")) {
@@ -153,6 +160,10 @@ class RedisStore final : public StateStore {
     std::string why;
   };
   using Connection = std::unique_ptr<redis::Connection>;
+  /// Values that are asked for before the first of them has come: of large ones, and at most.
+  static constexpr std::size_t kFewAhead = 2;
+  static constexpr std::size_t kMostAhead = 64;
+  static constexpr std::size_t kLargeBytes = std::size_t{256} << 10;
 
   static RedisStoreOptions checked(RedisStoreOptions options) {
     constexpr int kMostPort = 65'535;
