@@ -24,7 +24,7 @@ Request asked(const char* model, std::uint64_t seed = 1) { return right_padded(m
 void answer_in_another_process(int port) {
   for (const char* name : {kCausalModel, kEncoderModel}) {
     Module plain = load_model(name);
-    LayerCache<Module> cache(load_model(name), above(redis_at(port)));
+    LayerCache<Module> cache = cache_of(name, above(redis_at(port)));
     expect_plain_answer(cache, plain, model_info(name), asked(name));
     EXPECT_EQ(reused_tokens(cache), 24);
     EXPECT_EQ(cache.stats().tokens_computed, 0U);
@@ -36,7 +36,7 @@ TEST(RedisTiers, AnotherProcessAnswersWithoutComputing) {
   if (const char* const port = std::getenv("LLMCACHE_REDIS_CHILD")) return answer_in_another_process(std::atoi(port));
   const RedisServer server;
   for (const char* name : {kCausalModel, kEncoderModel}) {
-    LayerCache<Module> cache(load_model(name), above(redis_at(server.port())));
+    LayerCache<Module> cache = cache_of(name, above(redis_at(server.port())));
     cache.forward(asked(name).inputs);
     EXPECT_EQ(cache.stats().balance.reused(), 0U);
     wait_for_store(cache);
@@ -62,10 +62,10 @@ TEST(RedisTiers, AnotherCacheGeneratesTheSameTokens) {
     }
     return tokens;
   };
-  LayerCache<Module> first(load_model(kCausalModel), above(redis_at(server.port())));
+  LayerCache<Module> first = cache_of(kCausalModel, above(redis_at(server.port())));
   const auto want = generate_from(first);
   wait_for_store(first);
-  LayerCache<Module> second(load_model(kCausalModel), above(redis_at(server.port())));
+  LayerCache<Module> second = cache_of(kCausalModel, above(redis_at(server.port())));
   EXPECT_EQ(generate_from(second), want);
   EXPECT_EQ(second.stats().store.tokens, 24U) << "20 of the prompt, and the block that generating filled";
 }
@@ -74,14 +74,14 @@ TEST(RedisTiers, AnotherCacheGeneratesTheSameTokens) {
 class FailingServer : public ::testing::Test {
  protected:
   FailingServer() : plain(load_model(kCausalModel)), info(model_info(kCausalModel)) {
-    LayerCache<Module> first(load_model(kCausalModel), above(redis_at(server.port())));
+    LayerCache<Module> first = cache_of(kCausalModel, above(redis_at(server.port())));
     first.forward(asked(kCausalModel).inputs);
     wait_for_store(first);
   }
   [[nodiscard]] LayerCache<Module> cache_at(int port, double deadline_ms = 30) const {
     Options options = above(redis_at(port));
     options.store.deadline_ms = deadline_ms;
-    return LayerCache<Module>(load_model(kCausalModel), options);
+    return cache_of(kCausalModel, options);
   }
   /// The cache has nothing in memory, and is asked for what the server may have and for what it has not.
   void expect_plain_answers(LayerCache<Module>& cache) {
@@ -139,8 +139,8 @@ TEST_F(FailingServer, Flushed) {
 }
 
 TEST_F(FailingServer, Slow) {
-  LayerCache<Module> cache = cache_at(proxy.port(), 10);
-  proxy.delay_ms = 200;
+  LayerCache<Module> cache = cache_at(proxy.port(), 50);
+  proxy.delay_ms = 500;
   proxy.manner = Manner::kSlow;
   expect_plain_answers(cache);
   EXPECT_EQ(cache.stats().store.hits, 0U);
@@ -165,7 +165,7 @@ TEST_F(FailingServer, AnsweringGarbageAndBreakingOff) {
 TEST(RedisTiers, AFullServerKeepsWhatItHas) {
   const RedisServer server({"--maxmemory", "1500kb", "--maxmemory-policy", "noeviction"});
   Module plain = load_model(kCausalModel);
-  LayerCache<Module> cache(load_model(kCausalModel), above(redis_at(server.port())));
+  LayerCache<Module> cache = cache_of(kCausalModel, above(redis_at(server.port())));
   std::uint64_t seed = 0;
   while (cache.stats().store.writes_dropped == 0 && seed < 500) {
     expect_plain_answer(cache, plain, model_info(kCausalModel), asked(kCausalModel, ++seed));
@@ -184,7 +184,7 @@ TEST(RedisTiers, ADirectoryInFrontServesWhileTheServerIsGone) {
   const auto both = std::make_shared<TieredStore>(std::vector<std::shared_ptr<StateStore>>{
       std::make_shared<DirectoryStore>(DirectoryStoreOptions{.path = folder.path()}), redis_at(server.port())});
   Module plain = load_model(kCausalModel);
-  LayerCache<Module> cache(load_model(kCausalModel), above(both));
+  LayerCache<Module> cache = cache_of(kCausalModel, above(both));
   cache.forward(asked(kCausalModel).inputs);
   wait_for_store(cache);
   server.stop();

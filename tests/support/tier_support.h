@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -20,10 +21,19 @@ inline Options above(std::shared_ptr<StateStore> store, std::int64_t block_token
   Options options;
   options.store.store = std::move(store);
   options.store.block_tokens = block_tokens;
+  options.prefix.capacity_share = 1;  // of causal models blocks alone, so that they can be counted
   // Nothing here is about what happens on a machine that is busy with other tests.
   options.store.deadline_ms = 5'000;
   options.store.write_deadline_ms = 30'000;
   return options;
+}
+
+/// A cache with nothing in its memory. A model is wrapped once in a process.
+inline LayerCache<Module> cache_of(const std::string& model, const Options& options) {
+  static std::map<std::string, LayerCache<Module>> wrapped;
+  const auto found = wrapped.find(model);
+  if (found != wrapped.end()) return found->second.with_options(options);
+  return wrapped.emplace(model, LayerCache<Module>(load_model(model))).first->second.with_options(options);
 }
 
 /// Waits until what the cache writes and fetches behind its answers is done.

@@ -123,6 +123,14 @@ class Connection {
     }
   }
 
+  /// False if the server has ended the connection, or has sent what nothing was asked for with: replies would be taken
+  /// for those of other commands then.
+  [[nodiscard]] bool in_step() const noexcept {
+    char byte = 0;
+    const bool silent = ::recv(context_->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno != ECONNRESET;
+    return silent && reader_->pos == reader_->len;
+  }
+
   [[nodiscard]] const std::string& why() const noexcept { return why_; }
   /// True if anything has come since forget_answers().
   [[nodiscard]] bool answered() const noexcept { return answered_; }
@@ -176,7 +184,9 @@ class Connection {
     context_ = address.unix_path.empty() ? redisConnectWithTimeout(address.host.c_str(), address.port, limit)
                                          : redisConnectUnixWithTimeout(address.unix_path.c_str(), limit);
     if (context_ == nullptr) return broken("there is no memory for a connection");
-    if (context_->err != 0) return broken(context_->errstr);
+    if (context_->err != 0) {
+      return std::chrono::steady_clock::now() >= deadline ? late() : broken(context_->errstr);
+    }
     reader_ = redisReaderCreateWithFunctions(&functions_);
     if (reader_ == nullptr) return broken("there is no memory for a connection");
     reader_->maxbuf = 0;  // its buffer stays as large as the largest value

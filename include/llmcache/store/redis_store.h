@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -88,6 +89,8 @@ class RedisStore final : public StateStore {
       }
       return Ended{outcome, connection.why()};
     });
+    // What came from a server that does not keep to the protocol is not to be believed.
+    if (found.outcome == StoreOutcome::kFailed) found.values.assign(keys.size(), std::nullopt);
     counter_.looked_up(found);
     return found;
   }
@@ -272,11 +275,17 @@ class RedisStore final : public StateStore {
   /// The connection is null behind it unless it can be used again.
   template <class Work>
   Ended work_on(Connection& connection, bool fresh, StoreDeadline deadline, const Work& work) {
+    Ended ended;
     connection->forget_answers();
-    Ended ended = work(*connection);
-    if (ended.outcome == StoreOutcome::kFailed && !fresh && !connection->answered()) {
+    const bool usable = fresh || connection->in_step();
+    if (usable) ended = work(*connection);
+    const bool broken = ended.outcome == StoreOutcome::kFailed && !connection->answered();
+    if (!usable || (broken && !fresh)) {
       ended = connect(deadline, connection);
       if (connection) ended = work(*connection);
+    }
+    if (ended.outcome == StoreOutcome::kDone && !connection->in_step()) {
+      ended = {StoreOutcome::kFailed, "the server has sent more than it was asked for"};
     }
     if (ended.outcome != StoreOutcome::kDone) connection = nullptr;
     return ended;
