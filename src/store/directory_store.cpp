@@ -20,6 +20,7 @@
 #include "llmcache/store/tier_counter.h"
 #include "refusal.h"
 #include "store/byte_io.h"
+#include "store/open_file.h"
 
 namespace llmcache {
 namespace {
@@ -39,25 +40,6 @@ std::uint64_t value_check(std::string_view key, std::string_view value) {
   return XXH3_64bits_withSeed(value.data(), value.size(), XXH3_64bits(key.data(), key.size()));
 }
 
-/// A descriptor that is closed at the end.
-class Descriptor {
- public:
-  explicit Descriptor(int number = -1) : number_(number) {}
-  Descriptor(Descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(number_, other.number_);
-    return *this;
-  }
-  ~Descriptor() {
-    if (number_ >= 0) ::close(number_);
-  }
-  [[nodiscard]] int number() const noexcept { return number_; }
-  explicit operator bool() const noexcept { return number_ >= 0; }
-
- private:
-  int number_;
-};
-
 enum class Reading { kWhole, kMissing, kDamaged, kTimeout, kFailed };
 
 /// Fills `to` from the file, a piece at a time.
@@ -76,7 +58,7 @@ Reading read_pieces(int file, std::string& to, StoreDeadline deadline) {
 /// Reads the file of a value of at most `most` bytes, and checks all of it.
 Reading read_value(const std::string& path, std::string_view key, std::uint64_t most, StoreDeadline deadline,
                    std::string& value) {
-  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const OpenFile file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file) return errno == ENOENT ? Reading::kMissing : Reading::kFailed;
   struct stat status {};
   if (::fstat(file.number(), &status) != 0) return Reading::kFailed;
@@ -155,7 +137,7 @@ class DirectoryStore::Folder {
     return fmt::format("{}/{}{}", root_, key, ending);
   }
   [[nodiscard]] bool readable() const {
-    return Descriptor(::open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)).number() >= 0;
+    return OpenFile(::open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)).number() >= 0;
   }
   [[nodiscard]] bool holds_lock() const;
   std::string open();
@@ -168,7 +150,7 @@ class DirectoryStore::Folder {
   const DirectoryStoreOptions options_;
   const std::string root_;
   std::mutex writing_;  ///< one put at a time
-  Descriptor held_;     ///< the lock, guarded by writing_
+  OpenFile held_;       ///< the lock, guarded by writing_
   mutable std::mutex mutex_;
   std::unordered_map<std::string, File> files_;  ///< guarded by mutex_, and so are the next two
   Ages ages_;
@@ -181,7 +163,7 @@ std::string DirectoryStore::Folder::open() {
   std::error_code error;
   std::filesystem::create_directories(root_, error);
   if (error) return error.message();
-  Descriptor lock(::open((root_ + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+  OpenFile lock(::open((root_ + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
   if (!lock) return disk_failure();
   if (::flock(lock.number(), LOCK_EX | LOCK_NB) != 0) {
     return errno == EWOULDBLOCK ? "another store is at work in it" : disk_failure();
@@ -335,7 +317,7 @@ StoreOutcome DirectoryStore::Folder::write(const StoreItem& item, std::string& w
     make_room(bytes);
   }
   const std::string beside = path_of(item.key, kUnfinishedEnding);
-  const Descriptor file(::open(beside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+  const OpenFile file(::open(beside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
   ByteWriter head;
   for (const char c : kValueMark) head.number(c);
   head.number<std::uint64_t>(item.key.size());

@@ -15,30 +15,9 @@
 
 #include "store/byte_io.h"
 #include "store/damaged_data.h"
+#include "store/open_file.h"
 
 namespace llmcache {
-
-/// A file descriptor. Not in the namespace below: SnapshotWriter has one.
-class OpenFile {
- public:
-  explicit OpenFile(int number = -1) : number_(number) {}
-  OpenFile(const OpenFile&) = delete;
-  OpenFile& operator=(const OpenFile&) = delete;
-  ~OpenFile() { close(); }
-  void open(const std::filesystem::path& path, int flags) {
-    close();
-    number_ = ::open(path.c_str(), flags | O_CLOEXEC, 0666);
-  }
-  void close() {
-    if (number_ >= 0) ::close(number_);
-    number_ = -1;
-  }
-  [[nodiscard]] int number() const noexcept { return number_; }
-  explicit operator bool() const noexcept { return number_ >= 0; }
-
- private:
-  int number_;
-};
 
 namespace {
 

@@ -122,6 +122,7 @@ def known_labels() -> dict[str, set[str]]:
     """By family, of a scrape, and by the header of those that are not in each."""
     found = {name: {"cache"} for name in header_names()}
     found["llmcache_fallbacks_total"].add("mechanism")
+    found["llmcache_tier_open"].add("store")
     for name, family in scrapes()[-1].items():
         for _, labels in family.samples:
             found[name] |= {key for key, _ in labels}

@@ -148,7 +148,9 @@ class Connection {
     functions_.createInteger = [](const redisReadTask* task, long long number) -> void* {
       return made(task, [&](Reply& reply) { reply.integer = number; });
     };
-    functions_.createNil = [](const redisReadTask* task) -> void* { return made(task, [](Reply&) {}); };
+    functions_.createNil = [](const redisReadTask* task) -> void* {
+      return made(task, [](Reply& reply) { reply.type = REDIS_REPLY_NIL; });
+    };
     // The type of the number differs between versions of hiredis.
     functions_.createArray = [](const redisReadTask* task, auto elements) -> void* {
       const auto count = static_cast<std::size_t>(elements);
