@@ -445,6 +445,40 @@ TEST(FetchSpeed, ComparesFetchingWithComputing) {
   EXPECT_EQ(speed.values_within(1, 1'000'000), 1U);
 }
 
+TEST(FetchSpeed, AStoreThatHasLittleMustAnswerFast) {
+  FetchSpeed speed;
+  speed.computed(100, 100);  // 1 ms a token
+  speed.fetched(0, 2);       // an answer takes 2 ms
+  EXPECT_TRUE(speed.worth(1'000, 16)) << "it is not known yet what it has";
+  for (int i = 0; i < 100; ++i) speed.found(false);
+  EXPECT_FALSE(speed.worth(1'000, 16));
+  EXPECT_TRUE(speed.worth(1'000, 160)) << "even one hit in twenty saves more";
+  EXPECT_FALSE(speed.worth(1'000, 1));
+  for (int i = 0; i < 10; ++i) speed.found(true);
+  EXPECT_TRUE(speed.worth(1'000, 16));
+}
+
+TEST_F(FailingTiers, WhatIsSlowerThanComputingIsNotAskedFor) {
+  Options options = above(store);
+  options.store.only_if_faster = true;
+  LayerCache<Module> cache = cache_of(kCausalModel, options);
+  store->delay_ms = 2'000;  // in time for the deadline, and for nothing else
+  expect_plain_answer(cache, plain, info, request(8));
+  EXPECT_EQ(cache.stats().store.not_worth, 0U) << "it has to be found out";
+  const auto asked = store->stats()[0].lookups;
+  for (const std::uint64_t seed : {9, 10, 7}) expect_plain_answer(cache, plain, info, request(seed));
+  EXPECT_EQ(cache.stats().store.not_worth, 3U);
+  EXPECT_EQ(store->stats()[0].lookups, asked);
+  // Who waits for something else may ask.
+  cache.prefetch(request(7).inputs);
+  wait_for_store(cache);
+  EXPECT_EQ(store->stats()[0].lookups, asked) << "the memory has it";
+  cache.clear();
+  cache.prefetch(request(7).inputs);
+  wait_for_store(cache);
+  EXPECT_EQ(cache.stats().store.hits, 4U);
+}
+
 TEST(FetchSpeed, TriesNowAndThenWhatDidNotPay) {
   FetchSpeed speed;
   speed.computed(100, 1);

@@ -24,6 +24,7 @@ inline Options above(std::shared_ptr<StateStore> store, std::int64_t block_token
   options.prefix.capacity_share = 1;  // of causal models blocks alone, so that they can be counted
   // Nothing here is about what happens on a machine that is busy with other tests.
   options.store.deadline_ms = 5'000;
+  options.store.only_if_faster = false;
   options.store.write_deadline_ms = 30'000;
   return options;
 }

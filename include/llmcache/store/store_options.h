@@ -21,6 +21,11 @@ struct StoreOptions {
   /// then is left alone for a while (its circuit breaker), so that a failure costs this once. Above 0. Default 20.
   double deadline_ms = 20;
 
+  /// True: a request asks the store only where fetching is expected to be faster than computing, by how long both took
+  /// before, and how often the store had what it was asked for. False: always, which spares the processor work though
+  /// it may take longer. Default: true.
+  bool only_if_faster = true;
+
   /// Tokens of a prefix under one key: all of them are fetched and written together, and the rest of a sequence that
   /// fills no block is not kept. 1 to 4096; caches that are to find each other's blocks need the same number. Default
   /// 64: for GPT-2 values of 4.5 MB.

@@ -12,6 +12,8 @@ constexpr std::size_t kRateBytes = std::size_t{64} << 10;
 /// A pass over fewer tokens takes about as long as one over one token, which says nothing of many.
 constexpr std::int64_t kPassTokens = 16;
 constexpr std::size_t kMostValues = 64;
+/// A store that had nothing for long may be filled by others meanwhile.
+constexpr double kLeastFound = 0.05;
 
 void take_into(double& mean, double value) { mean = mean == 0 ? value : (1 - kLatest) * mean + kLatest * value; }
 
@@ -32,6 +34,11 @@ void FetchSpeed::computed(std::int64_t tokens, double ms) {
   take_into(ms_per_token_, ms / static_cast<double>(tokens));
 }
 
+void FetchSpeed::found(bool had) {
+  const std::lock_guard lock(mutex_);
+  found_ = std::max(kLeastFound, (1 - kLatest) * found_ + (had ? kLatest : 0));
+}
+
 double FetchSpeed::fetch_ms(std::size_t bytes) const {
   const std::lock_guard lock(mutex_);
   return ms_per_byte_ == 0 ? 0 : answer_ms_ + ms_per_byte_ * static_cast<double>(bytes);
@@ -43,11 +50,12 @@ double FetchSpeed::compute_ms(std::int64_t tokens) const {
 }
 
 bool FetchSpeed::worth(std::size_t bytes, std::int64_t tokens) {
-  const double fetching = fetch_ms(bytes);
   const double computing = compute_ms(tokens);
-  if (fetching == 0 || computing == 0 || fetching < computing) return true;
   const std::lock_guard lock(mutex_);
-  return ++refused_ % kTrials == 0;
+  const bool known = computing > 0 && (answer_ms_ > 0 || ms_per_byte_ > 0);
+  const double fetching = answer_ms_ + ms_per_byte_ * static_cast<double>(bytes);
+  const double saved = found_ * (computing - fetching) - (1 - found_) * answer_ms_;
+  return !known || saved > 0 || ++refused_ % kTrials == 0;
 }
 
 std::size_t FetchSpeed::values_within(double deadline_ms, std::size_t value_bytes) const {

@@ -127,7 +127,7 @@ void Tiers::look_up(LookUp& look, const StoredPart& part, const StoredRow& row, 
     const auto from = pieces.begin() + static_cast<std::ptrdiff_t>(at);
     const std::vector<StoredPiece> group(from, from + static_cast<std::ptrdiff_t>(count));
     const std::int64_t tokens = group.back().end - std::max(known, group[0].begin);
-    if (look.waits && !speed_.worth(count * bytes, tokens)) {
+    if (look.waits && options_.only_if_faster && !speed_.worth(count * bytes, tokens)) {
       ++look.counts.not_worth;
       return;
     }
@@ -146,7 +146,10 @@ bool Tiers::fetch(LookUp& look, const StoredPart& part, const StoredRow& row, co
   const double ms = clock.lap();
   std::size_t bytes = 0;
   for (const auto& value : found.values) bytes += value ? value->size() : 0;
-  if (found.outcome == StoreOutcome::kDone) speed_.fetched(bytes, ms);
+  if (found.outcome == StoreOutcome::kDone) {
+    speed_.fetched(bytes, ms);
+    speed_.found(!found.values.empty() && found.values[0].has_value());
+  }
   look.counts.timeouts += found.outcome == StoreOutcome::kTimeout ? 1 : 0;
   look.counts.failures += found.outcome == StoreOutcome::kFailed || found.outcome == StoreOutcome::kRefused ? 1 : 0;
   look.over = found.outcome != StoreOutcome::kDone;

@@ -81,8 +81,8 @@ class Tiers {
   std::string identity_;  ///< of identity_epoch_
   std::uint64_t identity_epoch_ = 0;
   std::set<std::string> under_way_;  ///< keys that are to be written
-  WriteQueue queue_;     ///< last: their threads use the above
-  WriteQueue fetching_;  ///< prefetches
+  WriteQueue queue_;                 ///< last: their threads use the above
+  WriteQueue fetching_;              ///< prefetches
 };
 
 }  // namespace llmcache
