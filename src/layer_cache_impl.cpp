@@ -366,9 +366,15 @@ std::uint64_t LayerCacheBase::Impl::dropped() const noexcept {
 }
 
 TenantErasure LayerCacheBase::Impl::erase_tenant(const std::string& tenant) {
+  TenantErasure erased;
+  erase_in_memory(tenant, erased);
+  if (tiers_.on()) erased.store_failure = tiers_.erase_tenant(tenant, dropped());
+  return erased;
+}
+
+void LayerCacheBase::Impl::erase_in_memory(const std::string& tenant, TenantErasure& erased) {
   const std::unique_lock lock(kept_mutex_);
   erasures_.fetch_add(1, std::memory_order_release);
-  TenantErasure erased;
   for (const auto& strategy : strategies.all()) {
     const TenantErasure part = strategy->erase_tenant(tenant);
     erased.entries += part.entries;
@@ -377,7 +383,6 @@ TenantErasure LayerCacheBase::Impl::erase_tenant(const std::string& tenant) {
   }
   // Last: a call that began meanwhile may have found what is gone now.
   erased.calls = running_.erase(tenant);
-  return erased;
 }
 
 PrefixReuse& LayerCacheBase::Impl::prefixes() const {

@@ -69,6 +69,7 @@ struct LayerCacheBase::Impl {
   std::uint64_t check_weights();
   [[nodiscard]] Snapshots::Cache for_snapshots();
   void limit_tenants();
+  void erase_in_memory(const std::string& tenant, TenantErasure& erased);
   void add_tenants(Stats& stats) const;
   /// Another number after each drop() and erase_tenant().
   [[nodiscard]] std::uint64_t dropped() const noexcept;

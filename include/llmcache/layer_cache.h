@@ -153,8 +153,10 @@ class LayerCacheBase {
   /// reason: no prefix reuse, not enough room or quota, more than may be pinned, rows that cannot be packed.
   [[nodiscard]] PinLease pin(const Inputs& inputs, const std::string& tenant, double seconds);
 
-  /// Drops every entry and every pin of a tenant ("": of requests that name none), in memory. Of its calls that are
-  /// running nothing is kept; what they read is freed when they end. Files are the caller's: a save() that is running
+  /// Drops every entry and every pin of a tenant ("": of requests that name none), in memory, and then what the store
+  /// below (Options::store) has of this model's entries of the tenant, which takes as long as the store needs for what
+  /// waits to be written and for looking through its keys. Of calls of the tenant that are running nothing is kept;
+  /// what they read is freed when they end. Files are the caller's: a save() that is running
   /// fails, a load() ends, and one that was saved before holds the tenant's entries until it is written again.
   /// Also forgotten is why entries of any tenant went (SequenceReport::evicted_tokens). What was made of all tenants'
   /// requests and is nobody's stays: a calibration, the running mean of fingerprints, and counters.

@@ -56,6 +56,7 @@ struct TenantErasure {
   std::size_t bytes = 0;      ///< that became free at once; what running calls read becomes free when they end
   std::uint64_t pins = 0;     ///< of prefixes
   std::uint64_t calls = 0;    ///< that are running for the tenant, of which nothing will be kept
+  std::string store_failure;  ///< why the store below (Options::store) may hold something still; empty: it does not
 };
 
 /// Holds on to prefixes in the cache that LayerCacheBase::pin() was called on: nothing of them is evicted or expires

@@ -76,6 +76,36 @@ TEST(Tiers, ALongerTextGoesOnFromTheBlocksOfAShorterOne) {
   EXPECT_EQ(store->stats()[0].lookups, lookups);
 }
 
+TEST(Tiers, ATenantThatIsErasedIsGoneFromTheStoreToo) {
+  for (const char* name : {kCausalModel, kEncoderModel}) {
+    const ModelInfo info = model_info(name);
+    Module plain = load_model(name);
+    const auto store = std::make_shared<MemoryStore>();
+    Options options = above(store);
+    options.store.tenant_secrets = {{"a", "sixteen bytes or more"}};
+    LayerCache<Module> cache = cache_of(name, options);
+    const Request request = right_padded(info, {16}, 5);
+    for (const char* tenant : {"", "a", "ab", "b"}) cache.forward(request.inputs, {.tenant = tenant});
+    wait_for_store(cache);
+    const std::size_t each = store->values().size() / 4;
+    ASSERT_EQ(store->values().size(), 4 * each);
+    // What waits to be written is written, and goes.
+    const Request late = right_padded(info, {12}, 6);
+    cache.forward(late.inputs, {.tenant = "a"});
+    EXPECT_EQ(cache.erase_tenant("a").store_failure, "");
+    wait_for_store(cache);
+    EXPECT_EQ(store->values().size(), 3 * each);
+    LayerCache<Module> other = cache_of(name, options);
+    for (const char* tenant : {"", "a", "ab", "b"}) {
+      expect_plain_answer(other, plain, info, request, tenant);
+      EXPECT_EQ(reused_tokens(other), std::string(tenant) == "a" ? 0 : 16) << tenant;
+    }
+    EXPECT_EQ(cache.erase_tenant("nobody").store_failure, "");
+    store->erase_outcome = StoreOutcome::kFailed;
+    EXPECT_EQ(cache.erase_tenant("b").store_failure, "memory: failed");
+  }
+}
+
 TEST(Tiers, AreKeptOverARestartInADirectory) {
   const TemporaryFolder folder;
   for (const char* name : {kCausalModel, kEncoderModel}) {

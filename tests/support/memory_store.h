@@ -49,6 +49,7 @@ class MemoryStore final : public StateStore {
   }
   StoreOutcome erase_prefix(std::string_view prefix, StoreDeadline /*deadline*/) override {
     const std::lock_guard lock(mutex_);
+    if (erase_outcome != StoreOutcome::kDone) return erase_outcome;
     std::erase_if(values_, [&](const auto& one) { return one.first.starts_with(prefix); });
     return StoreOutcome::kDone;
   }
@@ -67,9 +68,10 @@ class MemoryStore final : public StateStore {
     values_ = std::move(values);
   }
 
-  std::atomic<StoreOutcome> outcome = StoreOutcome::kDone;      ///< of get()
-  std::atomic<StoreOutcome> put_outcome = StoreOutcome::kDone;  ///< of put()
-  std::atomic<double> delay_ms = 0;                             ///< of get()
+  std::atomic<StoreOutcome> outcome = StoreOutcome::kDone;        ///< of get()
+  std::atomic<StoreOutcome> put_outcome = StoreOutcome::kDone;    ///< of put()
+  std::atomic<StoreOutcome> erase_outcome = StoreOutcome::kDone;  ///< of erase_prefix()
+  std::atomic<double> delay_ms = 0;                               ///< of get()
 
  private:
   mutable std::mutex mutex_;

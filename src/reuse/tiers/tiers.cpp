@@ -1,6 +1,7 @@
 #include "reuse/tiers/tiers.h"
 
 #include <c10/core/GradMode.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <utility>
@@ -12,6 +13,8 @@
 namespace llmcache {
 namespace {
 
+/// For looking through all keys of a store.
+constexpr double kEraseMs = 60'000;
 /// What a prefetch holds while it waits, about.
 constexpr std::size_t kPrefetchBytes = std::size_t{64} << 10;
 /// Of all that wait together.
@@ -39,6 +42,17 @@ Tiers::~Tiers() {
 void Tiers::flush() {
   fetching_.flush();
   queue_.flush();
+}
+
+std::string Tiers::erase_tenant(const std::string& tenant, std::uint64_t epoch) {
+  flush();
+  std::set<std::string> prefixes;
+  for (const auto& part : parts_) prefixes.insert(keys_of(*part, tenant, epoch).prefix());
+  for (const std::string& prefix : prefixes) {
+    const StoreOutcome outcome = options_.store->erase_prefix(prefix, store_deadline(kEraseMs));
+    if (outcome != StoreOutcome::kDone) return fmt::format("{}: {}", options_.store->name(), to_string(outcome));
+  }
+  return {};
 }
 
 std::vector<std::vector<StoredRow>> Tiers::rows_of(const Call& call) const {

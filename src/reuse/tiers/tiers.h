@@ -46,6 +46,9 @@ class Tiers {
   void prefetch(const Call& call);
   /// What the call left in the banks is to be written. It has been committed.
   void keep(const Call& call, const ForwardReport& report);
+  /// Takes what the store has of a tenant out of it, once nothing waits to be written that was made before `epoch`,
+  /// which is now. Returns why something may be left; empty: nothing is.
+  std::string erase_tenant(const std::string& tenant, std::uint64_t epoch);
   /// Waits until what was given to keep() and prefetch() is done.
   void flush();
   [[nodiscard]] StoreStats stats() const;
