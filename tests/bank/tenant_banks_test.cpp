@@ -139,8 +139,8 @@ TYPED_TEST(TenantsOf, AFloodMovesTheHitRateOfAnotherByAPointAtMost) {
 }
 
 TYPED_TEST(TenantsOf, AHundredThousandWithOneRequestEachStayWithinTheCapacity) {
-  const std::size_t capacity = 4 << 20;
-  typename TestFixture::Limited bank(capacity, {.default_quota_bytes = 1 << 20});
+  const std::size_t capacity = 1 << 20;
+  typename TestFixture::Limited bank(capacity, {.default_quota_bytes = 256 << 10});
   const std::string name(40, 'x');
   const int tenants = times(100000);
   for (int tenant = 1; tenant <= tenants; ++tenant) bank.keep(tenant, name + std::to_string(tenant));
