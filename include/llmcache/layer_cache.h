@@ -150,7 +150,8 @@ class LayerCacheBase {
   /// quota; TenantOptions::pinned_share bounds it. clear(), weights_changed() and erase_tenant() end it; snapshots hold
   /// the entry, not the pin.
   /// Throws Error as forward(), kInvalidOptions unless `seconds` is above 0 and finite, and kNotAvailable with the
-  /// reason: no prefix reuse, not enough room or quota, more than may be pinned, rows that cannot be packed.
+  /// reason: no prefix reuse, not enough room or quota, more than may be pinned, 4,096 pins already, rows that
+  /// cannot be packed.
   [[nodiscard]] PinLease pin(const Inputs& inputs, const std::string& tenant, double seconds);
 
   /// Drops every entry and every pin of a tenant ("": of requests that name none), in memory, and then what the store

@@ -14,6 +14,7 @@
 #include "bank/tenant_key.h"
 #include "execute/batch.h"
 #include "reuse/chain.h"
+#include "reuse/prefix/pinned_prefixes.h"
 #include "support.h"
 
 namespace llmcache::test {
@@ -237,6 +238,18 @@ TEST_F(Tenants, WhatCannotBePinnedIsRefusedWithTheReason) {
   EXPECT_THAT([&] { static_cast<void>(encoder.pin(request.inputs, "a", 10)); },
               ThrowsError(ErrorCode::kNotAvailable, "prefix"));
   EXPECT_EQ(encoder.stats().requests, 0U);
+}
+
+TEST_F(Tenants, TheNumberOfPinsIsBounded) {
+  PinnedPrefixes pins([] { return now; });
+  for (int i = 0; i < 4096; ++i) pins.add("a", 10, {});
+  EXPECT_THAT([&] { pins.add("a", 10, {}); }, ThrowsError(ErrorCode::kNotAvailable, "4096 pins"));
+  EXPECT_EQ(pins.count(), 4096U);
+  now = 10;
+  EXPECT_NE(pins.add("b", 10, {}), 0U);
+  EXPECT_EQ(pins.count(), 1U);
+  EXPECT_EQ(pins.drop("a"), 0U);
+  EXPECT_EQ(pins.drop("b"), 1U);
 }
 
 TEST_F(Tenants, BadLimitsAreRefused) {

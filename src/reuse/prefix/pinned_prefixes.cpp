@@ -9,9 +9,20 @@
 #include "llmcache/tenants.h"
 
 namespace llmcache {
+namespace {
+
+/// Of one cache: pins of a prefix that is pinned already take no room that a share bounds.
+constexpr std::size_t kMostPins = 4096;
+
+}  // namespace
 
 std::uint64_t PinnedPrefixes::add(std::string tenant, double seconds, std::vector<PrefixLease> leases) {
+  drop_late();
   const std::lock_guard lock(mutex_);
+  if (pins_.size() >= kMostPins) {
+    throw Error(ErrorCode::kNotAvailable,
+                fmt::format("{} pins are held, and no more may be: release some, or renew one", pins_.size()));
+  }
   const std::uint64_t id = next_++;
   pins_.emplace(id, Pin{std::move(tenant), now() + seconds, std::move(leases)});
   find_earliest();

@@ -22,7 +22,7 @@ class PinnedPrefixes {
   /// `clock`: seconds; one that throws counts as one that stands still.
   explicit PinnedPrefixes(std::function<double()> clock) : clock_(std::move(clock)) {}
 
-  /// Returns the number of the pin. Throws std::bad_alloc.
+  /// Returns the number of the pin. Throws Error(kNotAvailable) where there are 4,096, and std::bad_alloc.
   std::uint64_t add(std::string tenant, double seconds, std::vector<PrefixLease> leases);
   /// Nothing happens if there is no pin of that number any more; renew() is false then.
   void remove(std::uint64_t id) noexcept;
