@@ -262,7 +262,6 @@ TEST_F(BehindAProxy, GarbageIsNoAnswer) {
       ":7\r\n",
       "+OK\r\n",
       "-ERR no\r\n",
-      "*-1\r\n",
       "*2\r\n$1\r\na\r\n$1\r\nb\r\n",
       "*100000000\r\n",
       "*2147483647\r\n",
