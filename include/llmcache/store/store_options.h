@@ -28,7 +28,7 @@ struct StoreOptions {
 
   /// Tokens of a prefix under one key: all of them are fetched and written together, and the rest of a sequence that
   /// fills no block is not kept. 1 to 4096; caches that are to find each other's blocks need the same number. Default
-  /// 64: for GPT-2 values of 4.5 MB.
+  /// 64: for GPT-2 values of 4.9 MB.
   std::int64_t block_tokens = 64;
 
   /// Bytes of values that may wait for being written. Writing is done behind the answers by a thread of the cache; what
