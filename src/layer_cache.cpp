@@ -144,6 +144,7 @@ CalibrationProfile LayerCacheBase::calibrate(const CalibrationSample& sample) {
   const c10::NoGradGuard no_grad;
   RiskController& budget = impl_->budget();
   CalibrationProfile profile = as_the_caller_threw([&] { return budget.calibrate(sample); });
+  impl_->wrapped.streams->publish(impl_->wrapped.model->device(), [] {});
   profile.verified = impl_->verification.envelope().plain();
   return profile;
 }
@@ -168,6 +169,7 @@ void LayerCacheBase::use_calibration(const CalibrationProfile& profile) {
   const c10::NoGradGuard no_grad;
   RiskController& budget = impl_->budget();
   as_the_caller_threw([&] { budget.use(profile); });
+  impl_->wrapped.streams->publish(impl_->wrapped.model->device(), [] {});
   impl_->verification.envelope().take(profile.verified);  // the same model: its digest was compared
 }
 

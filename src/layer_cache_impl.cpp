@@ -188,6 +188,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   check_request(request, fidelity);
   const RunningCalls::Entry running(running_, request.tenant);
   const std::uint64_t epoch = check_weights();
+  wrapped.streams->enter(wrapped.model->device());
   Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
   call.epoch = epoch;
   call.dropped = dropped();
@@ -315,7 +316,9 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
   {
     const std::shared_lock lock(kept_mutex_);
     const bool erased = call.running != nullptr && call.running->erased();
-    if (epoch_.load(std::memory_order_acquire) == call.epoch && !erased) answers.writes().commit();
+    if (epoch_.load(std::memory_order_acquire) == call.epoch && !erased) {
+      wrapped.streams->publish(wrapped.model->device(), [&] { answers.writes().commit(); });
+    }
   }
   report.padding_skipped = answers.padding_skipped();
   report.store_ms += clock.lap();
@@ -324,7 +327,8 @@ void LayerCacheBase::Impl::finish(const Call& call, Answers& answers) {
 bool LayerCacheBase::Impl::publish(std::uint64_t epoch, const std::function<void()>& step) {
   const std::shared_lock lock(kept_mutex_);
   if (dropped() != epoch) return false;
-  step();
+  wrapped.streams->enter(wrapped.model->device());  // it may read what calls on other streams have kept
+  wrapped.streams->publish(wrapped.model->device(), step);
   return true;
 }
 

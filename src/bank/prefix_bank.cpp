@@ -514,6 +514,9 @@ void PrefixBank::trim_if_wasteful(KeyBlock& block) noexcept {
 /// Gives back the spare room of a block that nobody uses now, tensor by tensor, so that it takes little memory to do
 /// so. False if even that cannot be had.
 bool PrefixBank::trim(KeyBlock& block) noexcept {
+  // On a device the copy would be work of whatever stream is current, which knows nothing of those that write the
+  // block.
+  if (!block.tensors_.empty() && !block.tensors_.front().is_cpu()) return false;
   std::size_t transient = 0;
   for (const std::size_t bytes : token_bytes_) transient = std::max(transient, bytes);
   transient *= static_cast<std::size_t>(block.claimed_);

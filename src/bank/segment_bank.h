@@ -44,6 +44,14 @@ class SegmentEntry {
   [[nodiscard]] bool is_mean() const noexcept { return origin_.averaged > 1; }
   /// Tokens [begin, begin + count) of tensor number i. Not to be written to.
   [[nodiscard]] at::Tensor state(std::size_t i, std::int64_t begin, std::int64_t count) const;
+  /// Calls step(tensor) for each tensor that it holds.
+  template <class Step>
+  void each_tensor(const Step& step) const {
+    for (const StoredStates& one : stored_) {
+      step(one.values());
+      if (one.scales().defined()) step(one.scales());
+    }
+  }
   /// Sets tensor number i, of all tokens.
   void set(std::size_t i, const at::Tensor& state);
 

@@ -95,6 +95,13 @@ class TokenEntry final : public CachedStates {
   [[nodiscard]] std::uint16_t count(std::int64_t token) const { return counts_[static_cast<std::size_t>(token)]; }
   [[nodiscard]] at::Tensor rows(std::size_t spec) const { return encoded_[spec].rows(); }
   [[nodiscard]] const EncodedTensor& encoded(std::size_t spec) const { return encoded_[spec]; }
+  /// Calls step(tensor) for each tensor that it holds.
+  template <class Step>
+  void each_tensor(const Step& step) const {
+    for (const EncodedTensor& one : encoded_) {
+      for (const at::Tensor& held : one.held()) step(held);
+    }
+  }
   [[nodiscard]] const std::pmr::vector<std::uint16_t>& counts() const noexcept { return counts_; }
   /// Of its tensors.
   [[nodiscard]] std::size_t bytes() const noexcept { return reserved_.bytes(); }

@@ -9,6 +9,7 @@
 
 #include "bank/tenant_key.h"
 #include "llmcache/error.h"
+#include "model/index_tensor.h"
 
 namespace llmcache {
 namespace {
@@ -84,11 +85,45 @@ void look_at_values(Batch& batch, const InputSpec& spec, const ModelProfile& pro
   }
 }
 
+at::Device device_of_inputs(const Inputs& inputs) {
+  for (const c10::IValue& input : inputs) {
+    if (input.isTensor()) return input.toTensor().device();
+  }
+  return at::kCPU;
+}
+
+/// Tensors of a device on the host, as int64, by one copy.
+std::vector<at::Tensor> copied_to_host(const Inputs& inputs) {
+  std::vector<at::Tensor> flat;
+  for (const c10::IValue& input : inputs) {
+    if (input.isTensor()) flat.push_back(input.toTensor().to(at::kLong).flatten());
+  }
+  if (flat.empty()) return std::vector<at::Tensor>(inputs.size());
+  const at::Tensor all = (flat.size() == 1 ? flat[0] : at::cat(flat)).to(at::kCPU);
+  std::vector<at::Tensor> copied;
+  std::int64_t at = 0;
+  for (const c10::IValue& input : inputs) {
+    if (!input.isTensor()) {
+      copied.emplace_back();
+      continue;
+    }
+    const at::Tensor& own = input.toTensor();
+    copied.push_back(all.narrow(0, at, own.numel()).view(own.sizes()));
+    at += own.numel();
+  }
+  return copied;
+}
+
 void read_on_host(Batch& batch) {
   for (const c10::IValue& input : batch.inputs) {
-    const bool given = input.isTensor();
-    batch.types.push_back(given ? static_cast<char>(input.toTensor().scalar_type()) : static_cast<char>(-1));
-    batch.on_host.push_back(given ? input.toTensor().to(at::kCPU, at::kLong).contiguous() : at::Tensor());
+    batch.types.push_back(input.isTensor() ? static_cast<char>(input.toTensor().scalar_type()) : static_cast<char>(-1));
+  }
+  if (!device_of_inputs(batch.inputs).is_cpu()) {
+    batch.on_host = copied_to_host(batch.inputs);
+    return;
+  }
+  for (const c10::IValue& input : batch.inputs) {
+    batch.on_host.push_back(input.isTensor() ? input.toTensor().to(at::kLong).contiguous() : at::Tensor());
   }
 }
 
@@ -280,7 +315,8 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   part.rows = static_cast<std::int64_t>(chosen.size());
   part.padded_length = padded_length;
   part.types = types;
-  const auto index = at::tensor(chosen, at::TensorOptions().dtype(at::kLong));
+  const auto index = index_tensor(chosen, at::kCPU);
+  const auto index_there = index.to(device_of_inputs(inputs), /*non_blocking=*/true);
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     if (!inputs[i].isTensor()) {
       part.inputs.push_back(inputs[i]);
@@ -288,7 +324,7 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
       continue;
     }
     const at::Tensor& tensor = inputs[i].toTensor();
-    part.inputs.emplace_back(tensor.index_select(0, index.to(tensor.device())));
+    part.inputs.emplace_back(tensor.index_select(0, index_there));
     const bool shared = tensor.is_cpu() && tensor.scalar_type() == at::kLong;
     part.on_host.push_back(shared ? part.inputs.back().toTensor() : on_host[i].index_select(0, index));
   }
@@ -304,7 +340,7 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   part.source.inputs = source.inputs;
   part.source.padded_length = source.padded_length;
   for (const at::Tensor& value : source.values) {
-    part.source.values.push_back(value.index_select(0, index.to(value.device())));
+    part.source.values.push_back(value.index_select(0, index_there));
   }
   for (const std::int64_t row : chosen) {
     if (!source.tokens.empty()) part.source.tokens.push_back(source.tokens[static_cast<std::size_t>(row)]);

@@ -6,14 +6,14 @@
 #include <cmath>
 #include <iterator>
 
+#include "model/index_tensor.h"
+
 namespace llmcache {
 
 CorrectedStates::CorrectedStates(const TokenLevelModel& model, std::int32_t layers,
                                  const std::vector<ReusedSequence>& sequences, at::Device device, Monitor monitor)
     : model_(model), layers_(layers), sequences_(sequences), monitor_(std::move(monitor)), state_(sequences.size()) {
-  const auto tensor = [&](const std::vector<std::int64_t>& numbers) {
-    return at::tensor(numbers, at::TensorOptions().dtype(at::kLong)).to(device);
-  };
+  const auto tensor = [&](const std::vector<std::int64_t>& numbers) { return index_tensor(numbers, device); };
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const ReusedSequence& sequence = sequences[i];
     if (!sequence.donor) continue;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "execute/clock.h"
+#include "model/index_tensor.h"
 
 namespace llmcache {
 namespace {
@@ -48,13 +49,13 @@ PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device 
   layout.padded_length = plan.padded_length;
   std::vector<std::int64_t> position;
   std::vector<std::int64_t> flat;
-  const auto options = at::TensorOptions().dtype(at::kLong);
+  std::vector<std::int64_t> parts;  // active tokens of sequences that do not run whole
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const SequencePlan& sequence = plan.sequences[i];
     if (active[i].empty()) continue;
     PackedSequence packed{
         sequence.row, sequence.first, sequence.tokens, layout.rows, static_cast<std::int64_t>(active[i].size()), {}};
-    if (packed.rows != packed.tokens) packed.active = at::tensor(active[i], options).to(device);
+    if (packed.rows != packed.tokens) parts.insert(parts.end(), active[i].begin(), active[i].end());
     for (const std::int64_t t : active[i]) {
       position.push_back(sequence.first + t);
       flat.push_back(sequence.row * plan.padded_length + sequence.first + t);
@@ -68,8 +69,18 @@ PackedLayout make_layout(const Plan& plan, const ActiveSets& active, at::Device 
     flat.push_back(flat.back());
   }
   layout.rows += filler;
-  layout.position = at::tensor(position, options).to(device);
-  layout.flat_index = at::tensor(flat, options).to(device);
+  // All of them by one copy.
+  position.insert(position.end(), flat.begin(), flat.end());
+  position.insert(position.end(), parts.begin(), parts.end());
+  const at::Tensor all = index_tensor(position, device);
+  layout.position = all.narrow(0, 0, layout.rows);
+  layout.flat_index = all.narrow(0, layout.rows, layout.rows);
+  std::int64_t at = 2 * layout.rows;
+  for (PackedSequence& packed : layout.sequences) {
+    if (packed.rows == packed.tokens) continue;
+    packed.active = all.narrow(0, at, packed.rows);
+    at += packed.rows;
+  }
   return layout;
 }
 
@@ -177,7 +188,7 @@ class PackedExecution {
     if (!hook_.watches(0) && captured_.empty() && model_.head_tokenwise()) {
       const auto needed = needed_positions();
       if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.padded_length) {
-        positions_ = at::tensor(needed, at::TensorOptions().dtype(at::kLong)).to(device_);
+        positions_ = index_tensor(needed, device_);
         return;
       }
     }
@@ -411,7 +422,7 @@ class PackedExecution {
       const auto& span = selection_.spans[i];
       for (std::int64_t t = 0; running(i) && t < span.tokens; ++t) set.push_back(span.begin + t);
     }
-    const auto layout = make_layout(plan_, wanted, device_);
+    const auto layout = run_ && active_ == wanted ? layout_ : make_layout(plan_, wanted, device_);
     if (layout.rows == 0) return {};
     if (!run_ || active_ != wanted) {
       std::vector<at::Tensor> pieces;

@@ -54,7 +54,7 @@ std::vector<double> frequencies_of(const at::Tensor& z) {
   const auto advance = [&](std::int64_t step) {
     const auto n = z.size(1) - step;
     const auto sum = (z.narrow(1, 0, n).conj() * z.narrow(1, step, n)).sum(at::IntArrayRef{0, 1});
-    return sum.angle().contiguous();
+    return sum.angle().cpu().contiguous();
   };
   const auto pairs = static_cast<std::size_t>(z.size(2));
   std::vector<double> frequencies(pairs, 0.0);

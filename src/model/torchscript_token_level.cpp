@@ -11,6 +11,7 @@
 #include <set>
 
 #include "llmcache/error.h"
+#include "model/index_tensor.h"
 #include "model/tensors_of.h"
 #include "model/torchscript_run.h"
 #include "model/torchscript_source_part.h"
@@ -282,7 +283,7 @@ bool TokenLevel::try_roles(const PackedAttention& attention_op, const Values& va
   // One sequence of 5 tokens, of which some are active: the rows must come out as in the full run.
   const std::int64_t tokens = 5;
   const auto device = values.at(attention_op.region.output).toTensor().device();
-  const auto rows = partial ? at::tensor({1, 2, 4}, at::TensorOptions().dtype(at::kLong)).to(device)
+  const auto rows = partial ? index_tensor({1, 2, 4}, device)
                             : at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
   std::vector<c10::IValue> inputs;
   for (const AttentionInput& input : attention_op.region.inputs) {

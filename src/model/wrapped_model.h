@@ -9,6 +9,7 @@
 #include "llmcache/model/profile.h"
 #include "model/numeric_state.h"
 #include "model/probe.h"
+#include "model/stream_fence.h"
 #include "store/model_identity.h"
 
 namespace llmcache {
@@ -19,7 +20,8 @@ struct WrappedModel {
   InputSpec inputs;
   OutputSpec output;
   ModelProfile profile;
-  NumericState wrapped_under;  ///< what kept results hold under
+  NumericState wrapped_under;                                              ///< what kept results hold under
+  std::shared_ptr<StreamFence> streams = std::make_shared<StreamFence>();  ///< of all calls of all its caches
   /// The structure of a result of one row, its tensors without data; None where rows are not kept.
   c10::IValue result_form;
 

@@ -1,12 +1,15 @@
 #include "reuse/background_jobs.h"
 
 #include <c10/core/GradMode.h>
+#include <c10/core/StreamGuard.h>
 
 #include <utility>
 
+#include "model/stream_fence.h"
+
 namespace llmcache {
 
-BackgroundJobs::BackgroundJobs() {
+BackgroundJobs::BackgroundJobs(at::Device device) : device_(device) {
   thread_ = std::thread([this] { run(); });
 }
 
@@ -26,7 +29,7 @@ bool BackgroundJobs::add(Work work, std::size_t bytes) {
       ++dropped_;
       return false;
     }
-    jobs_.push_back({std::move(work), bytes});
+    jobs_.push_back({std::move(work), current_stream(device_), bytes});
     bytes_ += bytes;
   }
   changed_.notify_all();
@@ -52,6 +55,7 @@ void BackgroundJobs::run() {
     const Job& job = jobs_.front();  // a deque's elements stay where they are while others are added
     lock.unlock();
     try {
+      const c10::OptionalStreamGuard guard(job.stream);
       job.work();
     } catch (...) {
       // The request itself has been answered, and the job has told whom it concerns.

@@ -1,12 +1,16 @@
 // Work that is done after the answer was returned: audits and comparisons.
 #pragma once
 
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 namespace llmcache {
@@ -17,7 +21,8 @@ class BackgroundJobs {
  public:
   using Work = std::function<void()>;  ///< deals with its own failures: what it throws is lost
 
-  BackgroundJobs();
+  /// A job is queued on the stream of `device` that was current for who added it.
+  explicit BackgroundJobs(at::Device device);
   ~BackgroundJobs();
   BackgroundJobs(const BackgroundJobs&) = delete;
   BackgroundJobs& operator=(const BackgroundJobs&) = delete;
@@ -32,10 +37,12 @@ class BackgroundJobs {
   static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
   struct Job {
     Work work;
+    std::optional<c10::Stream> stream;
     std::size_t bytes = 0;
   };
   void run();
 
+  const at::Device device_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;   ///< the first is being worked on

@@ -185,7 +185,8 @@ Verifier::Verifier(const WrappedModel& wrapped, const Options& options, Verifica
       only_layers_(!wrapped.inputs.vocabulary_known || wrapped.profile.packed_weights > 0),
       cache_(std::move(cache)),
       verification_(verification) {
-  if (options.verify_rate > 0 && options.verify_in_background) jobs_ = std::make_unique<BackgroundJobs>();
+  if (options.verify_rate > 0 && options.verify_in_background)
+    jobs_ = std::make_unique<BackgroundJobs>(wrapped.model->device());
 }
 
 c10::IValue Verifier::verified(const Call& call, Answers& answers, c10::IValue result) {

@@ -63,7 +63,7 @@ RiskController::RiskController(const WrappedModel& wrapped, const Options& optio
       exits_(wrapped, options_, failures_) {
   make_states();
   if (options_.background_audit && (exits_.unavailable().empty() || states_)) {
-    audits_ = std::make_unique<BackgroundJobs>();
+    audits_ = std::make_unique<BackgroundJobs>(wrapped.model->device());
   }
 }
 

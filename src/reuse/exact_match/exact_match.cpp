@@ -38,6 +38,7 @@ std::string ExactMatch::key_of(const Call& call, std::int64_t row) const {
 
 void ExactMatch::serve(const Call& call, Answers& answers) {
   Stopwatch clock;
+  bool any = false;
   for (std::int64_t row = 0; row < call.batch.rows; ++row) {
     if (call.batch.spans[static_cast<std::size_t>(row)].tokens == 0) continue;
     const std::string key = key_of(call, row);
@@ -46,8 +47,11 @@ void ExactMatch::serve(const Call& call, Answers& answers) {
       if (const auto cause = bank_.why_gone(key)) answers.was_evicted(row, miss_reason_of(*cause));
       continue;
     }
+    any = true;
+    for (const at::Tensor& tensor : entry->tensors()) wrapped_.streams->uses(tensor);
     answers.put_known(row, {entry->tensors().begin(), entry->tensors().end()}, sizes_of(*entry, call.batch), entry);
   }
+  if (any) wrapped_.streams->enter(wrapped_.model->device());
   answers.report().lookup_ms += clock.lap();
 }
 

@@ -231,6 +231,19 @@ void PrefixReuse::share(std::vector<Row>& rows) const {
   row.shared_with = static_cast<std::size_t>(from - rows.data());
 }
 
+/// What the rows read, and the room that they write to, may be other streams' until now.
+void PrefixReuse::order_streams(const std::vector<Row>& rows) const {
+  if (model_.device().is_cpu()) return;
+  wrapped_.streams->enter(model_.device());
+  for (const Row& row : rows) {
+    for (const auto* ranges : {&row.prefix, &row.own}) {
+      for (const KeyRange& range : *ranges) {
+        for (std::size_t spec = 0; spec <= final_spec_; ++spec) wrapped_.streams->uses(range.block->tensor(spec));
+      }
+    }
+  }
+}
+
 Plan PrefixReuse::plan(const Batch& batch, const std::vector<Row>& rows) const {
   const auto layers = static_cast<std::int32_t>(model_.layers());
   Plan plan{batch.rows, batch.padded_length, layers, {}};
@@ -340,6 +353,7 @@ PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Outpu
     share(rows);
     reserve(rows.back());
   }
+  order_streams(rows);
   const Plan passed = plan(batch, rows);
   report.lookup_ms += clock.lap();
   Pass pass(*this, rows);
@@ -364,8 +378,9 @@ PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Outpu
     done.sizes.emplace_back(SizeCode::Kind::kPrefix, row.lease.shortest(), served);
     done.sizes.emplace_back(SizeCode::Kind::kPrefix, row.lease.longest(), served);
   }
-  if (computed > 0) {
-    // The leases of all rows live until then: rows build on what others have computed.
+  // The leases of all rows live until then, known ones too: rows build on what others have computed, and what is still
+  // read on this stream must not be written to on another.
+  if (computed > 0 || !model_.device().is_cpu()) {
     writes.add([this, rows = std::move(rows), saved_ms]() mutable {
       for (Row& row : rows) {
         if (row.fresh() == 0) continue;

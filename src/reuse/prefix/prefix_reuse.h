@@ -69,6 +69,7 @@ class PrefixReuse final : public ReuseStrategy {
   [[nodiscard]] std::vector<Row> look_up(const Batch& batch, const std::string& tenant);
   void share(std::vector<Row>& rows) const;
   void reserve(Row& row);
+  void order_streams(const std::vector<Row>& rows) const;
   [[nodiscard]] Plan plan(const Batch& batch, const std::vector<Row>& rows) const;
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<Row>& rows, Output output) const;
   [[nodiscard]] bool agrees(const Inputs& inputs, std::string& why);

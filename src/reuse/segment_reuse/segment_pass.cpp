@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "llmcache/error.h"
+#include "model/index_tensor.h"
 
 namespace llmcache {
 
@@ -55,7 +56,7 @@ std::vector<TokenRange> SegmentPass::choose(std::size_t sequence, const std::vec
   const auto count = static_cast<std::int64_t>(row.reused.size());
   if (count == 0) return ranges_of(row);
   const auto device = fresh[0].device();
-  const auto reused = at::tensor(row.reused, at::TensorOptions().dtype(at::kLong)).to(device);
+  const auto reused = index_tensor(row.reused, device);
   const auto& dims = level_.key_dims(choosing_, 0);
   at::Tensor deviation = at::zeros({count}, fresh[0].options().dtype(at::kFloat));
   for (std::size_t i = 0; i < fresh.size(); ++i) {
@@ -126,7 +127,7 @@ const at::Tensor& SegmentPass::active(std::size_t sequence, std::int32_t layer, 
     for (std::int64_t t = 0; t < row.span.tokens; ++t) {
       if (row.active(t, layer)) tokens.push_back(t);
     }
-    merge.active = at::tensor(tokens, at::TensorOptions().dtype(at::kLong)).to(device);
+    merge.active = index_tensor(tokens, device);
     merge.layer = since;
   }
   return merge.active;

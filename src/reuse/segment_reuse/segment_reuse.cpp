@@ -79,6 +79,8 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
       .least = static_cast<std::int64_t>(std::max(kLeast, settings_.block_tokens)), .moved = true, .use = false};
   for (const SegmentHit& hit : bank.find(entry.partition(), entry.tokens(), wanted, now())) {
     if (hit.exact) continue;
+    hit.donor->each_tensor([this](const at::Tensor& tensor) { wrapped_.streams->uses(tensor); });
+    wrapped_.streams->enter(model_.device());
     // A mean is followed only by one of nearly all of it: an edited passage must not cut it down.
     const auto donor_tokens = static_cast<std::int64_t>(hit.donor->tokens().size() / ids_per_token);
     if (hit.donor->is_mean() && 10 * hit.tokens < 9 * donor_tokens) continue;
@@ -170,6 +172,9 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
     if (row.span.first != 0) continue;
     row.segments = bank.find(row.partition, row.tokens, {settings.least_segment, layout_.positions.movable}, now());
     if (row.segments.empty()) continue;
+    for (const SegmentHit& hit : row.segments) {
+      hit.donor->each_tensor([this](const at::Tensor& tensor) { wrapped_.streams->uses(tensor); });
+    }
     plan(row, settings);
     double computed = 0;
     for (const std::int32_t layers : row.last) computed += layers;
@@ -182,6 +187,7 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
     const double all = static_cast<double>(row.span.tokens) * static_cast<double>(layout_.layers);
     matches[static_cast<std::size_t>(row.row)] = SegmentMatch{std::move(row.segments), row.exact, computed / all};
   }
+  wrapped_.streams->enter(model_.device());
   return matches;
 }
 

@@ -336,6 +336,11 @@ void SimilarityReuse::serve(const Call& call, Answers& answers) {
   answer.rows.resize(static_cast<std::size_t>(batch.rows));
   answer.value = execute_packed(model_, batch.inputs, plan, {}, nullptr, answer.report, &pass);
   const ForwardReport own = answer.report;
+  for (const Hit& hit : pass.hits()) {
+    wrapped_.streams->uses(hit.found.entry->hidden());
+    for (const at::Tensor& input : hit.found.entry->inputs()) wrapped_.streams->uses(input);
+  }
+  wrapped_.streams->enter(model_.device());
   auto resumed = resume_all(pass.hits(), answer.report);
   for (std::size_t h = 0; h < pass.hits().size(); ++h) {
     const Hit& hit = pass.hits()[h];

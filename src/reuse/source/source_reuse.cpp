@@ -11,6 +11,7 @@
 #include "execute/engine.h"
 #include "execute/run_model.h"
 #include "match/size_class.h"
+#include "model/index_tensor.h"
 #include "model/packing.h"
 #include "model/tensors_of.h"
 
@@ -78,8 +79,10 @@ SourceReuse::Found SourceReuse::look_up(const Batch& batch, const std::string& t
     source.key = std::move(key);
     if (!source.entry) continue;
     source.values.assign(source.entry->tensors().begin(), source.entry->tensors().end());
+    for (const at::Tensor& value : source.values) wrapped_.streams->uses(value);
     source.computed_length = source.entry->padded_length();
   }
+  wrapped_.streams->enter(wrapped_.model->device());
   return found;
 }
 
@@ -98,7 +101,7 @@ void SourceReuse::compute(const Batch& batch, Found& found, DeferredWrites& writ
   if (!as_model) {
     std::vector<std::int64_t> rows;
     for (const Distinct* source : missing) rows.push_back(source->row);
-    const auto index = at::tensor(rows, at::TensorOptions().dtype(at::kLong)).to(wrapped_.model->device());
+    const auto index = index_tensor(rows, wrapped_.model->device());
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!batch.source.has(i) || !inputs[i].isTensor()) continue;
       inputs[i] = inputs[i].toTensor().index_select(0, index).narrow(1, 0, length).contiguous();

@@ -287,6 +287,7 @@ TokenReuse::Matches TokenReuse::find(const Batch& batch, const std::string& tena
     auto candidate = bank_->find(key.partition, {key.tokens, key.ids_per_token}, now());
     if (!candidate) continue;
     Match match;
+    candidate->entry->each_tensor([this](const at::Tensor& tensor) { wrapped_.streams->uses(tensor); });
     match.donor = std::move(candidate->entry);
     match.alignment = std::move(candidate->alignment);
     match.read = read_tokens(batch, key.row);
@@ -294,6 +295,7 @@ TokenReuse::Matches TokenReuse::find(const Batch& batch, const std::string& tena
     for (const AlignedBlock& block : match.alignment.blocks) match.shifted += block.shifted() ? block.tokens : 0;
     matches[static_cast<std::size_t>(key.row)] = std::move(match);
   }
+  wrapped_.streams->enter(model_.device());
   return matches;
 }
 
