@@ -155,6 +155,11 @@ c10::Device protected_device(int index) {
 
 std::size_t device_bytes(int index) { return memory_of(index).bytes_in_use(); }
 
+void DeviceErrors::OnTestEnd(const ::testing::TestInfo& /*test*/) {
+  for (const std::string& error : take_stream_errors()) ADD_FAILURE() << error;
+  EXPECT_EQ(current_device, 0) << "the current device was changed";
+}
+
 std::vector<std::string> take_stream_errors() { return StreamOrder::instance().take_errors(); }
 
 }  // namespace llmcache::test

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <gtest/gtest.h>
 
 #include <cstdint>
 #include <string>
@@ -37,5 +38,10 @@ DeviceCounts operator-(const DeviceCounts& now, const DeviceCounts& then);
 
 /// What work on several streams did without an order between it, since the last call: one sentence each.
 [[nodiscard]] std::vector<std::string> take_stream_errors();
+
+/// Fails each test that leaves stream errors, or the host's current device changed.
+class DeviceErrors final : public ::testing::EmptyTestEventListener {
+  void OnTestEnd(const ::testing::TestInfo& test) override;
+};
 
 }  // namespace llmcache::test

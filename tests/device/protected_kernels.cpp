@@ -81,15 +81,10 @@ class KernelCall {
 
   c10::IValue on_host(const c10::IValue& value) {
     if (value.isTensor()) return host_tensor(value.toTensor());
-    if (value.isTensorList()) {
-      auto all = value.toTensorVector();
-      for (at::Tensor& one : all) one = host_tensor(one);
-      return all;
-    }
-    if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> all;
-      for (const std::optional<at::Tensor>& one : value.toOptionalTensorVector()) {
-        all.push_back(one ? std::optional(host_tensor(*one)) : std::nullopt);
+    if (value.isList()) {
+      auto all = value.toList().copy();
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        if (const c10::IValue one = all.get(i); one.isTensor()) all.set(i, host_tensor(one.toTensor()));
       }
       return all;
     }
@@ -187,7 +182,11 @@ class KernelCall {
       return pair.device;
     }
     for (const Pair& pair : pairs_) {  // a view of an argument
-      if (result.storage().is_alias_of(pair.host.storage())) return with_storage(pair.device.storage(), kKeys, result);
+      if (!result.storage().is_alias_of(pair.host.storage())) continue;
+      auto view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(pair.device.storage()),
+                                                           pair.device.key_set(), result.dtype());
+      view.unsafeGetTensorImpl()->set_sizes_and_strides(result.sizes(), result.strides(), result.storage_offset());
+      return view;
     }
     const auto dense = result.is_non_overlapping_and_dense() ? result : result.contiguous();
     auto made = at::empty_strided(dense.sizes(), dense.strides(), dense.options().device(*device_));
@@ -230,7 +229,10 @@ at::Tensor host_view(const at::Tensor& tensor) {
   const auto& storage = tensor.storage();
   const c10::Storage host(c10::Storage::use_byte_size_t(), storage.nbytes(),
                           c10::DataPtr(shadow_of(storage.data()), c10::kCPU), nullptr, false);
-  return with_storage(host, c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
+  auto view = with_storage(host, c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
+  view._set_conj(tensor.is_conj());
+  view._set_neg(tensor.is_neg());
+  return view;
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -333,8 +335,15 @@ void register_protected_kernels() {
   aten->impl("set_.source_Tensor", &set_tensor);
   aten->impl("resize_", &resize);
   aten->impl("record_stream", &record_stream);
+  // Bits of a tensor, which are otherwise resolved by a copy.
+  for (const auto key : {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative}) {
+    auto* const bit = new Library(Library::IMPL, "aten", key, __FILE__, __LINE__);  // for good
+    bit->impl("_copy_from", CppFunction::makeFallthrough());
+  }
   // Otherwise made of smaller operators, through tables that have no line for this device.
-  aten->impl("scaled_dot_product_attention", CppFunction::makeFromBoxedFunction<&run_kernel>());
+  for (const char* name : {"scaled_dot_product_attention", "convolution", "_convolution"}) {
+    aten->impl(name, CppFunction::makeFromBoxedFunction<&run_kernel>());
+  }
 }
 
 }  // namespace llmcache::test

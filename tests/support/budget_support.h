@@ -48,7 +48,8 @@ class Traffic {
 
 /// Eight classes of the tiny model's output, centred so that all are used.
 inline at::Tensor classes(const at::Tensor& outputs) {
-  return at::mm(outputs, at::sin(at::arange(outputs.size(1) * 8, at::kFloat)).view({outputs.size(1), 8}));
+  const auto weights = at::sin(at::arange(outputs.size(1) * 8, at::kFloat)).view({outputs.size(1), 8});
+  return at::mm(outputs, weights.to(outputs.device()));
 }
 
 /// Documents of 40 tokens of which one is changed from request to request, now and then a new one.

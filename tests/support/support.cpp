@@ -11,10 +11,14 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "device/load_on.h"
+#include "device/protected_device.h"
 #include "run_tests.h"
 
 namespace llmcache::test {
 namespace {
+
+at::Device chosen_device = at::kCPU;
 
 std::filesystem::path models_dir() {
   const char* folder = std::getenv("LLMCACHE_MODELS_DIR");
@@ -63,6 +67,8 @@ std::vector<std::string> names_of(const std::vector<std::string>& prefixes, cons
 
 }  // namespace
 
+at::Device test_device() { return chosen_device; }
+
 std::vector<std::string> model_names(const std::vector<std::string>& prefixes) { return names_of(prefixes, ".pt"); }
 
 std::vector<std::string> program_names(const std::vector<std::string>& prefixes) { return names_of(prefixes, ""); }
@@ -83,8 +89,8 @@ ModelInfo model_info(const std::string& name) {
 }
 
 Module load_model(const std::string& name) {
-  if (name.ends_with(kProgram)) return load_exported(models_dir() / name).module();
-  return torch::jit::load(models_dir() / (name + ".pt"));
+  if (name.ends_with(kProgram)) return load_exported(models_dir() / name, test_device()).module();
+  return load_on(models_dir() / (name + ".pt"), test_device());
 }
 
 Module load_plain(const std::string& name) { return load_model(without_format(name)); }
@@ -161,6 +167,7 @@ Request make_request(const ModelInfo& info, const std::vector<Span>& spans, std:
   while (request.inputs.size() < info.inputs) {
     request.inputs.emplace_back(random_ids(0, 2, {rows, padded_length}, seed + 1000 + request.inputs.size()).mul(mask));
   }
+  for (c10::IValue& input : request.inputs) input = input.toTensor().to(test_device());
   return request;
 }
 
@@ -345,9 +352,30 @@ ModelInfo script_info(const Script& script) {
   return {"script", "encoder", "sdpa", "float32", 300, script.hidden, script.layers, 2};
 }
 
+namespace {
+
+/// Takes `--device=` off the command line.
+void choose_device(int& argc, char** argv) {
+  constexpr std::string_view kDevice = "--device=";
+  int kept = 1;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (!argument.starts_with(kDevice)) {
+      argv[kept++] = argv[i];
+      continue;
+    }
+    chosen_device = protected_device(std::atoi(argv[i] + kDevice.size()));
+    ::testing::UnitTest::GetInstance()->listeners().Append(new DeviceErrors());
+  }
+  argc = kept;
+}
+
+}  // namespace
+
 }  // namespace llmcache::test
 
 int main(int argc, char** argv) {
+  llmcache::test::choose_device(argc, argv);
   const auto folder = llmcache::test::models_dir();
   if (folder.empty() || !std::filesystem::is_directory(folder)) {
     std::cerr << "LLMCACHE_MODELS_DIR " << (folder.empty() ? "is not set" : "names no folder: " + folder.string())

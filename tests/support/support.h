@@ -22,6 +22,10 @@ namespace llmcache::test {
 using torch::jit::Module;
 using Donors = std::vector<std::shared_ptr<const SequenceState>>;
 
+/// Where models and requests are put: the CPU, or what `--device=` says on the command line: 0 or 1, of the protected
+/// device (tests/device).
+[[nodiscard]] at::Device test_device();
+
 // --- models -----------------------------------------------------------------------------------------
 
 /// What the exporter wrote beside a model.
@@ -42,7 +46,7 @@ std::vector<std::string> model_names(const std::vector<std::string>& prefixes);
 /// those of models are.
 std::vector<std::string> program_names(const std::vector<std::string>& prefixes);
 ModelInfo model_info(const std::string& name);
-/// A fresh copy, read from the file.
+/// A fresh copy, read from the file onto test_device().
 Module load_model(const std::string& name);
 /// What a cache around load_model() is compared with: a copy of it; of a program of torch.export the same model's
 /// TorchScript module, whose weights are equal.
