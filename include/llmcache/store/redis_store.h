@@ -164,7 +164,7 @@ class RedisStore final : public StateStore {
   };
   using Connection = std::unique_ptr<redis::Connection>;
   /// Values that are asked for before the first of them has come: of large ones, and at most.
-  static constexpr std::size_t kFewAhead = 2;
+  static constexpr std::size_t kFewAhead = 1;
   static constexpr std::size_t kMostAhead = 64;
   static constexpr std::size_t kLargeBytes = std::size_t{256} << 10;
 
