@@ -78,10 +78,16 @@ class GuardParser {
   bool size() {
     const std::size_t end = text_.find('\'', at_);
     if (end == std::string_view::npos) return false;
+    const std::string_view input = text_.substr(at_, end - at_);
     at_ = end;
     if (!take("'].size()[")) return false;
-    if (take("0]")) return emit(Op::kBatch);
-    return take("1]") && emit(Op::kTokens);
+    if (take("0]")) return add_once(guard_.batch_inputs_, input) && emit(Op::kBatch);
+    return take("1]") && add_once(guard_.token_inputs_, input) && emit(Op::kTokens);
+  }
+
+  static bool add_once(std::vector<std::string>& inputs, std::string_view input) {
+    if (std::find(inputs.begin(), inputs.end(), input) == inputs.end()) inputs.emplace_back(input);
+    return true;
   }
 
   bool number() {
@@ -150,83 +156,109 @@ std::optional<ShapeGuard> ShapeGuard::parse(std::string_view text) { return Guar
 
 namespace {
 
-std::optional<std::int64_t> power(std::int64_t base, std::int64_t exponent) {
-  if (exponent < 0 || exponent > 62) return std::nullopt;
-  std::int64_t result = 1;
+using Verdict = ShapeGuard::Verdict;
+
+/// Whether a calculation of sizes came to a number.
+Verdict unless_overflown(bool overflown) { return overflown ? Verdict::kTooLarge : Verdict::kHolds; }
+
+Verdict power(std::int64_t base, std::int64_t exponent, std::int64_t& result) {
+  if (exponent < 0) return Verdict::kUndefined;
+  constexpr std::int64_t kBits = 64;  // beyond, nothing but the signs of -1, 0 and 1 fits
+  if (exponent > kBits) exponent = kBits + exponent % 2;
+  result = 1;
   for (std::int64_t i = 0; i < exponent; ++i) {
-    if (__builtin_mul_overflow(result, base, &result)) return std::nullopt;
+    if (__builtin_mul_overflow(result, base, &result)) return Verdict::kTooLarge;
   }
-  return result;
+  return Verdict::kHolds;
 }
 
 /// As Python rounds: down.
-std::optional<std::int64_t> floor_divide(std::int64_t a, std::int64_t b) {
-  if (b == 0 || b == -1) return std::nullopt;  // by -1 the smallest number would overflow
-  return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0);
+Verdict floor_divide(std::int64_t a, std::int64_t b, std::int64_t& result) {
+  if (b == 0) return Verdict::kUndefined;
+  if (b == -1) return unless_overflown(__builtin_sub_overflow(std::int64_t{0}, a, &result));
+  result = a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0);
+  return Verdict::kHolds;
+}
+
+/// As Python has it: what is left has the sign of `b`.
+Verdict modulo(std::int64_t a, std::int64_t b, std::int64_t& result) {
+  if (b == 0) return Verdict::kUndefined;
+  result = b == -1 ? 0 : a % b;
+  if (result != 0 && (result < 0) != (b < 0)) result += b;
+  return Verdict::kHolds;
 }
 
 }  // namespace
 
-std::optional<std::int64_t> ShapeGuard::apply(Op op, std::int64_t a, std::int64_t b) {
-  std::int64_t result = 0;
+ShapeGuard::Verdict ShapeGuard::apply(Op op, std::int64_t a, std::int64_t b, std::int64_t& result) {
   switch (op) {
     case Op::kAdd:
-      return __builtin_add_overflow(a, b, &result) ? std::nullopt : std::optional(result);
+      return unless_overflown(__builtin_add_overflow(a, b, &result));
     case Op::kSubtract:
-      return __builtin_sub_overflow(a, b, &result) ? std::nullopt : std::optional(result);
+      return unless_overflown(__builtin_sub_overflow(a, b, &result));
     case Op::kMultiply:
-      return __builtin_mul_overflow(a, b, &result) ? std::nullopt : std::optional(result);
+      return unless_overflown(__builtin_mul_overflow(a, b, &result));
+    case Op::kNegate:
+      return unless_overflown(__builtin_sub_overflow(std::int64_t{0}, a, &result));
     case Op::kDivide:
-      return floor_divide(a, b);
-    case Op::kModulo: {
-      const auto quotient = floor_divide(a, b);
-      return quotient ? std::optional(a - *quotient * b) : std::nullopt;
-    }
+      return floor_divide(a, b, result);
+    case Op::kModulo:
+      return modulo(a, b, result);
     case Op::kPower:
-      return power(a, b);
+      return power(a, b, result);
     case Op::kMin:
-      return std::min(a, b);
+      result = std::min(a, b);
+      break;
     case Op::kMax:
-      return std::max(a, b);
+      result = std::max(a, b);
+      break;
     case Op::kEqual:
-      return a == b;
+      result = a == b;
+      break;
     case Op::kNotEqual:
-      return a != b;
+      result = a != b;
+      break;
     case Op::kLess:
-      return a < b;
+      result = a < b;
+      break;
     case Op::kLessEqual:
-      return a <= b;
+      result = a <= b;
+      break;
     case Op::kGreater:
-      return a > b;
+      result = a > b;
+      break;
     case Op::kGreaterEqual:
-      return a >= b;
+      result = a >= b;
+      break;
+    case Op::kNot:
+      result = a == 0;
+      break;
     case Op::kAnd:
-      return a != 0 && b != 0;
+      result = a != 0 && b != 0;
+      break;
     case Op::kOr:
-      return a != 0 || b != 0;
+      result = a != 0 || b != 0;
+      break;
     default:
-      return std::nullopt;
+      return Verdict::kUndefined;
   }
+  return Verdict::kHolds;
 }
 
-std::optional<bool> ShapeGuard::holds(std::int64_t batch, std::int64_t tokens) const {
+ShapeGuard::Verdict ShapeGuard::verdict(std::int64_t batch, std::int64_t tokens) const {
   std::vector<std::int64_t> stack;
   for (const auto& [op, constant] : steps_) {
     if (op == Op::kConstant || op == Op::kBatch || op == Op::kTokens) {
       stack.push_back(op == Op::kConstant ? constant : op == Op::kBatch ? batch : tokens);
       continue;
     }
-    if (op == Op::kNegate || op == Op::kNot) {
-      stack.back() = op == Op::kNot ? stack.back() == 0 : -stack.back();
-      continue;
-    }
     const std::int64_t right = stack.back();
-    stack.pop_back();
-    const auto made = apply(op, stack.back(), right);
-    if (!made) return std::nullopt;
-    stack.back() = *made;
+    if (op != Op::kNegate && op != Op::kNot) stack.pop_back();
+    const std::int64_t left = stack.back();
+    const Verdict made = apply(op, left, right, stack.back());
+    if (made != Verdict::kHolds) return made;
   }
-  return stack.back() != 0;
+  return stack.back() != 0 ? Verdict::kHolds : Verdict::kFails;
 }
 
 }  // namespace llmcache::exported

@@ -6,22 +6,36 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
 namespace llmcache::exported {
 
-/// A condition on the two sizes that all inputs have: batch (dimension 0) and tokens (dimension 1).
+/// A condition on the sizes of inputs: batch (dimension 0), which all have, and tokens (dimension 1).
 class ShapeGuard {
  public:
+  /// What it says of given sizes.
+  enum class Verdict : std::uint8_t {
+    kHolds,
+    kFails,
+    kTooLarge,  ///< a number on the way has more than 64 bits
+    kUndefined  ///< Python raises an error, or goes on with a fraction: division by 0, a negative exponent
+  };
+
   /// None if it is about something else, or has a form that is not understood: whole numbers, sizes, + - * // % **,
   /// comparisons, and, or, not, min and max are.
   static std::optional<ShapeGuard> parse(std::string_view text);
 
-  /// None where a number gets too large.
-  [[nodiscard]] std::optional<bool> holds(std::int64_t batch, std::int64_t tokens) const;
+  /// For inputs that all have `tokens` tokens.
+  [[nodiscard]] Verdict verdict(std::int64_t batch, std::int64_t tokens) const;
   /// The whole numbers in it.
   [[nodiscard]] const std::vector<std::int64_t>& constants() const { return constants_; }
+  /// The inputs whose number of rows, and those whose number of tokens it is about; each once.
+  [[nodiscard]] const std::vector<std::string>& batch_inputs() const { return batch_inputs_; }
+  [[nodiscard]] const std::vector<std::string>& token_inputs() const { return token_inputs_; }
+  /// How much work a verdict is.
+  [[nodiscard]] std::size_t steps() const { return steps_.size(); }
 
  private:
   friend class GuardParser;
@@ -52,10 +66,12 @@ class ShapeGuard {
     Op op;
     std::int64_t constant;
   };
-  static std::optional<std::int64_t> apply(Op op, std::int64_t a, std::int64_t b);
+  static Verdict apply(Op op, std::int64_t a, std::int64_t b, std::int64_t& result);
 
   std::vector<Step> steps_;  ///< operands before their operator
   std::vector<std::int64_t> constants_;
+  std::vector<std::string> batch_inputs_;
+  std::vector<std::string> token_inputs_;
 };
 
 }  // namespace llmcache::exported

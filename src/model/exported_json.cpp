@@ -22,37 +22,6 @@ Json parse_json(std::string_view text, std::string_view subject) {
   return parse_bounded_json(text, kLimits, subject);
 }
 
-const Json& field(const Json& object, const char* key, const std::string& subject) {
-  if (!object.is_object()) expected(subject, "a JSON object");
-  const auto found = object.find(key);
-  if (found == object.end()) throw DamagedData(fmt::format("{} has no '{}'", subject, key));
-  return *found;
-}
-
-const Json& list_field(const Json& object, const char* key, const std::string& subject) {
-  const Json& value = field(object, key, subject);
-  if (!value.is_array()) expected(fmt::format("'{}' of {}", key, subject), "a list");
-  return value;
-}
-
-const Json& object_field(const Json& object, const char* key, const std::string& subject) {
-  const Json& value = field(object, key, subject);
-  if (!value.is_object()) expected(fmt::format("'{}' of {}", key, subject), "a JSON object");
-  return value;
-}
-
-const std::string& text_field(const Json& object, const char* key, const std::string& subject) {
-  const Json& value = field(object, key, subject);
-  if (!value.is_string()) expected(fmt::format("'{}' of {}", key, subject), "text");
-  return value.get_ref<const std::string&>();
-}
-
-std::int64_t whole_field(const Json& object, const char* key, const std::string& subject) {
-  const Json& value = field(object, key, subject);
-  if (!value.is_number_integer()) expected(fmt::format("'{}' of {}", key, subject), "a whole number");
-  return whole_of(value, subject);
-}
-
 const std::string& text_of(const Json& value, const std::string& subject) {
   if (!value.is_string()) expected(fmt::format("what {} holds", subject), "text");
   return value.get_ref<const std::string&>();
@@ -75,7 +44,9 @@ double number_of(const Json& value, const std::string& subject) {
   expected(fmt::format("what {} holds", subject), "a number");
 }
 
-std::int64_t fixed_size(const Json& value, const std::string& subject) { return whole_field(value, "as_int", subject); }
+std::int64_t fixed_size(const Json& value, const std::string& subject) {
+  return JsonObject(value, subject).whole("as_int");
+}
 
 std::pair<const std::string&, const Json&> only_member(const Json& value, const std::string& subject) {
   if (!value.is_object() || value.size() != 1) expected(subject, "an object with one member");

@@ -22,18 +22,13 @@ class Refused : public std::runtime_error {
 /// Parses a file of an exported archive. Throws DamagedData that begins with `subject`.
 Json parse_json(std::string_view text, std::string_view subject);
 
-/// Each throws DamagedData that names `subject` and the field, if it is missing or of another type.
-const Json& field(const Json& object, const char* key, const std::string& subject);
-const Json& list_field(const Json& object, const char* key, const std::string& subject);
-const Json& object_field(const Json& object, const char* key, const std::string& subject);
-const std::string& text_field(const Json& object, const char* key, const std::string& subject);
-std::int64_t whole_field(const Json& object, const char* key, const std::string& subject);
-
+/// What a union holds, which has no key of its own; fields are read by JsonObject. Each throws DamagedData that names
+/// `subject` if it is of another type.
 const std::string& text_of(const Json& value, const std::string& subject);
 std::int64_t whole_of(const Json& value, const std::string& subject);
 /// A number; also the texts that stand for those which JSON lacks ("Infinity", "-Infinity", "NaN").
 double number_of(const Json& value, const std::string& subject);
-/// A size, stride or offset of a stored tensor, which is a number: {"as_int": 3}.
+/// A size, stride or offset of a stored tensor, which is a number from 0 on: {"as_int": 3}.
 std::int64_t fixed_size(const Json& value, const std::string& subject);
 
 /// The one member of a union such as {"as_tensor": {"name": "x"}}: its kind and what is in it.

@@ -48,21 +48,21 @@ class ProgramReader {
 
   Program read() {
     check_version();
-    const Json& module = object_field(json_, "graph_module", "the program");
-    const Json& graph = object_field(module, "graph", "the graph module");
-    const Json& signature = object_field(module, "signature", "the graph module");
-    for (const Json& spec : list_field(signature, "input_specs", "the signature")) read_input(spec);
+    const Json& module = JsonObject(json_, "the program").at("graph_module");
+    const Json& graph = JsonObject(module, "the graph module").at("graph");
+    const Json& signature = JsonObject(module, "the graph module").at("signature");
+    for (const Json& spec : JsonObject(signature, "the signature").list("input_specs")) read_input(spec);
     if (program_.inputs.empty()) throw DamagedData("the program has no inputs");
-    for (const Json& node : list_field(graph, "nodes", "the graph")) read_node(node);
+    for (const Json& node : JsonObject(graph, "the graph").list("nodes")) read_node(node);
     read_result(module, signature);
-    program_.most_tokens = token_range(json_, graph, user_inputs());
+    program_.tokens = token_ranges(json_, graph, user_inputs());
     return std::move(program_);
   }
 
  private:
   void check_version() {
-    const Json& version = object_field(json_, "schema_version", "the program");
-    const std::int64_t major = whole_field(version, "major", "the schema version");
+    const Json& version = JsonObject(json_, "the program").at("schema_version");
+    const std::int64_t major = JsonObject(version, "the schema version").whole("major");
     const auto torch = json_.find("torch_version");
     program_.torch_version = torch != json_.end() && torch->is_string() ? torch->get<std::string>() : "";
     if (major == kSchemaMajor) return;
@@ -90,7 +90,7 @@ class ProgramReader {
   }
 
   ValueRef tensor(const Json& value, const std::string& subject) const {
-    const ValueId id = known(text_field(value, "name", subject), subject);
+    const ValueId id = known(JsonObject(value, subject).text("name"), subject);
     if (program_.values[id].kind != ValueKind::kTensor) {
       throw DamagedData(fmt::format("{} uses '{}' as a tensor", subject, shown(program_.values[id].name)));
     }
@@ -107,15 +107,15 @@ class ProgramReader {
       throw Refused(fmt::format("it takes a {} as an input, which only Python can make: leave it out of the model",
                                 kind == "token" ? "token of effects" : "custom object"));
     }
-    if (kind == "user_input") return read_user_input(field(content, "arg", subject));
+    if (kind == "user_input") return read_user_input(JsonObject(content, subject).at("arg"));
     const std::array<std::pair<const char*, Input::Kind>, 3> weights{{{"parameter", Input::Kind::kParameter},
                                                                       {"buffer", Input::Kind::kBuffer},
                                                                       {"tensor_constant", Input::Kind::kConstant}}};
     for (const auto& [name, weight] : weights) {
       if (kind != name) continue;
-      const std::string& path = text_field(content, (std::string(name) + "_name").c_str(), subject);
+      const std::string& path = JsonObject(content, subject).text((std::string(name) + "_name").c_str());
       if (!is_path(path)) throw DamagedData(fmt::format("'{}' is no name of a weight", shown(path)));
-      const std::string& value = text_field(field(content, "arg", subject), "name", subject);
+      const std::string& value = JsonObject(JsonObject(content, subject).at("arg"), subject).text("name");
       program_.inputs.push_back({weight, define(value, ValueKind::kTensor), path});
       return;
     }
@@ -124,8 +124,8 @@ class ProgramReader {
 
   /// Arguments that were constants when the program was exported are in the graph already.
   static void read_constant_input(const Json& content, const std::string& subject) {
-    const std::string& name = text_field(content, "name", subject);
-    const auto [kind, value] = only_member(field(content, "value", subject), subject);
+    const std::string& name = JsonObject(content, subject).text("name");
+    const auto [kind, value] = only_member(JsonObject(content, subject).at("value"), subject);
     if (kind == "as_none") return;
     throw Refused(fmt::format("its input '{}' is the constant {}: leave it out of forward(), or give None", shown(name),
                               shown(value.dump())));
@@ -138,7 +138,7 @@ class ProgramReader {
       throw Refused(
           fmt::format("an input is no tensor ({}); the library takes tensors [batch, tokens] only", shown(kind)));
     }
-    const std::string& name = text_field(content, "name", "an input");
+    const std::string& name = JsonObject(content, "an input").text("name");
     if (!is_path(name) || name.find('.') != std::string::npos) {
       throw DamagedData(fmt::format("'{}' is no name of an input", shown(name)));
     }
@@ -157,7 +157,7 @@ class ProgramReader {
 
   void read_node(const Json& json) {
     Node node;
-    node.target = text_field(json, "target", "a node");
+    node.target = JsonObject(json, "a node").text("target");
     const auto name = json.find("name");
     node.name =
         name != json.end() && name->is_string() ? name->get<std::string>() : fmt::format("{}", program_.nodes.size());
@@ -175,10 +175,11 @@ class ProgramReader {
                       "program as torch.export.export() returns it",
                       place));
     }
-    for (const Json& input : list_field(json, "inputs", place)) {
-      node.inputs.emplace_back(text_field(input, "name", place), argument(field(input, "arg", place), place));
+    for (const Json& input : JsonObject(json, place).list("inputs")) {
+      node.inputs.emplace_back(JsonObject(input, place).text("name"),
+                               argument(JsonObject(input, place).at("arg"), place));
     }
-    for (const Json& output : list_field(json, "outputs", place)) node.outputs.push_back(output_of(output, place));
+    for (const Json& output : JsonObject(json, place).list("outputs")) node.outputs.push_back(output_of(output, place));
     program_.nodes.push_back(std::move(node));
   }
 
@@ -213,18 +214,18 @@ class ProgramReader {
   Output output_of(const Json& json, const std::string& place) {
     const auto [kind, content] = only_member(json, "an output of " + place);
     if (kind == "as_none") return {};
-    if (kind == "as_tensor") return {false, {define(text_field(content, "name", place), ValueKind::kTensor)}};
+    if (kind == "as_tensor") return {false, {define(JsonObject(content, place).text("name"), ValueKind::kTensor)}};
     if (kind == "as_optional_tensor") return output_of(content, place);
-    if (kind == "as_sym_int") return {false, {define(text_field(content, "as_name", place), ValueKind::kInt)}};
-    if (kind == "as_sym_float") return {false, {define(text_field(content, "as_name", place), ValueKind::kFloat)}};
-    if (kind == "as_sym_bool") return {false, {define(text_field(content, "as_name", place), ValueKind::kBool)}};
+    if (kind == "as_sym_int") return {false, {define(JsonObject(content, place).text("as_name"), ValueKind::kInt)}};
+    if (kind == "as_sym_float") return {false, {define(JsonObject(content, place).text("as_name"), ValueKind::kFloat)}};
+    if (kind == "as_sym_bool") return {false, {define(JsonObject(content, place).text("as_name"), ValueKind::kBool)}};
     if (kind != "as_tensors" || !content.is_array()) {
       throw Refused(
           fmt::format("{} returns something of the kind '{}', which the library does not know", place, shown(kind)));
     }
     Output list{true, {}};
     for (const Json& tensor : content) {
-      list.values.push_back(define(text_field(tensor, "name", place), ValueKind::kTensor));
+      list.values.push_back(define(JsonObject(tensor, place).text("name"), ValueKind::kTensor));
     }
     return list;
   }
@@ -239,7 +240,7 @@ class ProgramReader {
       made.text = text_of(content, place);
     } else if (kind == "as_device") {
       made.kind = Argument::Kind::kDevice;
-      made.text = text_field(content, "type", place);
+      made.text = JsonObject(content, place).text("type");
     } else if (kind == "as_scalar_type" || kind == "as_layout" || kind == "as_memory_format") {
       made.kind = kind == "as_scalar_type" ? Argument::Kind::kScalarType
                   : kind == "as_layout"    ? Argument::Kind::kLayout
@@ -283,22 +284,27 @@ class ProgramReader {
   // --- result -----------------------------------------------------------------------------------
 
   void read_result(const Json& module, const Json& signature) {
-    std::vector<ValueId> leaves;
-    for (const Json& spec : list_field(signature, "output_specs", "the signature")) {
+    std::vector<std::optional<ValueId>> leaves;
+    for (const Json& spec : JsonObject(signature, "the signature").list("output_specs")) {
       const auto [kind, content] = only_member(spec, "an output of the signature");
       if (kind.find("mutation") != std::string::npos) refuse_mutation(kind, content);
       if (kind != "user_output") {
         throw Refused(fmt::format("it returns a '{}': export the model in eval() mode, for inference", shown(kind)));
       }
-      const auto [type, value] = only_member(field(content, "arg", "an output"), "an output");
-      if (type == "as_none") continue;
+      const auto [type, value] = only_member(JsonObject(content, "an output").at("arg"), "an output");
+      if (type == "as_none") {
+        leaves.emplace_back();
+        continue;
+      }
       if (type != "as_tensor") {
         throw Refused(
             fmt::format("output {} is no tensor ({}): let forward() return tensors only", leaves.size(), shown(type)));
       }
       leaves.push_back(tensor(value, "an output").id);
     }
-    if (leaves.empty()) throw Refused("it returns no tensor");
+    if (std::none_of(leaves.begin(), leaves.end(), [](const auto& leaf) { return leaf.has_value(); })) {
+      throw Refused("it returns no tensor");
+    }
     program_.result = structure_of(module, leaves);
   }
 
@@ -315,22 +321,22 @@ class ProgramReader {
   }
 
   /// As the program's out_spec says; a flat tuple where that is neither tuples nor lists.
-  static Result structure_of(const Json& module, const std::vector<ValueId>& leaves) {
-    Result flat{true, 0, {}};
-    for (const ValueId leaf : leaves) flat.parts.push_back({false, leaf, {}});
+  static Result structure_of(const Json& module, const std::vector<std::optional<ValueId>>& leaves) {
+    Result flat{true, {}, {}};
+    for (const auto& leaf : leaves) flat.parts.push_back({false, leaf, {}});
     const auto calls = module.find("module_call_graph");
     if (calls == module.end() || !calls->is_array() || calls->empty()) return leaves.size() == 1 ? flat.parts[0] : flat;
-    const Json& signature = field(calls->front(), "signature", "the call graph");
-    const Json spec = parse_json(text_field(signature, "out_spec", "the call graph"), "its out_spec");
+    const Json& signature = JsonObject(calls->front(), "the call graph").at("signature");
+    const Json spec = parse_json(JsonObject(signature, "the call graph").text("out_spec"), "its out_spec");
     if (!spec.is_array() || spec.size() != 2) throw DamagedData("its out_spec is not one");
     std::size_t next = 0;
     Result shaped;
     return take_structure(spec[1], leaves, next, shaped, 0) && next == leaves.size() ? shaped : flat;
   }
 
-  static bool take_structure(const Json& spec, const std::vector<ValueId>& leaves, std::size_t& next, Result& result,
-                             std::size_t depth) {
-    const Json& type = field(spec, "type", "its out_spec");
+  static bool take_structure(const Json& spec, const std::vector<std::optional<ValueId>>& leaves, std::size_t& next,
+                             Result& result, std::size_t depth) {
+    const Json& type = JsonObject(spec, "its out_spec").at("type");
     if (type.is_null()) {
       if (next == leaves.size()) return false;
       result.value = leaves[next++];
@@ -338,7 +344,7 @@ class ProgramReader {
     }
     if (depth == kMostFrames || (type != "builtins.tuple" && type != "builtins.list")) return false;
     result.tuple = true;
-    for (const Json& child : list_field(spec, "children_spec", "its out_spec")) {
+    for (const Json& child : JsonObject(spec, "its out_spec").list("children_spec")) {
       if (!take_structure(child, leaves, next, result.parts.emplace_back(), depth + 1)) return false;
     }
     return true;

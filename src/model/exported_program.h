@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -77,12 +78,19 @@ struct Input {
   bool operator==(const Input&) const = default;
 };
 
-/// What the program returns: a tensor, or a tuple of such.
+/// What the program returns: a tensor, None, or a tuple of such.
 struct Result {
   bool tuple = false;
-  ValueId value = 0;
+  std::optional<ValueId> value = std::nullopt;  ///< of no tuple; None
   std::vector<Result> parts;
   bool operator==(const Result&) const = default;
+};
+
+/// How many tokens an input may have.
+struct TokenRange {
+  std::size_t group = 0;  ///< inputs of one group have equally many; the first of them
+  std::int64_t most = 0;  ///< that the program was exported for; 0: any number
+  bool operator==(const TokenRange&) const = default;
 };
 
 struct Program {
@@ -92,7 +100,7 @@ struct Program {
   std::vector<Input> inputs;
   std::vector<Node> nodes;
   Result result;
-  std::int64_t most_tokens = 0;  ///< that it was exported for; 0: any number
+  std::vector<TokenRange> tokens;  ///< by input of the caller
   bool operator==(const Program&) const = default;
 };
 

@@ -7,6 +7,8 @@
 #include <set>
 #include <unordered_set>
 
+#include "model/exported_json.h"
+
 namespace llmcache::exported {
 namespace {
 
@@ -18,7 +20,8 @@ bool is_below(const std::string& path, const std::string& owner) {
 
 class ScopeBuilder {
  public:
-  explicit ScopeBuilder(const Program& program) : program_(program) {}
+  explicit ScopeBuilder(const Program& program)
+      : program_(program), looks_(kRounds * (program.nodes.size() + program.frames.size())) {}
 
   Scope build() {
     Scope root{"", 0, program_.nodes.size(), {}};
@@ -48,7 +51,12 @@ class ScopeBuilder {
     return std::nullopt;
   }
 
-  [[nodiscard]] std::vector<Span> spans(const Scope& scope, const std::vector<std::size_t>& around) const {
+  [[nodiscard]] std::vector<Span> spans(const Scope& scope, const std::vector<std::size_t>& around) {
+    const std::size_t nodes = scope.end - scope.begin;
+    if (nodes > looks_) {
+      throw Refused("the calls of its modules overlap each other in too many ways: call each module as a whole");
+    }
+    looks_ -= nodes;
     std::map<std::size_t, Span> found;
     for (std::size_t i = scope.begin; i < scope.end; ++i) {
       const auto frame = next_frame(program_.nodes[i], around, scope.path);
@@ -84,7 +92,11 @@ class ScopeBuilder {
     }
   }
 
+  /// Each level of calls looks at all of its nodes, again whenever calls were dissolved: some ten times in all.
+  static constexpr std::size_t kRounds = 100;
+
   const Program& program_;
+  std::size_t looks_;  ///< at nodes that are left, so that no file keeps the reader busy
   std::unordered_set<std::size_t> dissolved_;
 };
 
@@ -111,7 +123,7 @@ ValueFlow::ValueFlow(const Program& program)
     }
   }
   const std::function<void(const Result&)> keep = [&](const Result& result) {
-    if (!result.tuple) last_[result.value] = program.nodes.size() + 1;
+    if (result.value) last_[*result.value] = program.nodes.size() + 1;
     for (const Result& part : result.parts) keep(part);
   };
   keep(program.result);

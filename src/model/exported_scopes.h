@@ -18,7 +18,8 @@ struct Scope {
 };
 
 /// The call of the whole program. A module's nodes need not be side by side: what stands between the first and the last
-/// of a call belongs to it, unless two calls then overlap, which are dissolved into the call around them.
+/// of a call belongs to it, unless two calls then overlap, which are dissolved into the call around them. Throws
+/// Refused where too many do.
 Scope scopes_of(const Program& program);
 
 /// Which values a range of nodes takes from elsewhere, and which of its own are used behind it.

@@ -6,6 +6,7 @@
 #include <array>
 #include <limits>
 #include <set>
+#include <utility>
 
 #include "model/exported_guard.h"
 #include "store/bounded_json.h"
@@ -38,107 +39,86 @@ std::string dimension_symbol(const Json& size, const std::string& input, std::si
     throw Refused(fmt::format("its input '{}' has the fixed size {} in dimension {} ({}): {}", input,
                               shown(content.dump()), dimension, kDimensions[dimension], kRecipe));
   }
-  const std::string& expression = text_field(content, "expr_str", fmt::format("a size of '{}'", input));
+  const std::string& expression = JsonObject(content, fmt::format("a size of '{}'", input)).text("expr_str");
   const std::string symbol = symbol_of(expression);
   if (!symbol.empty()) return symbol;
   throw Refused(fmt::format("its input '{}' has the size {} in dimension {} ({}), which not every number is: {}", input,
                             shown(expression), dimension, kDimensions[dimension], kRecipe));
 }
 
-struct Symbols {
-  std::array<std::set<std::string>, 2> of;  ///< batch, tokens
+/// Throws Refused, with what guard stands in the way.
+[[noreturn]] void refuse_guard(const std::string& text, const std::string& why) {
+  throw Refused(
+      fmt::format("it holds only where {}, which is a guard that {}: change forward() so that it does not "
+                  "depend on this, or {}",
+                  shown(text), why, kRecipe));
+}
+
+/// How much work all guards of a program may be: a second, and some hundred times what those of a model are.
+class GuardBudget {
+ public:
+  void spend(const ShapeGuard& guard, const std::string& text) {
+    const std::size_t work = guard.steps() + kEach;
+    if (work > left_) refuse_guard(text, "would take too long to look at, with those before it");
+    left_ -= work;
+  }
+
+ private:
+  static constexpr std::size_t kEach = 8;
+  std::size_t left_ = std::size_t{1} << 23;
 };
-
-Symbols symbols_of(const Json& graph, const std::vector<std::string>& inputs) {
-  const Json& tensors = object_field(graph, "tensor_values", "the graph");
-  Symbols symbols;
-  for (const std::string& input : inputs) {
-    const Json& sizes = list_field(field(tensors, input.c_str(), "'tensor_values'"), "sizes", input);
-    if (sizes.size() != 2) {
-      throw Refused(fmt::format("its input '{}' has {} dimensions; the library takes tensors [batch, tokens] only",
-                                input, sizes.size()));
-    }
-    for (std::size_t d = 0; d < 2; ++d) symbols.of[d].insert(dimension_symbol(sizes[d], input, d));
-  }
-  for (const std::string& symbol : symbols.of[0]) {
-    if (symbols.of[1].count(symbol) == 0) continue;
-    throw Refused(fmt::format("it takes as many rows as tokens only: {}", kRecipe));
-  }
-  return symbols;
-}
-
-/// The largest number of tokens by the ranges of the symbols.
-std::int64_t limit_of_ranges(const Json& program, const Symbols& symbols) {
-  const Json& ranges = object_field(program, "range_constraints", "the program");
-  std::int64_t most = kAny;
-  for (std::size_t d = 0; d < 2; ++d) {
-    for (const std::string& symbol : symbols.of[d]) {
-      const auto found = ranges.find(symbol);
-      if (found == ranges.end()) continue;
-      const Json& least = field(*found, "min_val", "a range");
-      const Json& largest = field(*found, "max_val", "a range");
-      if (!least.is_null() && whole_of(least, "a range") > 2) {
-        throw Refused(fmt::format("it was exported for {} {} or more only: {}", whole_of(least, "a range"),
-                                  d == 0 ? "rows" : "tokens", kRecipe));
-      }
-      if (largest.is_null()) continue;
-      if (d == 0) {
-        throw Refused(
-            fmt::format("it was exported for batches of at most {} rows: {}", whole_of(largest, "a range"), kRecipe));
-      }
-      most = std::min(most, whole_of(largest, "a range"));
-    }
-  }
-  if (most < 2) throw Refused(fmt::format("it was exported for {} token only: {}", most, kRecipe));
-  return most;
-}
 
 /// Numbers of rows or tokens at which a guard may begin to fail: small ones, and those around its constants.
 std::set<std::int64_t> trials(const std::vector<std::int64_t>& constants, std::int64_t dense) {
   std::set<std::int64_t> numbers;
-  for (std::int64_t n = 2; n <= dense; ++n) numbers.insert(n);
+  for (std::int64_t n = 1; n <= dense; ++n) numbers.insert(n);
   for (std::int64_t n = dense; n <= std::int64_t{1} << 20; n *= 2) numbers.insert(n);
   for (const std::int64_t constant : constants) {
+    if (constant < 0 || constant >= std::int64_t{1} << 31) continue;
     for (const std::int64_t n : {constant - 1, constant, constant + 1}) {
-      if (n >= 2 && n < std::int64_t{1} << 31) numbers.insert(n);
+      if (n >= 1) numbers.insert(n);
     }
   }
   return numbers;
 }
 
-/// Does it hold? What gets too large to say is far beyond what anybody asks for.
-bool holds_at(const ShapeGuard& guard, std::int64_t rows, std::int64_t tokens) {
-  return guard.holds(rows, tokens).value_or(true);
-}
+/// A guard while it is tried.
+struct TriedGuard {
+  const ShapeGuard& guard;
+  const std::string& text;
+  GuardBudget& budget;
+
+  /// Numbers that only get too large for sizes which nobody asks for count as holding there.
+  [[nodiscard]] bool holds(std::int64_t rows, std::int64_t tokens) const {
+    constexpr std::int64_t kAsked = std::int64_t{1} << 14;
+    budget.spend(guard, text);
+    const auto verdict = guard.verdict(rows, tokens);
+    return verdict == ShapeGuard::Verdict::kHolds ||
+           (verdict == ShapeGuard::Verdict::kTooLarge && std::max(rows, tokens) > kAsked);
+  }
+};
 
 /// The largest number of tokens up to which the guard holds for all batches. Between two numbers that are tried and at
 /// which it holds, it is taken to hold.
-std::int64_t limit_of_guard(const std::string& text) {
-  const auto guard = ShapeGuard::parse(text);
-  constexpr std::size_t kMostConstants = 64;
-  if (!guard || guard->constants().size() > kMostConstants) {
-    throw Refused(
-        fmt::format("it holds only where {}, which is a guard that the library does not understand: change "
-                    "forward() so that it does not depend on this, or {}",
-                    shown(text), kRecipe));
-  }
+std::int64_t limit_of_guard(const TriedGuard& tried) {
+  const auto& constants = tried.guard.constants();
   std::int64_t most = kAny;
-  for (const std::int64_t rows : trials(guard->constants(), 5)) {
+  for (const std::int64_t rows : trials(constants, 5)) {
     std::int64_t last = 0;
-    for (const std::int64_t tokens : trials(guard->constants(), 24)) {
+    for (const std::int64_t tokens : trials(constants, 24)) {
       if (tokens > most) break;
-      if (holds_at(*guard, rows, tokens)) {
+      if (tried.holds(rows, tokens)) {
         last = tokens;
         continue;
       }
-      if (last == 0) {
+      if (last < 2) {
         throw Refused(fmt::format("it does not hold for {} rows of {} tokens, by its guard {}: {}", rows, tokens,
-                                  shown(text), kRecipe));
+                                  shown(tried.text), kRecipe));
       }
       std::int64_t fails = tokens;
       while (fails - last > 1) {
         const std::int64_t middle = last + (fails - last) / 2;
-        (holds_at(*guard, rows, middle) ? last : fails) = middle;
+        (tried.holds(rows, middle) ? last : fails) = middle;
       }
       most = last;
     }
@@ -146,18 +126,137 @@ std::int64_t limit_of_guard(const std::string& text) {
   return most;
 }
 
-}  // namespace
+/// Finds for which sizes a program holds, input by input.
+class RangeFinder {
+ public:
+  RangeFinder(const Json& program, const Json& graph, const std::vector<std::string>& inputs)
+      : program_(program), inputs_(inputs), found_(inputs.size()) {
+    read_symbols(JsonObject(graph, "the graph").at("tensor_values"));
+  }
 
-std::int64_t token_range(const Json& program, const Json& graph, const std::vector<std::string>& inputs) {
-  if (inputs.empty()) throw Refused("it takes no input");
-  std::int64_t most = limit_of_ranges(program, symbols_of(graph, inputs));
-  const auto guards = program.find("guards_code");  // earlier minor versions have none
-  if (guards != program.end()) {
-    for (const Json& guard : list_field(program, "guards_code", "the program")) {
-      most = std::min(most, limit_of_guard(text_of(guard, "'guards_code'")));
+  std::vector<TokenRange> find() {
+    read_guards();
+    for (const ReadGuard& read : guards_) {
+      for (const std::string& name : read.guard.token_inputs()) {
+        merge(place_of_input(read.guard.token_inputs()[0], read.text), place_of_input(name, read.text));
+      }
+    }
+    for (const std::string& symbol : rows_) (void)largest_of(symbol, true);
+    std::vector<std::int64_t> most(inputs_.size(), kAny);  // by group
+    const auto bound = [&](std::size_t input, std::int64_t limit) {
+      most[found_[input].group] = std::min(most[found_[input].group], limit);
+    };
+    for (std::size_t i = 0; i < inputs_.size(); ++i) bound(i, largest_of(tokens_[i], false));
+    for (const ReadGuard& read : guards_) {
+      const std::int64_t limit = limit_of_guard({read.guard, read.text, budget_});
+      const auto& names = read.guard.token_inputs();
+      if (!names.empty()) bound(place_of_input(names[0], read.text), limit);
+    }
+    for (TokenRange& range : found_) range.most = most[range.group] == kAny ? 0 : most[range.group];
+    return std::move(found_);
+  }
+
+ private:
+  struct ReadGuard {
+    ShapeGuard guard;
+    std::string text;
+  };
+
+  void read_symbols(const Json& tensors) {
+    constexpr std::size_t kMostInputs = 64;
+    if (inputs_.size() > kMostInputs) {
+      throw Refused(fmt::format("it takes {} inputs; the library takes at most {}", inputs_.size(), kMostInputs));
+    }
+    for (std::size_t i = 0; i < inputs_.size(); ++i) {
+      const std::string& input = inputs_[i];
+      const Json& tensor = JsonObject(tensors, "'tensor_values'").at(input.c_str());
+      check_type(tensor, input);
+      const Json& sizes = JsonObject(tensor, input).list("sizes");
+      if (sizes.size() != 2) {
+        throw Refused(fmt::format("its input '{}' has {} dimensions; the library takes tensors [batch, tokens] only",
+                                  input, sizes.size()));
+      }
+      rows_.insert(dimension_symbol(sizes[0], input, 0));
+      tokens_.push_back(dimension_symbol(sizes[1], input, 1));
+      found_[i].group =
+          static_cast<std::size_t>(std::find(tokens_.begin(), tokens_.end(), tokens_[i]) - tokens_.begin());
+    }
+    for (const std::string& symbol : tokens_) {
+      if (rows_.count(symbol) > 0) throw Refused(fmt::format("it takes as many rows as tokens only: {}", kRecipe));
     }
   }
-  return most == kAny ? 0 : most;
+
+  /// What depends on the type was settled when the program was exported.
+  static void check_type(const Json& tensor, const std::string& input) {
+    constexpr std::int64_t kLong = 5;
+    const std::int64_t type = JsonObject(tensor, input).whole("dtype");
+    if (type == kLong) return;
+    throw Refused(
+        fmt::format("its input '{}' has numbers of the type {} of torch's ScalarType; the library takes "
+                    "int64 ({}) only: export from an example of such tensors, and convert them in forward()",
+                    input, type, kLong));
+  }
+
+  void read_guards() {
+    if (program_.find("guards_code") == program_.end()) return;  // earlier minor versions have none
+    for (const Json& code : JsonObject(program_, "the program").list("guards_code")) {
+      const std::string& text = text_of(code, "'guards_code'");
+      auto guard = ShapeGuard::parse(text);
+      constexpr std::size_t kMostConstants = 64;
+      if (!guard || guard->constants().size() > kMostConstants) refuse_guard(text, "the library does not understand");
+      for (const std::string& input : guard->batch_inputs()) (void)place_of_input(input, text);
+      guards_.push_back({std::move(*guard), text});
+    }
+  }
+
+  std::size_t place_of_input(const std::string& name, const std::string& guard) const {
+    const auto found = std::find(inputs_.begin(), inputs_.end(), name);
+    if (found == inputs_.end()) refuse_guard(guard, "is about something else than its inputs");
+    return static_cast<std::size_t>(found - inputs_.begin());
+  }
+
+  /// A guard is about the tokens of both: whatever it says of them, it is looked at for equally many only.
+  void merge(std::size_t a, std::size_t b) {
+    const auto [kept, gone] = std::minmax({found_[a].group, found_[b].group});
+    for (TokenRange& range : found_) {
+      if (range.group == gone) range.group = kept;
+    }
+  }
+
+  /// The largest size that a symbol stands for, by its range.
+  std::int64_t largest_of(const std::string& symbol, bool of_rows) const {
+    const JsonObject ranges = JsonObject(program_, "the program").object("range_constraints");
+    if (!ranges.has(symbol.c_str())) return kAny;
+    const JsonObject range = ranges.object(symbol.c_str());
+    const Json& least = range.at("min_val");
+    const Json& largest = range.at("max_val");
+    const char* what = of_rows ? "rows" : "tokens";
+    // 2 is what torch.export writes for any example of 2 or more.
+    if (!least.is_null() && whole_of(least, "a range") > 2) {
+      throw Refused(
+          fmt::format("it was exported for {} {} or more only: {}", whole_of(least, "a range"), what, kRecipe));
+    }
+    if (largest.is_null()) return kAny;
+    const std::int64_t most = whole_of(largest, "a range");
+    if (of_rows) throw Refused(fmt::format("it was exported for batches of at most {} rows: {}", most, kRecipe));
+    if (most < 2) throw Refused(fmt::format("it was exported for {} token only: {}", most, kRecipe));
+    return most;
+  }
+
+  const Json& program_;
+  const std::vector<std::string>& inputs_;
+  std::set<std::string> rows_;       ///< symbols of the batch
+  std::vector<std::string> tokens_;  ///< symbol of the tokens, by input
+  std::vector<ReadGuard> guards_;
+  std::vector<TokenRange> found_;
+  GuardBudget budget_;
+};
+
+}  // namespace
+
+std::vector<TokenRange> token_ranges(const Json& program, const Json& graph, const std::vector<std::string>& inputs) {
+  if (inputs.empty()) throw Refused("it takes no input");
+  return RangeFinder(program, graph, inputs).find();
 }
 
 }  // namespace llmcache::exported

@@ -16,35 +16,32 @@ constexpr std::int64_t kMostNumbers = std::int64_t{1} << 44;
 std::vector<std::int64_t> sizes_of(const Json& meta, const char* key, const std::string& subject) {
   constexpr std::size_t kMostDimensions = 16;
   std::vector<std::int64_t> sizes;
-  for (const Json& size : list_field(meta, key, subject)) {
-    sizes.push_back(fixed_size(size, subject));
-    if (sizes.back() < 0) throw DamagedData(fmt::format("{} has a negative size", subject));
-  }
+  for (const Json& size : JsonObject(meta, subject).list(key)) sizes.push_back(fixed_size(size, subject));
   if (sizes.size() > kMostDimensions) throw DamagedData(fmt::format("{} has {} dimensions", subject, sizes.size()));
   return sizes;
 }
 
 StoredTensor stored_tensor(const std::string& name, const Json& entry) {
   const std::string subject = fmt::format("the weight '{}'", shown(name));
-  const Json& pickled = field(entry, "use_pickle", subject);
+  const Json& pickled = JsonObject(entry, subject).at("use_pickle");
   if (pickled != false) {
     throw Refused(
         fmt::format("{} is pickled, as tensor subclasses (quantised weights, say) and custom objects are: "
                     "replace it by a plain tensor, then export again",
                     subject));
   }
-  const Json& meta = object_field(entry, "tensor_meta", subject);
+  const Json& meta = JsonObject(entry, subject).at("tensor_meta");
   constexpr std::int64_t kStrided = 7;
-  if (whole_field(meta, "layout", subject) != kStrided) {
+  if (JsonObject(meta, subject).whole("layout") != kStrided) {
     throw Refused(fmt::format("{} is not strided: convert it by to_dense(), then export again", subject));
   }
   StoredTensor tensor;
-  tensor.file = text_field(entry, "path_name", subject);
-  tensor.scalar_type = whole_field(meta, "dtype", subject);
+  tensor.file = JsonObject(entry, subject).text("path_name");
+  tensor.scalar_type = JsonObject(meta, subject).whole("dtype");
   tensor.sizes = sizes_of(meta, "sizes", subject);
   tensor.strides = sizes_of(meta, "strides", subject);
-  tensor.offset = fixed_size(field(meta, "storage_offset", subject), subject);
-  if (tensor.strides.size() != tensor.sizes.size() || tensor.offset < 0) {
+  tensor.offset = fixed_size(JsonObject(meta, subject).at("storage_offset"), subject);
+  if (tensor.strides.size() != tensor.sizes.size()) {
     throw DamagedData(fmt::format("{} has strides that do not fit its sizes", subject));
   }
   numbers_needed(tensor);
@@ -56,7 +53,9 @@ StoredTensor stored_tensor(const std::string& name, const Json& entry) {
 std::map<std::string, StoredTensor> parse_weights(std::string_view text) {
   const Json json = parse_json(text, "the list of weights");
   std::map<std::string, StoredTensor> tensors;
-  for (const auto& [name, entry] : object_field(json, "config", "the list of weights").items()) {
+  const Json& config = JsonObject(json, "the list of weights").at("config");
+  if (!config.is_object()) throw DamagedData("'config' of the list of weights is not a JSON object");
+  for (const auto& [name, entry] : config.items()) {
     tensors.emplace(name, stored_tensor(name, entry));
   }
   return tensors;

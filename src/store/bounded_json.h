@@ -38,6 +38,9 @@ class JsonObject {
   explicit JsonObject(const nlohmann::json& value, std::string subject = "it");
 
   [[nodiscard]] bool has(const char* key) const;
+  /// Anything, and a list of anything.
+  [[nodiscard]] const nlohmann::json& at(const char* key) const;
+  [[nodiscard]] const nlohmann::json& list(const char* key) const;
   [[nodiscard]] JsonObject object(const char* key) const;
   [[nodiscard]] std::string text(const char* key) const;
   [[nodiscard]] bool flag(const char* key) const;
@@ -58,8 +61,6 @@ class JsonObject {
   [[nodiscard]] std::vector<JsonObject> objects(const char* key) const;
 
  private:
-  [[nodiscard]] const nlohmann::json& at(const char* key) const;
-  [[nodiscard]] const nlohmann::json& list(const char* key) const;
   [[noreturn]] void refuse(const std::string& key, const nlohmann::json& found, const std::string& expected) const;
   [[nodiscard]] double number_of(const std::string& key, const nlohmann::json& value, double low, double high) const;
   [[nodiscard]] std::int64_t whole_of(const std::string& key, const nlohmann::json& value, std::int64_t low,

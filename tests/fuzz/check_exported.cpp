@@ -25,7 +25,7 @@ void may_refuse(const Read& read) {
 }
 
 void check_result(const Program& program, const exported::Result& result) {
-  require(result.tuple || result.value < program.values.size(), "the result is no value");
+  require(!result.value || (!result.tuple && *result.value < program.values.size()), "the result is no value");
   for (const auto& part : result.parts) check_result(program, part);
 }
 
@@ -48,7 +48,10 @@ void check_program(std::string_view bytes) {
     for (const auto id : exported::values_in(node)) require(id < program.values.size(), "a node uses no value");
     for (const auto frame : node.frames) require(frame < program.frames.size(), "a node in no module");
   }
-  require(program.most_tokens >= 0, "a negative number of tokens");
+  for (const auto& range : program.tokens) {
+    require(range.most >= 0, "a negative number of tokens");
+    require(range.group < program.tokens.size(), "an input of no group");
+  }
   check_result(program, program.result);
   check_scope(program, exported::ValueFlow(program), exported::scopes_of(program));
 }
@@ -66,7 +69,7 @@ void check_exported(std::string_view bytes) {
   });
   if (const auto guard = exported::ShapeGuard::parse(bytes)) {
     for (const std::int64_t tokens : {2, 3, 1 << 20}) {
-      require(guard->holds(2, tokens) == guard->holds(2, tokens), "a guard holds now and then");
+      require(guard->verdict(2, tokens) == guard->verdict(2, tokens), "a guard holds now and then");
     }
   }
 }

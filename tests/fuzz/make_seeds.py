@@ -267,7 +267,10 @@ def exported(nodes=None, **changes):
         "guards_code": ["L['ids'].size()[1] <= 256", "L['mask'].size()[1] == L['ids'].size()[1]"],
         "graph_module": {
             "graph": {
-                "tensor_values": {"ids": {"sizes": [size("s0"), size("s1")]}},
+                "tensor_values": {
+                    "ids": {"dtype": 5, "sizes": [size("s0"), size("s1")]},
+                    "mask": {"dtype": 5, "sizes": [size("s0"), size("s2")]},
+                },
                 "nodes": nodes if nodes is not None else [
                     node("sym_size.int", {"as_sym_int": {"as_name": "n"}}, self=tensor("ids"), dim={"as_int": 1}),
                     node("embedding.default", tensor("x"), weight=tensor("w"), indices=tensor("ids")),
@@ -282,6 +285,7 @@ def exported(nodes=None, **changes):
                 "input_specs": [
                     {"parameter": {"arg": {"name": "w"}, "parameter_name": "tokens.weight"}},
                     {"user_input": {"arg": tensor("ids")}},
+                    {"user_input": {"arg": tensor("mask")}},
                 ],
                 "output_specs": [{"user_output": {"arg": tensor("z")}}],
             },
@@ -303,6 +307,14 @@ def exported_seeds():
 
     graph = "graph_module__graph__"
     signature = "graph_module__signature__"
+    calls = "graph_module__module_call_graph"
+    leaf = '{"type": null, "context": null}'
+    z = {"as_tensor": {"name": "z"}}
+
+    def overlapping(name, *outputs):
+        stack = f"L__self__,,Model;L__self__{name},{name},Layer"
+        return {"target": "x", "inputs": [], "outputs": outputs, "metadata": {"nn_module_stack": stack}}
+
     call = {"target": "torch.ops.higher_order.cond", "inputs": [], "outputs": []}
     write_text("program", exported())
     write_text("schema", exported(schema_version={"major": 9, "minor": 0}))
@@ -311,7 +323,7 @@ def exported_seeds():
     write_text("nested", exported(nodes=[{**call, "target": "x", "inputs": [{"name": "a", "arg": {
         "as_optional_tensor": {"as_optional_tensor": {"as_none": True}}}}]}]))  # fmt: skip
     write_text("softmax", exported(nodes=[{**call, "target": "torch.ops.aten._softmax.default"}]))
-    write_text("fixed", exported(**{graph + "tensor_values": {"ids": {"sizes": [{"as_int": 2}, {"as_int": 7}]}}}))
+    write_text("fixed", exported(**{graph + "tensor_values": {"ids": {"dtype": 5, "sizes": [{"as_int": 2}, {"as_int": 7}]}}}))
     write_text("guard", exported(guards_code=["L['ids'].stride()[0] == 1"]))
     write_text("range", exported(range_constraints={"s0": {"min_val": 2, "max_val": 8}}))
     write_text("no_inputs", exported(**{signature + "input_specs": []}))
@@ -338,6 +350,17 @@ def exported_seeds():
     write_text("weights_sparse", weights(layout=1))
     write_text("guard_text", "((L['a'].size()[0]*L['b'].size()[1]) % L['a'].size()[0]) == 0 or not -3**2 // 2 < max(1, 2)")
     write_text("guard_deep", "(" * 4000)
+    write_text("guard_negate", "-(-9223372036854775807 - 1) == 1")
+    write_text("guard_modulo", "9223372036854775807 % -2 == 1")
+    write_text("guard_divide", "(-9223372036854775807 - 1) // -1 == 1 or 1 % 0 == 2 or (-2)**63 < 0 or 2**-1 == 0")
+    write_text("sums", exported(guards_code=[f"{' + '.join(map(str, range(60)))} == 1770"] * 8))
+    write_text("of_two", exported(guards_code=["L['mask'].size()[1] <= L['ids'].size()[1]"]))
+    write_text("type", exported().replace('"dtype": 5', '"dtype": 12'))
+    write_text("none", exported(**{
+        signature + "output_specs": [{"user_output": {"arg": {"as_none": True}}}, {"user_output": {"arg": z}}],
+        calls: [{"signature": {"out_spec": f'[1, {{"type": "builtins.tuple", "children_spec": [{leaf}, {leaf}]}}]'}}],
+    }))  # fmt: skip
+    write_text("overlap", exported(nodes=[overlapping("a", z), *(overlapping(name) for name in "bacbca")]))
 
 
 exported_seeds()
