@@ -43,17 +43,20 @@ void refuse_outside(const Batch& batch, std::size_t input, const std::string& na
 }
 
 void refuse_too_long(const Batch& batch, const InputSpec& spec, const ModelProfile& profile) {
-  if (spec.most_tokens > 0 && batch.padded_length > spec.most_tokens) {
+  const auto refuse_beyond = [](std::int64_t most, std::int64_t tokens, const char* what) {
+    if (most <= 0 || tokens <= most) return;
     invalid(
-        fmt::format("rows have {} tokens with their padding, the program was exported for at most {}; cut them, or "
+        fmt::format("{} have {} tokens with their padding, the program was exported for at most {}; cut them, or "
                     "export it for more",
-                    batch.padded_length, spec.most_tokens));
-  }
+                    what, tokens, most));
+  };
   const auto refuse = [&](const char* what, std::size_t row, std::int64_t tokens, std::int64_t most) {
     if (most <= 0 || tokens <= most) return;
     invalid(fmt::format("{} {} has {} tokens, the model has positions for {}; cut it, or split the text", what, row,
                         tokens, most));
   };
+  refuse_beyond(spec.most_tokens, batch.padded_length, "rows");
+  refuse_beyond(spec.most_source_tokens, batch.source.padded_length, "sources");
   for (std::size_t row = 0; row < batch.spans.size(); ++row) {
     refuse("row", row, batch.spans[row].tokens, profile.max_tokens);
   }
@@ -202,7 +205,7 @@ void find_spans(Batch& batch, int mask_argument) {
 namespace {
 
 /// Throws unless it is a tensor of ids, marks or the like.
-void check_tensor(const c10::IValue& value, const std::string& described, at::Device device) {
+void check_tensor(const c10::IValue& value, const std::string& described, bool only_int64, at::Device device) {
   if (!value.isTensor()) {
     invalid(fmt::format("{} is a {}, a tensor [batch, tokens] is expected", described, value.tagKind()));
   }
@@ -211,6 +214,10 @@ void check_tensor(const c10::IValue& value, const std::string& described, at::De
   const auto type = tensor.scalar_type();
   if (!at::isIntegralType(type, /*includeBool=*/true)) {
     invalid(fmt::format("{} has type {}, an integer type (int64) is expected", described, c10::toString(type)));
+  }
+  if (only_int64 && type != at::kLong) {
+    invalid(fmt::format("{} has type {}, the program was exported for int64 (Long); convert it", described,
+                        c10::toString(type)));
   }
   if (tensor.layout() != at::kStrided || tensor.is_nested()) {
     invalid(
@@ -251,7 +258,7 @@ Batch checked(const Inputs& inputs, const InputSpec& spec, const ModelProfile& p
       if (!spec.optional[i] || i == ids) invalid(describe(i) + " is None, a tensor [batch, tokens] is expected");
       continue;
     }
-    check_tensor(value, describe(i), device);
+    check_tensor(value, describe(i), spec.only_int64, device);
     const at::Tensor& tensor = value.toTensor();
     const bool of_source = spec.is_source(i);
     if (i == ids) {

@@ -5,6 +5,7 @@
 #include <caffe2/serialize/in_memory_adapter.h>
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <new>
@@ -73,7 +74,11 @@ c10::IValue ExportedProgram::forward(const Inputs& inputs) const {
 }
 
 std::int64_t ExportedProgram::most_tokens() const {
-  return module_.hasattr(exported::kMostTokens) ? module_.attr(exported::kMostTokens).toInt() : 0;
+  std::int64_t least = 0;
+  for (const std::int64_t most : module_.attr(exported::kMostTokens).toIntVector()) {
+    if (most > 0) least = least == 0 ? most : std::min(least, most);
+  }
+  return least;
 }
 
 std::unique_ptr<Model> ModelTraits<ExportedProgram>::wrap(const ExportedProgram& program, const Options& options) {

@@ -48,6 +48,8 @@ void check_end(const ReadAdapter& bytes) {
   if (!whole) throw DamagedData("it is no archive, or its end is missing");
 }
 
+constexpr std::string_view kPrograms = "models/";
+
 bool says_pt2(Reader& reader, std::size_t archive_bytes) {
   return reader.hasRecord(kFormat) && text_record(reader, kFormat, archive_bytes) == "pt2";
 }
@@ -57,7 +59,7 @@ std::string program_record(Reader& reader) {
   std::vector<std::string> programs;
   bool compiled = false;
   for (const std::string& name : reader.getAllRecords()) {
-    if (name.rfind("models/", 0) == 0) programs.push_back(name);
+    if (name.rfind(kPrograms, 0) == 0) programs.push_back(name);
     compiled = compiled || name.find("aotinductor") != std::string::npos;
   }
   if (programs.empty() && compiled) {
@@ -70,6 +72,16 @@ std::string program_record(Reader& reader) {
     throw Refused(fmt::format("the archive has {} programs: save each in a file of its own", programs.size()));
   }
   return programs[0];
+}
+
+/// "bert" of "models/bert.json".
+std::string name_of_program(const std::string& record) {
+  constexpr std::string_view kEnd = ".json";
+  std::string name = record.substr(kPrograms.size());
+  if (name.size() < kEnd.size() || name.substr(name.size() - kEnd.size()) != kEnd) {
+    throw DamagedData(fmt::format("its program '{}' is no JSON file", shown(record)));
+  }
+  return name.substr(0, name.size() - kEnd.size());
 }
 
 /// The tensors of a folder of the archive.
@@ -100,20 +112,34 @@ class TensorReader {
     return storages_.emplace(file, std::move(storage)).first->second;
   }
 
-  at::Tensor tensor_of(const std::string& name, const StoredTensor& stored, const at::Storage& storage) const {
+  at::Tensor tensor_of(const std::string& name, const StoredTensor& stored, const at::Storage& storage) {
     const at::ScalarType type = scalar_type_of(stored.scalar_type);
     const auto width = static_cast<std::int64_t>(c10::elementSize(type));
     const auto bytes = static_cast<std::int64_t>(storage.nbytes());
     if (numbers_needed(stored) > bytes / width) {
       throw DamagedData(fmt::format("the weight '{}' is larger than its file '{}'", shown(name), shown(stored.file)));
     }
+    count(name, stored);
     return at::empty({0}, at::TensorOptions().dtype(type).device(device_))
         .set_(storage, stored.offset, stored.sizes, stored.strides);
+  }
+
+  /// By strides, few numbers may stand for any number of them, all of which are looked at when the model is wrapped.
+  void count(const std::string& name, const StoredTensor& stored) {
+    constexpr std::int64_t kExpanded = std::int64_t{1} << 24;
+    constexpr std::int64_t kTied = 4;
+    std::int64_t numbers = 1;
+    for (const std::int64_t size : stored.sizes) numbers *= size;  // parse_weights() has looked whether they fit
+    numbers_ += numbers;
+    if (numbers_ <= kExpanded + kTied * static_cast<std::int64_t>(archive_bytes_)) return;
+    throw DamagedData(fmt::format("its weights up to '{}' have {} numbers, in an archive of {} bytes", shown(name),
+                                  numbers_, archive_bytes_));
   }
 
   Reader& reader_;
   std::size_t archive_bytes_;
   at::Device device_;
+  std::int64_t numbers_ = 0;
   std::map<std::string, at::Storage> storages_;
 };
 
@@ -158,10 +184,12 @@ Archive read_archive(std::shared_ptr<ReadAdapter> bytes, at::Device device) {
     throw Refused("its numbers have the bytes of another kind of machine (big endian)");
   }
   Archive archive;
-  archive.program = text_record(reader, program_record(reader), size);
+  const std::string record = program_record(reader);
+  const std::string name = name_of_program(record);
+  archive.program = text_record(reader, record, size);
   TensorReader tensors(reader, size, device);
-  tensors.read("data/weights/", "model_weights_config.json", archive.tensors);
-  tensors.read("data/constants/", "model_constants_config.json", archive.tensors);
+  tensors.read("data/weights/", name + "_weights_config.json", archive.tensors);
+  tensors.read("data/constants/", name + "_constants_config.json", archive.tensors);
   return archive;
 }
 

@@ -5,6 +5,8 @@
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <array>
+#include <string_view>
 
 #include "model/exported_archive.h"
 #include "model/exported_json.h"
@@ -93,6 +95,51 @@ bool number_for_tensor(const Node& node, const c10::FunctionSchema& schema, cons
     return value != nullptr ? program.values[value->id].kind != ValueKind::kTensor
                             : !std::holds_alternative<std::monostate>(item);
   });
+}
+
+const bool* flag_in(const Argument* given) {
+  return given == nullptr || given->kind != Argument::Kind::kItem ? nullptr : std::get_if<bool>(&given->items[0]);
+}
+
+/// True or False where the schema has a number, or a tensor that a number may stand for; else null.
+const bool* flag_for_number(const Argument* given, const c10::Argument& parameter) {
+  const TypeKind wanted = without_optional(parameter.type())->kind();
+  return wanted == TypeKind::NumberType || wanted == TypeKind::TensorType ? flag_in(given) : nullptr;
+}
+
+/// Does the type of what an operator returns follow from something else than from the number that it is given?
+bool is_typed_otherwise(const c10::FunctionSchema& schema) {
+  constexpr std::array<std::string_view, 18> kNames{"full",
+                                                    "full_like",
+                                                    "new_full",
+                                                    "fill",
+                                                    "fill_",
+                                                    "masked_fill",
+                                                    "masked_fill_",
+                                                    "index_fill",
+                                                    "index_fill_",
+                                                    "constant_pad_nd",
+                                                    "scalar_tensor",
+                                                    "scatter",
+                                                    "eq",
+                                                    "ne",
+                                                    "lt",
+                                                    "le",
+                                                    "gt",
+                                                    "ge"};
+  constexpr std::string_view kSpace = "aten::";
+  std::string_view name = schema.name();
+  if (name.substr(0, kSpace.size()) != kSpace) return false;
+  name.remove_prefix(kSpace.size());
+  return std::find(kNames.begin(), kNames.end(), name) != kNames.end();
+}
+
+/// Is this the type of full(size, True), which Python takes from the value?
+bool decides_type_of_flags(const Node& node, const Operator& op, const c10::Argument& parameter) {
+  if (op.symbol != c10::aten::full || parameter.name() != "dtype") return false;
+  const Argument* given = argument_of(node, "dtype");
+  const bool chosen = given != nullptr && given->kind == Argument::Kind::kScalarType;
+  return !chosen && flag_in(argument_of(node, "fill_value")) != nullptr;
 }
 
 }  // namespace
@@ -192,7 +239,11 @@ void GraphBuilder::add_tensors(const Node& node, const Operator& op) {
   std::vector<TorchValue*> inputs;
   for (const c10::Argument& parameter : parameters) {
     const Argument* given = argument_of(node, parameter.name());
-    if (given != nullptr) {
+    if (const bool* flag = flag_for_number(given, parameter)) {
+      inputs.push_back(number_of_flag(node, op, parameter, *flag));
+    } else if (decides_type_of_flags(node, op, parameter)) {
+      inputs.push_back(constant(static_cast<std::int64_t>(at::kBool)));
+    } else if (given != nullptr) {
       inputs.push_back(argument(*given, parameter));
     } else if (parameter.default_value()) {
       inputs.push_back(constant(*parameter.default_value()));
@@ -270,6 +321,15 @@ TorchValue* GraphBuilder::single(const Item& item, const c10::Argument& paramete
   if (const auto* flag = std::get_if<bool>(&item)) return constant(*flag);
   if (const auto* number = std::get_if<double>(&item)) return constant(*number);
   return constant(c10::IValue());
+}
+
+TorchValue* GraphBuilder::number_of_flag(const Node& node, const Operator& op, const c10::Argument& parameter,
+                                         bool flag) {
+  const bool of_numbers = without_optional(parameter.type())->kind() == TypeKind::NumberType;
+  if (of_numbers && is_typed_otherwise(*op.schema)) return constant(static_cast<std::int64_t>(flag));
+  refuse_node(node, fmt::format("is given {} as the number '{}', which TorchScript does not take here: give {} in "
+                                "forward(), or torch.tensor({}) where the result is to be bool",
+                                flag ? "True" : "False", parameter.name(), flag ? 1 : 0, flag ? "True" : "False"));
 }
 
 TorchValue* GraphBuilder::list(const Argument& argument, const c10::TypePtr& wanted) {

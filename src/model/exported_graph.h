@@ -46,6 +46,7 @@ class GraphBuilder {
   torch::jit::Value* constant(const c10::IValue& value) { return graph_->insertConstant(value); }
   torch::jit::Value* argument(const Argument& argument, const c10::Argument& parameter);
   torch::jit::Value* single(const Item& item, const c10::Argument& parameter);
+  torch::jit::Value* number_of_flag(const Node& node, const Operator& op, const c10::Argument& parameter, bool flag);
   torch::jit::Value* list(const Argument& argument, const c10::TypePtr& wanted);
   torch::jit::Value* list_of_values(const Argument& argument, const c10::TypePtr& element);
   [[noreturn]] void refuse_node(const Node& node, const std::string& why) const;

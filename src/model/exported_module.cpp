@@ -1,5 +1,6 @@
 #include "model/exported_module.h"
 
+#include <ATen/core/List.h>
 #include <fmt/core.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -106,9 +107,14 @@ class ProgramModule {
     fill(builder, scope);
     TorchValue* result = result_of(builder, program_.result);
     add_method(root, "forward", builder, std::move(parameters), result);
-    if (program_.most_tokens > 0) {
-      root.register_attribute(kMostTokens, c10::IntType::get(), program_.most_tokens);
+    c10::List<std::int64_t> most;
+    c10::List<std::int64_t> groups;
+    for (const TokenRange& range : program_.tokens) {
+      most.push_back(range.most);
+      groups.push_back(static_cast<std::int64_t>(range.group));
     }
+    root.register_attribute(kMostTokens, c10::ListType::ofInts(), most);
+    root.register_attribute(kTokenGroups, c10::ListType::ofInts(), groups);
     return root;
   }
 
@@ -180,7 +186,8 @@ class ProgramModule {
   }
 
   static TorchValue* result_of(GraphBuilder& builder, const Result& result) {
-    if (!result.tuple) return builder.value(result.value);
+    if (result.value) return builder.value(*result.value);
+    if (!result.tuple) return builder.graph()->insertConstant(c10::IValue());
     std::vector<TorchValue*> parts;
     for (const Result& part : result.parts) parts.push_back(result_of(builder, part));
     return builder.graph()->insertNode(builder.graph()->createTuple(parts))->output();

@@ -11,9 +11,10 @@
 
 namespace llmcache::exported {
 
-/// Name of an attribute of the outermost module: the largest number of tokens that it was exported for. There is none
-/// where it was exported for any.
+/// Names of attributes of the outermost module, lists of whole numbers with one entry an input: its
+/// TokenRange::most, and its TokenRange::group.
 inline constexpr const char* kMostTokens = "llmcache_most_tokens";
+inline constexpr const char* kTokenGroups = "llmcache_token_groups";
 
 /// A module for each that the program calls, with its weights, and a method for each of its calls. Weights must be on
 /// `device`. Throws Refused, DamagedData, and what LibTorch throws for a program that it cannot hold.

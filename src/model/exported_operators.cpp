@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <array>
-#include <set>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "model/exported_json.h"
+#include "model/exported_scopes.h"
+#include "model/silent_aliases.h"
 #include "store/bounded_json.h"
 
 namespace llmcache::exported {
@@ -62,17 +64,50 @@ std::optional<Target> target_of(const std::string& text) {
           : "rewrite that part of forward() by operators of PyTorch"));
 }
 
-/// The inputs (by their place among Program::inputs) whose memory a value may share.
-using Roots = std::set<std::size_t>;
+bool is_given(const Argument& argument) {
+  return argument.kind != Argument::Kind::kItem || !std::holds_alternative<std::monostate>(argument.items[0]);
+}
 
-Roots roots_of(const Argument* argument, const std::vector<Roots>& known) {
-  Roots roots;
-  if (argument == nullptr) return roots;
-  for (const Item& item : argument->items) {
-    if (const auto* value = std::get_if<ValueRef>(&item))
-      roots.insert(known[value->id].begin(), known[value->id].end());
+/// A check may be left out where all that the library lets through passes it: one of constants, or of the type and
+/// device of a tensor, which follow from those of inputs and weights.
+void refuse_unless_settled(const Program& program, const Node& node, const std::string& check) {
+  if (check == "_assert_tensor_metadata") {
+    for (const char* name : {"size", "stride"}) {
+      const Argument* argument = argument_of(node, name);
+      if (argument == nullptr || !is_given(*argument)) continue;
+      throw Refused(
+          fmt::format("{} checks the {} of a tensor: take the check out of forward()", place_of(program, node), name));
+    }
+    return;
   }
-  return roots;
+  if (values_in(node).empty()) return;
+  const Argument* message = argument_of(node, "assert_msg");
+  throw Refused(fmt::format(
+      "{} checks what the model is given{}: export without prefer_deferred_runtime_asserts_over_guards, and take "
+      "torch._check(), torch._assert_async(), item() and the like out of forward()",
+      place_of(program, node), message == nullptr ? "" : fmt::format(" (\"{}\")", shown(message->text))));
+}
+
+/// The input (by its place among Program::inputs) whose memory a value may share; of several the first.
+using Root = std::optional<std::size_t>;
+
+Root earlier_root(Root a, Root b) { return !a ? b : !b ? a : std::min(a, b); }
+
+Root root_of(const Argument* argument, const std::vector<Root>& known) {
+  Root root;
+  if (argument == nullptr) return root;
+  for (const Item& item : argument->items) {
+    if (const auto* value = std::get_if<ValueRef>(&item)) root = earlier_root(root, known[value->id]);
+  }
+  return root;
+}
+
+/// Does it write to the running statistics that it is given?
+bool writes_statistics(const Node& node, const c10::FunctionSchema& schema) {
+  const Argument* flag = argument_of(node, std::string(guard_of_statistics(schema)));
+  if (flag == nullptr || flag->kind != Argument::Kind::kItem) return false;
+  const bool* given = std::get_if<bool>(&flag->items[0]);
+  return given == nullptr || *given;
 }
 
 [[noreturn]] void refuse_write(const Program& program, const Node& node, const Input& written) {
@@ -96,7 +131,10 @@ Operator operator_of(const Program& program, const Node& node) {
   auto target = target_of(node.target);
   if (!target) refuse_unknown(program, node, false);
   if (target->space == "aten") {
-    if (std::find(kChecks.begin(), kChecks.end(), target->name) != kChecks.end()) return found;
+    if (std::find(kChecks.begin(), kChecks.end(), target->name) != kChecks.end()) {
+      refuse_unless_settled(program, node, target->name);
+      return found;
+    }
     if (target->name == "sym_size" || target->name == "sym_stride" || target->name == "sym_numel") {
       target->name = target->name.substr(4);
     }
@@ -118,22 +156,22 @@ const Argument* argument_of(const Node& node, const std::string& name) {
 }
 
 void check_writes(const Program& program) {
-  std::vector<Roots> roots(program.values.size());
-  for (std::size_t i = 0; i < program.inputs.size(); ++i) roots[program.inputs[i].value] = {i};
+  std::vector<Root> roots(program.values.size());
+  for (std::size_t i = 0; i < program.inputs.size(); ++i) roots[program.inputs[i].value] = i;
   for (const Node& node : program.nodes) {
     const Operator op = operator_of(program, node);
     if (op.kind != Operator::Kind::kTensors && op.kind != Operator::Kind::kSame) continue;
-    Roots shared;  // of all arguments that a result may be a view of
+    const bool silent = may_share_silently(*op.schema, values_in(node).size());
+    const bool statistics = writes_statistics(node, *op.schema);
+    Root shared;  // of all arguments that a result may be a view of
     for (const c10::Argument& parameter : op.schema->arguments()) {
-      const Roots of_argument = roots_of(argument_of(node, parameter.name()), roots);
+      const Root of_argument = root_of(argument_of(node, parameter.name()), roots);
       const auto* alias = parameter.alias_info();
-      // In eval() mode dropout returns its input, though its schema does not say so.
-      if (alias == nullptr && op.symbol != c10::aten::dropout) continue;
-      const bool writes = alias != nullptr && alias->isWrite() && op.kind != Operator::Kind::kSame;
-      if (writes && !of_argument.empty()) refuse_write(program, node, program.inputs[*of_argument.begin()]);
-      shared.insert(of_argument.begin(), of_argument.end());
+      const bool writes = (alias != nullptr && alias->isWrite() && op.kind != Operator::Kind::kSame) ||
+                          (statistics && is_statistics(parameter));
+      if (writes && of_argument) refuse_write(program, node, program.inputs[*of_argument]);
+      if (alias != nullptr || silent) shared = earlier_root(shared, of_argument);
     }
-    if (shared.empty()) continue;
     for (const Output& output : node.outputs) {
       for (const ValueId value : output.values) roots[value] = shared;
     }

@@ -52,6 +52,24 @@ Program build_program(const Analysis& analysis) {
 
 namespace {
 
+/// What an exported program says of its inputs.
+void take_ranges(const Module& module, InputSpec& spec) {
+  spec.only_int64 = true;
+  const auto most = module.attr(exported::kMostTokens).toIntVector();
+  const auto groups = module.attr(exported::kTokenGroups).toIntVector();
+  for (std::size_t i = 0; i < most.size(); ++i) {
+    std::int64_t& least = spec.is_source(i) ? spec.most_source_tokens : spec.most_tokens;
+    if (most[i] > 0) least = least == 0 ? most[i] : std::min(least, most[i]);
+    for (std::size_t j = 0; j < i; ++j) {
+      if (groups[i] != groups[j] || spec.is_source(i) == spec.is_source(j)) continue;
+      throw Error(ErrorCode::kUnsupportedModel,
+                  fmt::format("it takes sources ('{}') and targets ('{}') of the same number of tokens only: export it "
+                              "from an example in which they have unlike many",
+                              spec.names[spec.is_source(i) ? i : j], spec.names[spec.is_source(i) ? j : i]));
+    }
+  }
+}
+
 InputSpec spec_of(const Analysis& analysis) {
   InputSpec spec;
   const auto& arguments = analysis.module.get_method("forward").function().getSchema().arguments();
@@ -64,9 +82,7 @@ InputSpec spec_of(const Analysis& analysis) {
   spec.opens_attention = analysis.dependence.pairs;
   spec.source = analysis.source;
   spec.source_length_counts = !analysis.dependence.source_length.empty();
-  if (analysis.module.hasattr(exported::kMostTokens)) {
-    spec.most_tokens = analysis.module.attr(exported::kMostTokens).toInt();
-  }
+  if (analysis.module.hasattr(exported::kMostTokens)) take_ranges(analysis.module, spec);
   return spec;
 }
 

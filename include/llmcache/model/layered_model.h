@@ -76,6 +76,11 @@ struct InputSpec {
   /// The largest padded length that the model says its answers hold for, though it may run longer ones; 0: any. Longer
   /// requests are refused. An exported program has been made for a range of lengths.
   std::int64_t most_tokens = 0;
+  /// The same of the sources of an encoder-decoder.
+  std::int64_t most_source_tokens = 0;
+  /// True: inputs of other whole numbers than int64, or of bool, are refused. What an exported program does follows
+  /// from the types that it was exported with.
+  bool only_int64 = false;
 
   [[nodiscard]] bool is_source(std::size_t input) const { return input < source.size() && source[input]; }
   /// True for an encoder-decoder.
