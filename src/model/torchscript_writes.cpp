@@ -7,6 +7,7 @@
 #include <set>
 
 #include "llmcache/error.h"
+#include "model/silent_aliases.h"
 
 namespace llmcache::ts {
 namespace {
@@ -60,6 +61,24 @@ bool shares(const c10::AliasInfo* a, const c10::AliasInfo* b) {
   return std::any_of(a->beforeSets().begin(), a->beforeSets().end(), [&](const c10::Symbol& set) {
     return b->beforeSets().count(set) > 0 || b->afterSets().count(set) > 0;
   });
+}
+
+/// How many tensors an operator is called with, those in a list that is made for it counted one by one.
+std::size_t tensors_given(const Node* node) {
+  std::size_t count = 0;
+  for (const Value* input : node->inputs()) {
+    const bool list = input->node()->kind() == prim::ListConstruct;
+    count += list ? input->node()->inputs().size() : input->type()->kind() == c10::TypeKind::TensorType ? 1 : 0;
+  }
+  return count;
+}
+
+/// Does normalisation write to its running statistics? A flag that is no constant is that of a module in eval() mode.
+bool updates_statistics(const Node* node, const c10::FunctionSchema& schema) {
+  const std::string guard(guard_of_statistics(schema));
+  if (guard.empty()) return false;
+  const auto flag = torch::jit::toIValue(node->namedInput(guard));
+  return flag && flag->isBool() && flag->toBool();
 }
 
 std::string where(const Node* node) {
@@ -132,6 +151,12 @@ class Finder {
     add(held_, to, held_, from);
   }
 
+  /// `to` may be `from`, a part of it, or hold it.
+  void share(const Value* to, const Value* from) {
+    if (is_container(to)) return put_in(to, from);
+    is_container(from) ? take_out(to, from) : alias(to, from);
+  }
+
   using Known = std::unordered_map<const Value*, Paths>;
   static void add(Known& into, const Value* to, const Known& of, const Value* from) {
     const auto it = of.find(from);
@@ -153,10 +178,12 @@ class Finder {
       return;
     }
     const auto& arguments = schema->arguments();
+    const bool silent = may_share_silently(*schema, tensors_given(node));
     for (std::size_t i = 0; i < node->inputs().size() && i < arguments.size(); ++i) {
       const Value* input = node->input(i);
       const auto* info = arguments[i].alias_info();
-      if (info != nullptr && info->isWrite()) {
+      const bool statistics = is_statistics(arguments[i]) && updates_statistics(node, *schema);
+      if ((info != nullptr && info->isWrite()) || statistics) {
         const auto found = attributes_.find(input);
         if (found != attributes_.end()) {
           for (const auto& path : found->second) add_once(writers_[path], node);
@@ -169,6 +196,8 @@ class Finder {
         const auto* returned = schema->returns()[j].alias_info();
         if (shares(info, returned)) {
           alias(output, input);
+        } else if (silent) {
+          share(output, input);
         } else if (is_container(input) && is_container(output) && !is_plain_list(output)) {
           put_in(output, input);  // a copy, but not of what it holds
         } else if (is_container(input) && is_anything(returned)) {

@@ -52,6 +52,26 @@ const std::vector<State> kStates{
     {"attribute_that_is_set", "    self.number = self.number + 1\n    x = x * float(self.number)", "number"},
     {"view_of_a_weight", "    self.alias.add_(1.0)", "alias"},
     {"given_as_out", "    torch.mul(self.table2, self.table2, out=self.table2)\n    x = x * self.table2", "table2"},
+    {"what_type_as_returns_of_its_type", "    at = self.table2.type_as(x)\n    at.add_(1.0)\n    x = x * at", "table2"},
+    {"what_dropout_returns_in_eval_mode",
+     "    at = torch.dropout(self.table2, 0.5, False)\n    at.add_(1.0)\n    x = x * at", "table2"},
+    {"what_feature_dropout_returns_in_eval_mode",
+     "    at = torch.feature_dropout(self.table2, 0.5, False)\n    at.add_(1.0)\n    x = x * at", "table2"},
+    {"what_broadcasting_returns",
+     "    at, other = torch.broadcast_tensors([self.table2, x])\n    at.add_(1.0)\n    x = x * self.table2", "table2"},
+    {"what_einsum_returns_of_one", "    at = torch.einsum('i->i', [self.table2])\n    at.add_(1.0)\n    x = x * at",
+     "table2"},
+    {"what_einsum_returns_of_two",
+     "    at = torch.einsum('i,i->i', [self.table2, self.table2])\n    at.add_(1.0)\n    x = x * at"},
+    {"a_part_that_is_said_to_be_none",
+     "    at = self.table2.unsafe_chunk(2)[0]\n    at.add_(1.0)\n    x = x * self.table2", "table2"},
+    {"running_statistics",
+     "    x = torch.batch_norm(x.transpose(1, 2), None, None, self.table2, self.table3, True, 0.1, 1e-5, False)"
+     ".transpose(1, 2)",
+     "table2"},
+    {"running_statistics_that_stay",
+     "    x = torch.batch_norm(x.transpose(1, 2), None, None, self.table2, self.table3, False, 0.1, 1e-5, False)"
+     ".transpose(1, 2)"},
     {"written_behind_the_layers", "    x = x * self.table2", "table2", "    self.table2.mul_(0.5)"},
 };
 
@@ -64,6 +84,7 @@ Module module_of(const State& state) {
   script.attributes = [](Module& model) {
     model.register_buffer("calls", at::zeros({1}));
     model.register_buffer("table2", at::ones({32}));
+    model.register_buffer("table3", at::ones({32}));
     model.register_buffer("factor", at::full({1}, 0.75));
     model.register_buffer("alias", model.attr("places").toTensor()[2]);
     model.register_attribute("kept", c10::ListType::ofTensors(), c10::List<at::Tensor>());
