@@ -122,6 +122,30 @@ class ExportTest(ToolTest):
         pooled = MODELS["minilm-pooled"]
         self.assertEqual((pooled.group, pooled.output, pooled.dtype), ("bench", "sentence_embedding", "float32"))
 
+    def test_programs_that_are_others_for_one_row_or_token_are_refused(self) -> None:
+        import torch
+
+        class Mlp(torch.nn.Module):
+            def __init__(self, dimension: int | None) -> None:
+                super().__init__()
+                self.embedding = torch.nn.Embedding(300, 8)
+                self.dimension = dimension
+
+            def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                states = self.embedding(ids) * mask.unsqueeze(-1)
+                return states * 2 if self.dimension is not None and ids.shape[self.dimension] == 1 else states
+
+        spec = dataclasses.replace(MODELS["tiny-mlp"], name="tiny-one")
+        for dimension, refused in ((None, None), (0, "for lengths \\[1\\]"), (1, "for lengths \\[1\\]")):
+            module = Mlp(dimension)
+            program = export_models.convert_to_program(spec, module, 300)
+            with torch.no_grad():
+                if refused is None:
+                    export_models.verify_program(program, module, spec, 300)
+                    continue
+                with self.assertRaisesRegex(export_models.ModelError, refused):
+                    export_models.verify_program(program, module, spec, 300)
+
     def test_output_is_read_where_it_is_said(self) -> None:
         """Padded and alone, in other shapes than those that were traced."""
         import torch
