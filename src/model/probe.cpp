@@ -423,7 +423,8 @@ void probe_max_tokens(const Model& model, const InputSpec& inputs, ModelProfile&
   std::int64_t& most = profile.max_tokens;
   if (most > 0 && most <= kMost && (!takes(most, 0) || takes(most + 1, 0))) most = 0;
   std::int64_t& most_source = profile.max_source_tokens;
-  if (most_source > 0 && most_source <= kMost && (!takes(kFewTokens, most_source) || takes(kFewTokens, most_source + 1))) {
+  if (most_source > 0 && most_source <= kMost &&
+      (!takes(kFewTokens, most_source) || takes(kFewTokens, most_source + 1))) {
     most_source = 0;
   }
   if (inputs.most_tokens > 0) most = most == 0 ? inputs.most_tokens : std::min(most, inputs.most_tokens);

@@ -310,7 +310,8 @@ TEST(ModelIdentity, EachPartCountsAndIsNamed) {
   EXPECT_THAT(changed([](auto& it) { it.attention = "eager"; }), HasSubstr("attention is of another kind"));
   EXPECT_THAT(changed([](auto& it) { it.numerics = "cuda"; }), HasSubstr("computed on cuda"));
   EXPECT_THAT(changed([](auto& it) { it.torch = "2.12.0"; }), HasSubstr("LibTorch 2.12.0, and this is 2.13.0"));
-  EXPECT_THAT(changed([](auto& it) { ++it.state_layout; }), HasSubstr("laid out as version " + std::to_string(kStateLayout + 1)));
+  EXPECT_THAT(changed([](auto& it) { ++it.state_layout; }),
+              HasSubstr("laid out as version " + std::to_string(kStateLayout + 1)));
   // What moves from one part to the next is another identity too.
   const auto digest = [](const char* contents, const char* weights) {
     ModelIdentity identity;
