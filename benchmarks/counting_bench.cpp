@@ -36,7 +36,7 @@ void evicted(benchmark::State& state, bool known) {
   for (std::size_t i = 0; i < kRemembered; ++i) keys.add(random(), EvictedKeys::Cause::kRoom);
   std::vector<std::int64_t> tokens(static_cast<std::size_t>(state.range(0)));
   for (auto& token : tokens) token = static_cast<std::int64_t>(random() % 50000);
-  if (known) add_evicted_prefixes(keys, "tenant", tokens, 1, 0);
+  if (known) add_evicted_prefixes(keys, "tenant", tokens, 1, 0, EvictedKeys::Cause::kRoom);
   for (auto _ : state) benchmark::DoNotOptimize(count_evicted(keys, "tenant", tokens, 1, 0));
 }
 

@@ -331,7 +331,7 @@ TEST(ExportedArchive, MayCallItsProgramByAnyName) {
   Records records;
   for (auto& [name, content] : records_of(small_bytes())) {
     std::string renamed = name;  // as package_pt2(file, exported_programs={"bert": program}) calls them
-    for (const std::string& folder : {"models/", "data/weights/", "data/constants/"}) {
+    for (const std::string folder : {"models/", "data/weights/", "data/constants/"}) {
       if (name.starts_with(folder + "model")) renamed = folder + "bert" + name.substr(folder.size() + 5);
     }
     records[renamed] = content;

@@ -193,7 +193,7 @@ TEST_F(Int8RecipeProducts, TheFastestIsTimedAsItWillBePacked) {
   options.fastest_may_be_int8 = true;
   const LayerCache<Module> cache(load_model(kEncoder), options);
   const LayerCache<Module> same(load_model(kEncoder), tuned({{10, 20, 30, 40}}));
-  if (cache.profile().weights == "packed-int8") EXPECT_EQ(cache.profile().digest, same.profile().digest);
+  EXPECT_TRUE(cache.profile().weights != "packed-int8" || cache.profile().digest == same.profile().digest);
   options.weights_sample = {{10, 1'000'000}};
   EXPECT_THAT([&] { LayerCache<Module> refused(load_model(kEncoder), options); },
               ThrowsError(ErrorCode::kInvalidInput, "Options.weights_sample[0] cannot be run"));
