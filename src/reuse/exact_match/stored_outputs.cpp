@@ -4,6 +4,7 @@
 
 #include "model/tensors_of.h"
 #include "reuse/exact_match/output_part.h"
+#include "reuse/tiers/snapshot_outcome.h"
 #include "store/damaged_data.h"
 
 namespace llmcache {
@@ -58,14 +59,7 @@ StoredPart::Outcome StoredOutputs::take(const StoredRow& row, const StoredPiece&
   if (record.key != row.partition) throw DamagedData("it has the output of another row");
   if (row.exact && !record.exact) throw DamagedData("it has an output that the model did not make as it is");
   SnapshotPartReport report;
-  switch (part.take(entry, report)) {
-    case SnapshotPart::Outcome::kTaken:
-      return Outcome::kTaken;
-    case SnapshotPart::Outcome::kKnown:
-      return Outcome::kKnown;
-    default:
-      return Outcome::kNoRoom;
-  }
+  return stored_outcome(part.take(entry, report));
 }
 
 bool StoredOutputs::append(std::string& to, const StoredRow& row, const StoredPiece& /*piece*/) const {

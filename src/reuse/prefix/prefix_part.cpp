@@ -70,42 +70,25 @@ void PrefixPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
   }
 }
 
-/// False if these tokens are no longer there.
-bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& listed, std::size_t begin,
-                            std::size_t end) const {
-  const std::span<const std::int64_t> tokens(listed.tokens.data(), end * bank_.ids_per_token());
-  // Nothing of it is evicted or moved while this lives.
-  const PrefixLease lease = bank_.peek(listed.partition, tokens);
-  if (lease.known_tokens() < static_cast<std::int64_t>(end)) return false;
-  std::vector<at::Tensor> tensors;
-  for (std::size_t i = 0; i < bank_.specs().size(); ++i) {
-    tensors.push_back(tokens_in_ranges(lease.known(), i, bank_.specs()[i].token_dim, static_cast<std::int64_t>(begin),
-                                       static_cast<std::int64_t>(end)));
-  }
+/// Tokens [begin, end) of a sequence, and what holds them.
+struct PrefixPart::Piece {
+  PrefixLease lease;  ///< nothing of it is evicted or moved while this lives
   PrefixRecord record;
-  record.partition = listed.partition;
-  record.ids_per_token = static_cast<std::uint32_t>(bank_.ids_per_token());
-  record.begin = begin;
-  record.tokens.assign(tokens.begin(), tokens.end());
-  record.shortest = listed.shortest;
-  record.longest = listed.longest;
-  record.saved_ms = listed.saved_ms;
-  record.tensors = records_of(tensors).value();
-  write_entry(writer, kind(), write_prefix(record), tensors);
-  return true;
-}
+  std::vector<at::Tensor> tensors;
+};
 
-bool PrefixPart::append_piece(std::string& to, std::string_view partition, std::span<const std::int64_t> tokens,
-                              std::size_t begin, std::size_t end) const {
+/// None if these tokens are no longer there.
+std::optional<PrefixPart::Piece> PrefixPart::piece_of(std::string_view partition, std::span<const std::int64_t> tokens,
+                                                      std::size_t begin, std::size_t end) const {
   const auto known = tokens.first(end * bank_.ids_per_token());
-  const PrefixLease lease = bank_.peek(partition, known);
-  if (lease.known_tokens() < static_cast<std::int64_t>(end)) return false;
-  std::vector<at::Tensor> tensors;
+  std::optional<Piece> piece(std::in_place, Piece{bank_.peek(partition, known), {}, {}});
+  const PrefixLease& lease = piece->lease;
+  if (lease.known_tokens() < static_cast<std::int64_t>(end)) return std::nullopt;
   for (std::size_t i = 0; i < bank_.specs().size(); ++i) {
-    tensors.push_back(tokens_in_ranges(lease.known(), i, bank_.specs()[i].token_dim, static_cast<std::int64_t>(begin),
-                                       static_cast<std::int64_t>(end)));
+    piece->tensors.push_back(tokens_in_ranges(lease.known(), i, bank_.specs()[i].token_dim,
+                                              static_cast<std::int64_t>(begin), static_cast<std::int64_t>(end)));
   }
-  PrefixRecord record;
+  PrefixRecord& record = piece->record;
   record.partition = partition;
   record.ids_per_token = static_cast<std::uint32_t>(bank_.ids_per_token());
   record.begin = begin;
@@ -113,9 +96,27 @@ bool PrefixPart::append_piece(std::string& to, std::string_view partition, std::
   record.shortest = lease.shortest();
   record.longest = lease.longest();
   for (const KeyRange& range : lease.known()) record.saved_ms = std::max(record.saved_ms, range.saved_ms);
-  record.tensors = records_of(tensors).value();
-  append_entry(to, write_prefix(record), tensors);
+  record.tensors = records_of(piece->tensors).value();
+  return piece;
+}
+
+/// False if these tokens are no longer there.
+bool PrefixPart::save_piece(SnapshotWriter& writer, const PrefixBank::Listed& listed, std::size_t begin,
+                            std::size_t end) const {
+  auto piece = piece_of(listed.partition, listed.tokens, begin, end);
+  if (!piece) return false;
+  piece->record.shortest = listed.shortest;
+  piece->record.longest = listed.longest;
+  piece->record.saved_ms = listed.saved_ms;
+  write_entry(writer, kind(), write_prefix(piece->record), piece->tensors);
   return true;
+}
+
+bool PrefixPart::append_piece(std::string& to, std::string_view partition, std::span<const std::int64_t> tokens,
+                              std::size_t begin, std::size_t end) const {
+  const auto piece = piece_of(partition, tokens, begin, end);
+  if (piece) append_entry(to, write_prefix(piece->record), piece->tensors);
+  return piece.has_value();
 }
 
 std::size_t PrefixPart::bytes_of_token() const { return token_bytes(bank_.specs()); }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -38,6 +39,9 @@ class PrefixPart final : public SnapshotPart {
   [[nodiscard]] std::size_t bytes_of_token() const;
 
  private:
+  struct Piece;
+  [[nodiscard]] std::optional<Piece> piece_of(std::string_view partition, std::span<const std::int64_t> tokens,
+                                              std::size_t begin, std::size_t end) const;
   bool save_piece(SnapshotWriter& writer, const PrefixBank::Listed& listed, std::size_t begin, std::size_t end) const;
   void keep(PrefixLease& lease, const PrefixRecord& record);
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "reuse/prefix/prefix_part.h"
+#include "reuse/tiers/snapshot_outcome.h"
 #include "store/damaged_data.h"
 
 namespace llmcache {
@@ -53,14 +54,7 @@ StoredPart::Outcome StoredPrefixes::take(const StoredRow& row, const StoredPiece
                     std::equal(record.tokens.begin(), record.tokens.end(), row.ids.begin());
   if (!same) throw DamagedData("it has the states of other tokens");
   SnapshotPartReport report;
-  switch (part.take(entry, report)) {
-    case SnapshotPart::Outcome::kTaken:
-      return Outcome::kTaken;
-    case SnapshotPart::Outcome::kKnown:
-      return Outcome::kKnown;
-    default:
-      return Outcome::kNoRoom;
-  }
+  return stored_outcome(part.take(entry, report));
 }
 
 bool StoredPrefixes::append(std::string& to, const StoredRow& row, const StoredPiece& piece) const {
