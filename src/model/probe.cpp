@@ -4,6 +4,8 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
@@ -37,11 +39,14 @@ double difference(const c10::IValue& a, const c10::IValue& b, const OutputSpec& 
   return largest;
 }
 
-constexpr std::int64_t kShapes[3][2] = {{2, 5}, {3, 7}, {2, 7}};
+using Shapes = std::array<std::array<std::int64_t, 2>, 3>;
+constexpr Shapes kShapes = {{{2, 5}, {3, 7}, {2, 7}}};
+/// As few tokens as there may be, of which no size is like another: what must be run at these lengths anyway.
+constexpr Shapes kShortShapes = {{{3, 1}, {1, 2}, {2, 3}}};
 
-std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec) {
+std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec, const Shapes& shapes) {
   std::vector<PlainRun> runs;
-  for (const auto& [rows, tokens] : kShapes) {
+  for (const auto& [rows, tokens] : shapes) {
     auto inputs = probe_inputs(spec, model.device(), rows, tokens);
     auto result = model.plain(inputs);
     runs.push_back({rows, tokens, std::move(inputs), std::move(result)});
@@ -49,7 +54,7 @@ std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec) {
   return runs;
 }
 
-/// By runs of kShapes.
+/// By three runs of unlike shapes.
 OutputSpec output_spec(const std::vector<PlainRun>& runs) {
   std::vector<std::vector<at::Tensor>> seen;
   OutputSpec spec;
@@ -67,7 +72,7 @@ OutputSpec output_spec(const std::vector<PlainRun>& runs) {
     for (std::int64_t d = 0; d < rank && seen[1][i].dim() == rank && seen[2][i].dim() == rank; ++d) {
       const auto matches = [&](auto measure) {
         for (std::size_t s = 0; s < 3; ++s) {
-          if (seen[s][i].size(d) != measure(kShapes[s][0], kShapes[s][1])) return false;
+          if (seen[s][i].size(d) != measure(runs[s].rows, runs[s].tokens)) return false;
         }
         return true;
       };
@@ -354,6 +359,26 @@ bool comparable(const Model& model, const c10::IValue& result) {
                      [&](const at::Tensor& t) { return nearly_equal(t, t, model.rounding()); });
 }
 
+/// Runs of the plain model, and what they tell of its result. Short ones, where they are enough: each takes all weights
+/// through the processor, and `shallow` (may be null) answers what takes longer ones.
+Probed run_plain(const Model& model, const Model* shallow, const InputSpec& inputs) {
+  Probed found;
+  if (shallow != nullptr) {
+    try {
+      found.runs = run_shapes(model, inputs, kShortShapes);
+      found.output = output_spec(found.runs);
+    } catch (const std::exception&) {
+      found = {};  // the model does not take as few tokens
+    }
+    if (found.output.per_row) return found;
+  }
+  auto runs = run_shapes(model, inputs, kShapes);
+  found.output = output_spec(runs);
+  runs.pop_back();
+  found.runs.insert(found.runs.begin(), std::make_move_iterator(runs.begin()), std::make_move_iterator(runs.end()));
+  return found;
+}
+
 void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile& profile) {
   const auto count = static_cast<int>(inputs.vocabulary.size());
   const bool of_source = mask_argument >= 0 && inputs.is_source(static_cast<std::size_t>(mask_argument));
@@ -365,26 +390,28 @@ void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile
 
 }  // namespace
 
+void check_answers_again(const Model& model, const PlainRun& run) {
+  if (difference(run.result, model.plain(run.inputs), {}, 0, 0) == 0) return;
+  throw Error(ErrorCode::kUnsupportedModel,
+              "the model answers the same inputs differently each time (random numbers, or state kept between "
+              "calls); such a model cannot be cached");
+}
+
 Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
              ModelProfile& profile) {
   Probed found;
   try {
-    found.runs = run_shapes(model, inputs);
-    found.output = output_spec(found.runs);
-    found.runs.pop_back();
+    found = run_plain(model, shallow, inputs);
     const PlainRun& first = found.runs.front();
-    if (difference(first.result, model.plain(first.inputs), found.output, 0, 0) != 0) {
-      throw Error(ErrorCode::kUnsupportedModel,
-                  "the model answers the same inputs differently each time (random numbers, or state kept between "
-                  "calls); such a model cannot be cached");
-    }
+    // Where there is a shallow model, self_check() does so if its own comparison fails.
+    if (shallow == nullptr) check_answers_again(model, first);
     profile.per_row_output = found.output.per_row;
     profile.rows_independent = profile.rows_independent && profile.per_row_output && comparable(model, first.result);
 
     const OutputSpec states = states_output();
     const Prober prober =
         shallow == nullptr ? Prober(model, found.output, inputs, profile) : Prober(*shallow, states, inputs, profile);
-    const auto& two_rows = first.inputs;
+    const auto two_rows = shallow == nullptr ? first.inputs : probe_inputs(inputs, model.device(), 2, 5);
     profile.rows_independent =
         profile.rows_independent &&
         prober.rows_independent(two_rows, shallow == nullptr ? first.result : shallow->plain(two_rows));

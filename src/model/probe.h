@@ -28,7 +28,7 @@ struct PlainRun {
 /// What probe() found beside what it fills in of a profile.
 struct Probed {
   OutputSpec output;
-  std::vector<PlainRun> runs;  ///< two of unlike sizes, to be compared with other ways of running the model
+  std::vector<PlainRun> runs;  ///< of unlike sizes, to be compared with other ways of running the model
 };
 
 /// The shape of hidden states, as a result.
@@ -63,6 +63,9 @@ c10::IValue run_dense(const Model& model, const Inputs& inputs);
 /// the layers alone is asked of `shallow` (ShallowModel), unless that is null.
 Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
              ModelProfile& profile);
+
+/// Throws Error(kUnsupportedModel) if the model gives another result for the inputs of `run` now.
+void check_answers_again(const Model& model, const PlainRun& run);
 
 /// Keeps profile.max_tokens and max_source_tokens, which the adapter has read off, only where the model takes as many
 /// tokens and no more, as far as its work before the first layer tells; a bound beyond 4,096 is taken as it is, and so

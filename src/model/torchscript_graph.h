@@ -87,6 +87,7 @@ struct ValueInfo {
   /// Position of the only dimension of that kind, -1 if there is none, -2 if there are several.
   [[nodiscard]] int only(Label::Kind kind_wanted) const;
   [[nodiscard]] int count(Label::Kind kind_wanted) const;
+  bool operator==(const ValueInfo&) const = default;
   [[nodiscard]] bool is_tensor() const { return kind == Kind::kTensor; }
   /// A scalar of any type, a list of integers or None: no tensor data.
   [[nodiscard]] bool is_scalar() const { return kind != Kind::kTensor || dims.empty(); }

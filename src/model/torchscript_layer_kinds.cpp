@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "model/torchscript_packed_weights.h"
+
 namespace llmcache::ts {
 namespace {
 
@@ -56,6 +58,10 @@ class Numbering {
     constexpr std::int64_t kMostElements = 64;
     const auto held = torch::jit::toIValue(value);
     if (!held) return own;
+    if (const auto number = number_of_packed(value)) {
+      const PackedLinear& packed = PackedLinear::find(*number);
+      return fmt::format("packed {} {} {}", packed.inputs(), packed.outputs(), packed.bytes());
+    }
     if (!held->isTensor()) return "constant " + held->tagKind() + " " + c10::str(*held);
     const at::Tensor& tensor = held->toTensor();
     if (!tensor.defined() || tensor.numel() > kMostElements) return own;

@@ -21,19 +21,19 @@ Program build_program(const Analysis& analysis) {
   auto embed_nodes = analysis.nodes(0);
   if (const SourcePart& part = analysis.source_part; !part.values.empty()) {
     program.source =
-        Subgraph("llmcache_source", analysis.flat, part.nodes, part.values, program.slots, Executor::kOfModule);
+        Subgraph("llmcache_source", analysis.flat, part.nodes, part.values, program.slots, program.as_module);
     std::erase_if(embed_nodes, [&](const Node* node) { return part.own.count(node) > 0; });
   }
   program.embed = Subgraph("llmcache_embed", analysis.flat, embed_nodes, analysis.escaping(embed_nodes), program.slots,
-                           Executor::kOfModule);
+                           program.as_module);
   for (std::int64_t l = 0; l < layers; ++l) {
     const auto nodes = analysis.nodes(l + 1);
     program.layers.emplace_back("llmcache_layer_" + std::to_string(l), analysis.flat, nodes, analysis.escaping(nodes),
-                                program.slots, Executor::kOfModule);
+                                program.slots, program.as_module);
   }
   const std::vector<const Value*> result{analysis.flat.graph->outputs()[0]};
   program.head =
-      Subgraph("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, Executor::kOfModule);
+      Subgraph("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, program.as_module);
   for (const Value* value : analysis.hidden) program.hidden.push_back(program.slots.of(value));
 
   program.dead.resize(static_cast<std::size_t>(layers));

@@ -15,6 +15,8 @@ namespace llmcache::ts {
 /// Slots of the values that cross between the parts of an analysed model.
 struct Program {
   Slots slots;
+  SharedCode as_module{Executor::kOfModule};
+  SharedCode simple{Executor::kSimple};
   Subgraph source;  ///< the source part, if there is one; runs before `embed`
   Subgraph embed;
   std::vector<Subgraph> layers;

@@ -379,6 +379,14 @@ PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& 
   return made;
 }
 
+std::optional<std::int64_t> number_of_packed(const Value* value) {
+  const auto& uses = value->uses();
+  const bool packed = !uses.empty() && std::all_of(uses.begin(), uses.end(), [](const torch::jit::Use& use) {
+    return use.user->kind() == packed_linear_symbol() && use.offset == 1;
+  });
+  return packed ? torch::jit::constant_as<std::int64_t>(value) : std::nullopt;
+}
+
 std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes& recipes) {
   std::map<std::pair<std::int64_t, std::int64_t>, LayerShape> shapes;
   visit_nodes(analysis.flat.graph->block(), [&](Node* node) {

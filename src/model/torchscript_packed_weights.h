@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -41,6 +42,9 @@ Int8Recipes find_int8_recipes(const Analysis& analysis, const std::vector<std::v
 /// module stays as it was, and what was packed is no longer held for it. Throws Error(kNotAvailable) as
 /// PackedLinear::pack().
 PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& recipes = {});
+
+/// The number of the packed weight that the graph holds by `value`; nothing: it is none.
+std::optional<std::int64_t> number_of_packed(const Value* value);
 
 /// The shapes of the layers that pack_weights() would pack, and how many layers have each. `recipes` outlive them.
 std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes& recipes);

@@ -33,7 +33,7 @@ std::vector<const Value*> external_inputs(const FlatGraph& flat, const std::vect
 }
 
 Subgraph::Subgraph(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-                   const std::vector<const Value*>& outputs, Slots& slots, Executor executor) {
+                   const std::vector<const Value*>& outputs, Slots& slots, SharedCode& code) {
   auto graph = std::make_shared<Graph>();
   std::unordered_map<const Value*, Value*> made;
   Value* self = graph->addInput("self");
@@ -56,6 +56,12 @@ Subgraph::Subgraph(const std::string& name, const FlatGraph& flat, const std::ve
   const std::function<Value*(Value*)> find = [&](Value* value) -> Value* {
     if (const auto it = made.find(value); it != made.end()) return it->second;
     TORCH_INTERNAL_ASSERT(is_rematerialised(value, flat.self()), "subgraph lacks ", value->debugName());
+    if (auto what = lifted(value, flat)) {
+      lifted_.push_back(*std::move(what));
+      Value* input = graph->addInput();
+      input->setType(value->type());
+      return made[value] = input;
+    }
     Node* copy = graph->createClone(value->node(), find);
     graph->appendNode(copy);
     return made[value] = copy->output();
@@ -76,15 +82,15 @@ Subgraph::Subgraph(const std::string& name, const FlatGraph& flat, const std::ve
   } else {
     graph->registerOutput(graph->appendNode(graph->createTuple(results))->output());
   }
-  function_ = std::make_shared<torch::jit::GraphFunction>(
-      name, std::move(graph), nullptr, executor == Executor::kSimple ? executor_of(flat) : std::nullopt);
+  function_ = code.compile(name, flat, std::move(graph));
 }
 
 void Subgraph::run(const c10::IValue& self, Env& env) const {
   torch::jit::Stack stack;
-  stack.reserve(in_.size() + 1);
+  stack.reserve(in_.size() + lifted_.size() + 1);
   stack.emplace_back(self);
   for (const int slot : in_) stack.emplace_back(env[static_cast<std::size_t>(slot)]);
+  for (const Lifted& what : lifted_) stack.push_back(read_lifted(what, self));
   function_->run(stack);
   if (out_.size() == 1) {
     env[static_cast<std::size_t>(out_[0])] = std::move(stack.back());
@@ -96,9 +102,10 @@ void Subgraph::run(const c10::IValue& self, Env& env) const {
 
 c10::IValue Subgraph::call(const c10::IValue& self, std::vector<c10::IValue> inputs) const {
   torch::jit::Stack stack;
-  stack.reserve(inputs.size() + 1);
+  stack.reserve(inputs.size() + lifted_.size() + 1);
   stack.emplace_back(self);
   for (auto& input : inputs) stack.emplace_back(std::move(input));
+  for (const Lifted& what : lifted_) stack.push_back(read_lifted(what, self));
   function_->run(stack);
   if (out_.size() == 1) return std::move(stack.back());
   return stack.back().toTupleRef().elements().at(0);

@@ -3,13 +3,13 @@
 
 #include <torch/csrc/jit/api/function_impl.h>
 
-#include <cstdint>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "model/torchscript_graph.h"
+#include "model/torchscript_shared_code.h"
 
 namespace llmcache::ts {
 
@@ -37,20 +37,18 @@ class Slots {
   std::vector<const Value*> values_;
 };
 
-/// How a piece of graph is run.
-enum class Executor : std::uint8_t {
-  kOfModule,  ///< as TorchScript runs the module: the same bits, after two slow runs in which it is optimised
-  kSimple,    ///< on a CPU as it is: the optimiser finds nothing there that would make up for the time that it takes
-};
-
 /// A compiled piece of graph. Const and thread-safe: TorchScript's executors are.
 class Subgraph {
  public:
   Subgraph() = default;
   /// `nodes` in the graph's order. Inputs are found; `outputs` are the values wanted.
   Subgraph(const std::string& name, const FlatGraph& flat, const std::vector<Node*>& nodes,
-           const std::vector<const Value*>& outputs, Slots& slots, Executor executor);
+           const std::vector<const Value*>& outputs, Slots& slots, SharedCode& code);
 
+  /// Is it the same code as another, on no weights?
+  [[nodiscard]] bool same_without_weights(const Subgraph& other) const {
+    return function_ == other.function_ && lifted_.empty();
+  }
   [[nodiscard]] const std::vector<int>& in() const { return in_; }
   [[nodiscard]] const std::vector<int>& out() const { return out_; }
 
@@ -61,6 +59,7 @@ class Subgraph {
 
  private:
   std::shared_ptr<torch::jit::GraphFunction> function_;
+  std::vector<Lifted> lifted_;  ///< inputs behind those of in_
   std::vector<int> in_;
   std::vector<int> out_;
 };

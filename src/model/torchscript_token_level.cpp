@@ -127,19 +127,15 @@ bool TokenLevel::build(std::vector<AttentionOp>& attention_ops, std::vector<std:
   };
   const char* fused = has_fused_layers(analysis.flat) ? kFusedLayers : "";
   if (!analysis.obstacle.empty()) return give_up(analysis.obstacle, fused);
-  Values values;  // that questions are answered with, if there are any
-  if (!analysis.findings->known) {
-    const auto in_front_of_head = [&](const Node* node) { return analysis.flat.part.at(node) <= analysis.flat.layers; };
-    values = run_some(analysis.flat, analysis.module, probe_inputs(analysis, 1, 5), in_front_of_head);
-  }
   std::unordered_set<const Value*> earlier;
   for (std::int64_t l = 0; l < analysis.flat.layers; ++l) {
     PackedLayer layer;
-    const auto reason = build_layer(l, values, earlier, layer, attention_ops);
+    const auto reason = build_layer(l, earlier, layer, attention_ops);
     if (!reason.empty()) return give_up(fmt::format("layer {} cannot be split at its attention: {}", l, reason), "");
     add_dead_slots(l, earlier, layer);
     layers_.push_back(std::move(layer));
   }
+  values_.clear();
   if (attention_ops.empty()) return give_up("no attention was found in the layers", fused);
   if (!partial_) notes.push_back("attention needs as many queries as keys: a sequence runs whole or not at all");
   if (!self_contained_) {
@@ -150,7 +146,7 @@ bool TokenLevel::build(std::vector<AttentionOp>& attention_ops, std::vector<std:
   return true;
 }
 
-std::string TokenLevel::build_layer(std::int64_t l, const Values& values, const ValueSet& earlier, PackedLayer& layer,
+std::string TokenLevel::build_layer(std::int64_t l, const ValueSet& earlier, PackedLayer& layer,
                                     std::vector<AttentionOp>& attention_ops) {
   const auto& analysis = *analysis_;
   std::string reason;
@@ -159,7 +155,7 @@ std::string TokenLevel::build_layer(std::int64_t l, const Values& values, const 
   for (std::size_t p = 0; p < split->pieces.size(); ++p) {
     const auto& nodes = split->pieces[p];
     layer.pieces.emplace_back(fmt::format("llmcache_layer_{}_piece_{}", l, p), analysis.flat, nodes,
-                              analysis.escaping(nodes), program_.slots, Executor::kSimple);
+                              analysis.escaping(nodes), program_.slots, program_.simple);
     if (!add_rules(layer.pieces.back().in(), reason)) return reason;
     for (const Value* value : external_inputs(analysis.flat, nodes)) {
       if (earlier.count(value) && value != analysis.hidden[static_cast<std::size_t>(l)]) self_contained_ = false;
@@ -170,10 +166,10 @@ std::string TokenLevel::build_layer(std::int64_t l, const Values& values, const 
     attention_op.region = std::move(split->regions[s]);
     const Region& region = attention_op.region;
     attention_op.subgraph = Subgraph(fmt::format("llmcache_layer_{}_attention_{}", l, s), analysis.flat, region.nodes,
-                                     {region.output}, program_.slots, Executor::kSimple);
+                                     {region.output}, program_.slots, program_.simple);
     for (const AttentionInput& input : region.inputs) attention_op.slots.push_back(program_.slots.of(input.value));
     attention_op.output_slot = program_.slots.of(region.output);
-    if (!find_roles(attention_op, values, reason)) return reason;
+    if (!take_roles(attention_op) && !find_roles(l, attention_op, reason)) return reason;
     for (const AttentionInput& input : region.inputs) {
       if (input.role == Role::kQuery) attention_op.query_dims.push_back(input.token_dim);
       if (input.role == Role::kKey) attention_op.key_dims.push_back(input.token_dim);
@@ -250,7 +246,7 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
     }
   }
   if (tokenwise) {
-    packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, Executor::kSimple);
+    packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, program_.simple);
     head_tokenwise_ = add_rules(packed_head_.in(), reason);
   }
   for (const int slot : program_.head.in()) {
@@ -380,7 +376,51 @@ bool TokenLevel::sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& 
   }
 }
 
-bool TokenLevel::find_roles(PackedAttention& attention_op, const Values& values, std::string& reason) {
+const Values& TokenLevel::values_of_layer(std::int64_t l) {
+  const FlatGraph& flat = analysis_->flat;
+  if (analysis_->findings->known || l < layers_of_values_) return values_;
+  // Layers are mostly alike, and then the first tells of all.
+  layers_of_values_ = layers_of_values_ == 0 ? l + 1 : flat.layers;
+  const auto wanted = [&](const Node* node) { return flat.part.at(node) <= layers_of_values_; };
+  values_ = run_some(flat, analysis_->module, probe_inputs(*analysis_, 1, 5), wanted);
+  return values_;
+}
+
+bool TokenLevel::alike(const PackedAttention& a, const PackedAttention& b) const {
+  const Region& left = a.region;
+  const Region& right = b.region;
+  if (!a.subgraph.same_without_weights(b.subgraph) || left.inputs.size() != right.inputs.size()) return false;
+  if ((left.sdpa == nullptr) != (right.sdpa == nullptr) || left.output_dim != right.output_dim) return false;
+  for (std::size_t i = 0; i < left.inputs.size(); ++i) {
+    const Value* one = left.inputs[i].value;
+    const Value* other = right.inputs[i].value;
+    if (analysis_->dependent.count(one) != analysis_->dependent.count(other)) return false;
+    if (!(analysis_->infos.at(one) == analysis_->infos.at(other))) return false;
+    if ((one == left.keys) != (other == right.keys) || (one == left.values) != (other == right.values)) return false;
+  }
+  return true;
+}
+
+bool TokenLevel::take_roles(PackedAttention& attention_op) {
+  for (const PackedLayer& layer : layers_) {
+    for (const PackedAttention& known : layer.attention_ops) {
+      if (!alike(known, attention_op)) continue;
+      auto& inputs = attention_op.region.inputs;
+      for (std::size_t i = 0; i < inputs.size(); ++i) {
+        const Value* own = inputs[i].value;
+        inputs[i] = known.region.inputs[i];
+        inputs[i].value = own;
+      }
+      attention_op.region.partial = known.region.partial;
+      attention_op.sdpa = known.sdpa;
+      return true;
+    }
+  }
+  return false;
+}
+
+bool TokenLevel::find_roles(std::int64_t l, PackedAttention& attention_op, std::string& reason) {
+  const Values& values = values_of_layer(l);
   auto& inputs = attention_op.region.inputs;
   std::vector<AttentionInput*> open;  // inputs that are either on the query or on the key side
   for (AttentionInput& input : inputs) {

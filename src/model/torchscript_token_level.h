@@ -89,11 +89,16 @@ class TokenLevel final : public TokenLevelModel {
   using ValueSet = std::unordered_set<const Value*>;
 
   /// Empty, or why the layer cannot be split. `earlier`: values of layers before that depend on hidden states.
-  std::string build_layer(std::int64_t l, const Values& values, const ValueSet& earlier, PackedLayer& layer,
+  std::string build_layer(std::int64_t l, const ValueSet& earlier, PackedLayer& layer,
                           std::vector<AttentionOp>& attention_ops);
   void add_dead_slots(std::int64_t l, ValueSet& earlier, PackedLayer& layer) const;
   bool add_rules(const std::vector<int>& slots, std::string& reason);
-  bool find_roles(PackedAttention& attention_op, const Values& values, std::string& reason);
+  /// What an earlier layer's attention told, if this one is the same code on inputs of the same kind.
+  bool take_roles(PackedAttention& attention_op);
+  [[nodiscard]] bool alike(const PackedAttention& a, const PackedAttention& b) const;
+  bool find_roles(std::int64_t l, PackedAttention& attention_op, std::string& reason);
+  /// Of a run of the model up to layer l at least; nothing where the answers are known.
+  const Values& values_of_layer(std::int64_t l);
   std::optional<SdpaOp> find_sdpa(const PackedAttention& attention_op, const Values& values) const;
   bool sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& found, const Values& values) const;
   bool try_roles(const PackedAttention& attention_op, const Values& values, bool partial) const;
@@ -105,6 +110,8 @@ class TokenLevel final : public TokenLevelModel {
   Program& program_;
   c10::IValue self_;
   std::vector<PackedLayer> layers_;
+  Values values_;                      ///< that questions are answered with, while it is built
+  std::int64_t layers_of_values_ = 0;  ///< how many layers that run went through
   std::vector<PackRule> rules_;
   std::unordered_set<int> ruled_;
   Subgraph packed_head_;

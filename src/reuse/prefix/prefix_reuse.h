@@ -72,6 +72,7 @@ class PrefixReuse final : public ReuseStrategy {
   void order_streams(const std::vector<Row>& rows) const;
   [[nodiscard]] Plan plan(const Batch& batch, const std::vector<Row>& rows) const;
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<Row>& rows, Output output) const;
+  void keep(const Inputs& inputs);
   [[nodiscard]] bool agrees(const Inputs& inputs, std::string& why);
 
   const WrappedModel& wrapped_;
