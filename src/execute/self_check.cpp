@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
 #include "execute/batch.h"
 #include "execute/engine.h"
@@ -17,8 +18,7 @@
 namespace llmcache {
 namespace {
 
-/// The longest sequence that is compared, for its size class: no power of two, as some sizes of models are.
-constexpr std::int64_t kLong = 33;
+constexpr std::int64_t kLong = kLongProbe;
 
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;
@@ -42,7 +42,8 @@ class Checker {
 
   /// `runs` have up to three rows.
   void run(std::vector<PlainRun> runs) {
-    add_short_and_long(runs);
+    const bool enough = std::ranges::any_of(runs, [](const PlainRun& run) { return run.tokens == kLong; });
+    if (!enough) add_short_and_long(runs);
     for (const PlainRun& plain : runs) compare_whole_layers(plain);
     verified(Kind::kDenseLength, kLong);
     verified(Kind::kDenseRows, 3);
@@ -65,7 +66,7 @@ class Checker {
                                    : "the result is not made of one entry a sequence");
       return;
     }
-    if (!packed()) return;
+    if (!packed(runs)) return;
     profile_.granularity = Granularity::kPacked;
     const bool masked = profile_.mask_argument >= 0;
     verified(Kind::kPackedLength, masked ? kLong + 1 : 5);
@@ -173,10 +174,10 @@ class Checker {
     return batch.full_plan(static_cast<std::int32_t>(of.model.layers()));
   }
 
-  /// Short sequences, whose sizes could be mistaken for constants, and a longer one.
+  /// Short sequences, whose sizes could be mistaken for constants, a longer one, and a ragged batch if what is packed
+  /// was asked of a few layers.
   void add_short_and_long(std::vector<PlainRun>& runs) const {
     for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{2}, std::int64_t{3}, kLong}) {
-      if (std::ranges::any_of(runs, [&](const PlainRun& run) { return run.tokens == tokens; })) continue;
       auto given = probe_inputs(input_spec_, model_.device(), 1, tokens, 3);
       try {
         auto result = model_.plain(given);
@@ -184,6 +185,15 @@ class Checker {
       } catch (const std::exception&) {
         // The model itself does not take as few or as many.
       }
+    }
+    if (&few_.model == &model_) return;
+    PlainRun ragged{2, 4, {}, {}, {4, profile_.mask_argument < 0 ? 4 : 3}};
+    ragged.inputs = inputs({{0, 4}, {0, ragged.real[1]}}, 4, 10);
+    try {
+      ragged.result = model_.plain(ragged.inputs);
+      runs.push_back(std::move(ragged));
+    } catch (const std::exception&) {
+      // Likewise.
     }
   }
 
@@ -226,22 +236,33 @@ class Checker {
   }
 
   /// Packed against plain on one ragged batch. Empty if they agree, else what is wrong.
-  std::string packed_differs(const Subject& of, const Spans& spans, std::int64_t padded_length,
-                             std::int64_t seed) const {
+  std::string packed_differs(const Spans& spans, std::int64_t padded_length, std::int64_t seed) const {
     const auto given = inputs(spans, padded_length, seed);
-    c10::IValue plain;
     try {
-      plain = of.model.plain(given);
+      return packed_differs(few_, given, few_.model.plain(given), spans, padded_length, seed);
     } catch (const std::exception&) {
       return {};
     }
+  }
+
+  /// The same at the whole depth, if the others were asked of a few layers.
+  std::string packed_differs(const PlainRun& plain) const {
+    if (&few_.model == &model_ || plain.real.empty()) return {};
+    Spans spans;
+    for (const std::int64_t tokens : plain.real) spans.push_back({0, tokens});
+    return packed_differs(whole_, plain.inputs, plain.result, spans, plain.tokens, {});
+  }
+
+  /// `seed`: of the inputs, to be compared with others too.
+  std::string packed_differs(const Subject& of, const Inputs& given, const c10::IValue& plain, const Spans& spans,
+                             std::int64_t padded_length, std::optional<std::int64_t> seed) const {
     try {
       ForwardReport report;
       const auto got = execute_packed(of.model, given, plan(of, spans, padded_length), {}, nullptr, report);
       if (!agrees(of, got, plain, spans, padded_length)) return "packed rows give another result than the plain model";
-      if (spans.size() < 2 || &of != &few_) return {};
+      if (spans.size() < 2 || !seed) return {};
       // What other sequences hold must not be seen at all: bit for bit.
-      auto others = inputs(spans, padded_length, seed + 1);
+      auto others = inputs(spans, padded_length, *seed + 1);
       for (std::size_t i = 0; i < given.size(); ++i) others[i].toTensor()[0].copy_(given[i].toTensor()[0]);
       const auto again = execute_packed(of.model, others, plan(of, spans, padded_length), {}, nullptr, report);
       const auto a = row_of(got, of.spec, 0, spans[0].first, spans[0].tokens, padded_length);
@@ -278,7 +299,8 @@ class Checker {
     return false;
   }
 
-  bool packed() {
+  /// `runs`: of the plain model.
+  bool packed(const std::vector<PlainRun>& runs) {
     struct Case {
       Spans spans;
       std::int64_t padded_length;
@@ -290,11 +312,13 @@ class Checker {
       cases.push_back({{{0, kLong}, {0, kLong + 1 - kPadded}}, kLong + 1});
     }
     for (std::size_t i = 0; i < cases.size(); ++i) {
-      // The whole depth once: without padding, or with.
-      const bool deep = &few_.model != &model_ && i == (profile_.mask_argument >= 0 ? 2 : 1);
-      const auto seed = static_cast<std::int64_t>(i) * 5;
-      auto why = packed_differs(few_, cases[i].spans, cases[i].padded_length, seed);
-      if (why.empty() && deep) why = packed_differs(whole_, cases[i].spans, cases[i].padded_length, seed);
+      const auto why = packed_differs(cases[i].spans, cases[i].padded_length, static_cast<std::int64_t>(i) * 5);
+      if (why.empty()) continue;
+      note(why);
+      return false;
+    }
+    for (const PlainRun& plain : runs) {
+      const auto why = packed_differs(plain);
       if (why.empty()) continue;
       note(why);
       return false;
@@ -304,7 +328,7 @@ class Checker {
       note("a sequence's output depends on how far it is padded");
       return false;
     }
-    const auto why = packed_differs(few_, {{3, 3}, {0, 6}, {5, 1}}, 6, 77);
+    const auto why = packed_differs({{3, 3}, {0, 6}, {5, 1}}, 6, 77);
     profile_.left_padding = why.empty();
     if (!why.empty()) profile_.notes.push_back("left-padded batches are not packed: " + why);
     return true;

@@ -20,6 +20,7 @@ struct GraphFindings {
 
   bool known = false;                          ///< from a file
   std::string structure;                       ///< digest of the graph and its constants
+  std::string structure_identity;              ///< the same by a cryptographic hash; not saved
   std::size_t chain = 0;                       ///< which of the chains that might be layers they are
   std::vector<bool> source;                    ///< by input: it is of the source; empty: there is none
   std::int64_t max_tokens = 0;                 ///< as tables of positions have room for; 0: unknown

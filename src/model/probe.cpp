@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 
 #include "llmcache/error.h"
 #include "model/tensors_of.h"
@@ -40,13 +39,12 @@ double difference(const c10::IValue& a, const c10::IValue& b, const OutputSpec& 
 }
 
 using Shapes = std::array<std::array<std::int64_t, 2>, 3>;
+using Marks = std::vector<int>;
 constexpr Shapes kShapes = {{{2, 5}, {3, 7}, {2, 7}}};
-/// As few tokens as there may be, of which no size is like another: what must be run at these lengths anyway.
-constexpr Shapes kShortShapes = {{{3, 1}, {1, 2}, {2, 3}}};
 
-std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec, const Shapes& shapes) {
+std::vector<PlainRun> run_shapes(const Model& model, const InputSpec& spec) {
   std::vector<PlainRun> runs;
-  for (const auto& [rows, tokens] : shapes) {
+  for (const auto& [rows, tokens] : kShapes) {
     auto inputs = probe_inputs(spec, model.device(), rows, tokens);
     auto result = model.plain(inputs);
     runs.push_back({rows, tokens, std::move(inputs), std::move(result)});
@@ -359,24 +357,40 @@ bool comparable(const Model& model, const c10::IValue& result) {
                      [&](const at::Tensor& t) { return nearly_equal(t, t, model.rounding()); });
 }
 
-/// Runs of the plain model, and what they tell of its result. Short ones, where they are enough: each takes all weights
-/// through the processor, and `shallow` (may be null) answers what takes longer ones.
-Probed run_plain(const Model& model, const Model* shallow, const InputSpec& inputs) {
+/// As few runs of the plain model as tell of its result and can be compared with other ways of running it: each takes
+/// all weights through the processor. Of a model whose other questions were asked of a shallow one.
+Probed run_few(const Model& model, const InputSpec& inputs, const ModelProfile& profile) {
+  constexpr Shapes kFewShapes = {{{3, 1}, {2, 3}, {1, kLongProbe}}};
   Probed found;
-  if (shallow != nullptr) {
-    try {
-      found.runs = run_shapes(model, inputs, kShortShapes);
-      found.output = output_spec(found.runs);
-    } catch (const std::exception&) {
-      found = {};  // the model does not take as few tokens
+  for (const auto& [rows, tokens] : kFewShapes) {
+    PlainRun run{rows, tokens, probe_inputs(inputs, model.device(), rows, tokens), {}};
+    if (rows == 2) run.real = {tokens, profile.mask_argument < 0 ? tokens : tokens - 1};
+    for (const int i : rows == 2 && profile.mask_argument >= 0 ? marks(inputs, profile.ids_argument) : Marks{}) {
+      run.inputs[static_cast<std::size_t>(i)].toTensor()[1][tokens - 1].fill_(0);
     }
-    if (found.output.per_row) return found;
+    run.result = model.plain(run.inputs);
+    found.runs.push_back(std::move(run));
   }
-  auto runs = run_shapes(model, inputs, kShapes);
-  found.output = output_spec(runs);
-  runs.pop_back();
-  found.runs.insert(found.runs.begin(), std::make_move_iterator(runs.begin()), std::make_move_iterator(runs.end()));
+  found.output = output_spec(found.runs);
   return found;
+}
+
+Probed run_usual(const Model& model, const InputSpec& inputs) {
+  Probed found{{}, run_shapes(model, inputs)};
+  found.output = output_spec(found.runs);
+  found.runs.pop_back();
+  return found;
+}
+
+/// The runs that are enough if each tensor of the result has one entry a row, and the model takes them; else others.
+Probed run_plain(const Model& model, const InputSpec& inputs, const ModelProfile& profile) {
+  try {
+    auto found = run_few(model, inputs, profile);
+    if (found.output.per_row) return found;
+  } catch (const std::exception&) {
+    // Some models take no single token, and some none as long.
+  }
+  return run_usual(model, inputs);
 }
 
 void check_option(int mask_argument, const InputSpec& inputs, const ModelProfile& profile) {
@@ -400,27 +414,34 @@ void check_answers_again(const Model& model, const PlainRun& run) {
 Probed probe(const Model& model, const Model* shallow, const InputSpec& inputs, std::optional<int> mask_argument,
              ModelProfile& profile) {
   Probed found;
-  try {
-    found = run_plain(model, shallow, inputs);
-    const PlainRun& first = found.runs.front();
-    // Where there is a shallow model, self_check() does so if its own comparison fails.
-    if (shallow == nullptr) check_answers_again(model, first);
+  const auto take_output = [&] {
     profile.per_row_output = found.output.per_row;
-    profile.rows_independent = profile.rows_independent && profile.per_row_output && comparable(model, first.result);
-
-    const OutputSpec states = states_output();
-    const Prober prober =
-        shallow == nullptr ? Prober(model, found.output, inputs, profile) : Prober(*shallow, states, inputs, profile);
-    const auto two_rows = shallow == nullptr ? first.inputs : probe_inputs(inputs, model.device(), 2, 5);
     profile.rows_independent =
-        profile.rows_independent &&
-        prober.rows_independent(two_rows, shallow == nullptr ? first.result : shallow->plain(two_rows));
+        profile.rows_independent && profile.per_row_output && comparable(model, found.runs.front().result);
+  };
+  const auto ask = [&](const Prober& prober, const Inputs& two_rows, const c10::IValue& result) {
+    profile.rows_independent = profile.rows_independent && prober.rows_independent(two_rows, result);
     const auto single = probe_inputs(inputs, model.device(), 1, 6);
     profile.causal = prober.causal(single);
     if (mask_argument) check_option(*mask_argument, inputs, profile);
     profile.mask_argument = mask_argument ? *mask_argument : prober.mask_argument(single);
     profile.source_mask_argument = prober.source_mask_argument(single);
     profile.rows_independent = profile.rows_independent && prober.padded_rows_independent();
+  };
+  try {
+    if (shallow != nullptr) {
+      const OutputSpec states = states_output();
+      const auto two_rows = probe_inputs(inputs, model.device(), 2, 5);
+      ask(Prober(*shallow, states, inputs, profile), two_rows, shallow->plain(two_rows));
+      found = run_plain(model, inputs, profile);
+      take_output();  // self_check() asks whether the model answers alike each time, if its own comparison fails
+    } else {
+      found = run_usual(model, inputs);
+      const PlainRun& first = found.runs.front();
+      check_answers_again(model, first);
+      take_output();
+      ask(Prober(model, found.output, inputs, profile), first.inputs, first.result);
+    }
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {

@@ -23,7 +23,11 @@ struct PlainRun {
   std::int64_t rows = 0, tokens = 0;
   Inputs inputs;
   c10::IValue result;
+  std::vector<std::int64_t> real = {};  ///< tokens of each row in front of its padding; empty: all of them
 };
+
+/// The longest sequence that probing runs, for its size class: no power of two, as some sizes of models are.
+constexpr std::int64_t kLongProbe = 33;
 
 /// What probe() found beside what it fills in of a profile.
 struct Probed {

@@ -11,6 +11,7 @@
 #include "llmcache/error.h"
 #include "model/probe.h"
 #include "model/torchscript_attention_ops.h"
+#include "model/torchscript_repeated_layers.h"
 #include "model/torchscript_source.h"
 #include "model/torchscript_source_part.h"
 #include "model/torchscript_weights.h"
@@ -248,12 +249,17 @@ namespace {
 /// Labels of all values and of the result, and the longest sequence.
 void find_labels(Analysis& analysis) {
   const FlatGraph& flat = analysis.flat;
-  std::vector<Values> runs;
-  for (const auto& [batch, tokens] : kLabelShapes) {
-    runs.push_back(run_all(flat, analysis.module, probe_inputs(analysis, batch, tokens)));
-  }
+  std::vector<Inputs> inputs;
+  for (const auto& [batch, tokens] : kLabelShapes) inputs.push_back(probe_inputs(analysis, batch, tokens));
   const bool with_source = !analysis.source.empty();
-  analysis.infos = label_values(runs, with_source);
+  std::vector<Values> runs;
+  auto infos = label_repeated(flat, analysis.module, inputs, with_source, runs);
+  if (!infos) {
+    runs.clear();
+    for (const Inputs& given : inputs) runs.push_back(run_all(flat, analysis.module, given));
+    infos = label_values(runs, with_source);
+  }
+  analysis.infos = *std::move(infos);
   analysis.result = label_result(flat, runs, with_source);
   const TokenLimits limits = token_limits(flat, analysis.module, runs, with_source);
   analysis.max_tokens = limits.tokens;
@@ -403,7 +409,11 @@ std::optional<Analysis> analyse_with_source(const Module& module, const Options&
 Analysis analyse(const Module& module, const Options& options, std::shared_ptr<GraphFindings> findings) {
   refuse_what_cannot_be_wrapped(module);
   check_inputs(module);
-  if (!findings->known) findings->structure = structure_digest(module);
+  if (!findings->known) {
+    Structure structure = structure_of(module);
+    findings->structure = std::move(structure.digest);
+    findings->structure_identity = std::move(structure.identity);
+  }
   const auto chains = find_chains(module, options.layers);
   if (chains.empty()) {
     unsupported(

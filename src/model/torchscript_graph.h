@@ -105,6 +105,11 @@ Values run_some(const FlatGraph& flat, const Module& module, const Inputs& input
 /// Everything that the top-level nodes compute for `inputs`.
 Values run_all(const FlatGraph& flat, const Module& module, const Inputs& inputs);
 
+/// Everything that the top-level nodes compute for `inputs`, those aside that make the keys of `instead`: whoever uses
+/// them gets their values in `instead`, which are made before, and what is done for them alone is not.
+Values run_instead(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                   const std::unordered_map<const Value*, const Value*>& instead);
+
 /// How parts of a graph are run. On a CPU as they are: TorchScript's optimiser, which looks at the first two runs of
 /// each, finds nothing there that would make up for the time that it takes.
 std::optional<torch::jit::ExecutorExecutionMode> executor_of(const FlatGraph& flat);

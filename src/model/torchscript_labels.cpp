@@ -71,19 +71,28 @@ std::optional<torch::jit::ExecutorExecutionMode> executor_of(const FlatGraph& fl
   return flat.on_cpu ? std::optional(torch::jit::ExecutorExecutionMode::SIMPLE) : std::nullopt;
 }
 
-Values run_some(const FlatGraph& flat, const Module& module, const Inputs& inputs,
-                const std::function<bool(const Node*)>& wanted) {
+namespace {
+
+/// `instead`: as in run_instead().
+Values run_wanted(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                  const std::function<bool(const Node*)>& wanted,
+                  const std::unordered_map<const Value*, const Value*>& instead) {
   auto graph = flat.graph->copy();
   std::vector<Value*> copied;
   std::vector<const Value*> originals;
+  std::unordered_map<const Value*, Value*> copies;
   auto original = flat.graph->nodes().begin();
   for (Node* node : graph->nodes()) {
-    for (std::size_t i = 0; i < node->outputs().size() && wanted(*original); ++i) {
+    for (std::size_t i = 0; i < node->outputs().size(); ++i) {
+      const Value* own = (*original)->output(i);
+      if (!instead.empty()) copies[own] = node->output(i);
+      if (instead.count(own) > 0 || !wanted(*original)) continue;
       copied.push_back(node->output(i));
-      originals.push_back((*original)->output(i));
+      originals.push_back(own);
     }
     ++original;
   }
+  for (const auto& [value, other] : instead) copies.at(value)->replaceAllUsesWith(copies.at(other));
   while (!graph->outputs().empty()) graph->eraseOutput(graph->outputs().size() - 1);
   Node* tuple = graph->insertNode(graph->createTuple(copied));
   graph->registerOutput(tuple->output());
@@ -103,8 +112,21 @@ Values run_some(const FlatGraph& flat, const Module& module, const Inputs& input
   return values;
 }
 
+}  // namespace
+
+Values run_some(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                const std::function<bool(const Node*)>& wanted) {
+  return run_wanted(flat, module, inputs, wanted, {});
+}
+
 Values run_all(const FlatGraph& flat, const Module& module, const Inputs& inputs) {
-  return run_some(flat, module, inputs, [](const Node*) { return true; });
+  return run_instead(flat, module, inputs, {});
+}
+
+Values run_instead(const FlatGraph& flat, const Module& module, const Inputs& inputs,
+                   const std::unordered_map<const Value*, const Value*>& instead) {
+  return run_wanted(
+      flat, module, inputs, [](const Node*) { return true; }, instead);
 }
 
 std::optional<std::vector<ValueInfo>> label_result(const FlatGraph& flat, const std::vector<Values>& runs,

@@ -97,7 +97,7 @@ class TorchScriptModel final : public Model {
                                to_string(weights), recipes.digest())),
         notes_(analysis.flat.writes.notes) {
     digest_ = guard_.digest(structure_);
-    structure_identity_ = fmt::format("{} {} {} {}{}", structure_identity(analysis.module), analysis.path,
+    structure_identity_ = fmt::format("{} {} {} {}{}", analysis.findings->structure_identity, analysis.path,
                                       analysis.flat.layers, to_string(weights), recipes.digest());
     if (weights != Weights::kAsLoaded) {
       identity_ = guard_.identity(structure_identity_);  // what it is made of is let go of

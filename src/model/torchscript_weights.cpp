@@ -70,6 +70,18 @@ class IdentitySink final : public ContentSink {
   Digest digest_;
 };
 
+/// Both at once.
+class BothSinks final : public ContentSink {
+ public:
+  using ContentSink::add;
+  void add(const void* data, std::size_t bytes) override {
+    hasher.add(data, bytes);
+    identity.add(data, bytes);
+  }
+  Hasher hasher;
+  IdentitySink identity;
+};
+
 /// Contents in logical order, whatever the strides: copies of a part at a time where they are not in memory like that.
 void add_contents(ContentSink& sink, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
@@ -238,16 +250,10 @@ at::Device device_of(const torch::jit::Module& module) {
   return parameters.begin() != parameters.end() ? (*parameters.begin()).device() : at::Device(at::kCPU);
 }
 
-std::string structure_digest(const torch::jit::Module& module) {
-  Hasher hasher;
-  add_structure(hasher, module);
-  return hasher.text();
-}
-
-std::string structure_identity(const torch::jit::Module& module) {
-  IdentitySink sink;
-  add_structure(sink, module);
-  return sink.text();
+Structure structure_of(const torch::jit::Module& module) {
+  BothSinks sinks;
+  add_structure(sinks, module);
+  return {sinks.hasher.text(), sinks.identity.text()};
 }
 
 WeightGuard::State::State(const at::Tensor& tensor)

@@ -20,10 +20,12 @@ namespace llmcache::ts {
 at::Device device_of(const torch::jit::Module& module);
 
 /// The graph's structure and its constants, hashed: the same for the same model exported or loaded again, whatever
-/// names its values and classes got. 32 hexadecimal digits.
-std::string structure_digest(const torch::jit::Module& module);
-/// The same by a cryptographic hash: 64 digits.
-std::string structure_identity(const torch::jit::Module& module);
+/// names its values and classes got.
+struct Structure {
+  std::string digest;    ///< 32 hexadecimal digits
+  std::string identity;  ///< by a cryptographic hash: 64 digits
+};
+Structure structure_of(const torch::jit::Module& module);
 
 /// Notices changes of what a module holds: attributes that were replaced, moved, converted or written to; tensors in
 /// lists, tuples, dictionaries and objects of scripted classes among them.

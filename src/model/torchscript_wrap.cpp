@@ -67,7 +67,9 @@ std::unique_ptr<Model> model_as_saved(const torch::jit::Module& module, const Op
   try {
     SavedProfile saved = read_saved_profile(options.profile_path);
     saved.check_conditions(options, ts::device_of(module));
-    if (!saved.graph || saved.graph->structure != ts::structure_digest(module)) return nullptr;
+    ts::Structure structure = ts::structure_of(module);
+    if (!saved.graph || saved.graph->structure != structure.digest) return nullptr;
+    saved.graph->structure_identity = std::move(structure.identity);
     const RankedFormat format{saved.weights, saved.profile.weights_reason};
     auto findings = std::make_shared<GraphFindings>(*std::move(saved.graph));
     auto analysis = analysed(module, options, std::move(findings));
