@@ -151,11 +151,14 @@ class Browser:
             self.requests.append(found["request"]["url"])
         self._messages.append(event)
 
-    def open(self, page: Path, width: int, height: int = 900) -> None:
-        """Loads a file in a window of that size."""
+    def resize(self, width: int, height: int = 900) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
+
+    def open(self, page: Path, width: int) -> None:
+        """Loads a file in a window of that width."""
+        self.resize(width)
         self._messages.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not any(one.get("method") == "Page.loadEventFired" for one in self._messages):

@@ -3,12 +3,16 @@ form in which the hub has them."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import io
 import json
+import os
+import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,8 +50,31 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)  # method and path
     stalled: threading.Event = field(default_factory=threading.Event)
     last: str = ""  # the repository after whose description nothing answers any more
+    port: int = 0  # the same from its first start on
 
-    def start(self) -> str:
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def reset(self, repos: dict[str, Repo]) -> None:
+        """Forgets all that a test changed or asked."""
+        self.stop()
+        self.repos, self.last = repos, ""
+        self.answers.clear()
+        self.requests.clear()
+        self.stalled.clear()
+        self.start()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Nothing answers meanwhile."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def start(self) -> None:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,10 +87,10 @@ class Hub:
             def do_HEAD(self) -> None:
                 hub.answer(self, body=False)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
         self.server.shutdown()
@@ -264,3 +291,28 @@ ROWS = {  # of these small data sets
     "sst2": (3, 1),
     "stsb": (2,),
 }
+
+
+
+HUB = Hub()
+
+
+def use_hub() -> None:
+    """From now on HUB is the hub of this process and of those that it starts: for setUpModule."""
+    if os.environ.get("HF_ENDPOINT") == HUB.endpoint:
+        return
+    if "huggingface_hub" in sys.modules:
+        raise RuntimeError("huggingface_hub has read its settings: run these tests before those that import it")
+    HUB.start()
+    home = tempfile.TemporaryDirectory()
+    atexit.register(home.cleanup)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HF_ENDPOINT": HUB.endpoint,
+        "HF_HOME": home.name,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }

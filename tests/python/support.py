@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -25,6 +26,7 @@ def folder(variable: str) -> Path:
     return Path(value)
 
 
+@functools.cache
 def results_schema() -> dict[str, Any]:
     """The JSON schema of what llmcache-bench --json writes, as the program in LLMCACHE_BIN_DIR prints it."""
     program = folder("LLMCACHE_BIN_DIR") / "llmcache-bench"
@@ -37,7 +39,8 @@ class ToolTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
-    def run_tool(self, tool: Any, *arguments: object) -> tuple[int, str, str]:
+    @staticmethod
+    def run_tool(tool: Any, *arguments: object) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

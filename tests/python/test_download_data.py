@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,58 +16,55 @@ from unittest import mock
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-from hub_support import ROWS, SQUAD, Answer, Hub, jsonl, parquet, small_repos
+from hub_support import HUB, ROWS, SQUAD, Answer, jsonl, parquet, small_repos, use_hub
 
 from tools.data import download_data, raw_files
 from tools.data.data_conversions import title_and_text
-from tools.data.data_sources import DATA_SETS
+from tools.data.data_sources import DATA_SETS, DataSet
 from tools.data.raw_files import LOCK_FILE, DataError
 from tools.data.readers import read_news
 from tools.data.workloads import WORKLOADS
 
-# The tool, with a table that fits the small data sets: their rows, a branch instead of a commit, no checksums.
-SMALL = """
-import dataclasses, json, signal, sys, time
+# The tool in a process of its own, which a signal can end; it takes the small data sets.
+PROGRAM = """
+import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-time.sleep = lambda _: None  # between attempts
-sys.path.insert(0, sys.argv[1])
-from tools.data import data_sources, download_data
-for name, rows in json.loads(sys.argv[2]).items():
-    known = data_sources.DATA_SETS[name]
-    files = [dataclasses.replace(file, rows=n, sha256=None) for file, n in zip(known.sources, rows, strict=True)]
-    data_sources.DATA_SETS[name] = dataclasses.replace(known, revision="main", sources=tuple(files), written={})
+sys.path[:0] = sys.argv[1:3]
+from test_download_data import DATA_SETS, download_data, small_sets
+DATA_SETS |= small_sets()
 sys.exit(download_data.main(sys.argv[3:]))
 """
 BANKING = ("banking77/test.tsv", "banking77/train.tsv")
 
 
+def setUpModule() -> None:
+    use_hub()
+
+
+def small_sets() -> dict[str, DataSet]:
+    """The table as it fits the small data sets: their rows, a branch instead of a commit, no checksums."""
+    found = {}
+    for name, rows in ROWS.items():
+        known = DATA_SETS[name]
+        files = [replace(file, rows=count, sha256=None) for file, count in zip(known.sources, rows, strict=True)]
+        found[name] = replace(known, revision="main", sources=tuple(files), written={})
+    return found
+
+
 class DownloadTest(ToolTest):
     def setUp(self) -> None:
         super().setUp()
-        self.hub = Hub(small_repos())
-        self.endpoint = self.hub.start()
-        self.addCleanup(self.hub.stop)
+        self.hub = HUB
+        self.hub.reset(small_repos())
         self.out = self.folder / "raw"
 
-    def command(self, *arguments: str, small: bool = True) -> list[str]:
-        tool = ["-c", SMALL, str(ROOT), json.dumps(ROWS)] if small else [str(ROOT / "tools/data/download_data.py")]
-        return [sys.executable, *tool, "--out", str(self.out), *arguments]
-
-    def environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return inherited | {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(self.folder / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-
     def download(self, *names: str, small: bool = True) -> tuple[int, str, str]:
+        """With the small data sets, or as it is."""
         self.hub.requests.clear()
-        command = self.command(*(("--only", *names) if names else ()), small=small)
-        done = subprocess.run(command, check=False, env=self.environment(), capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout, done.stderr
+        chosen = ("--only", *names) if names else ()
+        sleepless = mock.patch("time.sleep")  # between attempts
+        with mock.patch.dict(DATA_SETS, small_sets() if small else {}), mock.patch.dict("os.environ"), sleepless:
+            return self.run_tool(download_data, "--out", self.out, *chosen)
 
     def written(self) -> list[str]:
         """All files but downloads and those that lock."""
@@ -239,12 +235,10 @@ class FailureTest(DownloadTest):
         self.refused("train.jsonl", "no column label_text")
 
     def test_hub_that_cannot_be_reached(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-        status, out, err = self.download(small=False)
+        with self.hub.away():
+            status, out, err = self.download(small=False)
         self.assertEqual((status, out, err.count("\n")), (3, "", 1))
-        self.assertIn(f"download_data: {self.endpoint} cannot be reached", err)
+        self.assertIn(f"download_data: {self.hub.endpoint} cannot be reached", err)
         self.assertEqual(self.written(), [])
 
     def test_hub_that_answers_no_more(self) -> None:
@@ -260,9 +254,9 @@ class FailureTest(DownloadTest):
                 go_on = threading.Event()
                 self.hub.stalled.clear()
                 self.hub.answers["test.jsonl"] = Answer(stall=go_on)
+                folders = (str(Path(__file__).parent), str(ROOT))
                 running = subprocess.Popen(
-                    self.command("--only", "banking77"),
-                    env=self.environment(),
+                    [sys.executable, "-c", PROGRAM, *folders, "--out", str(self.out), "--only", "banking77"],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,

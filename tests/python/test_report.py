@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+import tempfile
 import unittest
+from pathlib import Path
 from typing import Any
 
 from support import ToolTest  # lets the tools be imported
@@ -82,6 +85,19 @@ def section(page: str, name: str) -> str:
     """A section of the page by its id."""
     found = re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
     return found[0] if found else ""
+
+
+@functools.cache
+def whole_run() -> str:
+    """The page of a whole run and of a trace."""
+    with tempfile.TemporaryDirectory() as folder:
+        results, trace_file, page = (Path(folder) / name for name in ("results.json", "trace.json", "page.html"))
+        results.write_text(json.dumps(document_of(full_run())), encoding="utf-8")
+        trace_file.write_text(json.dumps(trace()), encoding="utf-8")
+        status, _, err = ToolTest.run_tool(report, results, trace_file, "-o", page)
+        if status:
+            raise AssertionError(err)
+        return page.read_text(encoding="utf-8")
 
 
 class ReportTest(ToolTest):
@@ -169,9 +185,7 @@ class ReportTest(ToolTest):
         for title in ("threshold", "Promised", "Early exits", "Hit rate by layer", "size of the cache", "Eviction"):
             self.assertNotIn(f"<h2>{title}", page)
         self.assertNotIn('id="paper"', page)
-        status, page, err = self.report(document_of(full_run()))
-        self.assertEqual(status, 0, err)
-        self.assertNotIn("--cache-layers all", section(page, "more"))
+        self.assertNotIn("--cache-layers all", section(whole_run(), "more"))
 
     def test_old_and_new_records_together(self) -> None:
         document = self.sweep()
@@ -488,12 +502,7 @@ class ReportTest(ToolTest):
 
     def test_a_whole_run(self) -> None:
         """Summary, chart, cells, glance in this order; each figure has its table."""
-        trace_file, results, page_file = (self.folder / name for name in ("trace.json", "results.json", "page.html"))
-        trace_file.write_text(json.dumps(trace()))
-        results.write_text(json.dumps(document_of(full_run())))
-        status, _, err = self.run_tool(report, results, trace_file, "-o", page_file)
-        self.assertEqual(status, 0, err)
-        page = page_file.read_text(encoding="utf-8")
+        page = whole_run()
         order = re.findall(r'<section id="([a-z]+)">', page)
         self.assertEqual(order, ["summary", "map", "paper", "glance", "figures", "more", "where"])
         self.assertLessEqual(len(re.findall('<li id="line-', page)), 12)
@@ -507,7 +516,7 @@ class ReportTest(ToolTest):
         self.assertEqual(len(ids), len(set(ids)))
 
     def test_losses_say_why(self) -> None:
-        _, page, _ = self.report(document_of(full_run()))
+        page = whole_run()
         cells = re.findall(r"<td class=\"best loses[^>]*>(.*?)</td>", page, re.DOTALL)
         self.assertGreater(len(cells), 6)
         for cell in cells:
@@ -520,8 +529,7 @@ class ReportTest(ToolTest):
         self.assertIn("the probe ran beside it", section(page, "summary"))
 
     def test_the_papers_cells(self) -> None:
-        _, page, _ = self.report(document_of(full_run()))
-        paper = section(page, "paper")
+        paper = section(whole_run(), "paper")
         for text in (
             ">2.4x<",
             ">3.1x<",

