@@ -5,19 +5,60 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.data.raw_files import DataError, bad_line, json_lines, number_of, text_of
 
+Line = str | tuple[str, ...] | dict[str, Any]  # of a raw data file: text, fields of a .tsv file, or an object
 Written = dict[str, Iterable[str]]  # the lines of each raw data file
 
 NEWS_CLASSES = ("World", "Sports", "Business", "Sci/Tech")  # by number
 NEWS_TITLE_WORDS = 8  # taken for the title where nothing tells where it ends
 SENTIMENT_SAMPLE = 3000  # of the training phrases
 SENTIMENT_WORDS = 8  # that a phrase has at least
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file of the hub."""
+
+    table: Table
+    number: int  # from 1
+    fields: dict[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        return self.fields[column]
+
+    def bad(self, found: str, wanted: str) -> DataError:
+        return bad_line(self.table.path, self.number, found, wanted)
+
+    def text(self, column: str) -> str:
+        return text_of(self.fields, column, self.table.path, self.number)
+
+    def line(self, column: str) -> str:
+        """A text for a field of a .tsv file: with single spaces, on one line."""
+        return " ".join(self.text(column).split())
+
+    def class_name(self, column: str, names: Iterable[str] | None = None) -> str:
+        known = list(self.table.classes.get(column, []) if names is None else names)
+        if not known:
+            path = self.table.path
+            raise DataError(f"{path}: no names of the classes in '{column}' in it, expected them in its schema")
+        value = self[column]
+        if not isinstance(value, int) or not 0 <= value < len(known):
+            raise self.bad(f"'{column}' is {value!r}", f"0 to {len(known) - 1}")
+        return known[value]
+
+    def lists(self, column: str, *names: str) -> Iterator[tuple[Any, ...]]:
+        """What stands together in lists of equal length, which the column has under these names."""
+        found = [(self[column] or {}).get(name) for name in names]
+        if not all(isinstance(one, list) and len(one) == len(found[0]) for one in found):
+            wanted = ", ".join(f"{name}[]" for name in names)
+            raise self.bad(f"'{column}' is {str(self[column] or {})[:40]}", f"{column}{{{wanted}}}")
+        return zip(*found, strict=True)
 
 
 @dataclass(frozen=True)
@@ -28,35 +69,8 @@ class Table:
     rows: list[dict[str, Any]]
     classes: dict[str, list[str]] = field(default_factory=dict)
 
-    def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        return enumerate(self.rows, 1)
-
-    def bad(self, number: int, found: str, wanted: str) -> DataError:
-        return bad_line(self.path, number, found, wanted)
-
-    def text(self, row: dict[str, Any], column: str, number: int) -> str:
-        return text_of(row, column, self.path, number)
-
-    def line(self, row: dict[str, Any], column: str, number: int) -> str:
-        """A text for a field of a .tsv file: with single spaces, on one line."""
-        return " ".join(self.text(row, column, number).split())
-
-    def class_name(self, row: dict[str, Any], column: str, number: int, names: Iterable[str] | None = None) -> str:
-        known = list(self.classes.get(column, []) if names is None else names)
-        if not known:
-            raise DataError(f"{self.path}: no names of the classes in '{column}' in it, expected them in its schema")
-        value = row[column]
-        if not isinstance(value, int) or not 0 <= value < len(known):
-            raise self.bad(number, f"'{column}' is {value!r}", f"0 to {len(known) - 1}")
-        return known[value]
-
-    def lists(self, row: dict[str, Any], column: str, number: int, *names: str) -> Iterator[tuple[Any, ...]]:
-        """What stands together in lists of equal length, which the column has under these names."""
-        found = [(row[column] or {}).get(name) for name in names]
-        if not all(isinstance(one, list) and len(one) == len(found[0]) for one in found):
-            wanted = ", ".join(f"{name}[]" for name in names)
-            raise self.bad(number, f"'{column}' is {str(row[column] or {})[:40]}", f"{column}{{{wanted}}}")
-        return zip(*found, strict=True)
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, number, fields) for number, fields in enumerate(self.rows, 1))
 
 
 def read_table(path: Path, columns: tuple[str, ...], count: int) -> Table:
@@ -97,78 +111,56 @@ def _classes(description: bytes | None) -> dict[str, list[str]]:
         return {}
 
 
-def tsv(header: str, rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    yield header.replace(" ", "\t")
-    for row in rows:
-        yield "\t".join(row)
+def each(convert: Callable[[Row], Line], *files: str, header: str = "") -> Callable[..., Written]:
+    """Each table becomes a file; `convert` makes a line of a row. A .tsv file begins with the header's words."""
+
+    def written(*tables: Table) -> Written:
+        return {file: lines_of(map(convert, table), header) for file, table in zip(files, tables, strict=True)}
+
+    return written
 
 
-def json_rows(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    return (json.dumps(row, ensure_ascii=False) for row in rows)
+def lines_of(lines: Iterable[Line], header: str = "") -> Iterator[str]:
+    """The fields of a .tsv file become a line, an object becomes JSON; a text stands for itself."""
+    if header:
+        yield header.replace(" ", "\t")
+    for line in lines:
+        if isinstance(line, tuple):
+            yield "\t".join(line)
+        else:
+            yield line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
 
 
-def wikitext(test: Table) -> Written:
+def wikitext(row: Row) -> Line:
     """The hub has an empty text for a line with one space, which all lines without text are in the original."""
-
-    def lines() -> Iterator[str]:
-        for number, row in test.numbered():
-            text = row["text"]
-            if not isinstance(text, str) or "\n" in text[:-1]:
-                raise test.bad(number, f"'text' is {str(text)[:40]!r}", "one line of text")
-            yield text.removesuffix("\n") or " "
-
-    return {"wikitext/wiki.test.raw": lines()}
+    text = row["text"]
+    if not isinstance(text, str) or "\n" in text[:-1]:
+        raise row.bad(f"'text' is {str(text)[:40]!r}", "one line of text")
+    return text.removesuffix("\n") or " "
 
 
-def squad(dev: Table) -> Written:
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, row in dev.numbered():
-            answers = [
-                {"text": t, "answer_start": s} for t, s in dev.lists(row, "answers", number, "text", "answer_start")
-            ]
-            yield {
-                **{column: dev.text(row, column, number) for column in ("id", "title", "context", "question")},
-                "answers": answers,
-                "is_impossible": not answers,
-            }
-
-    return {"squad_v2/squad_v2_dev.jsonl": json_rows(rows())}
+def squad(row: Row) -> Line:
+    answers = [{"text": text, "answer_start": start} for text, start in row.lists("answers", "text", "answer_start")]
+    texts = {column: row.text(column) for column in ("id", "title", "context", "question")}
+    return {**texts, "answers": answers, "is_impossible": not answers}
 
 
-def openbookqa(test: Table, dev: Table, train: Table) -> Written:
-    def rows(table: Table) -> Iterator[dict[str, Any]]:
-        for number, row in table.numbered():
-            choices = table.lists(row, "choices", number, "text", "label")
-            yield {
-                "id": table.text(row, "id", number),
-                "question": {
-                    "stem": table.text(row, "question_stem", number),
-                    "choices": [{"text": text, "label": label} for text, label in choices],
-                },
-                "answerKey": table.text(row, "answerKey", number).strip(),
-                "fact1": row["fact1"],
-            }
-
-    tables = {"test": test, "dev": dev, "train_sample": train}
-    return {f"openbookqa/{name}.jsonl": json_rows(rows(table)) for name, table in tables.items()}
+def openbookqa(row: Row) -> Line:
+    choices = [{"text": text, "label": label} for text, label in row.lists("choices", "text", "label")]
+    return {
+        "id": row.text("id"),
+        "question": {"stem": row.text("question_stem"), "choices": choices},
+        "answerKey": row.text("answerKey").strip(),
+        "fact1": row["fact1"],
+    }
 
 
-def banking77(train: Table, test: Table) -> Written:
-    def rows(table: Table) -> Iterator[tuple[str, ...]]:
-        for number, row in table.numbered():
-            yield table.line(row, "label_text", number), table.line(row, "text", number)
-
-    tables = {"train": train, "test": test}
-    return {f"banking77/{name}.tsv": tsv("label text", rows(table)) for name, table in tables.items()}
+def banking77(row: Row) -> Line:
+    return row.line("label_text"), row.line("text")
 
 
-def clinc150(train: Table, val: Table, test: Table) -> Written:
-    def rows(table: Table) -> Iterator[tuple[str, ...]]:
-        for number, row in table.numbered():
-            yield table.class_name(row, "intent", number), table.line(row, "text", number)
-
-    tables = {"train_small": train, "val": val, "test": test}
-    return {f"clinc150/{name}.tsv": tsv("label text", rows(table)) for name, table in tables.items()}
+def clinc150(row: Row) -> Line:
+    return row.class_name("intent"), row.line("text")
 
 
 _AGENCY = r"(?:AP|Reuters|AFP|CSM|Ziff Davis|InfoWorld|TechWeb|(?:SPACE|washingtonpost|USATODAY|Forbes)\.com)"
@@ -192,15 +184,11 @@ def title_and_text(article: str) -> tuple[str, str]:
     return " ".join(words[:end]), " ".join(words[end:])
 
 
-def ag_news(test: Table) -> Written:
-    def rows() -> Iterator[tuple[str, ...]]:
-        for number, row in test.numbered():
-            article = " ".join(test.text(row, "text", number).replace("\\", " ").split())
-            if " " not in article:
-                raise test.bad(number, f"'text' is {article!r}", "title and text")
-            yield test.class_name(row, "label", number, NEWS_CLASSES), *title_and_text(article)
-
-    return {"ag_news/test_sample.tsv": tsv("label title description", rows())}
+def ag_news(row: Row) -> Line:
+    article = " ".join(row.text("text").replace("\\", " ").split())
+    if " " not in article:
+        raise row.bad(f"'text' is {article!r}", "title and text")
+    return row.class_name("label", NEWS_CLASSES), *title_and_text(article)
 
 
 def sst2(train: Table, dev: Table) -> Written:
@@ -208,28 +196,19 @@ def sst2(train: Table, dev: Table) -> Written:
     a sample is taken of those that end like a sentence and have some words."""
 
     def rows(table: Table) -> list[tuple[str, str]]:
-        names = ("0", "1")
-        return [
-            (table.class_name(row, "label", number, names), table.line(row, "sentence", number))
-            for number, row in table.numbered()
-        ]
+        return [(row.class_name("label", ("0", "1")), row.line("sentence")) for row in table]
 
-    def like_a_sentence(text: str) -> bool:
-        words = text.split()
+    def like_a_sentence(row: tuple[str, str]) -> bool:
+        words = row[1].split()
         return len(words) >= SENTIMENT_WORDS and words[-1] in (".", "!", "?")
 
-    phrases = [(label, text) for label, text in rows(train) if like_a_sentence(text)]
+    phrases = list(filter(like_a_sentence, rows(train)))
     sample = random.Random(0).sample(phrases, min(SENTIMENT_SAMPLE, len(phrases)))
-    return {"sst2/train_sample.tsv": tsv("label text", sample), "sst2/dev.tsv": tsv("label text", rows(dev))}
+    parts = {"sst2/train_sample.tsv": sample, "sst2/dev.tsv": rows(dev)}
+    return {file: lines_of(lines, "label text") for file, lines in parts.items()}
 
 
-def stsb(dev: Table) -> Written:
+def stsb(row: Row) -> Line:
     """The hub's scores are 0 to 1, and it leaves out where a pair is from."""
-
-    def rows() -> Iterator[tuple[str, ...]]:
-        for number, row in dev.numbered():
-            score = 5 * number_of(str(row["score"]), 0, 1, dev.path, number)
-            pair = (dev.line(row, column, number) for column in ("sentence1", "sentence2"))
-            yield f"{round(score, 4):g}", *pair, "unknown", "unknown"
-
-    return {"pairs/stsb_dev.tsv": tsv("score text_a text_b genre subset", rows())}
+    score = 5 * number_of(str(row["score"]), 0, 1, row.table.path, row.number)
+    return f"{round(score, 4):g}", row.line("sentence1"), row.line("sentence2"), "unknown", "unknown"

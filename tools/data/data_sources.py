@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from tools.data import data_conversions as conversions
-from tools.data.data_conversions import Written
+from tools.data.data_conversions import Written, each
 from tools.data.readers import read_intents, read_news, read_openbookqa, read_squad, read_stsb, read_wikitext
 
 
@@ -37,6 +37,9 @@ class DataSet:
     written: dict[str, str] = field(default_factory=dict)  # SHA-256 of written files, where known
 
 
+CLINC150 = ("clinc150/train_small.tsv", "clinc150/val.tsv", "clinc150/test.tsv")
+
+
 def _parquet(name: str, rows: int, sha256: str | None = None) -> HubFile:
     return HubFile(f"{name}-00000-of-00001.parquet", rows, sha256)
 
@@ -48,7 +51,7 @@ DATA_SETS: dict[str, DataSet] = {
         "CC BY-SA 3.0 and GFDL",
         ("text",),
         (_parquet("wikitext-2-raw-v1/test", 4358),),
-        conversions.wikitext,
+        each(conversions.wikitext, "wikitext/wiki.test.raw"),
         ((read_wikitext, ("wikitext/wiki.test.raw",)),),
         # of the file in the original archive, which is written again byte for byte
         {"wikitext/wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"},
@@ -59,7 +62,7 @@ DATA_SETS: dict[str, DataSet] = {
         "CC BY-SA 4.0",
         ("id", "title", "context", "question", "answers"),
         (_parquet("squad_v2/validation", 11873, "0560174ab095c5ac0a8c8dc8da05f1625453c45a77e4ce9cabc6947ddfdd24cb"),),
-        conversions.squad,
+        each(conversions.squad, "squad_v2/squad_v2_dev.jsonl"),
         ((read_squad, ("squad_v2/squad_v2_dev.jsonl",)),),
     ),
     "openbookqa": DataSet(
@@ -72,7 +75,7 @@ DATA_SETS: dict[str, DataSet] = {
             _parquet("additional/validation", 500, "92e5e68e4da7bec7d130d925385abf377c2d82b89a16de502b4e1b9cf3f50a26"),
             _parquet("additional/train", 4957, "d16d719e87efb86ed0a2ac4c8cdf380f7bfb94b602088393674c0a64ce9ed3d3"),
         ),
-        conversions.openbookqa,
+        each(conversions.openbookqa, *(f"openbookqa/{name}.jsonl" for name in ("test", "dev", "train_sample"))),
         tuple((read_openbookqa, (f"openbookqa/{name}.jsonl",)) for name in ("test", "dev", "train_sample")),
     ),
     "banking77": DataSet(
@@ -84,7 +87,7 @@ DATA_SETS: dict[str, DataSet] = {
             HubFile("train.jsonl", 10003, "d411780d8c0e18e166f5664c6cfe90dc9de399d722aa7cde282e31a771323ea7"),
             HubFile("test.jsonl", 3080, "fb1b0043ded745b8767687084786e6dd0a5f0ce03243b6131992a1c7ae2c2595"),
         ),
-        conversions.banking77,
+        each(conversions.banking77, "banking77/train.tsv", "banking77/test.tsv", header="label text"),
         ((read_intents, ("banking77/train.tsv", "banking77/test.tsv")),),
     ),
     "clinc150": DataSet(
@@ -97,8 +100,8 @@ DATA_SETS: dict[str, DataSet] = {
             _parquet("plus/validation", 3100, "fbd545b46c611c4a7ba4b48cae6c7f09bb5b59f33ff56206ad1cd366c85cdfaa"),
             _parquet("plus/test", 5500, "3e60e45b25bf86543aa5df8ba4fcc674114164e6184f0197690648c2908d0102"),
         ),
-        conversions.clinc150,
-        tuple((read_intents, ("clinc150/train_small.tsv", f"clinc150/{name}.tsv")) for name in ("val", "test")),
+        each(conversions.clinc150, *CLINC150, header="label text"),
+        tuple((read_intents, (CLINC150[0], other)) for other in CLINC150[1:]),
     ),
     "ag_news": DataSet(
         "fancyzhx/ag_news",
@@ -106,7 +109,7 @@ DATA_SETS: dict[str, DataSet] = {
         "none stated: for research and other non-commercial activity",
         ("text", "label"),
         (_parquet("data/test", 7600, "71de87ec66bc5737752a2502204dfa6d7fe9856ade3ea444dc6317789a4f13fb"),),
-        conversions.ag_news,
+        each(conversions.ag_news, "ag_news/test_sample.tsv", header="label title description"),
         ((partial(read_news, fill=0), ("ag_news/test_sample.tsv",)),),
     ),
     "sst2": DataSet(
@@ -127,7 +130,7 @@ DATA_SETS: dict[str, DataSet] = {
         "scores CC BY-SA 4.0; each sentence as where it is from, some of which ask for an agreement",
         ("sentence1", "sentence2", "score"),
         (_parquet("data/validation", 1500),),
-        conversions.stsb,
+        each(conversions.stsb, "pairs/stsb_dev.tsv", header="score text_a text_b genre subset"),
         ((read_stsb, ("pairs/stsb_dev.tsv",)),),
     ),
 }
