@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tools.report.formatting import measured, percent, plain_number
+from tools.report.formatting import measured, percent
 from tools.report.records import Row
 from tools.report.scenarios import PAPER_BAND, Scenario
 from tools.report.speed_map import KINDS, LARGEST, SMALLEST, Mark, beside, placed
 from tools.report.sweeps import Sweep, interval_bars, of_budget
-from tools.report.traces import OPTIMUM, lines_of
+from tools.report.traces import OPTIMUM
 
 WIDTH = 4.2  # inches: 400 CSS pixels, a phone's width, where text keeps its size
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08900", "#56b4e9")  # after Okabe and Ito
@@ -28,6 +28,8 @@ MOST_ERRORS = 20
 INK = "#123456"  # stands for the page's text colour inside charts
 LABEL_WIDTH = 60  # characters that fit beside one another
 BAR_ROW = 0.36  # inches: a line of text and what it names
+
+Rates = list[tuple[str, dict[float, Any]]]  # names of lines, and their shares by their places on the axis
 
 
 # --- what all charts are made with ----------------------------------------------------------------
@@ -157,9 +159,10 @@ def lines_chart(
         axes.set_ylabel(panel.axis)
         if panel.even is not None:
             even_line(axes, panel.even)
+    dress(several)
+    for axes, panel in zip(several, panels, strict=True):
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    dress(several)
     several[-1].set_xlabel(axis)
     legend(figure, several[0])
     return svg_of(figure, name, title)
@@ -233,61 +236,37 @@ def epsilon_chart(sweep: Sweep, name: str) -> str:
     )
 
 
-def by_layer_chart(sweep: Sweep, name: str, field: str, axis: str, title: str) -> str:
-    """Draws a line for each record: the shares that it lists under `field`, one a layer."""
-    listed = [(label, row.record[field]) for label, (row,) in sweep.lines[:MOST_LINES]]
-    lines = [Line(label, list(range(len(rates))), _hundredfold(rates)) for label, rates in listed]
-    deepest = max(len(rates) for _, rates in listed)
-    panels = [Panel(axis, lines, from_zero=True)]
-    return lines_chart(
-        name,
-        f"{title}, {sweep.title}",
-        panels,
-        "layer",
-        2.4,
-        lambda axes: axes[0].set_xticks(evenly(range(deepest), 13)),
-    )
-
-
-def capacity_chart(sweep: Sweep, name: str) -> str:
-    lines = [
-        Line(label, [row.capacity_bytes / 2**20 for row in rows], _hundredfold([row.hit_rate for row in rows]))
-        for label, rows in evenly(sweep.lines, MOST_LINES)
-    ]
-    sizes = [size for line in lines for size in line.xs]
-
-    def text(size: float) -> str:
-        return f"{size:g}" if size < 1 else plain_number(round(size))
-
-    panels = [Panel("hit rate (%)", lines, from_zero=True)]
-    title = f"Hit rate over capacity, {sweep.title}"
-    return lines_chart(
-        name, title, panels, "cache capacity (MiB, log scale)", 2.4, lambda axes: log_axis(axes[0], sizes, text)
-    )
-
-
-def eviction_chart(document: dict[str, Any], name: str) -> str:
-    """Draws the hit rate of each policy over the capacity, with the optimum (Belady) in black."""
-    found = lines_of(document)
-    if not found:
-        return ""
+def rates_chart(
+    name: str,
+    title: str,
+    rates: Rates,
+    axis: str,
+    *,
+    shares: str = "hit rate (%)",
+    size_text: Callable[[float], str] | None = None,
+    bound: Any = None,
+    height: float = 2.4,
+) -> str:
+    """Draws shares over layers, or with `size_text` over sizes, on a logarithmic axis. The optimum (Belady) is black,
+    and so is the `bound` that nothing is above."""
     lines = []
-    for policy, points in found.items():
-        optimum = policy == OPTIMUM
-        label = "belady (optimum)" if optimum else policy
-        lines.append(Line(label, list(points), _hundredfold(list(points.values())), optimum=optimum))
-    sizes = [size for line in lines for size in line.xs]
-    bound = document.get("unbounded_hit_rate")
+    for label, points in rates:
+        optimum = label == OPTIMUM
+        shown = "belady (optimum)" if optimum else label
+        lines.append(Line(shown, list(points), _hundredfold(list(points.values())), optimum=optimum))
+    places = [place for line in lines for place in line.xs]
 
     def dress(several: list[Any]) -> None:
+        (axes,) = several
         if measured(bound):
             label = f"nothing evicted ({percent(bound)})"
-            several[0].axhline(100 * bound, color=INK, linewidth=1, linestyle=":", label=label)
-        log_axis(several[0], sizes, lambda size: plain_number(round(size)))
-        several[0].set_ylim(bottom=0)
+            axes.axhline(100 * bound, color=INK, linewidth=1, linestyle=":", label=label)
+        if size_text:
+            log_axis(axes, places, size_text)
+        else:
+            axes.set_xticks(evenly(range(int(max(places)) + 1), 13))
 
-    title = "Hit rate of eviction policies over capacity"
-    return lines_chart(name, title, [Panel("hit rate (%)", lines)], "capacity (blocks, log scale)", 3.0, dress)
+    return lines_chart(name, title, [Panel(shares, lines, from_zero=True)], axis, height, dress)
 
 
 # --- promised and observed errors -----------------------------------------------------------------

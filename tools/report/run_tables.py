@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tools.report.formatting import percent, plain_number, times
 from tools.report.outcomes import answers_text, change
 from tools.report.reasons import reason
@@ -100,11 +102,11 @@ def runs_table(named: list[tuple[str, Row]], *columns: Column) -> Table:
     return table(shown, named, "runs")
 
 
-def layers_table(named: list[tuple[str, Row]], field: str) -> Table:
-    """Makes a column for each layer."""
-    deepest = max(len(row.record[field]) for _, row in named)
+def rates_table(lines: list[tuple[str, dict[float, Any]]], what: str) -> Table:
+    """Makes a row for each line of a chart, and a column for each place on its axis."""
 
-    def at(layer: int) -> Column:
-        return Column(str(layer), lambda pair: text("".join(map(percent, pair[1].record[field][layer : layer + 1]))))
+    def at(place: float) -> Column:
+        return Column(plain_number(int(place)), lambda line: text(percent(line[1].get(place))))
 
-    return table([Column("run", lambda pair: text(pair[0], css="what")), *map(at, range(deepest))], named, "runs")
+    places = sorted({place for _, rates in lines for place in rates})
+    return table([Column(what, lambda line: text(line[0], css="what")), *map(at, places)], lines, "runs")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tools.report import charts
-from tools.report.formatting import DASH, mebibytes, percent, plain_number
+from tools.report.formatting import mebibytes, percent, plain_number
 from tools.report.records import Row
-from tools.report.run_tables import layers_table, runs_table
+from tools.report.run_tables import rates_table, runs_table
 from tools.report.scenarios import Scenario
 from tools.report.sweeps import Sweep, budget_sweeps, by_layer, growth_text, sweeps, with_errors
-from tools.report.tables import Column, Table, table, text
+from tools.report.tables import Column, Table, text
 from tools.report.traces import best_policies, lines_of
 
 BENCH = "tools/run.sh bench"
@@ -114,12 +114,28 @@ def _of_sweeps(
     return drawn
 
 
-def _by_layer(name: str, field: str, axis: str, title: str, tells: Callable[[list[float]], bool]) -> Any:
+def _by_layer(name: str, field: str, shares: str, title: str, tells: Callable[[list[float]], bool]) -> Any:
+    def rates(sweep: Sweep) -> charts.Rates:
+        return [(label, dict(enumerate(row.record[field]))) for label, row in sweep.rows]
+
+    def draw(sweep: Sweep, chart: str) -> str:
+        shown = rates(sweep)[: charts.MOST_LINES]
+        return charts.rates_chart(chart, f"{title}, {sweep.title}", shown, "layer", shares=shares)
+
     return _of_sweeps(
         name,
         lambda scenarios: by_layer(scenarios, field, tells),
-        lambda sweep, chart: charts.by_layer_chart(sweep, chart, field, axis, title),
-        lambda sweep: layers_table(sweep.rows, field),
+        draw,
+        lambda sweep: rates_table(rates(sweep), "run"),
+    )
+
+
+def _capacity_chart(sweep: Sweep, name: str) -> str:
+    lines = charts.evenly(sweep.lines, charts.MOST_LINES)
+    rates = [(label, {row.capacity_bytes / 2**20: row.hit_rate for row in rows}) for label, rows in lines]
+    title, axis = f"Hit rate over capacity, {sweep.title}", "cache capacity (MiB, log scale)"
+    return charts.rates_chart(
+        name, title, rates, axis, size_text=lambda size: f"{size:g}" if size < 1 else plain_number(round(size))
     )
 
 
@@ -146,27 +162,23 @@ def _error_charts(scenarios: list[Scenario], _: list[dict[str, Any]]) -> list[Ch
 
 
 def _eviction_charts(_: list[Scenario], traces: list[dict[str, Any]]) -> list[Chart]:
-    return [
-        Chart(
-            f"{Path(str(trace['trace'])).name}: {plain_number(trace.get('requests'))} requests, "
-            f"{plain_number(trace.get('blocks'))} blocks",
-            svg,
-            _eviction_table(trace),
-            notes=best_policies(trace),
-        )
-        for number, trace in enumerate(traces)
-        if (svg := charts.eviction_chart(trace, f"eviction{number}"))
-    ]
+    return [_eviction_chart(trace, f"eviction{number}") for number, trace in enumerate(traces) if lines_of(trace)]
 
 
-def _eviction_table(trace: dict[str, Any]) -> Table:
-    lines = lines_of(trace)
-    sizes = sorted({size for points in lines.values() for size in points})
-
-    def at(size: float) -> Column:
-        return Column(plain_number(int(size)), lambda policy: text(percent(lines[policy].get(size, DASH))))
-
-    return table([Column("policy", lambda policy: text(policy, css="what")), *map(at, sizes)], list(lines), "runs")
+def _eviction_chart(trace: dict[str, Any], name: str) -> Chart:
+    rates = list(lines_of(trace).items())
+    requests, blocks = (plain_number(trace.get(what)) for what in ("requests", "blocks"))
+    svg = charts.rates_chart(
+        name,
+        "Hit rate of eviction policies over capacity",
+        rates,
+        "capacity (blocks, log scale)",
+        size_text=lambda size: plain_number(round(size)),
+        bound=trace.get("unbounded_hit_rate"),
+        height=3.0,
+    )
+    title = f"{Path(str(trace['trace'])).name}: {requests} requests, {blocks} blocks"
+    return Chart(title, svg, rates_table(rates, "policy"), notes=best_policies(trace))
 
 
 KINDS = (
@@ -239,7 +251,7 @@ KINDS = (
         _of_sweeps(
             "capacity",
             lambda scenarios: sweeps(_rows(scenarios), "capacity_bytes"),
-            charts.capacity_chart,
+            _capacity_chart,
             lambda sweep: runs_table(sweep.rows, CAPACITY),
             _growth,
         ),
