@@ -348,10 +348,8 @@ class PreparedTest(ToolTest):
     """With the real tokenizer."""
 
     def prepare(self, workload: str, out: str) -> bytes:
-        models = self.folder / "models"
-        models.mkdir(exist_ok=True)
-        (models / "model.json").write_text(json.dumps({"tokenizer": "bert-base-uncased", "vocab": 30522}))
-        arguments = ("--only", workload, "--raw", self.folder / "raw", "--models", models, "--out", self.folder / out)
+        chosen = ("--only", workload, "--tokenizer", "bert-base-uncased")
+        arguments = (*chosen, "--raw", self.folder / "raw", "--out", self.folder / out)
         status, _, err = self.run_tool(prepare_data, *arguments)
         self.assertEqual(status, 0, err)
         return (self.folder / out / f"{workload}.bert-base-uncased.safetensors").read_bytes()

@@ -26,14 +26,13 @@ from sample_records import (
 from support import ToolTest, results_schema  # lets the tools be imported
 
 # isort: split
+from tools.data.workloads import words_for
 from tools.report import summary
-from tools.report.next_steps import next_steps
 from tools.report.outcomes import loss_percent
 from tools.report.reasons import reason
 from tools.report.records import rows_of
 from tools.report.scenarios import Scenario, scenarios_of
 from tools.report.summary_lines import MOST_LINES, summary_lines
-from tools.report.traffic_words import traffic
 
 FAQ = ("minilm-pooled", "sample-faq")
 DOCUMENTS = ("smollm2", "sample-documents")
@@ -248,8 +247,8 @@ class LinesTest(unittest.TestCase):
             ("my-own", "my-own", False),
             ("my-own-5shot", "my-own-5shot", False),
         ):
-            found = traffic(name)
-            self.assertEqual((found.words, found.written), (words, written), name)
+            (scenario,) = scenarios(lossless("minilm", name, 1.5))
+            self.assertEqual((words_for(name), scenario.written), (words, written), name)
 
 
 class ProgramTest(ToolTest):
@@ -299,18 +298,18 @@ class ProgramTest(ToolTest):
 class NextStepsTest(ToolTest):
     def test_what_lacks_comes_first(self) -> None:
         real = [lossless("minilm-pooled", "banking77", 1.5), lossless("smollm2", "squad", 2.0)]
-        steps = next_steps(scenarios(*real), self.folder)
+        steps = summary.next_steps(scenarios(*real), self.folder)
         self.assertEqual(steps[0], "tools/run.sh bench --model minilm-pooled --workload banking77 --fidelity budget")
         self.assertNotIn("tools/run.sh data", steps)
         self.assertIn("--target llmcache-generate && ", steps[1])
         program = self.folder / "bin" / "llmcache-generate"
         program.parent.mkdir()
         program.touch()
-        self.assertTrue(next_steps(scenarios(*real), self.folder)[1].startswith(str(program)))
+        self.assertTrue(summary.next_steps(scenarios(*real), self.folder)[1].startswith(str(program)))
 
     def test_always_three(self) -> None:
         for records in ([], [lossless("bert-base", "mine", 1.0)], full_run(), trained_cells()):
-            steps = next_steps(scenarios(*records), self.folder)
+            steps = summary.next_steps(scenarios(*records), self.folder)
             self.assertEqual((len(steps), len(set(steps))), (3, 3))
 
 

@@ -25,12 +25,6 @@ class PrepareDataTest(ToolTest):
     def prepare(self, *arguments: object) -> tuple[int, str, str]:
         return self.run_tool(prepare_data, "--out", self.folder / "out", *arguments)
 
-    def models_with(self, tokenizer: str, vocab: int = 30522) -> Path:
-        folder = self.folder / "models"
-        folder.mkdir(exist_ok=True)
-        (folder / "model.json").write_text(json.dumps({"tokenizer": tokenizer, "vocab": vocab}))
-        return folder
-
     def raw(self, file: str, content: bytes) -> Path:
         path = self.folder / "raw" / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +32,8 @@ class PrepareDataTest(ToolTest):
         return self.folder / "raw"
 
     def test_sample(self) -> None:
-        models = self.models_with("bert-base-uncased")
-        status, _, err = self.prepare("--only", "sample", "--models", models)
+        tokenizer = ("--tokenizer", "bert-base-uncased")
+        status, _, err = self.prepare("--only", "sample", *tokenizer)
         self.assertEqual(status, 0, err)
         path = self.folder / "out" / "sample.bert-base-uncased.safetensors"
         loaded = prepare_data.load(path)
@@ -60,12 +54,12 @@ class PrepareDataTest(ToolTest):
         self.assertEqual((metadata["task"], metadata["fill_requests"]), ("", "0"))
         self.assertEqual(metadata["order"], "shuffled, seed 0")
 
-        self.assertIn("skipped", self.prepare("--only", "sample", "--models", models)[1])
+        self.assertIn("skipped", self.prepare("--only", "sample", *tokenizer)[1])
         whole = path.read_bytes()
         for damaged in (whole[:-8], whole[:20], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
             path.write_bytes(damaged)
             self.assertIsNone(prepare_data.load(path))
-            self.assertNotIn("skipped", self.prepare("--only", "sample", "--models", models)[1])
+            self.assertNotIn("skipped", self.prepare("--only", "sample", *tokenizer)[1])
             again = prepare_data.load(path)
             assert again is not None
             self.assertEqual(again[1], metadata)
@@ -121,26 +115,26 @@ class PrepareDataTest(ToolTest):
     def test_missing_raw_data_falls_back_to_the_sample(self) -> None:
         raw = self.folder / "raw"
         raw.mkdir()
-        models = self.models_with("bert-base-uncased")
-        status, out, err = self.prepare("--only", "squad", "--raw", raw, "--models", models)
+        tokenizer = ("--tokenizer", "bert-base-uncased")
+        status, out, err = self.prepare("--only", "squad", "--raw", raw, *tokenizer)
         self.assertEqual(status, 0, err)
         self.assertIn("squad: squad_v2/squad_v2_dev.jsonl is not in the raw data", out)
         self.assertIn("'sample-documents' stands in", out)
         names = [path.name for path in (self.folder / "out").glob("*.safetensors")]
         self.assertEqual(names, ["sample-documents.bert-base-uncased.safetensors"])
-        status, out, err = self.prepare("--only", "stsb", "--raw", raw, "--models", models)
+        status, out, err = self.prepare("--only", "stsb", "--raw", raw, *tokenizer)
         self.assertEqual(status, 1)
         self.assertIn("no sample is of its kind", out)
         self.assertIn("run.sh data", err)
 
     def test_a_stand_in_keeps_the_name_of_the_tokenizer(self) -> None:
         """The benchmark finds token files by the tokenizer's name; without a hub and raw data GPT-2's is not there."""
-        models = self.models_with("gpt2", vocab=50257)
+        tokenizer = ("--tokenizer", "gpt2")
         raw = self.folder / "raw"
         raw.mkdir()
         with mock.patch.object(tokenizer_files, "hub_answers", return_value=False):
             for _ in range(2):  # made again, in case the real one has come
-                status, out, err = self.prepare("--only", "sample", "--raw", raw, "--models", models)
+                status, out, err = self.prepare("--only", "sample", "--raw", raw, *tokenizer)
                 self.assertEqual(status, 0, err)
                 self.assertIn("token ids of smollm2", out)
         loaded = prepare_data.load(self.folder / "out" / "sample.gpt2.safetensors")
@@ -149,10 +143,10 @@ class PrepareDataTest(ToolTest):
         self.assertIn("token ids of smollm2, which stand in for gpt2's", loaded[1]["source"])
 
     def test_conversations_are_marked_as_the_model_was_trained(self) -> None:
-        models = self.models_with("smollm2", vocab=49152)
+        tokenizer = ("--tokenizer", "smollm2")
         self.raw("prompts/mt_vicuna_bench.jsonl", b'{"turns": ["Hello there.", "And now?"]}\n')
         raw = self.raw("prompts/meancache_multiturn.jsonl", b'{"u0": "One", "u1": "Two"}\n')
-        status, _out, err = self.prepare("--only", "chat", "--raw", raw, "--models", models)
+        status, _out, err = self.prepare("--only", "chat", "--raw", raw, *tokenizer)
         self.assertEqual(status, 0, err)
         loaded = prepare_data.load(self.folder / "out" / "chat.smollm2.safetensors")
         assert loaded is not None
@@ -172,10 +166,10 @@ class PrepareDataTest(ToolTest):
             choices = [{"text": f"{stem} {label}", "label": label} for label in "ABCD"]
             return json.dumps({"question": {"stem": stem, "choices": choices}, "answerKey": "B"}).encode() + b"\n"
 
-        models = self.models_with("smollm2", vocab=49152)
+        tokenizer = ("--tokenizer", "smollm2")
         self.raw("openbookqa/test.jsonl", line("Why") + line("How"))
         raw = self.raw("openbookqa/train_sample.jsonl", line("One") + line("Two") + line("Three"))
-        common = ("--raw", raw, "--models", models)
+        common = ("--raw", raw, *tokenizer)
         status, _out, err = self.prepare("--only", "openbookqa-2shot", *common)
         self.assertEqual(status, 0, err)
         names = sorted(path.name for path in (self.folder / "out").glob("*.safetensors"))
@@ -197,17 +191,17 @@ class PrepareDataTest(ToolTest):
             self.assertEqual(self.prepare("--only", bad, *common)[0], 2)
 
     def test_texts_that_are_too_short_to_go_on_from(self) -> None:
-        models = self.models_with("smollm2", vocab=49152)
+        tokenizer = ("--tokenizer", "smollm2")
         long = b" = Two = \n" + b" word" * 130 + b" \n"
         raw = self.raw("wikitext/wiki.test.raw", b" = One = \n Short . \n" + long)
-        status, _, err = self.prepare("--only", "generate-128", "--raw", raw, "--models", models)
+        status, _, err = self.prepare("--only", "generate-128", "--raw", raw, *tokenizer)
         self.assertEqual(status, 0, err)
         loaded = prepare_data.load(self.folder / "out" / "generate-128.smollm2.safetensors")
         assert loaded is not None
         self.assertEqual(loaded[0]["sequence_offsets"].tolist(), [0, 128])
         self.assertEqual(loaded[1]["new_tokens"], "32")
         self.assertNotIn("stop_token", loaded[1])
-        status, _, err = self.prepare("--only", "generate", "--raw", raw, "--models", models)
+        status, _, err = self.prepare("--only", "generate", "--raw", raw, *tokenizer)
         self.assertEqual(status, 1)
         self.assertIn("no text in it is long enough for generate-512", err)
 

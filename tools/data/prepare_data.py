@@ -119,21 +119,7 @@ def packed_texts(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(coded), dtype=np.uint8), np.cumsum([0, *map(len, coded)], dtype=np.int64)
 
 
-def vocabularies(models: Path | None) -> dict[str, int]:
-    """Finds the smallest vocabulary of the models in the folder, by tokenizer."""
-    found: dict[str, int] = {}
-    for sidecar in sorted(models.glob("*.json")) if models else []:
-        try:
-            known = json.loads(sidecar.read_text(encoding="utf-8"))
-            name, vocab = known["tokenizer"], int(known["vocab"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{sidecar} does not describe a model; run export_models.py again") from error
-        if name in TOKENIZERS:
-            found[name] = min(vocab, found.get(name, vocab))
-    return found
-
-
-def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: Path, vocab: int | None) -> None:
+def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: Path) -> None:
     path = out / f"{workload.name}.{tokenizer.name}.safetensors"
     recipe = hashlib.sha256("".join(map(sha256_of, (*sources, *CODE))).encode()).hexdigest()
     known = load(path)
@@ -145,9 +131,6 @@ def prepare(workload: Workload, tokenizer: Tokenizer, sources: list[Path], out: 
     arrays, task, fill = build(workload, tokenizer, traffic)
     if not arrays["tokens"].size:
         raise DataError(f"{sources[0]}: no text in it is long enough for {workload.name}; fetch the file again")
-    largest = arrays["tokens"].max()
-    if vocab is not None and largest >= vocab:
-        raise DataError(f"{path.name}: token id {largest} does not fit a model with a vocabulary of {vocab}")
     known_for_all = {"task": task, "fill_requests": str(fill), "recipe": recipe}
     save(path, arrays, known_for_all | metadata_of(workload, tokenizer, traffic, "edit_kind" in arrays))
     requests, sequences = len(arrays["request_offsets"]) - 1, len(arrays["sequence_offsets"]) - 1
@@ -210,17 +193,14 @@ def run(options: argparse.Namespace) -> None:
     wanted = [found for workload in asked_for(options) if (found := found_or_stand_in(workload, folders))]
     if not wanted:
         raise DataError("nothing of what was asked for is there; give --raw, or fetch it: tools/run.sh data")
-    vocabulary = vocabularies(options.models)
-    if options.models and not vocabulary:
-        raise DataError(f"no model in {options.models} uses one of {', '.join(TOKENIZERS)}; run export_models.py first")
     gpt2 = raw_folder_of(GPT2_FILES, folders)
-    tokenizers = [Tokenizer(name, gpt2) for name in TOKENIZERS if not vocabulary or name in vocabulary]
+    tokenizers = [Tokenizer(name, gpt2) for name in options.tokenizer]
     with folder_lock(options.out):
         for workload, folder in {workload.name: (workload, folder) for workload, folder in wanted}.values():
             sources = [folder / file for file in workload.files]
             for tokenizer in tokenizers:
                 if not (workload.decoders_only if tokenizer.encoder else workload.encoders_only):
-                    prepare(workload, tokenizer, sources, options.out, vocabulary.get(tokenizer.name))
+                    prepare(workload, tokenizer, sources, options.out)
 
 
 def workload_name(text: str) -> str:
@@ -234,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--raw", type=Path, metavar="DIR", help="raw data sets")
     parser.add_argument("--downloaded", type=Path, metavar="DIR", help="where download_data.py writes, if it was run")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared files go")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="prepare only what the models there can use")
+    parser.add_argument("--tokenizer", nargs="+", choices=TOKENIZERS, default=TOKENIZERS, help="for these only")
     names = sorted({*WORKLOADS, *(re.sub(r"-\d+$", "", name) for name in WORKLOADS)})
     parser.add_argument(
         "--only",

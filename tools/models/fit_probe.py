@@ -22,9 +22,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,9 +35,6 @@ from tools.data.raw_files import DataError
 from tools.data.workloads import WORKLOADS
 from tools.models.model_list import POOLING_MASK
 from tools.models.model_sources import ModelError
-
-if TYPE_CHECKING:
-    import torch
 
 PROBE_VERSION = "2"
 MODELS = ("minilm-pooled", "minilm-pooled-mask")
@@ -74,8 +72,6 @@ def embed(
     """float32 [queries, dims], in the order given; queries of equal length run together, so nothing is padded.
 
     Where pools are given, they are the model's third input."""
-    import torch
-
     by_length: dict[int, list[int]] = {}
     for number, query in enumerate(queries):
         by_length.setdefault(len(query), []).append(number)
@@ -103,8 +99,6 @@ def embed(
 def fit(rows: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight [classes, dims] and bias [classes] of the minimum of mean cross-entropy + l2 / 2 * |weight|^2, on
     embeddings shifted to mean 0 and scaled to mean square 1; the result is for embeddings as they are."""
-    import torch
-
     mean = rows.mean(0)
     scale = (rows - mean).square().mean().sqrt().clamp(min=1e-12)
     inputs = (rows - mean) / scale
@@ -116,7 +110,7 @@ def fit(rows: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> tu
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
-        value = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
+        value = cross_entropy(inputs @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
         value.backward()
         return value
 
@@ -177,8 +171,6 @@ def load_probe(path: Path) -> dict[str, str] | None:
 
 def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, queries: Queries, share: float) -> None:
     """Fits on the first `share` of the requests that fill."""
-    import torch
-
     target = tokens.with_name(f"{workload}.{model_file.stem}.probe.safetensors")
     digest, code = sha256_of(model_file), sha256_of(Path(__file__))
     recipe = hashlib.sha256(f"{digest} {queries.content} {share} {code} {torch.__version__}".encode()).hexdigest()
@@ -218,8 +210,6 @@ def make_probe(workload: str, model_file: Path, pooling: bool, tokens: Path, que
 
 
 def embed_all(model_file: Path, pooling: bool, tokens: Path, queries: Queries) -> torch.Tensor:
-    import torch
-
     try:
         model = torch.jit.load(str(model_file), map_location="cpu").eval()
     except RuntimeError as error:
@@ -255,8 +245,6 @@ def read_sidecar(model_file: Path) -> tuple[str, bool]:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
     torch.set_num_threads(options.threads)
     exported = [name for name in MODELS if (options.models / f"{name}.json").exists()]
     with folder_lock(options.data):

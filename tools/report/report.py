@@ -19,7 +19,7 @@ from tools.atomic_files import write_atomically
 from tools.report.all_figures import all_figures
 from tools.report.charts import map_chart
 from tools.report.formatting import error_number, plain_number
-from tools.report.paper_block import paper_block
+from tools.report.paper import paper_block
 from tools.report.records import ReportError, read_documents, rows_of
 from tools.report.run_tables import glance, marks_table
 from tools.report.scenarios import Scenario, by_model, scenarios_of

@@ -39,7 +39,7 @@ def glance(lines: list[Line], scenarios: list[Scenario], without: list[Scenario]
 
     def traffic(run: tuple[Scenario, Row, Ratio]) -> Cell:
         one, row, _ = run
-        what = f"{one.model} · {one.rows[0].workload}"
+        what = f"{one.model} · {one.workload}"
         requests = f"{plain_number(row.requests)} requests"
         return text(one.words, what, setting_words(row) or "lossless", requests, css="what")
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tools.data.workloads import words_for
 from tools.report.formatting import measured, times
 from tools.report.outcomes import over_budget
 from tools.report.records import Row
-from tools.report.traffic_words import Traffic, traffic
 
 PAPER_BAND = (0.82, 0.88)  # similarity thresholds that the LLMCache paper calls best
 # The error budget that a user would begin with, by what the error is.
@@ -89,8 +89,13 @@ class Scenario:
         return self.rows[0].random
 
     @property
-    def traffic(self) -> Traffic:
-        return traffic(self.rows[0].workload)
+    def workload(self) -> str:
+        return self.rows[0].workload
+
+    @property
+    def written(self) -> bool:
+        """Whether it is this repository's own text and not a real data set."""
+        return self.workload.partition("-")[0] == "sample"
 
     @property
     def name(self) -> str:
@@ -99,7 +104,7 @@ class Scenario:
     @property
     def words(self) -> str:
         """Says what kind of traffic it is."""
-        return self.traffic.words + (f", {self.apart}" if self.apart else "")
+        return words_for(self.workload) + (f", {self.apart}" if self.apart else "")
 
     @property
     def lossless(self) -> Row | None:
@@ -180,7 +185,7 @@ def scenarios_of(rows: list[Row]) -> list[Scenario]:
     for one in scenarios:
         for row in one.rows:
             row.beside = one.rows
-        alike = [other for other in scenarios if (other.model, other.traffic) == (one.model, one.traffic)]
+        alike = [other for other in scenarios if (other.model, other.workload) == (one.model, one.workload)]
         one.apart = _apart(one, alike)
     return scenarios
 

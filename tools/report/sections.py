@@ -76,7 +76,7 @@ def _further(scenarios: list[Scenario]) -> list[tuple[str, str]]:
         lacking.append(("text generation", f"{BENCH} --model smollm2 --workload generate,chat"))
     if not any(str(row.weights_held).startswith("packed-") for row in rows):
         lacking.append(("weights in other formats", f"{BENCH} --weights as-loaded,packed-fp16,packed-bf16,packed-int8"))
-    if not scenarios or any(one.traffic.written for one in scenarios):
+    if not scenarios or any(one.written for one in scenarios):
         lacking.append(("real data in place of written samples", f"{BENCH} --download"))
     lacking.append(("ONNX Runtime and transformers beside this library", "tools/run.sh peers"))
     return lacking

@@ -9,7 +9,7 @@ from typing import Any
 
 from tools.report.formatting import counted, measured, percent, plain_ascii, plain_number, times
 from tools.report.outcomes import answers_text, loss_percent, over_budget
-from tools.report.paper_cells import DATA_SETS, MOST_LOSS, faithful_row, family_of, loss_text, lossless_rows, span, taus
+from tools.report.paper import DATA_SETS, MOST_LOSS, faithful_row, family_of, loss_text, lossless_rows, span, taus
 from tools.report.reasons import FEW, reason, short_reason
 from tools.report.records import Row
 from tools.report.scenarios import KV_CACHE, NO_CACHE, Ratio, Scenario, by_model, fair, ratios
@@ -126,7 +126,7 @@ def _context(scenario: Scenario, row: Row) -> str:
     if measured(row.tokens_reused_fraction) and row.tokens_reused_fraction >= 0.01:
         found.append(f"{percent(row.tokens_reused_fraction, 0)} of the prompts known before")
     elif not row.decodes and measured(scenario.repeats) and scenario.repeats >= 0.01:
-        texts = "questions" if "questions" in scenario.traffic.words else "texts"
+        texts = "questions" if "questions" in scenario.words else "texts"
         found.append(f"{percent(scenario.repeats, 0)} of the {texts} repeat word for word")
     if measured(row.requests) and row.requests < FEW:
         found.append(f"only {counted(row.requests, 'request')}")
@@ -135,8 +135,8 @@ def _context(scenario: Scenario, row: Row) -> str:
 
 def _family_line(scenarios: list[Scenario]) -> Line:
     """The paper's cells of one model: lossless, and in the paper's mode."""
-    names = [name for name, own in DATA_SETS.items() if any(one.rows[0].workload in own for one in scenarios)]
-    like = "like " if any(one.traffic.written for one in scenarios) else ""
+    names = [name for name, own in DATA_SETS.items() if any(one.workload in own for one in scenarios)]
+    like = "like " if any(one.written for one in scenarios) else ""
     papers = [row for one in scenarios if (row := one.paper)]
     lossless = lossless_rows(scenarios)
     parts = []

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tools.data.workloads import words_for
 from tools.report.formatting import measured, percent
 from tools.report.records import Row, telling_settings
 from tools.report.scenarios import Scenario
-from tools.report.traffic_words import traffic
 
 LEAST = 3  # values of a setting that make a line
 
@@ -26,7 +26,7 @@ class Sweep:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {traffic(self.workload).words}"
+        return f"{self.model}, {words_for(self.workload)}"
 
     @property
     def rows(self) -> list[tuple[str, Row]]:
