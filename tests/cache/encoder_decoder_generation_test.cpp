@@ -125,6 +125,8 @@ std::vector<std::string> in_float32() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Seq2Seq, EncoderDecoderGeneration, ::testing::ValuesIn(in_float32()), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, EncoderDecoderGeneration, ::testing::ValuesIn(program_names({"seq2seq-"})),
+                         test_name);
 
 }  // namespace
 }  // namespace llmcache::test

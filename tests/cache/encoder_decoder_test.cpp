@@ -255,6 +255,7 @@ TEST_P(EncoderDecoder, BadInputsAreNamed) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Seq2Seq, EncoderDecoder, ::testing::ValuesIn(model_names({"seq2seq-"})), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, EncoderDecoder, ::testing::ValuesIn(program_names({"seq2seq-"})), test_name);
 
 /// T5 takes any length, the others have a table of positions.
 class EncoderDecoderWithPositions : public EncoderDecoder {};
@@ -270,19 +271,23 @@ TEST_P(EncoderDecoderWithPositions, WhatFailsLeavesTheCacheAsItWas) {
   EXPECT_EQ(counters_of(cache), before);
 }
 
-std::vector<std::string> with_positions() {
-  auto names = model_names({"seq2seq-"});
+std::vector<std::string> with_positions(std::vector<std::string> names) {
   std::erase_if(names, [](const std::string& name) { return name.starts_with("seq2seq-t5"); });
   return names;
 }
 
-INSTANTIATE_TEST_SUITE_P(Seq2Seq, EncoderDecoderWithPositions, ::testing::ValuesIn(with_positions()), test_name);
+INSTANTIATE_TEST_SUITE_P(Seq2Seq, EncoderDecoderWithPositions,
+                         ::testing::ValuesIn(with_positions(model_names({"seq2seq-"}))), test_name);
+INSTANTIATE_TEST_SUITE_P(Exported, EncoderDecoderWithPositions,
+                         ::testing::ValuesIn(with_positions(program_names({"seq2seq-"}))), test_name);
 
 TEST(EncoderDecoderModels, TheExpectedOnesAreThere) {
   EXPECT_THAT(model_names({"seq2seq-"}),
               ::testing::IsSupersetOf({"seq2seq-t5", "seq2seq-bart", "seq2seq-marian", "seq2seq-mbart",
                                        "seq2seq-pegasus", "seq2seq-t5-eager-masked", "seq2seq-bart-eager",
                                        "seq2seq-bart-masked", "seq2seq-bart-bf16"}));
+  EXPECT_THAT(program_names({"seq2seq-"}), ::testing::IsSupersetOf({"seq2seq-t5.pt2", "seq2seq-bart.pt2",
+                                                                    "seq2seq-marian.pt2", "seq2seq-bart-masked.pt2"}));
 }
 
 }  // namespace

@@ -24,11 +24,12 @@ SEQ2SEQ_MASKED = (*SEQ2SEQ, "decoder_attention_mask")
 
 EXPORTED = "exported"
 # Beside the tiny ones: a shared layer, relative positions, layers of two kinds, sliding windows, a limit by a guard,
-# parallel residuals, ALiBi, no token level, an operator that LibTorch lacks, states that are fed back.
+# parallel residuals, ALiBi, no token level, an operator that LibTorch lacks, states that are fed back, sources.
 _EXPORTED = (
     *(f"zoo-{name}" for name in ("albert", "t5-encoder", "modernbert", "mistral", "gptneo", "gptneox", "bloom")),
     *(f"zoo-{name}" for name in ("deberta-v2", "qwen3moe")),
     *(f"unusual-{name}" for name in ("past-llama", "states-back", "encoder-trace")),
+    *(f"seq2seq-{name}" for name in ("t5", "bart", "marian", "bart-masked")),
 )
 
 Build = Callable[[], "tuple[nn.Module, str]"]  # -> module, where the weights came from
