@@ -202,7 +202,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   if (auto reason = plain_reason(call); reason.empty()) {
     const auto chain = strategies_for(call);
     tiered = tiers_.on() && call.hooks.empty();
-    if (tiered) tiers_.look_up(call, report);
+    if (tiered) tiers_.look_up(call, answers);
     answers.expect_misses(expected_miss(call, chain));
     for (ReuseStrategy* strategy : chain) {
       if (answers.complete()) break;
@@ -350,6 +350,7 @@ Snapshots::Cache LayerCacheBase::Impl::for_snapshots() {
 
 std::vector<std::unique_ptr<StoredPart>> LayerCacheBase::Impl::stored_parts() const {
   std::vector<std::unique_ptr<StoredPart>> parts;
+  if (options.store.store == nullptr) return parts;
   for (const auto& strategy : strategies.all()) strategy->add_stored(parts);
   return parts;
 }

@@ -56,6 +56,14 @@ const char* to_string(MissReason reason) noexcept {
       return "own quota";
     case MissReason::kOtherTenant:
       return "other tenant";
+    case MissReason::kStoreMiss:
+      return "store miss";
+    case MissReason::kStoreTimeout:
+      return "store timeout";
+    case MissReason::kStoreFailed:
+      return "store failed";
+    case MissReason::kStoreNotWorth:
+      return "store not worth it";
   }
   return "unknown";
 }
@@ -202,6 +210,12 @@ std::int64_t spared_tokens(const SequenceReport& sequence) noexcept {
   return std::clamp<std::int64_t>(open - fewest, 0, open);
 }
 
+/// True: it is the reason of all tokens of a sequence, those that were evicted once among them.
+bool says_more(MissReason reason) noexcept {
+  return reason == MissReason::kFallback || reason == MissReason::kAudit || reason == MissReason::kStoreTimeout ||
+         reason == MissReason::kStoreFailed;
+}
+
 }  // namespace
 
 void TokenBalance::add(const ForwardReport& report) noexcept {
@@ -220,8 +234,7 @@ void TokenBalance::add(const ForwardReport& report) noexcept {
     if (spared > 0) count(reused_from[static_cast<std::size_t>(sequence.source)], spared);
     count(shared, sequence.shared_tokens);
     const std::int64_t computed = sequence.tokens - sequence.reused_tokens - sequence.shared_tokens - spared;
-    const bool says_more = sequence.miss == MissReason::kFallback || sequence.miss == MissReason::kAudit;
-    const std::int64_t evicted = says_more ? 0 : std::min(sequence.evicted_tokens, computed);
+    const std::int64_t evicted = says_more(sequence.miss) ? 0 : std::min(sequence.evicted_tokens, computed);
     count(because(sequence.evicted_because), evicted);
     count(because(sequence.miss), computed - evicted);
   }

@@ -30,20 +30,24 @@ const char* to_string(Source source) noexcept;
 
 /// Why a token was computed. Numbers and names stay; new ones are added at the end.
 enum class MissReason {
-  kNew,          ///< nothing that was asked knew it, nor remembers that it did
-  kEvicted,      ///< it was known and had to go for room, or there was no room to keep it
-  kExpired,      ///< it was known and became too old (TenantOptions, kThreshold), or was used too little (kThreshold)
-  kNotWorth,     ///< what is known of its sequence would save less than it costs (kBudget, token reuse)
-  kOverBudget,   ///< what could be reused is not near enough for the error budget, or supervision has stopped it
-  kOutput,       ///< nothing knew it, and the output asked for ruled out a mechanism that might have (kBudget)
-  kNotLookedUp,  ///< nothing was asked: hooks, no capacity, closed mechanisms, a batch or a model that keeps none
-  kAudit,        ///< it could have been reused, and was computed to see whether that would have been right
-  kFallback,     ///< a mechanism failed, or only the plain model was trusted with the request (Stats::fallbacks)
-  kOwnQuota,     ///< it was known and went, or was not kept, because its tenant had used up its quota (TenantOptions)
-  kOtherTenant,  ///< it was known and went to make room for another tenant (told if TenantOptions::accounts())
+  kNew,            ///< nothing that was asked knew it, nor remembers that it did
+  kEvicted,        ///< it was known and had to go for room, or there was no room to keep it
+  kExpired,        ///< it was known and became too old (TenantOptions, kThreshold), or was used too little (kThreshold)
+  kNotWorth,       ///< what is known of its sequence would save less than it costs (kBudget, token reuse)
+  kOverBudget,     ///< what could be reused is not near enough for the error budget, or supervision has stopped it
+  kOutput,         ///< nothing knew it, and the output asked for ruled out a mechanism that might have (kBudget)
+  kNotLookedUp,    ///< nothing was asked: hooks, no capacity, closed mechanisms, a batch or a model that keeps none
+  kAudit,          ///< it could have been reused, and was computed to see whether that would have been right
+  kFallback,       ///< a mechanism failed, or only the plain model was trusted with the request (Stats::fallbacks)
+  kOwnQuota,       ///< it was known and went, or was not kept, because its tenant had used up its quota (TenantOptions)
+  kOtherTenant,    ///< it was known and went to make room for another tenant (told if TenantOptions::accounts())
+  kStoreMiss,      ///< a store was asked, and had none of it (StoreOptions)
+  kStoreTimeout,   ///< a store was asked, and did not answer in time
+  kStoreFailed,    ///< a store was asked, and failed, or is left alone because it failed before
+  kStoreNotWorth,  ///< a store may have it, and fetching it was expected to take longer than computing it
 };
 
-inline constexpr std::size_t kMissReasons = 11;
+inline constexpr std::size_t kMissReasons = 15;
 /// "new", "over budget".
 const char* to_string(MissReason reason) noexcept;
 
@@ -74,7 +78,8 @@ struct SequenceReport {
                                                       ///< kOwnQuota and kOtherTenant too
   MissReason miss = MissReason::kNew;                 ///< why the other tokens were computed, if any were
   std::uint64_t number = 0;                           ///< of this sequence: all of a cache's are numbered from 0
-  std::int64_t entry = -1;          ///< kSimilar: number of the sequence whose state was used; else -1
+  std::int64_t entry = -1;          ///< kSimilar: number of the sequence whose state was used, -1 for one of a
+                                    ///< snapshot. Else -1
   std::int64_t resumed_layer = -1;  ///< kSimilar: first layer that ran on that state (L: none). kPrefix: first
                                     ///< layer that the known prefix does not run through. kEarlyExit: first
                                     ///< layer that did not run for it. Else -1

@@ -31,7 +31,8 @@ Answers::Answers(const Call& call, ForwardReport& report)
       known_(static_cast<std::size_t>(call.batch.rows)),
       done_(known_.size()),
       mechanisms_(known_.size(), Mechanism::kDense),
-      evicted_(known_.size(), MissReason::kNew) {
+      evicted_(known_.size(), MissReason::kNew),
+      stored_(known_.size(), MissReason::kNew) {
   report_.sequences = count_tokens(call.batch.full_plan(call.wrapped.layers()));
   for (std::size_t row = 0; row < report_.sequences.size(); ++row) {
     report_.sequences[row].number = call.first_number + row;
@@ -148,8 +149,12 @@ void Answers::put(std::vector<std::int64_t> rows, PassResult pass) {
 MissReason Answers::reason_for(const SequenceReport& sequence, std::size_t row) const noexcept {
   if (!fallbacks_.empty()) return MissReason::kFallback;
   if (sequence.audited) return MissReason::kAudit;
+  const MissReason stored = stored_[row];
+  // A store may have what the memory has lost: that it gave no answer says more.
+  if (stored == MissReason::kStoreTimeout || stored == MissReason::kStoreFailed) return stored;
   if (evicted_[row] != MissReason::kNew) return evicted_[row];
-  return sequence.miss == MissReason::kNew ? expected_miss_ : sequence.miss;
+  if (sequence.miss != MissReason::kNew) return sequence.miss;
+  return stored == MissReason::kNew ? expected_miss_ : stored;
 }
 
 bool Answers::cuts() const { return !passes_.empty() && passes_.front().result.cut; }

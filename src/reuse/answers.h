@@ -61,6 +61,9 @@ class Answers {
   /// The whole output of the row was known once, and went for that reason.
   void was_evicted(std::int64_t row, MissReason because) noexcept { evicted_[static_cast<std::size_t>(row)] = because; }
 
+  /// What a store was asked of the row did not come from it, for that reason.
+  void not_stored(std::int64_t row, MissReason because) noexcept { stored_[static_cast<std::size_t>(row)] = because; }
+
   /// The row's whole output is known: one tensor a leaf, batch dimension 1. `sizes`: see PassResult; empty if the model
   /// would be given just what it was given then.
   /// `owner`: kept for as long as this reads the tensors.
@@ -119,6 +122,7 @@ class Answers {
   std::vector<char> done_;             ///< by row: it is known, or in a pass
   std::vector<Mechanism> mechanisms_;  ///< by row, of those
   std::vector<MissReason> evicted_;    ///< by row; kNew: it was not
+  std::vector<MissReason> stored_;     ///< by row: why nothing came from a store; kNew: none was asked, or it did
   MissReason expected_miss_ = MissReason::kNew;
   std::vector<SizeCode> sizes_;
   std::int64_t padding_skipped_ = 0;

@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "encoder_decoder_support.h"
 #include "memory_store.h"
 #include "reuse/tiers/fetch_speed.h"
 #include "store/snapshot_entries.h"
@@ -146,6 +147,48 @@ TEST(Tiers, TheDirectoryInFrontTakesWhatTheOneBehindHad) {
   both->flush();
   EXPECT_EQ(front->stats()[0].entries, 4U);
   EXPECT_EQ(second.stats().store.tiers.size(), 2U);
+}
+
+TEST(Tiers, WhatFollowsFromASourceIsComputedByOneProcessAlone) {
+  Subject& model = subject("seq2seq-bart");
+  const ModelProfile& profile = model.cache.profile();
+  const auto store = std::make_shared<MemoryStore>();
+  Options options = above(store);
+  options.prefix.capacity_share = Options{}.prefix.capacity_share;
+  LayerCache<Module> first = model.cache.with_options(options);
+  LayerCache<Module> second = model.cache.with_options(options);
+  const Ids source = {20, 21, 22, 23, 24};
+  const Request request = request_of(profile, {{source, {30, 31}}, {source, {32, 33}}});
+  first.forward(request.inputs);
+  EXPECT_EQ(reused_of_source(first), (Ids{0, 5}));
+  wait_for_store(first);
+  const auto of_sources = [](const auto& all) {
+    return std::ranges::count_if(all, [](const auto& one) { return one.first.find(":s:") != std::string::npos; });
+  };
+  EXPECT_EQ(of_sources(store->values()), 1);
+  const Request other = request_of(profile, {{source, {40, 41}}, {{25, 26}, {42, 43}}});
+  const auto got = second.forward(other.inputs);
+  EXPECT_TRUE(close_on_real(got, run_plain(model.plain, other.inputs), other, tolerance_of(model.info)));
+  EXPECT_EQ(reused_of_source(second), (Ids{5, 0}));
+  EXPECT_EQ(second.last_report().fallback, "");
+  wait_for_store(second);
+  EXPECT_EQ(of_sources(store->values()), 2);
+  EXPECT_EQ(second.stats().store.damaged, 0U);
+  // Of damaged values nothing is taken.
+  auto values = store->values();
+  for (auto& [key, value] : values) value[value.size() / 2] = static_cast<char>(value[value.size() / 2] ^ 1);
+  store->set(values);
+  LayerCache<Module> third = model.cache.with_options(options);
+  const auto again = third.forward(other.inputs);
+  EXPECT_TRUE(close_on_real(again, run_plain(model.plain, other.inputs), other, tolerance_of(model.info)));
+  EXPECT_EQ(reused_of_source(third), (Ids{0, 0}));
+  EXPECT_GE(third.stats().store.damaged, 2U);
+  // Of another tenant neither.
+  store->set({});
+  first.forward(request.inputs, {.tenant = "acme"});
+  wait_for_store(first);
+  third.forward(request.inputs);
+  EXPECT_EQ(reused_of_source(third), (Ids{0, 5}));
 }
 
 TEST(Tiers, OutputsOfOneFidelityDoNotStandForThoseOfAnother) {
@@ -508,6 +551,90 @@ TEST_F(FailingTiers, WhatIsSlowerThanComputingIsNotAskedFor) {
   cache.prefetch(request(7).inputs);
   wait_for_store(cache);
   EXPECT_EQ(cache.stats().store.hits, 4U);
+}
+
+// --- what is told of it -----------------------------------------------------------------------------------
+
+class ToldOfTiers : public FailingTiers {
+ protected:
+  /// Why the tokens of the latest call were computed; each has one reason.
+  static MissReason told(const LayerCache<Module>& cache) {
+    const TokenBalance balance = cache.stats().balance;
+    EXPECT_EQ(balance.requested, balance.reused() + balance.computed());
+    return cache.last_report().sequences.at(0).miss;
+  }
+  static std::uint64_t because(const LayerCache<Module>& cache, MissReason reason) {
+    return cache.stats().balance.computed_because.at(static_cast<std::size_t>(reason));
+  }
+};
+
+TEST_F(ToldOfTiers, AStoreThatHadNothingOrGaveNoAnswerIsTheReason) {
+  const std::vector<std::pair<StoreOutcome, MissReason>> cases = {{StoreOutcome::kDone, MissReason::kStoreMiss},
+                                                                  {StoreOutcome::kTimeout, MissReason::kStoreTimeout},
+                                                                  {StoreOutcome::kFailed, MissReason::kStoreFailed},
+                                                                  {StoreOutcome::kRefused, MissReason::kStoreFailed}};
+  for (const auto& [outcome, reason] : cases) {
+    store->outcome = outcome;
+    Options options = above(store);
+    options.store.deadline_ms = outcome == StoreOutcome::kTimeout ? 5 : 5'000;
+    LayerCache<Module> cache = cache_of(kCausalModel, options);
+    cache.forward(request(8).inputs);
+    EXPECT_EQ(told(cache), reason) << to_string(reason);
+    EXPECT_EQ(because(cache, reason), 16U) << to_string(reason);
+    EXPECT_THAT(cache.last_report().to_string(), ::testing::HasSubstr(std::string("not reused: ") + to_string(reason)));
+    EXPECT_THAT(cache.stats().to_string(), ::testing::HasSubstr(to_string(reason)));
+    // What the memory has is not asked for: what is new behind it then was asked of nobody.
+    cache.forward(request(8).inputs);
+    EXPECT_EQ(because(cache, reason), 16U);
+  }
+}
+
+TEST_F(ToldOfTiers, WhatFillsNoBlockBehindWhatCameIsNew) {
+  LayerCache<Module> cache = cache_of(kCausalModel, above(store));
+  Request longer = right_padded(info, {18}, 7);
+  longer.ids().narrow(1, 0, 16).copy_(request().ids());
+  cache.forward(longer.inputs);
+  EXPECT_EQ(cache.last_report().sequences[0].reused_tokens, 16);
+  EXPECT_EQ(told(cache), MissReason::kNew);
+  EXPECT_EQ(because(cache, MissReason::kNew), 2U);
+}
+
+TEST_F(ToldOfTiers, RowsBehindOneThatTheStoreFailedForAreToldSoToo) {
+  store->outcome = StoreOutcome::kFailed;
+  LayerCache<Module> cache = cache_of(kCausalModel, above(store));
+  cache.forward(right_padded(info, {16, 16, 2}, 3).inputs);
+  EXPECT_EQ(because(cache, MissReason::kStoreFailed), 34U);
+}
+
+TEST_F(ToldOfTiers, FetchingThatWouldTakeLongerThanComputingIsTheReason) {
+  Options options = above(store);
+  options.store.only_if_faster = true;
+  LayerCache<Module> cache = cache_of(kCausalModel, options);
+  store->delay_ms = 500;
+  cache.forward(request(8).inputs);
+  store->delay_ms = 0;
+  cache.forward(request(7).inputs);
+  EXPECT_EQ(told(cache), MissReason::kStoreNotWorth);
+  EXPECT_EQ(because(cache, MissReason::kStoreNotWorth), 16U);
+}
+
+TEST_F(ToldOfTiers, WhatTheMemoryLostIsEvictedUnlessTheStoreGaveNoAnswer) {
+  for (const bool fails : {false, true}) {
+    store->set({});
+    store->outcome = StoreOutcome::kDone;
+    Options options = above(store);
+    options.capacity_bytes = std::size_t{40} << 10;
+    options.store.max_pending_write_bytes = 1;  // nothing is written
+    LayerCache<Module> cache = cache_of(kCausalModel, options);
+    for (const std::uint64_t seed : {1, 2, 3, 4, 5, 6, 8, 9, 10, 11}) cache.forward(request(seed).inputs);
+    ASSERT_GT(cache.stats().evictions, 0U);
+    if (fails) store->outcome = StoreOutcome::kFailed;
+    const auto before = because(cache, MissReason::kEvicted);
+    cache.forward(request(1).inputs);
+    EXPECT_EQ(because(cache, MissReason::kEvicted) > before, !fails);
+    EXPECT_EQ(because(cache, MissReason::kStoreFailed) > 0, fails);
+    EXPECT_EQ(told(cache), fails ? MissReason::kStoreFailed : MissReason::kStoreMiss);
+  }
 }
 
 TEST(FetchSpeed, TriesNowAndThenWhatDidNotPay) {

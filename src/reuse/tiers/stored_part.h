@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "llmcache/report.h"
 #include "reuse/call.h"
 #include "store/tier_value.h"
 
@@ -49,6 +50,10 @@ class StoredPart {
                                                         TierKeys& keys) const = 0;
   /// Tokens from the row's first on that the bank knows.
   [[nodiscard]] virtual std::int64_t known(const StoredRow& row) const = 0;
+  /// Tokens of the row that it knew before a call.
+  [[nodiscard]] virtual std::int64_t known_before(const SequenceReport& made) const { return made.reused_tokens; }
+  /// True: of a row that is known whole nothing else is needed.
+  [[nodiscard]] virtual bool answers_rows() const { return true; }
   /// About what a value of so many tokens takes.
   [[nodiscard]] virtual std::size_t bytes(std::int64_t tokens) const = 0;
   /// Makes an entry known, for which others may be evicted. Throws DamagedData unless it is that of the piece.

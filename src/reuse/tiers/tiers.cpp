@@ -80,7 +80,7 @@ TierKeys Tiers::keys_of(const StoredPart& part, const std::string& tenant, std::
           secret == options_.tenant_secrets.end() ? std::string_view() : std::string_view(secret->second)};
 }
 
-void Tiers::look_up(const Call& call, ForwardReport& report) {
+void Tiers::look_up(const Call& call, Answers& answers) {
   Stopwatch clock;
   LookUp look;
   look.epoch = call.dropped;
@@ -89,8 +89,9 @@ void Tiers::look_up(const Call& call, ForwardReport& report) {
   } catch (const std::exception&) {  // no memory: the request goes on without
     ++look.counts.failures;
   }
+  for (const auto& [row, reason] : look.missed) answers.not_stored(row, reason);
   look.counts.wait_ms = clock.lap();
-  report.lookup_ms += look.counts.wait_ms;
+  answers.report().lookup_ms += look.counts.wait_ms;
   add(look.counts);
 }
 
@@ -116,10 +117,15 @@ void Tiers::look_up_all(LookUp& look, const std::vector<std::vector<StoredRow>>&
   std::set<std::int64_t> answered;  // rows whose whole output is there
   for (std::size_t p = 0; p < rows.size(); ++p) {
     for (const StoredRow& row : rows[p]) {
-      if (look.over || answered.contains(row.row)) continue;
+      if (answered.contains(row.row)) continue;
       bool whole = false;
-      look_up(look, *parts_[p], row, whole);
+      if (!look.over) {
+        look.last = MissReason::kNew;
+        look_up(look, *parts_[p], row, whole);
+      }
+      if (!parts_[p]->answers_rows()) continue;
       if (whole) answered.insert(row.row);
+      if (!whole && look.last != MissReason::kNew) look.missed[row.row] = look.last;
     }
   }
 }
@@ -143,6 +149,7 @@ void Tiers::look_up(LookUp& look, const StoredPart& part, const StoredRow& row, 
     const std::int64_t tokens = group.back().end - std::max(known, group[0].begin);
     if (look.waits && options_.only_if_faster && !speed_.worth(count * bytes, tokens)) {
       ++look.counts.not_worth;
+      look.last = MissReason::kStoreNotWorth;
       return;
     }
     if (!fetch(look, part, row, group)) return;
@@ -167,9 +174,14 @@ bool Tiers::fetch(LookUp& look, const StoredPart& part, const StoredRow& row, co
   look.counts.timeouts += found.outcome == StoreOutcome::kTimeout ? 1 : 0;
   look.counts.failures += found.outcome == StoreOutcome::kFailed || found.outcome == StoreOutcome::kRefused ? 1 : 0;
   look.over = found.outcome != StoreOutcome::kDone;
+  if (look.over) {
+    look.last = found.outcome == StoreOutcome::kTimeout ? MissReason::kStoreTimeout : MissReason::kStoreFailed;
+  }
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     if (i >= found.values.size() || !found.values[i]) {
-      if (!look.over) ++look.counts.misses;
+      if (look.over) return false;
+      ++look.counts.misses;
+      look.last = MissReason::kStoreMiss;
       return false;
     }
     if (!take(look, part, row, pieces[i], *found.values[i])) return false;
@@ -184,10 +196,12 @@ bool Tiers::take(LookUp& look, const StoredPart& part, const StoredRow& row, con
     const std::string_view entry = entry_of_tier_value(value, part.domain(), piece.key);
     if (!cache_.publish(look.epoch, [&] { outcome = part.take(row, piece, entry); })) {
       look.over = true;
+      look.last = MissReason::kNew;
       return false;
     }
   } catch (const DamagedData&) {
     ++look.counts.damaged;
+    look.last = MissReason::kStoreMiss;
     const auto forget = [this, key = piece.key] {
       static_cast<void>(options_.store->erase({&key, 1}, store_deadline(options_.write_deadline_ms)));
     };
@@ -210,14 +224,16 @@ void Tiers::keep(const Call& call, const ForwardReport& report) {
   double ms = report.embed_ms + report.head_ms;
   for (const double layer : report.layer_ms) ms += layer;
   std::int64_t computed = 0;
-  for (const SequenceReport& row : report.sequences) computed += row.tokens - row.reused_tokens - row.shared_tokens;
+  for (const SequenceReport& row : report.sequences) {
+    computed += row.tokens - row.reused_tokens - row.shared_tokens + row.source_tokens - row.source_reused;
+  }
   speed_.computed(computed, ms);
   try {
     const auto rows = rows_of(call);
     for (std::size_t p = 0; p < rows.size(); ++p) {
       for (const StoredRow& row : rows[p]) {
         const SequenceReport& made = report.sequences[static_cast<std::size_t>(row.row)];
-        if (made.source != Source::kIdentical) keep(*parts_[p], row, made.reused_tokens, call.dropped);
+        if (made.source != Source::kIdentical) keep(*parts_[p], row, parts_[p]->known_before(made), call.dropped);
       }
     }
   } catch (const std::exception&) {  // no memory: the answer is there all the same

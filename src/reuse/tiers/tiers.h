@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -11,6 +12,7 @@
 
 #include "llmcache/report.h"
 #include "llmcache/store/store_options.h"
+#include "reuse/answers.h"
 #include "reuse/call.h"
 #include "reuse/tiers/fetch_speed.h"
 #include "reuse/tiers/stored_part.h"
@@ -41,7 +43,7 @@ class Tiers {
   /// False: there is no store, or nothing that one could keep. Nothing else need be called then.
   [[nodiscard]] bool on() const noexcept { return options_.store != nullptr && !parts_.empty(); }
   /// Fetches what the banks lack of the rows of a call, as far as that is faster than computing it.
-  void look_up(const Call& call, ForwardReport& report);
+  void look_up(const Call& call, Answers& answers);
   /// The same behind the caller, whatever it takes: the request waits for something else.
   void prefetch(const Call& call);
   /// What the call left in the banks is to be written. It has been committed.
@@ -57,9 +59,11 @@ class Tiers {
   /// How far the rows of one call have come.
   struct LookUp {
     std::uint64_t epoch = 0;
-    bool waits = true;  ///< a request waits for it, so that it must be faster than computing
-    bool over = false;  ///< the store failed, or the cache was cleared: nothing more is asked for
-    StoreStats counts;  ///< what it adds
+    bool waits = true;                   ///< a request waits for it, so that it must be faster than computing
+    bool over = false;                   ///< the store failed, or the cache was cleared: nothing more is asked for
+    StoreStats counts;                   ///< what it adds
+    MissReason last = MissReason::kNew;  ///< why the latest of what was asked for did not come; kNew: it did
+    std::map<std::int64_t, MissReason> missed = {};  ///< the same by row, of those that something answers whole
   };
 
   void look_up(LookUp& look, const StoredPart& part, const StoredRow& row, bool& answered);
