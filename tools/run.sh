@@ -24,7 +24,7 @@ Environment:
                        ../shared/data beside the repository, if there; for workloads without any, the benchmark uses
                        the sample in data/sample)
   LLMCACHE_PIP_ARGS    further arguments for pip install, such as an index with CPU builds of torch
-  LLMCACHE_JOBS        compile jobs at once (default: one for each core and 2 GiB of free memory)
+  LLMCACHE_JOBS        jobs at once: compilers, tests, small models exported (default: one for each core and 2 GiB of free memory)
   LLMCACHE_BUILD_TYPE  CMake build type (default: Release)
   LLMCACHE_CMAKE_ARGS  further arguments for cmake
   LLMCACHE_SKIP_SANITIZERS  1: test without AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and libFuzzer
@@ -46,6 +46,7 @@ BUILD="${LLMCACHE_BUILD_DIR:-$ROOT/build}"
 BUILD="$(realpath -m -- "$BUILD")"
 readonly BUILD
 readonly MODELS="$BUILD/models" RAW="$BUILD/raw" DATA="$BUILD/data" BIN="$BUILD/bin" CMAKE_DIR="$BUILD/cmake"
+readonly TESTS_DIR="$BUILD/tests"
 readonly VENV="$BUILD/venv"
 readonly VENV_PYTHON="$VENV/bin/python"
 readonly PEERS_VENV="$BUILD/peers-venv"
@@ -141,6 +142,10 @@ export_models() {  # names or groups
   "$VENV_PYTHON" "$ROOT/tools/models/export_models.py" --out "$MODELS" --only "$@"
 }
 
+export_small_models() {  # names or groups: several at once
+  export_models "$@" --jobs "$(jobs_at_once)"
+}
+
 # Fails with HUB_UNREACHABLE, and nothing else to say, where there is no hub.
 download_data() {  # arguments for download_data.py
   step "download" "see the message above; a next call goes on with what is missing"
@@ -162,7 +167,7 @@ fit_probes() {  # arguments for fit_probe.py
   "$VENV_PYTHON" "$ROOT/tools/models/fit_probe.py" --models "$MODELS" --data "$DATA" "$@"
 }
 
-compile_jobs() {
+jobs_at_once() {
   local cores free_gib
   cores="$(nproc)"
   free_gib="$(awk '/^MemAvailable:/ {print int($2 / 1048576)}' /proc/meminfo)"
@@ -188,21 +193,22 @@ configure() {  # preset, folder, arguments for cmake
   cmake -S "$ROOT" --preset "$preset" -B "$folder" "${arguments[@]}" ${LLMCACHE_CMAKE_ARGS:-}
 }
 
+# What another compiler than Debian's warns of stops nobody who only wants to measure.
 configure_release() {
   configure release "$CMAKE_DIR" -DCMAKE_BUILD_TYPE="${LLMCACHE_BUILD_TYPE:-Release}" \
-    -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$BIN"
+    -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$BIN" -DLLMCACHE_WERROR=OFF
 }
 
 build() {  # folder, target
   local count
-  count="$(compile_jobs)"
+  count="$(jobs_at_once)"
   step "build $2 in $1 ($count jobs)" "see the compiler's first error above; short of memory? set LLMCACHE_JOBS=1"
   cmake --build "$1" --target "$2" --parallel "$count"
 }
 
 run_tests() {  # arguments for ctest
   step "tests" "run one alone: tools/run.sh test -R NAME"
-  ctest --test-dir "$CMAKE_DIR" --parallel "$(compile_jobs)" --output-on-failure "$@"
+  ctest --test-dir "$TESTS_DIR" --parallel "$(jobs_at_once)" --output-on-failure "$@"
 }
 
 # Each sanitizer has a build of its own, of the library and its tests, below $BUILD. What is built how, which tests are
@@ -216,7 +222,7 @@ run_sanitizer() {  # preset, target
     plain_addresses=(setarch --addr-no-randomize)
   fi
   step "tests with $preset" "the report above says where; LLMCACHE_SKIP_SANITIZERS=1 leaves the sanitizers out"
-  (cd "$ROOT" && "${plain_addresses[@]}" ctest --preset "$preset" --parallel "$(compile_jobs)" --test-dir "$folder")
+  (cd "$ROOT" && "${plain_addresses[@]}" ctest --preset "$preset" --parallel "$(jobs_at_once)" --test-dir "$folder")
 }
 
 run_benchmark() {  # arguments for llmcache-bench
@@ -253,12 +259,13 @@ setup() {  # further Debian packages
 
 main_test() {
   setup "${TEST_PACKAGES[@]}"
-  export_models tiny zoo minilm
-  export_models exported --format pt2
+  export_small_models tiny zoo minilm
+  export_small_models exported --format pt2
   prepare_data --only sample
-  configure_release
-  build "$CMAKE_DIR" all
-  export LLMCACHE_MODELS_DIR="$MODELS" LLMCACHE_DATA_DIR="$DATA" LLMCACHE_BIN_DIR="$BIN" LLMCACHE_PYTHON="$VENV_PYTHON"
+  configure tests "$TESTS_DIR" ${LLMCACHE_BUILD_TYPE:+-DCMAKE_BUILD_TYPE="$LLMCACHE_BUILD_TYPE"}
+  build "$TESTS_DIR" all
+  export LLMCACHE_MODELS_DIR="$MODELS" LLMCACHE_DATA_DIR="$DATA" LLMCACHE_BIN_DIR="$TESTS_DIR/bin" \
+    LLMCACHE_PYTHON="$VENV_PYTHON"
   run_tests "$@"
   if (($# > 0)); then
     return  # only some tests were asked for

@@ -6,6 +6,7 @@ like these. Encoder-decoders take the ids of the target, and perhaps their mask,
 DIR/NAME.json describes it: "inputs" has their names, "output" what is returned. The sidecar is written last, and a
 model counts as present only while size and SHA-256 in it match the file.
 With --format pt2 the same is written as DIR/NAME.pt2, by torch.export, and DIR/NAME.pt2.json.
+With --jobs N, N processes share the models; each takes about 1 GB for small ones.
 The models' tokenizers go to DIR/tokenizers (tokenizer_files.py).
 """
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,6 +280,7 @@ class Run:
     folder: Path
     force: bool
     file_format: str = "pt"
+    jobs: int = 1
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -310,15 +314,36 @@ class Run:
         if self.force or not tokenizer_files.present(self.folder / "tokenizers" / name):
             self.attempt(f"tokenizer {name}", lambda: tokenizer_files.write(self.folder, name))
 
+    def side_by_side(self, specs: list[ModelSpec]) -> None:
+        """Each process begins afresh, as torch must not be forked, and takes the next model when it is done with one."""
+        alone = Run(self.folder, self.force, self.file_format)
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), quiet_libraries) as processes:
+            for run in processes.map(alone.with_model, [spec.name for spec in specs]):
+                self.failed += run.failed
+                self.left_out += run.left_out
+
+    def with_model(self, name: str) -> Run:
+        """What became of this model alone."""
+        import torch
+
+        torch.set_num_threads(1)
+        run = Run(self.folder, self.force, self.file_format)
+        run.model(MODELS[name])
+        return run
+
     def all(self, specs: list[ModelSpec]) -> int:
         with folder_lock(self.folder):
-            for spec in specs:
-                self.model(spec)
+            if self.jobs > 1:
+                self.side_by_side(specs)
+            else:
+                for spec in specs:
+                    self.model(spec)
             made = len(specs) - len(self.failed) - len(self.left_out)
             for name in dict.fromkeys(spec.tokenizer for spec in specs):
                 self.tokenizer(name)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"{made} of {len(specs)} models in {self.folder} (peak memory {peak:.1f} GB)")
+        processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        peak = max(resource.getrusage(who).ru_maxrss for who in processes) / 1e6
+        print(f"{made} of {len(specs)} models in {self.folder} (peak memory of a process {peak:.1f} GB)")
         if self.failed:
             print(f"failed: {', '.join(self.failed)}; see the messages above", file=sys.stderr)
         return 1 if self.failed else 0
@@ -339,6 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--format", choices=("pt", "pt2"), default="pt", help="TorchScript (pt), or a program of torch.export (pt2)"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--force", action="store_true", help="export again what is already there")
     options = parser.parse_args(arguments)
@@ -353,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is None:
         parser.error("--out DIR is missing")
     quiet_libraries()
-    return Run(options.out, options.force, options.format).all(specs)
+    return Run(options.out, options.force, options.format, options.jobs).all(specs)
 
 
 if __name__ == "__main__":
