@@ -13,6 +13,12 @@
 
 namespace llmcache {
 
+/// Which layers do the same, with other weights.
+struct LayerKinds {
+  std::vector<std::int64_t> distinct;  ///< the first layer of each kind, and the last layer, ascending
+  std::vector<std::size_t> like;       ///< by layer: which of `distinct` it is like
+};
+
 /// Filled as the graph is run; or known, from a file: then nothing is run to wrap the model. The numbers of a value are
 /// those of ts::numbers_of() (model/torchscript_labels.cpp).
 struct GraphFindings {
@@ -30,9 +36,7 @@ struct GraphFindings {
   std::vector<bool> answers;                   ///< that ask() gave, in order
   std::size_t asked = 0;                       ///< how many of them, where they are known
 
-  /// One layer of each kind and the last, where layers hand on nothing but the hidden state; empty: not known. Not
-  /// saved.
-  Numbers distinct_layers;
+  LayerKinds layers;  ///< where layers hand on nothing but the hidden state; empty: not known. Not saved
 
   /// What `find` says, where an exception is a no; or what it said when the model was probed. Throws DamagedData if
   /// that is not known.

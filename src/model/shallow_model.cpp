@@ -72,18 +72,18 @@ class ShallowTokens final : public TokenLevelModel {
 
 }  // namespace
 
-std::shared_ptr<Model> ShallowModel::of(const std::shared_ptr<Model>& model) {
+std::shared_ptr<ShallowModel> ShallowModel::of(const std::shared_ptr<Model>& model) {
   const GraphFindings* findings = model->findings();
   const TokenLevelModel* token_level = model->token_level();
   if (findings == nullptr || token_level == nullptr || !token_level->head_tokenwise()) return nullptr;
-  const Layers& distinct = findings->distinct_layers;
+  const Layers& distinct = findings->layers.distinct;
   if (distinct.empty() || static_cast<std::int64_t>(distinct.size()) == model->layers()) return nullptr;
-  return std::make_shared<ShallowModel>(model, distinct);
+  return std::make_shared<ShallowModel>(model, findings->layers);
 }
 
-ShallowModel::ShallowModel(std::shared_ptr<Model> model, Layers layers)
+ShallowModel::ShallowModel(std::shared_ptr<Model> model, LayerKinds layers)
     : model_(std::move(model)),
-      layers_(std::move(layers)),
-      token_level_(std::make_unique<ShallowTokens>(*model_->token_level(), layers_)) {}
+      kinds_(std::move(layers)),
+      token_level_(std::make_unique<ShallowTokens>(*model_->token_level(), kinds_.distinct)) {}
 
 }  // namespace llmcache

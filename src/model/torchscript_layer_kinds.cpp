@@ -75,7 +75,7 @@ class Numbering {
 
 }  // namespace
 
-std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops) {
+LayerKinds layer_kinds(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops) {
   const auto layers = static_cast<std::size_t>(analysis.flat.layers);
   std::vector<std::string> kinds;
   Numbering numbering(analysis);
@@ -85,11 +85,13 @@ std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::v
         fmt::format(" {} {} {}", attention_op.kind, attention_op.query_inputs, attention_op.key_inputs);
   }
   std::map<std::string, std::size_t> first;
-  std::vector<std::int64_t> distinct;
+  LayerKinds found;
   for (std::size_t l = 0; l < layers; ++l) {
-    if (first.emplace(kinds[l], l).second || l + 1 == layers) distinct.push_back(static_cast<std::int64_t>(l));
+    const auto [known, fresh] = first.emplace(kinds[l], found.distinct.size());
+    found.like.push_back(l + 1 == layers && !fresh ? found.distinct.size() : known->second);
+    if (fresh || l + 1 == layers) found.distinct.push_back(static_cast<std::int64_t>(l));
   }
-  return distinct;
+  return found;
 }
 
 }  // namespace llmcache::ts

@@ -9,9 +9,9 @@
 
 namespace llmcache::ts {
 
-/// The first layer of each kind, and the last layer, ascending. Layers of a kind have the same operators in the same
-/// order, with the same constants and weights of the same shapes, on the same values from before the layers, and
-/// attention operators alike. For layers that hand on the hidden state alone.
-std::vector<std::int64_t> distinct_layers(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops);
+/// Layers of a kind have the same operators in the same order, with the same constants and weights of the same shapes,
+/// on the same values from before the layers, and attention operators alike. For layers that hand on the hidden state
+/// alone.
+LayerKinds layer_kinds(const Analysis& analysis, const std::vector<AttentionOp>& attention_ops);
 
 }  // namespace llmcache::ts

@@ -117,7 +117,7 @@ class TorchScriptModel final : public Model {
     if (!analysis_->source_part.values.empty()) source_ = std::make_unique<SourceSubgraph>(analysis_, program_);
     token_level_ = make_token_level(analysis_, program_, attention_ops_, notes_);
     if (token_level_ != nullptr && token_level_->self_contained() && head_takes_one_state()) {
-      analysis_->findings->distinct_layers = distinct_layers(*analysis_, attention_ops_);
+      analysis_->findings->layers = layer_kinds(*analysis_, attention_ops_);
     }
   }
 

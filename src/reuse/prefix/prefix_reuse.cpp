@@ -151,13 +151,15 @@ PrefixReuse::PrefixReuse(const WrappedModel& wrapped, const Verification& verifi
       bank_({capacity_bytes, options.eviction, ids_per_token(wrapped.inputs), key_specs(), total}) {}
 
 std::vector<KeySpec> PrefixReuse::key_specs() {
-  // One tiny sequence shows what there is to keep.
+  // One tiny sequence shows what there is to keep, through layers of each kind.
   const auto layers = static_cast<std::int32_t>(model_.layers());
+  const auto shallow = ShallowModel::of(wrapped_.model);
+  const Model& few = shallow == nullptr ? model_ : *shallow;
   const auto probe = probe_inputs(wrapped_.inputs, model_.device(), 1, 2);
   Donors captured;
   ForwardReport report;
-  const Plan whole{1, 2, layers, {compute_all(0, 0, 2, layers)}};
-  execute_packed(model_, probe, whole, {}, &captured, report);
+  const auto depth = static_cast<std::int32_t>(few.layers());
+  execute_packed(few, probe, {1, 2, depth, {compute_all(0, 0, 2, depth)}}, {}, &captured, report);
   std::vector<KeySpec> specs;
   const auto add = [&](const at::Tensor& tensor, std::int64_t dim) {
     specs.push_back({tensor.sizes().vec(), dim, tensor.options()});
@@ -169,7 +171,8 @@ std::vector<KeySpec> PrefixReuse::key_specs() {
     for (std::int64_t s = 0; s < model_.token_level()->attention_ops(l); ++s) {
       attention_ops.push_back(kept ? static_cast<int>(specs.size()) : -1);
       if (!kept) continue;
-      const auto& keys = captured[0]->keys[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)];
+      const auto run = static_cast<std::size_t>(shallow == nullptr ? l : shallow->like(l));
+      const auto& keys = captured[0]->keys[run][static_cast<std::size_t>(s)];
       for (std::size_t i = 0; i < keys.size(); ++i) add(keys[i], model_.token_level()->key_dims(l, s)[i]);
     }
   }
