@@ -102,7 +102,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
   const Model& model = *impl_->wrapped.model;
   const ModelProfile& profile = impl_->wrapped.profile;
   model.check_unchanged();
-  const Batch batch = check_batch(inputs, impl_->wrapped.inputs, profile, model.device());
+  const Batch batch = check_batch(inputs, impl_->wrapped);
   check_plan(plan, batch, model, profile, donors);
   ForwardReport report;
   thread_reports().prepare(impl_->identity);
@@ -113,8 +113,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
 }
 
 Plan LayerCacheBase::full_plan(const Inputs& inputs) const {
-  const Batch batch =
-      check_batch(inputs, impl_->wrapped.inputs, impl_->wrapped.profile, impl_->wrapped.model->device());
+  const Batch batch = check_batch(inputs, impl_->wrapped);
   if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
   return batch.full_plan(static_cast<std::int32_t>(impl_->wrapped.model->layers()));
 }
@@ -128,7 +127,7 @@ std::vector<std::vector<float>> LayerCacheBase::pooled_state(const Inputs& input
                 fmt::format("pooled_state: layer {}; 0 to {} is expected", layer, model.layers()));
   }
   model.check_unchanged();
-  const Batch batch = check_batch(inputs, impl_->wrapped.inputs, profile, model.device());
+  const Batch batch = check_batch(inputs, impl_->wrapped);
   check_packable(batch, model, profile);
   return run_model([&] { return pooled_states(model, batch, static_cast<std::int32_t>(layer)); });
 }

@@ -161,7 +161,8 @@ std::uint64_t LayerCacheBase::Impl::check_weights() {
 
 bool LayerCacheBase::Impl::can_pack(const Batch& batch) const {
   return batch.contiguous && batch.tokens > 0 && wrapped.profile.granularity != Granularity::kWholeLayers &&
-         (batch.right_padded || wrapped.profile.left_padding) && !verification.closed(Mechanism::kPacked);
+         (batch.right_padded || wrapped.profile.left_padding) && batch.reads_real_tokens() &&
+         !verification.closed(Mechanism::kPacked);
 }
 
 /// Why the request is for the plain model alone; empty: it is not.
@@ -189,7 +190,7 @@ c10::IValue LayerCacheBase::Impl::forward(const Inputs& inputs, const RequestOpt
   const RunningCalls::Entry running(running_, request.tenant);
   const std::uint64_t epoch = check_weights();
   wrapped.streams->enter(wrapped.model->device());
-  Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
+  Call call{wrapped, check_batch(inputs, wrapped), request, fidelity};
   call.epoch = epoch;
   call.dropped = dropped();
   call.running = &running;
@@ -227,7 +228,7 @@ void LayerCacheBase::Impl::prefetch(const Inputs& inputs, const RequestOptions& 
   const Fidelity fidelity = request.fidelity.value_or(options.fidelity);
   check_request(request, fidelity);
   const std::uint64_t epoch = check_weights();
-  Call call{wrapped, check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device()), request, fidelity};
+  Call call{wrapped, check_batch(inputs, wrapped), request, fidelity};
   call.epoch = epoch;
   call.dropped = dropped();
   call.packable = can_pack(call.batch);
@@ -398,7 +399,7 @@ PrefixReuse& LayerCacheBase::Impl::prefixes() const {
 }
 
 PinLease LayerCacheBase::Impl::pin(const Inputs& inputs, const std::string& tenant, double seconds) {
-  const Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device());
+  const Batch batch = check_batch(inputs, wrapped);
   check_packable(batch, *wrapped.model, wrapped.profile);
   return prefixes().pin(batch, tenant, seconds);
 }

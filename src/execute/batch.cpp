@@ -10,6 +10,7 @@
 #include "bank/tenant_key.h"
 #include "llmcache/error.h"
 #include "model/index_tensor.h"
+#include "model/wrapped_model.h"
 
 namespace llmcache {
 namespace {
@@ -296,6 +297,33 @@ Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfil
   }
 }
 
+Batch check_batch(const Inputs& inputs, const WrappedModel& wrapped) {
+  Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, wrapped.model->device());
+  try {
+    const at::Tensor positions = wrapped.model->read_positions(batch.inputs);
+    if (!positions.defined()) return batch;
+    const std::int64_t* first = positions.const_data_ptr<std::int64_t>();
+    batch.read_at.assign(first, first + positions.numel());
+  } catch (const std::exception&) {
+    batch.read_at.assign(static_cast<std::size_t>(batch.rows), -1);  // the model raises it too, for its caller
+  }
+  return batch;
+}
+
+bool Batch::reads_real_token(std::int64_t row) const {
+  if (read_at.empty()) return true;
+  const RowSpan& span = spans[static_cast<std::size_t>(row)];
+  const std::int64_t position = read_at[static_cast<std::size_t>(row)];
+  return position >= span.first && position < span.first + span.tokens;
+}
+
+bool Batch::reads_real_tokens() const {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (spans[static_cast<std::size_t>(row)].tokens > 0 && !reads_real_token(row)) return false;
+  }
+  return true;
+}
+
 Plan Batch::full_plan(std::int32_t layers) const {
   Plan plan{rows, padded_length, layers, {}};
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -351,6 +379,7 @@ Batch Batch::select(const std::vector<std::int64_t>& chosen) const {
   }
   for (const std::int64_t row : chosen) {
     if (!source.tokens.empty()) part.source.tokens.push_back(source.tokens[static_cast<std::size_t>(row)]);
+    if (!read_at.empty()) part.read_at.push_back(read_at[static_cast<std::size_t>(row)]);
   }
   part.largest_mark = largest_mark;
   return part;
@@ -404,6 +433,8 @@ std::string Batch::whole_key(std::int64_t row, const std::string& tenant, bool p
   append_tenant(key, tenant);
   append_number(key, first);
   append_number(key, count);
+  // What stands behind its tokens may decide where it is read.
+  if (!read_at.empty()) append_number(key, read_at[static_cast<std::size_t>(row)]);
   key += types;
   append_source(key, *this, row);
   // Padding in front is part of it: ids there may decide positions. Padding behind is not.

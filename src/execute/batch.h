@@ -53,12 +53,19 @@ struct Batch {
   std::int64_t tokens = 0;   ///< real tokens of all rows
   std::string plain_only;    ///< why only the plain model can be trusted with it; empty: nothing speaks against reuse
   BatchSource source;
+  /// By row: position of the token that its output is read at (Model::read_positions), -1: unknown. Empty: the output
+  /// is read in another way.
+  std::vector<std::int64_t> read_at;
   std::int64_t largest_mark = 0;  ///< largest magnitude in inputs that select from no embedding, the mask aside
 
   /// Every real token through every layer.
   [[nodiscard]] Plan full_plan(std::int32_t layers) const;
   /// What the model is run on: its inputs, and behind them what is known of the source.
   [[nodiscard]] Inputs model_inputs() const;
+  /// False if the output of the row is read at padding.
+  [[nodiscard]] bool reads_real_token(std::int64_t row) const;
+  /// The same of all rows that have a real token.
+  [[nodiscard]] bool reads_real_tokens() const;
   /// Bytes that its inputs take.
   [[nodiscard]] std::size_t input_bytes() const;
   /// The batch made of some of the rows, in that order.
@@ -68,7 +75,7 @@ struct Batch {
   /// Everything that decides what follows from a row's source alone.
   [[nodiscard]] std::string source_key(std::int64_t row, const std::string& tenant) const;
   /// Everything that decides the output of a row, byte by byte. `padding`: the padding behind its tokens is part of
-  /// that.
+  /// that, as it must be where the output is read there.
   [[nodiscard]] std::string whole_key(std::int64_t row, const std::string& tenant, bool padding) const;
 };
 
@@ -76,5 +83,9 @@ struct Batch {
 /// vocabulary, and for a row that is longer than the model has positions for. Fills all of it; values that no probe
 /// holds (a mask of other numbers than 0 and 1, ids outside the vocabulary at padding) make it `plain_only`.
 Batch check_batch(const Inputs& inputs, const InputSpec& spec, const ModelProfile& profile, at::Device device);
+
+struct WrappedModel;
+/// The same of a wrapped model's own, with `read_at`, which the other leaves empty.
+Batch check_batch(const Inputs& inputs, const WrappedModel& wrapped);
 
 }  // namespace llmcache

@@ -115,6 +115,7 @@ class PackedExecution {
         device_(model.device()),
         stopped_at_(plan.sequences.size(), plan.layers + 1) {
     hook_.begin(model_, plan_);
+    if (model_.head_chooses()) find_read_tokens();
     if (!capture) return;
     for (const SequencePlan& sequence : plan.sequences) {
       auto& state = captured_.emplace_back(std::make_shared<SequenceState>());
@@ -161,6 +162,21 @@ class PackedExecution {
     return std::exchange(started_ms_, 0.0);
   }
 
+  /// Of a head that reads one token a row: which.
+  void find_read_tokens() {
+    const at::Tensor positions = whole_.read_positions(inputs_);
+    for (const SequencePlan& sequence : plan_.sequences) {
+      const auto token = positions[sequence.row].item<std::int64_t>() - sequence.first;
+      TORCH_CHECK(token >= 0 && token < sequence.tokens, "the output of row ", sequence.row, " is read at its padding");
+      read_.push_back(token);
+    }
+  }
+
+  /// The tokens of sequence i, in one piece, that the head works on.
+  [[nodiscard]] Selection::Span head_span(std::size_t i) const {
+    return read_.empty() ? selection_.spans[i] : Selection::Span{read_[i], 1, 0};
+  }
+
   /// Positions of the tokens that run, and of those whose results are wanted.
   [[nodiscard]] std::vector<std::int64_t> needed_positions() const {
     std::vector<char> needed(static_cast<std::size_t>(plan_.padded_length), 0);
@@ -173,7 +189,7 @@ class PackedExecution {
       for (const TokenRange& range : sequence.ranges) {
         if (range.first_layer < range.last_layer) mark(range.begin, range.end);
       }
-      const auto& span = selection_.spans[i];
+      const auto span = head_span(i);
       mark(span.begin, span.begin + span.tokens);
     }
     std::vector<std::int64_t> positions;
@@ -185,7 +201,7 @@ class PackedExecution {
 
   /// Embeds all tokens, unless few are needed and nobody looks at the others: start() then embeds these.
   void prepare() {
-    if (!hook_.watches(0) && captured_.empty() && model_.head_tokenwise()) {
+    if (!hook_.watches(0) && captured_.empty() && (model_.head_tokenwise() || !read_.empty())) {
       const auto needed = needed_positions();
       if (!needed.empty() && 2 * static_cast<std::int64_t>(needed.size()) <= plan_.padded_length) {
         positions_ = index_tensor(needed, device_);
@@ -416,10 +432,11 @@ class PackedExecution {
       if (own > 0 && running(i)) hook_.finished(i, run_->hidden().narrow(1, offset, own));
       offset += own;
     }
+    if (!captured_.empty()) capture_final();
     ActiveSets wanted;
     for (std::size_t i = 0; i < plan_.sequences.size(); ++i) {
       auto& set = wanted.emplace_back();
-      const auto& span = selection_.spans[i];
+      const auto span = head_span(i);
       for (std::int64_t t = 0; running(i) && t < span.tokens; ++t) set.push_back(span.begin + t);
     }
     const auto layout = run_ && active_ == wanted ? layout_ : make_layout(plan_, wanted, device_);
@@ -427,7 +444,7 @@ class PackedExecution {
     if (!run_ || active_ != wanted) {
       std::vector<at::Tensor> pieces;
       for (const std::size_t i : listed(wanted)) {
-        const auto& span = selection_.spans[i];
+        const auto span = head_span(i);
         pieces.push_back(hook_.final_states(i, span.begin, span.begin + span.tokens));
       }
       std::int64_t rows = 0;
@@ -437,22 +454,21 @@ class PackedExecution {
       if (!run_) start(layout);
       run_->set_rows(layout, std::move(hidden));
     }
-    if (!captured_.empty()) {
-      const auto final_rows = listed(wanted);
-      for (std::size_t i = 0; i < layout.sequences.size(); ++i) {
-        const PackedSequence& packed = layout.sequences[i];
-        captured_[final_rows[i]]->hidden.back() = run_->hidden().narrow(1, packed.offset, packed.rows).clone();
-      }
-    }
     return run_->head(placed(layout, listed(wanted)));
+  }
+
+  void capture_final() {
+    for (std::size_t i = 0; i < captured_.size(); ++i) {
+      if (running(i)) captured_[i]->hidden.back() = hook_.final_states(i, 0, plan_.sequences[i].tokens).clone();
+    }
   }
 
   /// The layout with the places of the results instead of those of the tokens.
   [[nodiscard]] PackedLayout placed(const PackedLayout& layout, const std::vector<std::size_t>& sequences) const {
     PackedLayout result = layout;
-    result.padded_length = selection_.padded_length;
+    result.padded_length = read_.empty() ? selection_.padded_length : 1;
     for (std::size_t i = 0; i < result.sequences.size(); ++i) {
-      const auto& span = selection_.spans[sequences[i]];
+      const auto span = head_span(sequences[i]);
       result.sequences[i].first = span.first;
       result.sequences[i].tokens = span.tokens;
     }
@@ -472,6 +488,7 @@ class PackedExecution {
   EngineHook& hook_;
   const Selection& selection_;
   at::Device device_;
+  std::vector<std::int64_t> read_;        ///< by sequence, the token that the head reads; empty: it reads otherwise
   std::vector<std::int32_t> stopped_at_;  ///< by sequence; above the number of layers: it has not
   std::unique_ptr<TokenRun> run_;
   double started_ms_ = 0;

@@ -40,9 +40,10 @@ struct Selection {
 Selection select_all(const Plan& plan);
 
 /// Runs `plan` on packed rows, with the results of `selection` only (which must be all tokens where the head is not
-/// token-wise). The plan has been validated, the model has a token level, and at least one token is real. `hook`
-/// supplies what the plan does not compute, and may stop sequences: the result's entries for them are zero. Fills
-/// `report`. None if no token is selected, or all sequences stopped.
+/// token-wise; where it chooses tokens, which must be real, these alone are read). The plan has been validated, the
+/// model has a token level, and at least one token is real. `hook` supplies what the plan does not compute, and may
+/// stop sequences: the result's entries for them are zero. Fills `report`. None if no token is selected, or all
+/// sequences stopped.
 c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
                            const Selection& selection, ForwardReport& report);
 

@@ -31,6 +31,12 @@ void check_granularity(const Model& model, const ModelProfile& profile) {
 
 void check_padding(const Batch& batch, const ModelProfile& profile) {
   if (!batch.contiguous) throw Error(ErrorCode::kInvalidInput, "the mask has holes: such a batch cannot be packed");
+  if (!batch.reads_real_tokens()) {
+    throw Error(
+        ErrorCode::kNotAvailable,
+        "the output of a row is read at its padding, of which nothing is computed in a packed batch: pad with the "
+        "id that the model takes for padding");
+  }
   if (!batch.right_padded && !profile.left_padding) {
     throw Error(ErrorCode::kNotAvailable, "this model's left-padded batches are not packed; its profile says why");
   }

@@ -8,8 +8,8 @@
 
 namespace llmcache {
 
-/// Throws Error(kNotAvailable) if the model runs whole layers only or does not pack this padding, Error(kInvalidInput)
-/// if the mask has holes.
+/// Throws Error(kNotAvailable) if the model runs whole layers only, does not pack this padding or reads its output
+/// there, Error(kInvalidInput) if the mask has holes.
 void check_packable(const Batch& batch, const Model& model, const ModelProfile& profile);
 
 /// Throws as check_packable, and Error(kInvalidOptions) that names what is wrong if the plan, the batch and the donors

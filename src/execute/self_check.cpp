@@ -9,6 +9,7 @@
 
 #include "execute/batch.h"
 #include "execute/engine.h"
+#include "execute/padding_ids.h"
 #include "llmcache/error.h"
 #include "match/size_class.h"
 #include "model/tensors_of.h"
@@ -152,17 +153,7 @@ class Checker {
         mark[static_cast<std::int64_t>(i)].narrow(0, spans[i].first, spans[i].tokens).fill_(1);
       }
     }
-    // Padding holds what models look for.
-    const auto ids = static_cast<std::size_t>(profile_.ids_argument);
-    const auto special = special_values(input_spec_, ids);
-    const auto tokens = made[ids].toTensor();
-    std::size_t next = 0;
-    for (std::size_t i = 0; i < spans.size(); ++i) {
-      for (std::int64_t t = 0; t < padded_length; ++t) {
-        if (t >= spans[i].first && t < spans[i].first + spans[i].tokens) continue;
-        tokens[static_cast<std::int64_t>(i)][t].fill_(special[next++ % special.size()]);
-      }
-    }
+    fill_padding(model_, input_spec_, profile_.ids_argument, made, spans);
     return made;
   }
 
@@ -258,6 +249,7 @@ class Checker {
   /// `seed`: of the other sequences to look at the first beside; none: not to.
   std::string packed_differs(const Subject& of, const Inputs& given, const c10::IValue& plain, const Spans& spans,
                              std::int64_t padded_length, std::optional<std::int64_t> seed) const {
+    if (!reads_real_tokens(of.model, given, spans)) return "the output of a row is read at its padding";
     try {
       ForwardReport report;
       const auto got = execute_packed(of.model, given, plan(of, spans, padded_length), {}, nullptr, report);

@@ -8,6 +8,8 @@ namespace llmcache {
 
 c10::IValue Model::plain(const Inputs& inputs) const { return run_dense(*this, inputs); }
 
+at::Tensor Model::read_positions(const Inputs& /*inputs*/) const { return {}; }
+
 std::string Model::identity() const {
   Digest hash;
   hash.add(digest());

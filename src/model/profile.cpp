@@ -46,7 +46,10 @@ std::string ModelProfile::to_string() const {
                           ? (left_padding ? ", right and left padding packed" : ", right padding packed")
                           : "");
   text += fmt::format("prefix reuse:      {}\n", yes(prefix_reuse));
-  text += fmt::format("head:              {}\n", head_tokenwise ? "token-wise" : "on the padded batch");
+  const bool chooses = head_chooses && granularity != Granularity::kWholeLayers;
+  text += fmt::format("head:              {}\n", head_tokenwise ? "token-wise"
+                                                 : chooses      ? "on one token a row, which the inputs tell"
+                                                                : "on the padded batch");
   text +=
       fmt::format("rows independent:  {}, one output entry a row: {}\n", yes(rows_independent), yes(per_row_output));
   text += fmt::format("dtype, device:     {}, {}\n", c10::toString(dtype), device);

@@ -17,7 +17,7 @@
 namespace llmcache {
 
 /// Of the format, and of what is probed and how: a file of another one is not read.
-constexpr int kSavedProfileVersion = 3;
+constexpr int kSavedProfileVersion = 4;
 
 struct SavedProfile {
   /// What it holds under, beside the model: by name, as texts that must be equal.

@@ -75,7 +75,8 @@ class ShallowTokens final : public TokenLevelModel {
 std::shared_ptr<ShallowModel> ShallowModel::of(const std::shared_ptr<Model>& model) {
   const GraphFindings* findings = model->findings();
   const TokenLevelModel* token_level = model->token_level();
-  if (findings == nullptr || token_level == nullptr || !token_level->head_tokenwise()) return nullptr;
+  if (findings == nullptr || token_level == nullptr) return nullptr;
+  if (!token_level->head_tokenwise() && !token_level->head_chooses()) return nullptr;
   const Layers& distinct = findings->layers.distinct;
   if (distinct.empty() || static_cast<std::int64_t>(distinct.size()) == model->layers()) return nullptr;
   return std::make_shared<ShallowModel>(model, findings->layers);

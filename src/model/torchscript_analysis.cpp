@@ -362,6 +362,7 @@ void separate_layers(Analysis& analysis) {
   analysis.dependent = dependants(flat, analysis.hidden[0]);
   analysis.obstacle = find_obstacle(analysis);
   analysis.rows_meet = rows_may_meet(analysis);
+  analysis.choice = find_token_choice(analysis);
   analysis.dependence = find_dependence(analysis);
   if (!analysis.obstacle.empty()) {
     start_layers(analysis);  // whole layers need no more, and hidden states may have other sizes than the input

@@ -12,6 +12,7 @@
 #include "model/graph_findings.h"
 #include "model/torchscript_dependence.h"
 #include "model/torchscript_graph.h"
+#include "model/torchscript_token_choice.h"
 
 namespace llmcache::ts {
 
@@ -44,6 +45,7 @@ struct Analysis {
   int ids_argument = 0;
   std::string obstacle;  ///< why parts of a batch cannot be run, found in the graph; empty: nothing was
   SourcePart source_part;
+  TokenChoice choice;      ///< by the head, if it reads one token a row
   Dependence dependence;   ///< of numbers on lengths, rows and ids
   bool rows_meet = false;  ///< the graph chooses its way by what all rows of a batch hold, or by how many they are
 

@@ -283,6 +283,7 @@ class Follower {
     all.raw = moves && of(node->input(0)).raw;
     all.count = moves && of(node->input(0)).count;
     note_comparison(node, name);
+    if (node == analysis_.choice.node) return chosen(node);
     if (name == "slice" || name == "narrow" || name == "select") return part(node, name, all);
     if (name == "index") all = indexed(node, all);
     if (name == "gather" || name == "index_select" || name == "take_along_dim") {
@@ -394,6 +395,16 @@ class Follower {
   Taint finish(const Node* node, Taint all) {
     if (!all.hidden) return all;
     reaches_result(all, node);
+    Taint hidden;
+    hidden.hidden = true;
+    return hidden;
+  }
+
+  /// The token that the head chooses may be any: which it is, is known of each request.
+  Taint chosen(const Node* node) {
+    Taint position = of(analysis_.choice.position);
+    position.length = Way::kNone;
+    reaches_result(position, node);
     Taint hidden;
     hidden.hidden = true;
     return hidden;

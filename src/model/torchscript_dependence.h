@@ -28,8 +28,9 @@ struct Dependence {
   std::vector<std::vector<std::int64_t>> compared;
 };
 
-/// Follows every value of the graph from where it is made. Numbers that are used as shapes alone do not count. To be
-/// asked before sizes are detached.
+/// Follows every value of the graph from where it is made. Numbers that are used as shapes alone do not count, nor
+/// which token the head chooses: that is found for each request (Model::read_positions). To be asked before sizes are
+/// detached.
 Dependence find_dependence(const Analysis& analysis);
 
 }  // namespace llmcache::ts

@@ -1,5 +1,6 @@
 #include "model/torchscript_model.h"
 
+#include <ATen/ATen.h>
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -35,6 +36,10 @@ Program build_program(const Analysis& analysis) {
   program.head =
       Subgraph("llmcache_head", analysis.flat, analysis.nodes(layers + 1), result, program.slots, program.as_module);
   for (const Value* value : analysis.hidden) program.hidden.push_back(program.slots.of(value));
+  if (const TokenChoice& choice = analysis.choice; choice.node != nullptr) {
+    program.position = Subgraph("llmcache_position", analysis.flat, nodes_of_position(analysis.flat, choice),
+                                {choice.position}, program.slots, program.simple);
+  }
 
   program.dead.resize(static_cast<std::size_t>(layers));
   std::vector<std::int64_t> last(program.slots.size(), -1);
@@ -148,6 +153,17 @@ class TorchScriptModel final : public Model {
     return std::move(env[static_cast<std::size_t>(program_.head.out()[0])]);
   }
 
+  at::Tensor read_positions(const Inputs& inputs) const override {
+    if (analysis_->choice.node == nullptr) return {};
+    const at::Tensor& ids = inputs.at(static_cast<std::size_t>(analysis_->ids_argument)).toTensor();
+    Env env(program_.slots.size());
+    put_inputs(*analysis_, program_, inputs, env);
+    program_.position.run(self_, env);
+    const auto slot = static_cast<std::size_t>(program_.position.out()[0]);
+    const auto found = env[slot].toTensor().to(at::kCPU, at::kLong).reshape({-1}).expand({ids.size(0)});
+    return at::where(found.lt(0), found.add(ids.size(1)), found).contiguous();
+  }
+
   at::Device device() const override { return analysis_->device; }
   at::ScalarType dtype() const override { return analysis_->infos.at(analysis_->hidden[0]).dtype; }
   at::ScalarType rounding() const override {
@@ -209,6 +225,7 @@ class TorchScriptModel final : public Model {
     profile.hidden = analysis_->hidden_size;
     profile.hidden_argument = analysis_->hidden_argument;
     profile.attention = attention_ops_;
+    profile.head_chooses = token_level_ != nullptr && token_level_->head_chooses();
     profile.inputs = input_spec().names;
     profile.ids_argument = analysis_->ids_argument;
     for (std::size_t i = 0; i < analysis_->source.size(); ++i) {

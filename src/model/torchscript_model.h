@@ -21,6 +21,7 @@ struct Program {
   Subgraph embed;
   std::vector<Subgraph> layers;
   Subgraph head;
+  Subgraph position;                   ///< of the token that the head reads, where it chooses one a row
   std::vector<int> hidden;             ///< slot of hidden[l]
   std::vector<std::vector<int>> dead;  ///< dead[l]: slots that nobody reads after layer l
 };

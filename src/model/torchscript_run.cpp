@@ -52,6 +52,9 @@ void Run::pack_sides() {
       case PackRule::Kind::kAsIs:
         env_[slot] = value;
         break;
+      case PackRule::Kind::kFirstRow:
+        env_[slot] = value.toTensor().narrow(rule.dims.batch, 0, rule.entries);
+        break;
       case PackRule::Kind::kLength:
         env_[slot] = integer_like(value, length_of(rule.length, 1, layout_.rows));
         break;
@@ -168,6 +171,18 @@ void Run::finish(std::int64_t l) {
   for (const int slot : layer.dead) env_[static_cast<std::size_t>(slot)] = {};
 }
 
+/// What the head makes of one row a sequence. Rows of the batch that have none come out as anything.
+c10::IValue Run::head_of_chosen(const PackedLayout& placed) {
+  const TokenChoice& choice = model_.analysis_->choice;
+  model_.packed_head_.run(model_.self_, env_);
+  const at::Tensor& states = env_[static_cast<std::size_t>(model_.packed_head_.out()[0])].toTensor();
+  const at::Tensor chosen = unpack_rows(states, {0, 1, -1}, placed);
+  const int slot = model_.program_.slots.find(choice.node->output());
+  (*full_)[static_cast<std::size_t>(slot)] = choice.keeps_dimension ? chosen : chosen.select(1, 0);
+  model_.head_of_rows_.run(model_.self_, *full_);
+  return std::move((*full_)[static_cast<std::size_t>(model_.head_of_rows_.out()[0])]);
+}
+
 c10::IValue Run::head(const PackedLayout& placed) {
   const auto final_slot = static_cast<std::size_t>(model_.program_.hidden.back());
   env_[final_slot] = hidden_;
@@ -178,6 +193,7 @@ c10::IValue Run::head(const PackedLayout& placed) {
     return map_tensors(
         result, [&](const at::Tensor& packed) { return unpack_rows(packed, model_.result_dims_.at(leaf++), placed); });
   }
+  if (model_.head_chooses_) return head_of_chosen(placed);
   // Not token-wise: on the padded batch.
   for (const int slot : model_.head_rows_) {
     const auto i = static_cast<std::size_t>(slot);

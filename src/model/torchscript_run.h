@@ -26,6 +26,7 @@ class Run final : public TokenRun {
 
  private:
   void pack_sides();
+  [[nodiscard]] c10::IValue head_of_chosen(const PackedLayout& placed);
   [[nodiscard]] PackedLayout narrowed(const PackedLayout& layout) const;
   const c10::IValue& side_of(const AttentionInput& input, int slot, std::size_t q);
   const c10::IValue& value_of(const AttentionInput& input, int slot) const;

@@ -3,17 +3,13 @@
 
 #include <ATen/ATen.h>
 #include <fmt/core.h>
-#include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 #include <set>
 
-#include "llmcache/error.h"
-#include "model/index_tensor.h"
-#include "model/tensors_of.h"
 #include "model/torchscript_run.h"
+#include "model/torchscript_shared_rows.h"
 #include "model/torchscript_source_part.h"
 
 namespace llmcache::ts {
@@ -108,7 +104,11 @@ bool TokenLevel::add_rules(const std::vector<int>& slots, std::string& reason) {
       const bool clear = rule.dims.batch != -2 && rule.dims.tokens != -2 && rule.dims.merged != -2 &&
                          info.count(Kind::kUnknown) + info.count(Kind::kBatchSource) == 0 &&
                          (rule.dims.merged == -1 || (!batch && rule.dims.tokens == -1));
-      if (!clear || (batch && !tokens)) {
+      const bool shared = clear && batch && !tokens && same_for_all_rows(*analysis_, value);
+      if (shared) {
+        rule.kind = PackRule::Kind::kFirstRow;
+        rule.entries = info.dims[static_cast<std::size_t>(rule.dims.batch)].factor;
+      } else if (!clear || (batch && !tokens)) {
         reason = fmt::format("'{}', which it needs, is neither per token nor the same for all", value->debugName());
         return false;
       }
@@ -196,7 +196,7 @@ void TokenLevel::add_dead_slots(std::int64_t l, ValueSet& earlier, PackedLayer& 
 }
 
 void TokenLevel::build_partial_embed() {
-  if (!head_tokenwise_) return;
+  if (!head_tokenwise_ && !head_chooses_) return;
   std::map<std::pair<int, int>, PartialEmbed::Output> wanted;
   const auto want = [&](int slot, int dim) { wanted[{slot, dim}] = {program_.slots.value(slot), slot, dim}; };
   want(program_.hidden[0], 1);
@@ -212,6 +212,9 @@ void TokenLevel::build_partial_embed() {
       }
     }
   }
+  for (const int slot : head_of_rows_.in()) {
+    if (program_.slots.value(slot) != analysis_->choice.node->output()) want(slot, -1);
+  }
   std::vector<PartialEmbed::Output> outputs;
   std::set<int> cut;
   for (const auto& [key, output] : wanted) {
@@ -222,9 +225,8 @@ void TokenLevel::build_partial_embed() {
   partial_embed_ = PartialEmbed::build(*analysis_, outputs);
 }
 
-void TokenLevel::build_head(std::vector<std::string>& notes) {
+bool TokenLevel::build_tokenwise_head() {
   const auto& analysis = *analysis_;
-  if (!analysis.result) return;
   const Value* result = analysis.flat.graph->outputs()[0];
   bool tokenwise = !analysis.result->empty();
   for (std::size_t i = 0; i < analysis.result->size() && tokenwise; ++i) {
@@ -245,14 +247,36 @@ void TokenLevel::build_head(std::vector<std::string>& notes) {
       }
     }
   }
-  if (tokenwise) {
-    packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, program_.simple);
-    head_tokenwise_ = add_rules(packed_head_.in(), reason);
-  }
+  if (!tokenwise) return false;
+  packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, nodes, {result}, program_.slots, program_.simple);
+  return add_rules(packed_head_.in(), reason);
+}
+
+bool TokenLevel::build_choosing_head() {
+  const auto& analysis = *analysis_;
+  SplitHead split;
+  if (analysis.choice.node == nullptr || !split_head(analysis, split)) return false;
+  std::string reason;
+  packed_head_ = Subgraph("llmcache_packed_head", analysis.flat, split.before, {analysis.choice.states()},
+                          program_.slots, program_.simple);
+  if (!add_rules(packed_head_.in(), reason)) return false;
+  const Value* result = analysis.flat.graph->outputs()[0];
+  head_of_rows_ =
+      Subgraph("llmcache_head_of_rows", analysis.flat, split.behind, {result}, program_.slots, program_.simple);
+  return true;
+}
+
+void TokenLevel::build_head(std::vector<std::string>& notes) {
+  const auto& analysis = *analysis_;
+  if (!analysis.result) return;
+  head_tokenwise_ = build_tokenwise_head();
+  head_chooses_ = !head_tokenwise_ && build_choosing_head();
   for (const int slot : program_.head.in()) {
     if (analysis.dependent.count(program_.slots.value(slot))) head_rows_.push_back(slot);
   }
-  if (!head_tokenwise_) notes.push_back("the head is not token-wise: it runs on the padded batch");
+  if (!head_tokenwise_ && !head_chooses_) {
+    notes.push_back("the head is not token-wise: it runs on the padded batch");
+  }
   check_side_outputs(notes);
 }
 
@@ -273,211 +297,6 @@ void TokenLevel::check_side_outputs(std::vector<std::string>& notes) {
       "a sequence runs whole or not at all: what the layers make on their way (keys and values, or the state behind "
       "each of them) reaches the output, and exists only for tokens that run. For reuse of prefixes and tokens export "
       "the model without it: use_cache=False, output_hidden_states=False");
-}
-
-bool TokenLevel::try_roles(const PackedAttention& attention_op, const Values& values, bool partial) const {
-  // One sequence of 5 tokens, of which some are active: the rows must come out as in the full run.
-  const std::int64_t tokens = 5;
-  const auto device = values.at(attention_op.region.output).toTensor().device();
-  const auto rows = partial ? index_tensor({1, 2, 4}, device)
-                            : at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
-  std::vector<c10::IValue> inputs;
-  for (const AttentionInput& input : attention_op.region.inputs) {
-    const c10::IValue& value = values.at(input.value);
-    switch (input.role) {
-      case Role::kQuery:
-        inputs.emplace_back(value.toTensor().index_select(input.token_dim, rows));
-        break;
-      case Role::kSide: {
-        at::Tensor side = value.toTensor();
-        if (input.query_dim >= 0) side = side.index_select(input.query_dim, rows);
-        inputs.emplace_back(side);
-        break;
-      }
-      case Role::kLength:
-        inputs.push_back(integer_like(value, length_of(input.length, 1, input.length_of_keys ? tokens : rows.size(0))));
-        break;
-      default:
-        inputs.push_back(value);
-    }
-  }
-  try {
-    const auto got = attention_op.subgraph.call(self_, std::move(inputs)).toTensor();
-    const auto want =
-        values.at(attention_op.region.output).toTensor().index_select(attention_op.region.output_dim, rows);
-    return got.sizes() == want.sizes() && nearly_equal(got, want);
-  } catch (const std::exception&) {
-    return false;
-  }
-}
-
-std::optional<SdpaOp> TokenLevel::find_sdpa(const PackedAttention& attention_op, const Values& values) const {
-  const Node* node = attention_op.region.sdpa;
-  const auto& inputs = attention_op.region.inputs;
-  if (node->inputs().size() != 8) return std::nullopt;
-  const auto dropout = torch::jit::constant_as<double>(node->input(4));
-  const auto causal = torch::jit::constant_as<bool>(node->input(5));
-  const auto scale = torch::jit::toIValue(node->input(6));
-  if (!dropout || *dropout != 0.0 || !causal || !scale || (!scale->isNone() && !scale->isDouble())) return std::nullopt;
-  SdpaOp found;
-  found.settings.causal = *causal;
-  if (scale->isDouble()) found.settings.scale = scale->toDouble();
-  std::size_t known = 0;
-  const auto index_of = [&](const Value* value, Role role) -> std::optional<std::size_t> {
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      if (inputs[i].value != value || inputs[i].role != role) continue;
-      ++known;
-      return i;
-    }
-    return std::nullopt;
-  };
-  const auto query = index_of(node->input(0), Role::kQuery);
-  const auto key = index_of(attention_op.region.keys, Role::kKey);
-  const auto value = index_of(attention_op.region.values, Role::kKey);
-  if (!query || !key || !value || *value < *key) return std::nullopt;
-  found.query = *query;
-  found.key = *key;
-  found.value = *value;
-  const auto constant = torch::jit::toIValue(node->input(3));
-  if (!constant || !constant->isNone()) {
-    auto mask = index_of(node->input(3), Role::kSide);
-    if (!mask) mask = index_of(node->input(3), Role::kFixed);
-    if (!mask) return std::nullopt;
-    found.mask = static_cast<int>(*mask);
-  }
-  for (const AttentionInput& input : inputs) {
-    if (input.role == Role::kQuery || input.role == Role::kKey) continue;
-    if (input.role == Role::kSide && found.mask < 0) return std::nullopt;
-  }
-  const auto tensors =
-      static_cast<std::size_t>(std::count_if(inputs.begin(), inputs.end(), [](const AttentionInput& input) {
-        return input.role == Role::kQuery || input.role == Role::kKey || input.role == Role::kSide;
-      }));
-  if (tensors > known) return std::nullopt;
-  if (!analysis_->findings->ask([&] { return sdpa_agrees(attention_op, found, values); })) return std::nullopt;
-  return found;
-}
-
-/// Does the operator give what the graph gives, from keys whose heads are not repeated yet?
-bool TokenLevel::sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& found, const Values& values) const {
-  const auto& inputs = attention_op.region.inputs;
-  try {
-    const auto tensor = [&](std::size_t i) { return values.at(inputs[i].value).toTensor(); };
-    std::optional<at::Tensor> mask;
-    if (found.mask >= 0) mask = tensor(static_cast<std::size_t>(found.mask));
-    for (const auto i : {found.query, found.key, found.value}) {
-      if (tensor(i).dim() != 4 || tensor(i).size(0) != 1 || inputs[i].token_dim != 2) return false;
-    }
-    const auto got = attend(found.settings, tensor(found.query),
-                            {{tensor(found.key).size(2), {tensor(found.key), tensor(found.value)}}}, mask, {});
-    return nearly_equal(got, values.at(attention_op.region.output).toTensor());
-  } catch (const std::exception&) {
-    return false;
-  }
-}
-
-const Values& TokenLevel::values_of_layer(std::int64_t l) {
-  const FlatGraph& flat = analysis_->flat;
-  if (analysis_->findings->known || l < layers_of_values_) return values_;
-  // Layers are mostly alike, and then the first tells of all.
-  layers_of_values_ = layers_of_values_ == 0 ? l + 1 : flat.layers;
-  const auto wanted = [&](const Node* node) { return flat.part.at(node) <= layers_of_values_; };
-  values_ = run_some(flat, analysis_->module, probe_inputs(*analysis_, 1, 5), wanted);
-  return values_;
-}
-
-bool TokenLevel::alike(const PackedAttention& a, const PackedAttention& b) const {
-  const Region& left = a.region;
-  const Region& right = b.region;
-  if (!a.subgraph.same_without_weights(b.subgraph) || left.inputs.size() != right.inputs.size()) return false;
-  if ((left.sdpa == nullptr) != (right.sdpa == nullptr) || left.output_dim != right.output_dim) return false;
-  for (std::size_t i = 0; i < left.inputs.size(); ++i) {
-    const Value* one = left.inputs[i].value;
-    const Value* other = right.inputs[i].value;
-    if (analysis_->dependent.count(one) != analysis_->dependent.count(other)) return false;
-    if (!(analysis_->infos.at(one) == analysis_->infos.at(other))) return false;
-    if ((one == left.keys) != (other == right.keys) || (one == left.values) != (other == right.values)) return false;
-  }
-  return true;
-}
-
-bool TokenLevel::take_roles(PackedAttention& attention_op) {
-  for (const PackedLayer& layer : layers_) {
-    for (const PackedAttention& known : layer.attention_ops) {
-      if (!alike(known, attention_op)) continue;
-      auto& inputs = attention_op.region.inputs;
-      for (std::size_t i = 0; i < inputs.size(); ++i) {
-        const Value* own = inputs[i].value;
-        inputs[i] = known.region.inputs[i];
-        inputs[i].value = own;
-      }
-      attention_op.region.partial = known.region.partial;
-      attention_op.sdpa = known.sdpa;
-      return true;
-    }
-  }
-  return false;
-}
-
-bool TokenLevel::find_roles(std::int64_t l, PackedAttention& attention_op, std::string& reason) {
-  const Values& values = values_of_layer(l);
-  auto& inputs = attention_op.region.inputs;
-  std::vector<AttentionInput*> open;  // inputs that are either on the query or on the key side
-  for (AttentionInput& input : inputs) {
-    const bool single_side = input.role == Role::kSide && (input.query_dim < 0) != (input.key_dim < 0);
-    if (input.role == Role::kKey || input.role == Role::kLength || single_side) open.push_back(&input);
-  }
-  if (open.size() > 10) {
-    reason = fmt::format("its attention has {} inputs per token", open.size());
-    return false;
-  }
-  // Start from the usual order (query first, all else keys), and from what find_inputs guessed of
-  // single-sided inputs; bit i flips input i.
-  for (std::size_t i = 0; i < open.size(); ++i) {
-    if (open[i]->role == Role::kKey) {
-      open[i]->role = Role::kQuery;
-      break;
-    }
-  }
-  // Attention to the source: its keys are the same for all of the sequence's tokens.
-  const bool reads_source = std::any_of(inputs.begin(), inputs.end(), [&](const AttentionInput& input) {
-    return input.role == Role::kSide && analysis_->infos.at(input.value).count(Kind::kSource) > 0;
-  });
-  const auto start = inputs;
-  std::vector<unsigned> order(std::size_t{1} << open.size());
-  std::iota(order.begin(), order.end(), 0U);
-  std::stable_sort(order.begin(), order.end(),
-                   [](unsigned a, unsigned b) { return __builtin_popcount(a) < __builtin_popcount(b); });
-  for (const bool partial : {true, false}) {
-    for (const unsigned flips : order) {
-      inputs = start;
-      bool has_query = false;
-      bool has_key = false;
-      for (std::size_t i = 0; i < open.size(); ++i) {
-        AttentionInput& input = *open[i];
-        if (flips >> i & 1U) {
-          if (input.role == Role::kQuery)
-            input.role = Role::kKey;
-          else if (input.role == Role::kKey)
-            input.role = Role::kQuery;
-          else if (input.role == Role::kLength)
-            input.length_of_keys = !input.length_of_keys;
-          else
-            std::swap(input.query_dim, input.key_dim);
-        }
-        has_query = has_query || input.role == Role::kQuery;
-        has_key = has_key || input.role == Role::kKey;
-      }
-      const auto tried = [&] { return try_roles(attention_op, values, partial); };
-      if (!has_query || !(has_key || reads_source) || !analysis_->findings->ask(tried)) continue;
-      attention_op.region.partial = partial;
-      partial_ = partial_ && partial;
-      if (attention_op.region.sdpa != nullptr) attention_op.sdpa = find_sdpa(attention_op, values);
-      return true;
-    }
-  }
-  reason = "its attention could not be reproduced one sequence at a time";
-  return false;
 }
 
 std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const Analysis>& analysis, Program& program,

@@ -26,11 +26,12 @@ TokenDims token_dims(const ValueInfo& info);
 
 /// A value from before the layers as the packed subgraphs need it.
 struct PackRule {
-  enum class Kind { kAsIs, kRows, kLength };
+  enum class Kind { kAsIs, kRows, kFirstRow, kLength };
   int slot = -1;
   Kind kind = Kind::kAsIs;
   TokenDims dims;
   Label length;
+  std::int64_t entries = 1;  ///< kFirstRow: of a row
 };
 
 /// An attention operator that is the operator itself, perhaps behind a repetition of its key heads.
@@ -77,6 +78,7 @@ class TokenLevel final : public TokenLevelModel {
   }
   bool partial() const override { return partial_; }
   bool head_tokenwise() const override { return head_tokenwise_; }
+  bool head_chooses() const override { return head_chooses_; }
   bool self_contained() const override { return self_contained_; }
 
   std::unique_ptr<TokenRun> start(const Activations& embedded, const PackedLayout& layout) const override;
@@ -103,6 +105,8 @@ class TokenLevel final : public TokenLevelModel {
   bool sdpa_agrees(const PackedAttention& attention_op, const SdpaOp& found, const Values& values) const;
   bool try_roles(const PackedAttention& attention_op, const Values& values, bool partial) const;
   void build_head(std::vector<std::string>& notes);
+  [[nodiscard]] bool build_tokenwise_head();
+  [[nodiscard]] bool build_choosing_head();
   void check_side_outputs(std::vector<std::string>& notes);
   void build_partial_embed();
 
@@ -114,12 +118,14 @@ class TokenLevel final : public TokenLevelModel {
   std::int64_t layers_of_values_ = 0;  ///< how many layers that run went through
   std::vector<PackRule> rules_;
   std::unordered_set<int> ruled_;
-  Subgraph packed_head_;
+  Subgraph packed_head_;   ///< as far as the head is token-wise
+  Subgraph head_of_rows_;  ///< of a head that chooses: the rest, on what was chosen
   std::optional<PartialEmbed> partial_embed_;
   std::vector<int> head_rows_;          ///< slots of per-token values that the dense head needs
   std::vector<TokenDims> result_dims_;  ///< of the tensors in the result
   bool partial_ = true;
   bool head_tokenwise_ = false;
+  bool head_chooses_ = false;
   bool self_contained_ = true;
 };
 

@@ -157,7 +157,7 @@ TEST(DifferentialModels, TheExpectedOnesAreThere) {
   EXPECT_THAT(model_names({"zoo-"}),
               IsSupersetOf({"zoo-albert", "zoo-bloom", "zoo-convbert", "zoo-deberta-v2", "zoo-falcon", "zoo-fnet",
                             "zoo-gemma2", "zoo-gptj", "zoo-gptneox", "zoo-mistral", "zoo-modernbert", "zoo-mpnet",
-                            "zoo-opt", "zoo-phi", "zoo-qwen2", "zoo-roberta", "zoo-t5-encoder"}));
+                            "zoo-opt", "zoo-phi", "zoo-qwen2", "zoo-roberta", "zoo-t5-encoder", "zoo-xlm-roberta"}));
 }
 
 TEST(DifferentialModels, TokenGranularityWhereItMustWork) {
@@ -170,6 +170,30 @@ TEST(DifferentialModels, TokenGranularityWhereItMustWork) {
     EXPECT_EQ(profile.granularity, Granularity::kTokens) << profile.to_string();
     EXPECT_EQ(profile.mask_argument, 1);
     EXPECT_TRUE(profile.rows_independent && profile.per_row_output);
+  }
+}
+
+TEST(DifferentialModels, RelativeAndCountedPositionsRunTokenByToken) {
+  for (const char* name : {"zoo-deberta-v2", "zoo-roberta", "zoo-xlm-roberta"}) {
+    const auto& profile = subject(name).cache.profile();
+    EXPECT_EQ(profile.granularity, Granularity::kTokens) << profile.to_string();
+    EXPECT_TRUE(profile.left_padding) << profile.to_string();
+  }
+}
+
+TEST(DifferentialModels, CountedPositionsLeaveOutPadding) {
+  // XLM-R counts ids that are not padding's, which is 1: in texts, too, and in front of them.
+  Subject& model = subject("zoo-xlm-roberta");
+  LayerCache<Module> keeping(load_model("zoo-xlm-roberta"));
+  for (const std::int64_t in_front : {1, 0, 7}) {
+    auto request = left_padded(model.info, {12, 5, 9}, 900);
+    request.inputs[0] = request.ids().masked_fill(request.mask().eq(0), in_front);
+    for (const std::int64_t place : {7, 10}) request.ids()[0][place].fill_(1);
+    const auto want = run_plain(model.plain, request.inputs);
+    for (LayerCache<Module>* cache : {&model.cache, &keeping, &keeping}) {
+      EXPECT_TRUE(close_on_real(cache->forward(request.inputs), want, request, 1e-4)) << in_front;
+    }
+    EXPECT_EQ(keeping.last_report().sequences[1].source, Source::kIdentical);
   }
 }
 

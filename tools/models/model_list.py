@@ -51,13 +51,15 @@ class ModelSpec:
     @property
     def group(self) -> str:
         head = self.name.split("-")[0]
-        return {"tiny": "tiny", "unusual": "tiny", "seq2seq": "tiny", "zoo": "zoo"}.get(head, "bench")
+        groups = {"tiny": "tiny", "unusual": "tiny", "seq2seq": "tiny", "zoo": "zoo", "classify": "zoo"}
+        return groups.get(head, "bench")
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Its group, and EXPORTED if the tests run it as a program of torch.export too."""
         exportable = self.how != "freeze" and self.name != "tiny-throws"  # it raises, depending on numbers
-        tested = (self.name.startswith("tiny-") and exportable) or self.name in _EXPORTED
+        tested = self.name.startswith(("tiny-", "classify-")) and exportable
+        tested = tested or self.name in _EXPORTED
         return (self.group, EXPORTED) if tested else (self.group,)
 
 
@@ -248,6 +250,7 @@ _MIXTURE = {**_LLAMA, "head_dim": 16, "moe_intermediate_size": 64, "num_experts"
 _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     # name: attention, model class, settings that are not those of _SMALL
     "roberta": ("sdpa", "RobertaModel", {**_BERT_LIKE, "pad_token_id": 1}),
+    "xlm-roberta": ("sdpa", "XLMRobertaModel", {**_BERT_LIKE, "pad_token_id": 1}),
     "albert": ("sdpa", "AlbertModel", {**_BERT_LIKE, "embedding_size": 32}),
     "t5-encoder": ("sdpa", "T5EncoderModel", {"d_kv": 16, "d_ff": 128, "initializer_factor": 1.0}),
     "mpnet": ("eager", "MPNetModel", {**_BERT_LIKE, "pad_token_id": 1}),
@@ -292,6 +295,24 @@ def _zoo_models() -> list[ModelSpec]:
         return _of_transformers(f"zoo-{name}", model_class, build, attention)
 
     return [spec(name, *entry) for name, entry in _ZOO.items()]
+
+
+# --- classifiers made of decoders -----------------------------------------------------------------
+
+_CLASSIFY: dict[str, tuple[str, dict[str, Any]]] = {
+    # name: model class, settings that are not those of _SMALL
+    "gpt2": ("GPT2ForSequenceClassification", {}),
+    "llama": ("LlamaForSequenceClassification", _LLAMA),
+    "qwen2": ("Qwen2ForSequenceClassification", {**_LLAMA, "pad_token_id": 2}),  # the end of a text pads, too
+}
+
+
+def _classifiers() -> list[ModelSpec]:
+    def spec(name: str, model_class: str, settings: dict[str, Any]) -> ModelSpec:
+        small = Small(model_class, {"num_labels": 5, **settings})
+        return ModelSpec(f"classify-{name}", "decoder", model_class, small, output="logits of the last token")
+
+    return [spec(name, *entry) for name, entry in _CLASSIFY.items()]
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------
@@ -361,6 +382,6 @@ def _full_size_models() -> list[ModelSpec]:
     ]
 
 
-_ALL = (*_tiny_models(), *_unusual_models(), *_seq2seq_models(), *_full_size_models(), *_zoo_models())
+_ALL = (*_tiny_models(), *_unusual_models(), *_seq2seq_models(), *_full_size_models(), *_zoo_models(), *_classifiers())
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ALL}
 GROUPS = ("tiny", "bench", "zoo", EXPORTED)

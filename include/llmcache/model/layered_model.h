@@ -119,6 +119,10 @@ class Model {
   [[nodiscard]] virtual std::int64_t layers() const = 0;
   virtual void layer(std::int64_t i, Activations& activations) const = 0;
   [[nodiscard]] virtual c10::IValue head(Activations& activations) const = 0;
+  /// Where the output of each row is read, if the head reads one token a row at a place that follows from the inputs:
+  /// the last that is not padding, say. int64 `[rows]` on the host, counted in the row with its padding. Unless it says
+  /// otherwise: undefined, the head reads in another way.
+  [[nodiscard]] virtual at::Tensor read_positions(const Inputs& inputs) const;
   [[nodiscard]] virtual at::Device device() const = 0;
   [[nodiscard]] virtual at::ScalarType dtype() const = 0;
   /// The type whose rounding the results carry, by which runs of unlike shapes are compared. Unless it says otherwise:

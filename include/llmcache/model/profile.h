@@ -48,6 +48,7 @@ struct ModelProfile {
   std::int64_t max_source_tokens = 0;  ///< likewise, of a source
   bool causal = false;                 ///< earlier tokens never depend on later ones
   bool head_tokenwise = false;         ///< the work behind the last layer can be done token by token
+  bool head_chooses = false;           ///< it reads one token a row, whose place follows from the inputs
   bool rows_independent = false;       ///< a sequence's output does not depend on the rest of its batch
   bool per_row_output = false;         ///< every output tensor has one entry a sequence
   Granularity granularity = Granularity::kWholeLayers;

@@ -77,7 +77,8 @@ class TokenRun {
 
   /// The model's result from the current rows, which must be final states. `placed` says where their results stand:
   /// it lists the same rows in the same order, in a batch of perhaps another padded length; elsewhere is zero. Where
-  /// the head is not token-wise the rows must be all real tokens, and `placed` the current layout.
+  /// the head chooses tokens that length is 1. Where it neither does so nor is token-wise the rows must be all real
+  /// tokens, and `placed` the current layout.
   virtual c10::IValue head(const PackedLayout& placed) = 0;
 };
 
@@ -100,14 +101,16 @@ class TokenLevelModel {
   [[nodiscard]] virtual bool self_contained() const = 0;
   /// True if head() works on packed rows, false if it fills the padded batch first.
   [[nodiscard]] virtual bool head_tokenwise() const = 0;
+  /// True if head() takes one row a sequence: the token at Model::read_positions().
+  [[nodiscard]] virtual bool head_chooses() const { return false; }
 
   /// Starts a packed pass from embedded activations.
   [[nodiscard]] virtual std::unique_ptr<TokenRun> start(const Activations& embedded,
                                                         const PackedLayout& layout) const = 0;
 
   /// Starts a packed pass from the model's inputs, preparing nothing but what tokens at `positions` need (of any row;
-  /// int64 `[n]`, ascending, on the model's device): layouts may list only these. The head must be token-wise. Null
-  /// where a model cannot do that.
+  /// int64 `[n]`, ascending, on the model's device): layouts may list only these. The head must be token-wise, or
+  /// choose tokens. Null where a model cannot do that.
   [[nodiscard]] virtual std::unique_ptr<TokenRun> start_at(const std::vector<c10::IValue>& /*inputs*/,
                                                            const at::Tensor& /*positions*/,
                                                            const PackedLayout& /*layout*/) const {

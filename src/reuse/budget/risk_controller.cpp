@@ -235,7 +235,7 @@ CalibrationSample RiskController::run_sample(const std::function<std::optional<I
 /// Throws Error(kInvalidInput), or Error(kNotAvailable) where the model cannot run such a batch packed.
 Batch RiskController::check_sample(const Inputs& given) const {
   try {
-    Batch batch = check_batch(given, wrapped_.inputs, wrapped_.profile, wrapped_.model->device());
+    Batch batch = check_batch(given, wrapped_);
     check_packable(batch, *wrapped_.model, wrapped_.profile);
     return batch;
   } catch (const Error&) {

@@ -33,7 +33,8 @@ bool ExactMatch::accepts(const Call& call) const {
 }
 
 std::string ExactMatch::key_of(const Call& call, std::int64_t row) const {
-  return call.batch.whole_key(row, call.request.tenant, !cuts(call.batch));
+  const bool padding = !cuts(call.batch) || !call.batch.reads_real_token(row);
+  return call.batch.whole_key(row, call.request.tenant, padding);
 }
 
 void ExactMatch::serve(const Call& call, Answers& answers) {

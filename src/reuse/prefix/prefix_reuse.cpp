@@ -8,6 +8,7 @@
 #include <span>
 
 #include "execute/clock.h"
+#include "execute/padding_ids.h"
 #include "match/size_class.h"
 #include "model/packing.h"
 #include "model/shallow_model.h"
@@ -408,11 +409,12 @@ bool PrefixReuse::agrees(const Inputs& inputs, std::string& why) {
   Batch batch;
   c10::IValue plain;
   try {
-    batch = check_batch(inputs, wrapped_.inputs, wrapped_.profile, model_.device());
+    batch = check_batch(inputs, wrapped_);
     plain = model_.plain(inputs);
   } catch (const std::exception&) {
     return true;  // the model itself does not take this shape
   }
+  if (!batch.reads_real_tokens()) return true;  // never packed
   DeferredWrites writes;
   const PassResult got = run(batch, "", Output::kAll, writes);
   writes.commit();
@@ -483,6 +485,9 @@ bool PrefixReuse::verify(std::string& why, bool briefly) {
             .copy_(second[0].narrow(0, line.from_main, line.tokens - line.from_main));
       }
       inputs.emplace_back(all);
+    }
+    if (!reads_real_tokens(model_, inputs, spans)) {
+      fill_padding(model_, wrapped_.inputs, wrapped_.profile.ids_argument, inputs, spans);
     }
     return inputs;
   };

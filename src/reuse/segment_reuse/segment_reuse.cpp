@@ -285,7 +285,7 @@ void SegmentReuse::verify(const SegmentOptions& options) {
       const auto fresh = other[i].toTensor().narrow(1, 0, own_tokens);
       given.emplace_back(main_begin == 0 ? at::cat({known, fresh}, 1) : at::cat({fresh, known}, 1));
     }
-    const Batch batch = check_batch(given, wrapped_.inputs, wrapped_.profile, model_.device());
+    const Batch batch = check_batch(given, wrapped_);
     SegmentSettings settings;
     settings.recompute_share = share;
     settings.least_segment = block;

@@ -184,7 +184,7 @@ bool sources_agree(const WrappedModel& wrapped) {
     if (static_cast<int>(i) == wrapped.profile.source_mask_argument) source[2].narrow(0, 7, source.size(1) - 7).zero_();
     inputs[i] = source;
   }
-  const Batch batch = check_batch(inputs, wrapped.inputs, wrapped.profile, model.device());
+  const Batch batch = check_batch(inputs, wrapped);
   constexpr std::size_t kVerifying = std::size_t{1} << 30;
   const Verification none(0);
   // Taken from a row of the same batch, and then known; the last source first alone and without its padding.

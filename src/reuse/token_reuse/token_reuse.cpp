@@ -223,8 +223,7 @@ std::unique_ptr<TokenBank> TokenReuse::make_bank(std::size_t capacity_bytes, Ban
 /// An identical sequence must come out as the plain model's, reused as far as it can be.
 void TokenReuse::verify() {
   const auto tokens = std::max<std::int64_t>(24, std::min<std::int64_t>(options_.least_tokens, 64));
-  const Batch batch = check_batch(probe_inputs(wrapped_.inputs, model_.device(), 1, tokens, 41), wrapped_.inputs,
-                                  wrapped_.profile, model_.device());
+  const Batch batch = check_batch(probe_inputs(wrapped_.inputs, model_.device(), 1, tokens, 41), wrapped_);
   const auto plain = tensors_of(model_.plain(batch.inputs));
   const auto same = [&](const c10::IValue& value) {
     const auto got = tensors_of(value);
