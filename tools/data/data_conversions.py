@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.data.raw_files import DataError, bad_line, json_lines, number_of, text_of
+from tools.data.raw_files import DataError, Row, json_lines, number_of
 
 Line = str | tuple[str, ...] | dict[str, Any]  # of a raw data file: text, fields of a .tsv file, or an object
 Written = dict[str, Iterable[str]]  # the lines of each raw data file
@@ -22,31 +22,20 @@ SENTIMENT_WORDS = 8  # that a phrase has at least
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a file of the hub."""
+class TableRow(Row):
+    """A row of a file of the hub, with the names of the classes of each column that has classes."""
 
-    table: Table
-    number: int  # from 1
-    fields: dict[str, Any]
-
-    def __getitem__(self, column: str) -> Any:
-        return self.fields[column]
-
-    def bad(self, found: str, wanted: str) -> DataError:
-        return bad_line(self.table.path, self.number, found, wanted)
-
-    def text(self, column: str) -> str:
-        return text_of(self.fields, column, self.table.path, self.number)
+    classes: dict[str, list[str]]
 
     def line(self, column: str) -> str:
         """A text for a field of a .tsv file: with single spaces, on one line."""
         return " ".join(self.text(column).split())
 
     def class_name(self, column: str, names: Iterable[str] | None = None) -> str:
-        known = list(self.table.classes.get(column, []) if names is None else names)
+        known = list(self.classes.get(column, []) if names is None else names)
         if not known:
-            path = self.table.path
-            raise DataError(f"{path}: no names of the classes in '{column}' in it, expected them in its schema")
+            where = f"{self.path}: no names of the classes in '{column}' in it"
+            raise DataError(f"{where}, expected them in its schema")
         value = self[column]
         if not isinstance(value, int) or not 0 <= value < len(known):
             raise self.bad(f"'{column}' is {value!r}", f"0 to {len(known) - 1}")
@@ -69,14 +58,14 @@ class Table:
     rows: list[dict[str, Any]]
     classes: dict[str, list[str]] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Row]:
-        return (Row(self, number, fields) for number, fields in enumerate(self.rows, 1))
+    def __iter__(self) -> Iterator[TableRow]:
+        return (TableRow(self.path, number, fields, self.classes) for number, fields in enumerate(self.rows, 1))
 
 
 def read_table(path: Path, columns: tuple[str, ...], count: int) -> Table:
     """A .jsonl or Parquet file with these columns, among others, and `count` rows."""
     if path.suffix == ".jsonl":
-        table = Table(path, [row for _, row in json_lines(path)])
+        table = Table(path, [row.fields for row in json_lines(path)])
         present = set.intersection(*(set(row) for row in table.rows)) if table.rows else set(columns)
     else:
         table, present = _read_parquet(path, columns)
@@ -111,7 +100,7 @@ def _classes(description: bytes | None) -> dict[str, list[str]]:
         return {}
 
 
-def each(convert: Callable[[Row], Line], *files: str, header: str = "") -> Callable[..., Written]:
+def each(convert: Callable[[TableRow], Line], *files: str, header: str = "") -> Callable[..., Written]:
     """Each table becomes a file; `convert` makes a line of a row. A .tsv file begins with the header's words."""
 
     def written(*tables: Table) -> Written:
@@ -131,7 +120,7 @@ def lines_of(lines: Iterable[Line], header: str = "") -> Iterator[str]:
             yield line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
 
 
-def wikitext(row: Row) -> Line:
+def wikitext(row: TableRow) -> Line:
     """The hub has an empty text for a line with one space, which all lines without text are in the original."""
     text = row["text"]
     if not isinstance(text, str) or "\n" in text[:-1]:
@@ -139,13 +128,13 @@ def wikitext(row: Row) -> Line:
     return text.removesuffix("\n") or " "
 
 
-def squad(row: Row) -> Line:
+def squad(row: TableRow) -> Line:
     answers = [{"text": text, "answer_start": start} for text, start in row.lists("answers", "text", "answer_start")]
     texts = {column: row.text(column) for column in ("id", "title", "context", "question")}
     return {**texts, "answers": answers, "is_impossible": not answers}
 
 
-def openbookqa(row: Row) -> Line:
+def openbookqa(row: TableRow) -> Line:
     choices = [{"text": text, "label": label} for text, label in row.lists("choices", "text", "label")]
     return {
         "id": row.text("id"),
@@ -155,11 +144,11 @@ def openbookqa(row: Row) -> Line:
     }
 
 
-def banking77(row: Row) -> Line:
+def banking77(row: TableRow) -> Line:
     return row.line("label_text"), row.line("text")
 
 
-def clinc150(row: Row) -> Line:
+def clinc150(row: TableRow) -> Line:
     return row.class_name("intent"), row.line("text")
 
 
@@ -184,7 +173,7 @@ def title_and_text(article: str) -> tuple[str, str]:
     return " ".join(words[:end]), " ".join(words[end:])
 
 
-def ag_news(row: Row) -> Line:
+def ag_news(row: TableRow) -> Line:
     article = " ".join(row.text("text").replace("\\", " ").split())
     if " " not in article:
         raise row.bad(f"'text' is {article!r}", "title and text")
@@ -208,7 +197,7 @@ def sst2(train: Table, dev: Table) -> Written:
     return {file: lines_of(lines, "label text") for file, lines in parts.items()}
 
 
-def stsb(row: Row) -> Line:
+def stsb(row: TableRow) -> Line:
     """The hub's scores are 0 to 1, and it leaves out where a pair is from."""
-    score = 5 * number_of(str(row["score"]), 0, 1, row.table.path, row.number)
+    score = 5 * number_of(str(row["score"]), 0, 1, row.path, row.number)
     return f"{round(score, 4):g}", row.line("sentence1"), row.line("sentence2"), "unknown", "unknown"

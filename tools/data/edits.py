@@ -14,7 +14,7 @@ import random
 import re
 from pathlib import Path
 
-from tools.data.raw_files import DataError, json_lines, text_of
+from tools.data.raw_files import DataError, json_lines
 from tools.data.traffic import AS_IT_IS, EDIT_KINDS, Request, Sequence, Traffic, shuffled
 
 PERCENTS = (1, 2, 5, 10, 20)
@@ -71,9 +71,8 @@ def passages_of(path: Path, tokens: int) -> list[Words]:
     """SQuAD's passages in the order of the file, cut to about that many tokens; a shorter one is continued by the
     next ones of its article. No two share a paragraph."""
     paragraphs: dict[str, dict[str, None]] = {}
-    for number, row in json_lines(path):
-        title, context = text_of(row, "title", path, number), text_of(row, "context", path, number)
-        paragraphs.setdefault(title, {})[context] = None
+    for row in json_lines(path):
+        paragraphs.setdefault(row.text("title"), {})[row.text("context")] = None
     passages: list[Words] = []
     for contexts in paragraphs.values():
         words: Words = []

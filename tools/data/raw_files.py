@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,33 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason}); fetch the file again") from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number and the object of each line that is not empty."""
+@dataclass(frozen=True)
+class Row:
+    """An object of a file, and where it stands."""
+
+    path: Path
+    number: int  # from 1
+    fields: dict[str, Any]
+
+    def __getitem__(self, field: str) -> Any:
+        return self.fields.get(field)
+
+    def part(self, fields: Any) -> Row:
+        """An object within this one."""
+        return replace(self, fields=fields)
+
+    def bad(self, found: str, wanted: str) -> DataError:
+        return bad_line(self.path, self.number, found, wanted)
+
+    def text(self, field: str) -> str:
+        value = self[field]
+        if not isinstance(value, str) or not value.strip():
+            raise self.bad(f"'{field}' is {value!r}", f"a text in '{field}'")
+        return value
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """Yields the object of each line that is not empty."""
     for number, line in lines(path):
         if not line.strip():
             continue
@@ -67,14 +93,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise bad_line(path, number, f"not valid JSON ({error})", "one JSON object a line") from error
         if not isinstance(row, dict):
             raise bad_line(path, number, f"a {type(row).__name__}", "one JSON object a line")
-        yield number, row
-
-
-def text_of(row: dict[str, Any], field: str, path: Path, number: int) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise bad_line(path, number, f"'{field}' is {value!r}", f"a text in '{field}'")
-    return value
+        yield Row(path, number, row)
 
 
 def tsv_rows(path: Path, header: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tools.data.edits import read_edits
-from tools.data.raw_files import DataError, bad_line, json_lines, lines, number_of, text_of, tsv_rows
+from tools.data.raw_files import DataError, Row, bad_line, json_lines, lines, number_of, tsv_rows
 from tools.data.squad_rule import normal_answer
 from tools.data.traffic import (
     ASSISTANT,
@@ -90,20 +90,17 @@ def _conversation(turns: list[str], system: str = SYSTEM) -> Request:
     return Request([Sequence((turn, None), part) for turn, part in zip(turns, parts, strict=True)])
 
 
-def turns_of(row: dict[str, Any], path: Path, number: int) -> list[str]:
-    turns = row.get("turns")
+def turns_of(row: Row) -> list[str]:
+    turns = row["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise bad_line(path, number, f"'turns' is {str(turns)[:40]}", "a list of texts in 'turns'")
+        raise row.bad(f"'turns' is {str(turns)[:40]}", "a list of texts in 'turns'")
     return turns
 
 
 def read_chat(bench: Path, two_turns: Path) -> Traffic:
     """Conversations of one or two turns; what the model answers is not part of them."""
-    requests: list[Request] = []
-    for number, row in json_lines(bench):
-        requests.append(_conversation(turns_of(row, bench, number)))
-    for number, row in json_lines(two_turns):
-        requests.append(_conversation([text_of(row, turn, two_turns, number) for turn in ("u0", "u1")]))
+    requests = [_conversation(turns_of(row)) for row in json_lines(bench)]
+    requests += [_conversation([row.text("u0"), row.text("u1")]) for row in json_lines(two_turns)]
     return Traffic(some(shuffled(requests), bench))
 
 
@@ -118,63 +115,55 @@ def systems_of(path: Path) -> dict[str, str]:
     return found
 
 
-def system_of(row: dict[str, Any], systems: dict[str, str], path: Path, number: int) -> str:
+def system_of(row: Row, systems: dict[str, str]) -> str:
     """Makes the piece that a row's system prompt is."""
-    name = text_of(row, "system", path, number)
+    name = row.text("system")
     if name not in systems:
-        raise bad_line(path, number, f"'system' is {name!r}", f"one of {', '.join(systems)}")
+        raise row.bad(f"'system' is {name!r}", f"one of {', '.join(systems)}")
     return INSTRUCTED + systems[name]
 
 
 def read_instructed_chat(chat: Path, system_prompts: Path) -> Traffic:
     """Conversations behind one of a few system prompts; what the model answers is not part of them."""
     systems = systems_of(system_prompts)
-    requests = [
-        _conversation(turns_of(row, chat, number), system_of(row, systems, chat, number))
-        for number, row in json_lines(chat)
-    ]
+    requests = [_conversation(turns_of(row), system_of(row, systems)) for row in json_lines(chat)]
     return Traffic(some(shuffled(requests), chat))
 
 
-def gold_answers(row: dict[str, Any], path: Path, number: int) -> list[str]:
+def gold_answers(row: Row) -> list[str]:
     """The answers are in the order of the file. There is none if the question cannot be answered."""
-    answers = row.get("answers")
+    answers = row["answers"]
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise bad_line(path, number, f"'answers' is {str(answers)[:40]}", "a list of answers{text} in 'answers'")
-    return [text_of(answer, "text", path, number).strip() for answer in answers]
-
-
-def gold_answer(row: dict[str, Any], path: Path, number: int) -> str | None:
-    """The first answer counts. It is None if the question cannot be answered."""
-    return next(iter(gold_answers(row, path, number)), None)
+        raise row.bad(f"'answers' is {str(answers)[:40]}", "a list of answers{text} in 'answers'")
+    return [row.part(answer).text("text").strip() for answer in answers]
 
 
 def read_squad(path: Path) -> Traffic:
     """One question a request. Its gold answer is the first one listed; unanswerable ones have group -1."""
     requests: list[Request] = []
     numbers: dict[str, int] = {}
-    for number, row in json_lines(path):
-        golds = gold_answers(row, path, number)
+    for row in json_lines(path):
+        golds = gold_answers(row)
         gold = golds[0] if golds else None
         group = -1 if gold is None else numbers.setdefault(normal_answer(gold) or gold.lower(), len(numbers))
-        passage, question = text_of(row, "context", path, number), text_of(row, "question", path, number)
-        asked = replace(_question(passage, question, gold), answers=tuple(filter(None, map(normal_answer, golds))))
+        asked = _question(row.text("context"), row.text("question"), gold)
+        asked = replace(asked, answers=tuple(filter(None, map(normal_answer, golds))))
         requests.append(Request([asked], group=group))
     return Traffic(some(requests, path))
 
 
 def _choices(path: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """Yields each question of OpenBookQA with its four choices, of which one is right (1)."""
-    for number, row in json_lines(path):
-        question = row.get("question")
+    for row in json_lines(path):
+        question, key = row["question"], row["answerKey"]
         choices = question.get("choices") if isinstance(question, dict) else None
         if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, dict) for c in choices):
-            raise bad_line(path, number, "no four choices", "question{stem, choices[4]{text, label}}")
-        stem = text_of(question, "stem", path, number)
-        texts = [text_of(choice, "text", path, number) for choice in choices]
-        right = [int(choice.get("label") == row.get("answerKey")) for choice in choices]
+            raise row.bad("no four choices", "question{stem, choices[4]{text, label}}")
+        stem = row.part(question).text("stem")
+        texts = [row.part(choice).text("text") for choice in choices]
+        right = [int(choice.get("label") == key) for choice in choices]
         if sum(right) != 1:
-            raise bad_line(path, number, f"'answerKey' is {row.get('answerKey')!r}", "the label of one choice")
+            raise row.bad(f"'answerKey' is {key!r}", "the label of one choice")
         yield stem, list(zip(texts, right, strict=True))
 
 
@@ -314,15 +303,14 @@ def read_stsb(path: Path) -> Traffic:
 def read_sample(path: Path) -> Traffic:
     queries: list[Sequence] = []
     requests: list[Request] = []
-    for number, row in json_lines(path):
-        kind = row.get("kind")
+    for row in json_lines(path):
+        kind = row["kind"]
         if kind == "query":
-            queries.append(single(text_of(row, "text", path, number)))
+            queries.append(single(row.text("text")))
         elif kind in ("passage", "edit"):
-            requests.append(Request([single(text_of(row, "text", path, number))]))
+            requests.append(Request([single(row.text("text"))]))
         elif kind == "question":
-            passage, question = text_of(row, "passage", path, number), text_of(row, "question", path, number)
-            requests.append(Request([_question(passage, question)]))
+            requests.append(Request([_question(row.text("passage"), row.text("question"))]))
         else:
-            raise bad_line(path, number, f"kind {kind!r}", "query, passage, edit or question")
+            raise row.bad(f"kind {kind!r}", "query, passage, edit or question")
     return Traffic(some(shuffled(batches(queries, 4) + requests), path))

@@ -7,10 +7,9 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tools.data.raw_files import DataError, bad_line, json_lines, text_of
-from tools.data.readers import gold_answer, system_of, systems_of, turns_of
+from tools.data.raw_files import DataError, Row, json_lines
+from tools.data.readers import gold_answers, system_of, systems_of, turns_of
 from tools.data.squad_rule import normal_answer
 from tools.data.traffic import (
     ANSWER,
@@ -56,10 +55,10 @@ def _beginning(context: str) -> str | None:
 def _pool(path: Path) -> list[_Passage]:
     """Reads the POOL passages with the most questions."""
     questions: dict[str, list[tuple[str, str]]] = {}
-    for number, row in json_lines(path):
-        text, answer = _beginning(text_of(row, "context", path, number)), gold_answer(row, path, number)
-        if text and answer and answer in text:
-            questions.setdefault(text, []).append((text_of(row, "question", path, number), answer))
+    for row in json_lines(path):
+        text, answers = _beginning(row.text("context")), gold_answers(row)
+        if text and answers and answers[0] in text:
+            questions.setdefault(text, []).append((row.text("question"), answers[0]))
     passages = [_Passage(text, tuple(dict(asked).items())) for text, asked in questions.items()]
     return sorted(passages, key=lambda passage: -len(passage.questions))[:POOL]
 
@@ -104,15 +103,15 @@ Dialogue = list[str]  # user, assistant, user, assistant
 def _dialogues(bench: Path, two_turns: Path, contextual: Path) -> list[Dialogue]:
     """Reads the dialogues whose answers are in the data."""
     found: list[Dialogue] = []
-    for number, row in json_lines(bench):
-        turns, answers = turns_of(row, bench, number), row.get("reference")
+    for row in json_lines(bench):
+        turns, answers = turns_of(row), row["reference"]
         if isinstance(answers, list) and len(answers) == len(turns) and all(str(answer).strip() for answer in answers):
             found.append([str(text) for turn in zip(turns, answers, strict=True) for text in turn])
     for path, fields in (
         (two_turns, ("u0", "response0", "u1", "response1")),
         (contextual, ("main_query", "main_response", "followup_query", "followup_response")),
     ):
-        found += [[text_of(row, field, path, number) for field in fields] for number, row in json_lines(path)]
+        found += [[row.text(field) for field in fields] for row in json_lines(path)]
     return found
 
 
@@ -175,15 +174,15 @@ def read_instructed_corrections(chat: Path, system_prompts: Path) -> Traffic:
     early turn, where it has a correction; the last answer is scored. The first half fills, the second asks."""
     systems = systems_of(system_prompts)
     conversations: list[list[Request]] = []
-    for number, row in json_lines(chat):
-        turns, answers = turns_of(row, chat, number), row.get("reference")
+    for row in json_lines(chat):
+        turns, answers = turns_of(row), row["reference"]
         if not isinstance(answers, list) or len(answers) != len(turns):
-            raise bad_line(chat, number, f"'reference' is {str(answers)[:40]}", "an answer to each turn")
-        system = system_of(row, systems, chat, number)
+            raise row.bad(f"'reference' is {str(answers)[:40]}", "an answer to each turn")
+        system = system_of(row, systems)
         texts = [str(text) for turn in zip(turns, answers, strict=True) for text in turn]
         versions = [(AS_IT_IS, 0.0, texts)]
-        if row.get("corrected"):
-            place, text = _correction(row, turns, chat, number)
+        if row["corrected"]:
+            place, text = _correction(row, turns)
             share = 100 / sum(len(part.split()) for part in texts)
             versions.append(("substituted", share, [*texts[: 2 * place], text, *texts[2 * place + 1 :]]))
         conversations.append([_corrected_request(*version, system, len(conversations)) for version in versions])
@@ -193,14 +192,12 @@ def read_instructed_corrections(chat: Path, system_prompts: Path) -> Traffic:
     return Traffic(some([request for versions in conversations for request in versions], chat), fill=fill)
 
 
-def _correction(row: dict[str, Any], turns: list[str], path: Path, number: int) -> tuple[int, str]:
+def _correction(row: Row, turns: list[str]) -> tuple[int, str]:
     corrected = row["corrected"]
     place = corrected.get("turn") if isinstance(corrected, dict) else None
     if not isinstance(place, int) or not 0 <= place < len(turns) - 1:
-        raise bad_line(
-            path, number, f"'corrected' is {str(corrected)[:40]}", "the number of an early turn, and its text"
-        )
-    return place, text_of(corrected, "text", path, number)
+        raise row.bad(f"'corrected' is {str(corrected)[:40]}", "the number of an early turn, and its text")
+    return place, row.part(corrected).text("text")
 
 
 def _corrected_request(kind: str, percent: float, texts: list[str], system: str, group: int) -> Request:

@@ -1,4 +1,4 @@
-"""The LLMCache paper (arXiv 2512.16843) beside ours: its nine cells, three models on three data sets, and its claims."""
+"""The LLMCache paper (arXiv 2512.16843): its nine cells, three models on three data sets, and its claims, beside ours."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def family_of(scenario: Scenario) -> str:
 
 
 def cells(scenarios: list[Scenario]) -> tuple[list[PaperCell], list[str]]:
-    """Those of the nine that were measured, and names of the others. Trained weights and real data go before what stands
-    in for them."""
+    """Those of the nine that were measured, and names of the others. Trained weights and real data go before what
+    stands in for them."""
     found, missing = [], []
     for family, name in FAMILIES.items():
         for data_set, workloads in DATA_SETS.items():
