@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow
 import pyarrow.parquet
 
+PATIENCE = 300.0  # seconds: longer than anything takes on a machine that does much else
+
 
 @dataclass
 class Repo:
@@ -163,7 +165,7 @@ class Hub:
             self.send(request, 200, sent[: len(sent) // 2], headers)
             request.wfile.flush()
             self.stalled.set()
-            changed.stall.wait(30)
+            changed.stall.wait(PATIENCE)
         else:
             self.send(request, 200, sent if body else b"", headers)
 

@@ -16,7 +16,7 @@ from unittest import mock
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-from hub_support import HUB, ROWS, SQUAD, Answer, jsonl, parquet, small_repos, use_hub
+from hub_support import HUB, PATIENCE, ROWS, SQUAD, Answer, jsonl, parquet, small_repos, use_hub
 
 from tools.data import download_data, raw_files
 from tools.data.data_conversions import title_and_text
@@ -261,9 +261,10 @@ class FailureTest(DownloadTest):
                     stderr=subprocess.PIPE,
                     text=True,
                 )
-                self.assertTrue(self.hub.stalled.wait(30))
+                self.addCleanup(running.kill)
+                self.assertTrue(self.hub.stalled.wait(PATIENCE))
                 running.send_signal(number)
-                _, err = running.communicate(timeout=30)
+                _, err = running.communicate(timeout=PATIENCE)
                 go_on.set()
                 self.assertEqual((running.returncode, self.written()), (expected, []), err)
                 self.assertNotIn("Traceback", err)
