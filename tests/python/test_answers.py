@@ -12,18 +12,19 @@ import os
 import re
 import string
 import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from hub_support import Hub, Repo
+from hub_support import HUB, Repo, use_hub
 from support import ROOT, ToolTest
 
 # isort: split
 from tools.data import prepare_data
 from tools.data.token_file import load
+from tools.models import export_models, model_sources
 from tools.models.model_sources import minilm_folder
 
 MODEL_ID = "deepset/bert-base-uncased-squad2"
@@ -140,20 +141,22 @@ def evaluated(model: Any, rows: list[dict[str, Any]], encodings: list[Any]) -> t
     return totals[0] / len(rows), totals[1] / len(rows), silent
 
 
+def setUpModule() -> None:
+    use_hub()
+
+
 class AnswersTest(ToolTest):
-    def export(self, endpoint: str, *names: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(self.folder / "hub"), "HF_TOKEN": ""}
-        environment.pop("HF_HUB_OFFLINE", None)
-        tool = ROOT / "tools" / "models" / "export_models.py"
-        command = [sys.executable, tool, "--out", self.folder / "models", "--only", *names]
-        return subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    def export(self, *names: str) -> tuple[int, str, str]:
+        with mock.patch.object(model_sources, "_hub_answered", None):
+            return self.run_tool(export_models, "--out", self.folder / "models", "--only", *names)
 
     def test_without_the_hub_they_are_left_out(self) -> None:
-        done = self.export("http://127.0.0.1:9", "bert-base-squad", "tiny-bert-cls")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("bert-base-squad: left out: no answer from the model hub", done.stdout)
-        self.assertIn("1 of 2 models", done.stdout)
-        self.assertFalse((self.folder / "models" / "bert-base-squad.pt").exists())
+        with HUB.away():
+            status, out, err = self.export("distilbert-squad", "tiny-bert-cls")
+        self.assertEqual(status, 0, err)
+        self.assertIn("distilbert-squad: left out: no answer from the model hub", out)
+        self.assertIn("1 of 2 models", out)
+        self.assertFalse((self.folder / "models" / "distilbert-squad.pt").exists())
 
     def test_scores_are_those_of_squads_evaluation(self) -> None:
         rows = questions()
@@ -162,11 +165,9 @@ class AnswersTest(ToolTest):
         with tempfile.TemporaryDirectory() as saved:
             model.save_pretrained(saved)
             files = {path.name: path.read_bytes() for path in Path(saved).iterdir()}
-        hub = Hub(repos={MODEL_ID: Repo(files, lfs=False)})
-        endpoint = hub.start()
-        self.addCleanup(hub.stop)
-        done = self.export(endpoint, "bert-base-squad")
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        HUB.reset({MODEL_ID: Repo(files, lfs=False)})
+        status, out, err = self.export("bert-base-squad")
+        self.assertEqual(status, 0, out + err)
         sidecar = json.loads((self.folder / "models" / "bert-base-squad.json").read_text())
         self.assertEqual(sidecar["weights"], f"hub:{MODEL_ID}")
 
@@ -174,8 +175,9 @@ class AnswersTest(ToolTest):
         raw.mkdir(parents=True)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (raw / "squad_v2_dev.jsonl").write_text("".join(lines), encoding="utf-8")
+        chosen = ("--only", "squad", "--tokenizer", "bert-base-uncased")
         status, _, err = self.run_tool(
-            prepare_data, "--raw", self.folder / "raw", "--out", self.folder / "data", "--only", "squad"
+            prepare_data, "--raw", self.folder / "raw", "--out", self.folder / "data", *chosen
         )
         self.assertEqual(status, 0, err)
         arrays, _ = load(self.folder / "data" / "squad.bert-base-uncased.safetensors") or ({}, {})
