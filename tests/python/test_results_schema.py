@@ -1,7 +1,6 @@
 """llmcache-bench from outside: its JSON fits the schema that it prints, and mistakes end with one clear line.
 
-Needs LLMCACHE_BIN_DIR, LLMCACHE_MODELS_DIR (with minilm and tiny-llama-sdpa) and LLMCACHE_DATA_DIR (with the workload
-`sample`).
+Needs LLMCACHE_BIN_DIR, and LLMCACHE_MODELS_DIR with ENCODER and DECODER.
 """
 
 from __future__ import annotations
@@ -21,19 +20,47 @@ from support import folder, results_schema  # lets the tools be imported
 # isort: split
 from tools.data import token_file
 
-MODEL, WORKLOAD, DECODER = "minilm", "sample", "tiny-llama-sdpa"
+ENCODER, DECODER = "tiny-bert-sdpa", "tiny-llama-sdpa"  # of three layers and of four, with the tokenizer "tiny"
+WORKLOAD = "sample"
+Rows = list[list[int]]
+
+
+def write_tokens(data: Path, workload: str, rows: Rows, task: str = "", **more: Any) -> Path:
+    """A token file for the tiny models, of one sequence a request unless `request_offsets` says otherwise."""
+    data.mkdir(exist_ok=True)
+    arrays = {
+        "tokens": np.array([token for row in rows for token in row], dtype=np.int32),
+        "sequence_offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        "request_offsets": np.arange(len(rows) + 1, dtype=np.int64),
+        **{name: np.array(values, dtype=np.int64) for name, values in more.items() if isinstance(values, list)},
+    }
+    metadata = {
+        **dict.fromkeys(("source", "description", "order"), "made up"),
+        "version": "2",
+        "workload": workload,
+        "tokenizer": "tiny",
+        "max_tokens": "512",
+        "task": task,
+        **{name: value for name, value in more.items() if isinstance(value, str)},
+    }
+    path = data / f"{workload}.tiny.safetensors"
+    token_file.save(path, arrays, metadata)
+    return path
 
 
 class BenchTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        cls.program = folder("LLMCACHE_BIN_DIR") / "llmcache-bench"
-        cls.models, cls.data = folder("LLMCACHE_MODELS_DIR"), folder("LLMCACHE_DATA_DIR")
-        cls.token_file = cls.data / f"{WORKLOAD}.bert-base-uncased.safetensors"
-        models = [cls.models / f"{model}.{end}" for model in (MODEL, DECODER) for end in ("pt", "json")]
-        for needed in (cls.program, *models, cls.token_file):
+        cls.program, cls.models = folder("LLMCACHE_BIN_DIR") / "llmcache-bench", folder("LLMCACHE_MODELS_DIR")
+        for needed in (cls.program, *(cls.models / f"{model}.json" for model in (ENCODER, DECODER))):
             if not needed.exists():
                 raise unittest.SkipTest(f"{needed} is not there")
+        data = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(data.cleanup)
+        cls.data = Path(data.name)
+        short = [[1, *range(10 * row, 10 * row + 5 + row % 2), 2] for row in range(3, 9)]  # two batches of three
+        long = [[1, *range(100, 140), 2], [1, *range(200, 240), 2]]
+        cls.token_file = write_tokens(cls.data, WORKLOAD, [*short, *long], request_offsets=[0, 3, 6, 7, 8])
 
     def setUp(self) -> None:
         temporary = tempfile.TemporaryDirectory()
@@ -45,7 +72,7 @@ class BenchTest(unittest.TestCase):
         return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
 
     def results(self, *arguments: str) -> tuple[dict[str, Any], str]:
-        return self.run_to_json("--model", MODEL, "--workload", WORKLOAD, "--limit", "4", *arguments)
+        return self.run_to_json("--model", ENCODER, "--workload", WORKLOAD, "--limit", "4", *arguments)
 
     def run_to_json(self, *arguments: str, data: Path | None = None) -> tuple[dict[str, Any], str]:
         target = self.temporary / "results.json"
@@ -62,27 +89,9 @@ class BenchTest(unittest.TestCase):
         jsonschema.Draft202012Validator(results_schema()).validate(document)
         return document, run.stdout
 
-    def decoder_data(self, workload: str, rows: list[list[int]], task: str, **more: Any) -> Path:
-        """A folder with a token file for DECODER, of one sequence a request unless `request_offsets` says otherwise."""
-        folder = self.temporary / "data"
-        folder.mkdir(exist_ok=True)
-        arrays = {
-            "tokens": np.array([token for row in rows for token in row], dtype=np.int32),
-            "sequence_offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
-            "request_offsets": np.arange(len(rows) + 1, dtype=np.int64),
-            **{name: np.array(values, dtype=np.int64) for name, values in more.items() if isinstance(values, list)},
-        }
-        metadata = {
-            **dict.fromkeys(("source", "description", "order"), "made up"),
-            "version": "2",
-            "workload": workload,
-            "tokenizer": "tiny",
-            "max_tokens": "512",
-            "task": task,
-            **{name: value for name, value in more.items() if isinstance(value, str)},
-        }
-        token_file.save(folder / f"{workload}.tiny.safetensors", arrays, metadata)
-        return folder
+    def folder_of(self, workload: str, rows: Rows, task: str = "", **more: Any) -> Path:
+        """A folder with that workload alone."""
+        return write_tokens(self.temporary / "data", workload, rows, task, **more).parent
 
     def assert_fails(self, run: Any, *parts: str) -> None:
         self.assertEqual(run.returncode, 2, run.stdout + run.stderr)
@@ -114,7 +123,7 @@ class BenchTest(unittest.TestCase):
         self.assertGreater(cached["cache_bytes"], 0)
 
     def test_repeats_are_hits(self) -> None:
-        data = self.decoder_data("popular", [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8], [5, 6, 7, 8]], "")
+        data = self.folder_of("popular", [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8], [5, 6, 7, 8]])
         chosen = ("--model", DECODER, "--workload", "popular", "--mode", "nocache,llmcache")
         document, _ = self.run_to_json(*chosen, "--fidelity", "identical", "--shuffle", "3", data=data)
         cached = document["records"][1]
@@ -136,7 +145,7 @@ class BenchTest(unittest.TestCase):
             "--centre",
             "off",
             "--cache-layers",
-            "0,5",
+            "0,2",
         )
         plain, loose, strict, loose_rival, strict_rival = document["records"]
         self.assertIsNone(plain["threshold"])
@@ -146,7 +155,7 @@ class BenchTest(unittest.TestCase):
             self.assertIsNone(record["task"])
         self.assertEqual((loose["mode"], loose["fidelity"], loose["threshold"]), ("llmcache", "threshold", -1))
         self.assertEqual((loose_rival["mode"], loose_rival["fidelity"]), ("semantic-cache", None))
-        self.assertEqual(loose["cache_layers"], "0,5")
+        self.assertEqual(loose["cache_layers"], "0,2")
         self.assertIsNone(loose_rival["cache_layers"])
         for record in (loose, loose_rival):
             self.assertGreater(record["hit_rate"], 0)
@@ -160,7 +169,7 @@ class BenchTest(unittest.TestCase):
     def test_decoder(self) -> None:
         passage = list(range(1, 41))
         rows = [[*passage, 100 + i, 110 + i, 120 + i] for i in range(4)]
-        data = self.decoder_data("squad", rows, "answer", scored=[[42, 43]] * 4, group=[0, 1, 2, 3])
+        data = self.folder_of("squad", rows, "answer", scored=[[42, 43]] * 4, group=[0, 1, 2, 3])
         chosen = ("--model", DECODER, "--workload", "squad", "--weights", "as-loaded,packed-fp32")
         document, table = self.run_to_json(*chosen, "--limit", "4", data=data)
         names = [(r["mode"], r["fidelity"], r["weights_held"], r["output"]) for r in document["records"]]
@@ -184,7 +193,7 @@ class BenchTest(unittest.TestCase):
 
     def test_generation(self) -> None:
         rows = [[*range(1, 11), i] for i in range(20, 24)] + [[7, 8], [9]]
-        data = self.decoder_data(
+        data = self.folder_of(
             "chat", rows, "generation", request_offsets=[0, 1, 2, 3, 6], new_tokens="5", stop_token="299"
         )
         document, table = self.run_to_json("--model", DECODER, "--workload", "chat", data=data)
@@ -203,11 +212,11 @@ class BenchTest(unittest.TestCase):
         self.assertIn("tokens/s", table)
 
     def test_what_decoders_alone_can_do(self) -> None:
-        run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--mode", "kvcache")
-        self.assert_fails(run, "mode kvcache is for causal models", MODEL)
-        run = self.bench("--model", MODEL, "--workload", "generate", "--limit", "1")
+        run = self.bench("--model", ENCODER, "--workload", WORKLOAD, "--limit", "1", "--mode", "kvcache")
+        self.assert_fails(run, "mode kvcache is for causal models", ENCODER)
+        run = self.bench("--model", ENCODER, "--workload", "generate", "--limit", "1")
         self.assert_fails(run, "no workload 'generate'")
-        run = self.bench("--model", MODEL, "--workload", "openbookqa-3shot", "--limit", "1")
+        run = self.bench("--model", ENCODER, "--workload", "openbookqa-3shot", "--limit", "1")
         self.assert_fails(run, "no workload 'openbookqa-3shot'")
 
     def test_packed_weights_of_an_encoder(self) -> None:
@@ -220,9 +229,9 @@ class BenchTest(unittest.TestCase):
 
     def test_layer_that_is_not_there(self) -> None:
         run = self.bench(
-            "--model", MODEL, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9", "--cache-layers", "6"
+            "--model", ENCODER, "--workload", WORKLOAD, "--limit", "1", "--threshold", "0.9", "--cache-layers", "3"
         )
-        self.assert_fails(run, "no layer 6", "0 to 5")
+        self.assert_fails(run, "no layer 3", "0 to 2")
 
     def test_one_mode_alone(self) -> None:
         document, _ = self.results("--mode", "llmcache")
@@ -234,22 +243,22 @@ class BenchTest(unittest.TestCase):
 
     def test_configuration(self) -> None:
         file = self.temporary / "mine.json"
-        settings = {"model": MODEL, "workload": WORKLOAD, "limit": 9, "mode": ["nocache", "llmcache"]}
+        settings = {"model": ENCODER, "workload": WORKLOAD, "limit": 9, "mode": ["nocache", "llmcache"]}
         file.write_text(json.dumps({"settings": settings}), encoding="utf-8")
         needs = self.bench("--config", file, "--needs")
-        self.assertEqual(needs.stdout, f"models {MODEL}\nworkloads {WORKLOAD}\nsample \nbudgets \n")
+        self.assertEqual(needs.stdout, f"models {ENCODER}\nworkloads {WORKLOAD}\nsample \nbudgets \n")
         run = self.bench("--config", file, "--limit", "2", "--mode", "nocache")
         self.assertEqual(run.returncode, 0, run.stderr)
         self.assertIn("2/2", run.stdout)
         self.assertNotIn("llmcache/", run.stdout)
-        file.write_text(json.dumps({"settings": {"modle": MODEL}}), encoding="utf-8")
+        file.write_text(json.dumps({"settings": {"modle": ENCODER}}), encoding="utf-8")
         self.assert_fails(self.bench("--config", file), str(file), "no setting 'modle'")
         self.assert_fails(self.bench("--config", "no-such"), "configuration no-such")
 
     def test_list_and_help(self) -> None:
         listed = self.bench("--list")
         self.assertEqual(listed.returncode, 0, listed.stderr)
-        self.assertIn(MODEL, listed.stdout)
+        self.assertIn(ENCODER, listed.stdout)
         self.assertIn(WORKLOAD, listed.stdout)
         helped = self.bench("--help")
         self.assertEqual(helped.returncode, 0)
@@ -311,22 +320,23 @@ class BenchTest(unittest.TestCase):
 
     def test_what_is_not_there(self) -> None:
         limit = ("--limit", "1")
-        self.assert_fails(self.bench("--model", "no-such", *limit), "no-such", MODEL)
+        self.assert_fails(self.bench("--model", "no-such", *limit), "no-such", ENCODER)
         self.assert_fails(self.bench("--model", "no/such.pt", *limit), "no/such.pt")
-        self.assert_fails(self.bench("--workload", "no-such", *limit), "no-such", WORKLOAD)
-        self.assert_fails(self.bench("--model", MODEL, *limit, models=self.temporary / "x"), "models folder")
-        self.assert_fails(self.bench("--model", MODEL, *limit, data=self.temporary / "x"), "data folder")
-        self.assert_fails(self.bench("--model", MODEL, *limit, data=self.temporary), "prepare the data")
-        self.assert_fails(self.bench("--json", self.temporary / "x" / "y.json", *limit), "--json")
+        self.assert_fails(self.bench("--model", ENCODER, "--workload", "no-such", *limit), "no-such", WORKLOAD)
+        self.assert_fails(self.bench("--model", ENCODER, *limit, models=self.temporary / "x"), "models folder")
+        self.assert_fails(self.bench("--model", ENCODER, *limit, data=self.temporary / "x"), "data folder")
+        self.assert_fails(self.bench("--model", ENCODER, *limit, data=self.temporary), "prepare the data")
+        target = self.temporary / "x" / "y.json"
+        self.assert_fails(self.bench("--model", ENCODER, "--json", target, *limit), "--json")
 
     def test_damaged_token_file(self) -> None:
         damaged = self.temporary / self.token_file.name
         damaged.write_bytes(self.token_file.read_bytes()[:-5])
-        self.assert_fails(self.bench("--model", MODEL, "--limit", "1", data=self.temporary), damaged.name, "truncated")
+        self.assert_fails(self.bench("--model", ENCODER, "--limit", "1", data=self.temporary), damaged.name, "truncated")
 
     def test_damaged_model(self) -> None:
-        run = ("--model", MODEL, "--workload", WORKLOAD, "--limit", "1")
-        model, sidecar = self.temporary / f"{MODEL}.pt", self.temporary / f"{MODEL}.json"
+        run = ("--model", ENCODER, "--workload", WORKLOAD, "--limit", "1")
+        model, sidecar = self.temporary / f"{ENCODER}.pt", self.temporary / f"{ENCODER}.json"
         shutil.copy(self.models / sidecar.name, sidecar)
         model.write_bytes(b"not a model")
         self.assert_fails(self.bench(*run, models=self.temporary), model.name, "export the model again")
@@ -334,17 +344,17 @@ class BenchTest(unittest.TestCase):
         self.assert_fails(self.bench(*run, models=self.temporary), sidecar.name)
         sidecar.unlink()
         self.assert_fails(self.bench(*run, models=self.temporary), "--tokenizer")
-        tokenizer = ("--tokenizer", "bert-base-uncased")
+        tokenizer = ("--tokenizer", "tiny")
         self.assert_fails(self.bench(*run, *tokenizer, models=self.temporary), "cannot be loaded as TorchScript")
 
     def test_model_by_path_without_sidecar(self) -> None:
         model = self.temporary / "mine.pt"
-        model.symlink_to((self.models / f"{MODEL}.pt").resolve())
+        model.symlink_to((self.models / f"{ENCODER}.pt").resolve())
         run = self.bench(
             "--model",
             model,
             "--tokenizer",
-            "bert-base-uncased",
+            "tiny",
             "--workload",
             WORKLOAD,
             "--limit",
