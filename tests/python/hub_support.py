@@ -283,19 +283,6 @@ def small_repos() -> dict[str, Repo]:
     }
 
 
-ROWS = {  # of these small data sets
-    "wikitext": (8,),
-    "squad_v2": (4,),
-    "openbookqa": (2, 3, 4),
-    "banking77": (2, 1),
-    "clinc150": (2, 2, 2),
-    "ag_news": (4,),
-    "sst2": (3, 1),
-    "stsb": (2,),
-}
-
-
-
 HUB = Hub()
 
 

@@ -16,11 +16,12 @@ from unittest import mock
 from support import ROOT, ToolTest  # lets the tools be imported
 
 # isort: split
-from hub_support import HUB, PATIENCE, ROWS, SQUAD, Answer, jsonl, parquet, small_repos, use_hub
+from hub_support import HUB, PATIENCE, SQUAD, Answer, jsonl, parquet, small_repos, use_hub
+from small_data_sets import small_sets
 
 from tools.data import download_data, raw_files
 from tools.data.data_conversions import title_and_text
-from tools.data.data_sources import DATA_SETS, DataSet
+from tools.data.data_sources import DATA_SETS
 from tools.data.raw_files import LOCK_FILE, DataError
 from tools.data.readers import read_news
 from tools.data.workloads import WORKLOADS
@@ -30,7 +31,8 @@ PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path[:0] = sys.argv[1:3]
-from test_download_data import DATA_SETS, download_data, small_sets
+from small_data_sets import DATA_SETS, small_sets
+from tools.data import download_data
 DATA_SETS |= small_sets()
 sys.exit(download_data.main(sys.argv[3:]))
 """
@@ -39,16 +41,6 @@ BANKING = ("banking77/test.tsv", "banking77/train.tsv")
 
 def setUpModule() -> None:
     use_hub()
-
-
-def small_sets() -> dict[str, DataSet]:
-    """The table as it fits the small data sets: their rows, a branch instead of a commit, no checksums."""
-    found = {}
-    for name, rows in ROWS.items():
-        known = DATA_SETS[name]
-        files = [replace(file, rows=count, sha256=None) for file, count in zip(known.sources, rows, strict=True)]
-        found[name] = replace(known, revision="main", sources=tuple(files), written={})
-    return found
 
 
 class DownloadTest(ToolTest):
