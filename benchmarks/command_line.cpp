@@ -34,8 +34,6 @@ int run_program(const char* name, const std::function<int()>& run) {
   }
 }
 
-void complain(const char* name, const std::string& text) {
-  std::fputs(fmt::format("{}: error: {}\n", name, text).c_str(), stderr);
-}
+void complain(const char* name, const std::string& text) { fmt::print(stderr, "{}: error: {}\n", name, text); }
 
 }  // namespace llmcache::bench

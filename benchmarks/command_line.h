@@ -22,7 +22,6 @@ void parse(CLI::App& app, int argc, const char* const* argv);
 /// `run`, or 2 after an error.
 int run_program(const char* name, const std::function<int()>& run);
 
-/// The line on stderr.
 void complain(const char* name, const std::string& text);
 
 }  // namespace llmcache::bench

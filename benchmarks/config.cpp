@@ -12,7 +12,6 @@
 #include <sstream>
 
 #include "failure.h"
-#include "files.h"
 #include "llmcache/version.h"
 
 namespace llmcache::bench {
@@ -59,19 +58,17 @@ void check_keys(const Json& object, const std::set<std::string>& known) {
   }
 }
 
-void read_group(const Json& group, ExperimentRule& rule) {
-  rule.models = group.value("models", rule.models);
-  rule.except = group.value("except", rule.except);
-  rule.family = group.value("family", rule.family);
-  if (group.contains("trained")) rule.trained = group.at("trained").get<bool>();
-}
-
 ExperimentRule read_rule(const Json& json, const Json& groups, const std::string& name) {
   check_keys(json,
              {"group", "models", "except", "family", "trained", "linear_probe", "workloads", "share", "settings"});
   ExperimentRule rule;
-  if (json.contains("group")) read_group(groups.at(json.at("group").get<std::string>()), rule);
-  read_group(json, rule);
+  const Json group = json.contains("group") ? groups.at(json.at("group").get<std::string>()) : Json::object();
+  for (const Json& choice : {group, json}) {
+    rule.models = choice.value("models", rule.models);
+    rule.except = choice.value("except", rule.except);
+    rule.family = choice.value("family", rule.family);
+    if (choice.contains("trained")) rule.trained = choice.at("trained").get<bool>();
+  }
   rule.linear_probe = json.value("linear_probe", false);
   rule.workloads = json.at("workloads").get<std::vector<std::string>>();
   rule.share = json.value("share", 1.0);
@@ -106,8 +103,8 @@ Configuration read_object(const Json& json, const std::string& name, const Value
   if (json.contains("seconds_in_all")) configuration.seconds_in_all = json.at("seconds_in_all").get<double>();
   const Json groups = json.value("groups", Json::object());
   for (const Json& one : json.value("experiments", Json::array())) {
-    configuration.experiments.push_back(read_rule(one, groups, name));
-    settings_of({&configuration.values, &configuration.experiments.back().values, &options});  // may refuse them
+    const auto& rule = configuration.experiments.emplace_back(read_rule(one, groups, name));
+    settings_of({&configuration.values, &rule.values, &options});  // may refuse them
   }
   return configuration;
 }
@@ -143,9 +140,7 @@ std::vector<Experiment> Configuration::experiments_for(const ModelFile& model, c
 Configuration read_configuration(std::string_view text, const std::string& name, const Values& options) {
   try {
     return read_object(Json::parse(text), name, options);
-  } catch (const Json::exception& error) {
-    throw Failure(fmt::format("configuration {}: {}", name, error.what()));
-  } catch (const Failure& error) {
+  } catch (const std::exception& error) {  // of JSON, or Failure
     throw Failure(fmt::format("configuration {}: {}", name, error.what()));
   }
 }
@@ -169,32 +164,28 @@ Command parse_command(int argc, const char* const* argv) {
   Command command;
   command.text = command_text(argc, argv);
   std::string name;
-  Values options;
+  Settings checked;  // one by one; those of several places together are given below
   CLI::App app(kDescription, "llmcache-bench");
   app.footer(kFooter);
   app.get_formatter()->column_width(kNameColumn);
   app.set_version_flag("--version", "llmcache-bench " LLMCACHE_VERSION);
   app.add_option("--config", name, "a configuration of benchmarks/configs by its name, or a JSON file")
       ->type_name("NAME|FILE");
-  add_options(app, options);
+  add_settings(app, checked);
   app.add_flag("--list", command.list, "print the models and workloads found, and stop");
   app.add_flag("--needs", command.needs, "print which models, workloads and probes the run needs, and stop");
   app.add_flag("--schema", command.schema, "print the JSON schema of results, and stop");
   parse(app, argc, argv);
-  std::erase_if(options, [](const auto& option) { return option.second.empty(); });
+  const Values options = parsed_values(app);
   const bool asks = std::ranges::any_of(options, [](const auto& one) { return !kNotAsking.contains(one.first); });
-  if (name.empty() && asks) {
-    command.configuration = read_object(Json::object(), "", options);
-  } else {
-    command.configuration = read_configuration(fs::path(name.empty() ? kFirstRun : name), options);
-  }
+  command.configuration = name.empty() && asks ? read_object(Json::object(), "", options)
+                                               : read_configuration(fs::path(name.empty() ? kFirstRun : name), options);
   return command;
 }
 
 std::string needs_text(const Configuration& configuration) {
   const Settings& settings = configuration.settings;
-  std::vector<std::string> models = settings.models;
-  if (models.empty()) models = {"bench"};  // the group of all that it measures
+  auto models = settings.models.empty() ? std::vector<std::string>{"bench"} : settings.models;  // all that it measures
   std::erase_if(models, [](const std::string& model) { return model.ends_with(".pt"); });
   std::set<std::string> workloads(settings.workloads.begin(), settings.workloads.end());
   bool budgets = settings.has_fidelity("budget");

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "command_line.h"
-#include "model_files.h"
+#include "files.h"
 #include "settings.h"
 
 namespace llmcache::bench {

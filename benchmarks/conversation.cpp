@@ -8,8 +8,8 @@
 #include <numeric>
 #include <utility>
 
-#include "clock.h"
 #include "failure.h"
+#include "machine.h"
 
 namespace llmcache::bench {
 namespace {
@@ -18,11 +18,13 @@ constexpr double kPlainShare = 0.25;  // of the time: what nocache may decode in
 constexpr std::size_t kWarmUpPrompt = 16;
 constexpr std::int64_t kWarmUpTokens = 3;
 
+bool is_plain(const Run& run) { return run.config.mode == "nocache"; }
+
 /// Which run says what nocache had no time to say: with weights as loaded, if there is one.
 std::size_t stand_in(const std::vector<Run>& runs) {
   std::size_t any = 0;
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    if (runs[i].config.mode == "nocache") continue;
+    if (is_plain(runs[i])) continue;
     if (runs[i].config.weights == "as-loaded") return i;
     any = i;
   }
@@ -48,9 +50,9 @@ Conversations::Conversations(const ExperimentContext& context) : context_(contex
 bool Conversations::plain_is_done() const { return plain_seconds_ >= kPlainShare * context_.seconds; }
 
 Call Conversations::call_of(std::int64_t sequence, const Ids& ids) const {
-  const Rows rows = {ids};
-  return {
-      .rows = rows, .inputs = context_.model.inputs(rows), .output = Output::kLastToken, .first_sequence = sequence};
+  Call call{.rows = {ids}, .output = Output::kLastToken, .first_sequence = sequence};
+  call.inputs = context_.model.inputs(call.rows);
+  return call;
 }
 
 void Conversations::warm_up(Run& run, std::int64_t request) {
@@ -74,9 +76,7 @@ void Conversations::hold(std::int64_t request, std::vector<Run>& runs, std::size
     for (std::size_t place = 0; place < runs.size(); ++place) {
       const std::size_t i = (first + place) % runs.size();
       std::optional<double> allowance;
-      if (runs[i].config.mode == "nocache" && runs.size() > 1) {
-        allowance = kPlainShare * context_.seconds - plain_seconds_;
-      }
+      if (is_plain(runs[i]) && runs.size() > 1) allowance = kPlainShare * context_.seconds - plain_seconds_;
       so_far[i].insert(so_far[i].end(), next->begin(), next->end());
       turns[i] = say(runs[i], sequence, so_far[i], tokens.new_tokens, allowance);
     }
@@ -89,10 +89,9 @@ void Conversations::hold(std::int64_t request, std::vector<Run>& runs, std::size
     compare(sequence, turns, runs, distances);
   }
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    if (runs[i].config.mode == "nocache") runs[i].divergences.push_back(0);
-    if (distances[i].norm > 0) {
-      runs[i].divergences.push_back(std::sqrt(distances[i].difference / distances[i].norm));
-    }
+    const auto [difference, norm] = distances[i];
+    if (is_plain(runs[i])) runs[i].divergences.push_back(0);
+    if (norm > 0) runs[i].divergences.push_back(std::sqrt(difference / norm));
   }
 }
 
@@ -129,21 +128,20 @@ Conversations::Turn Conversations::say(Run& run, std::int64_t sequence, const Id
     const auto token = static_cast<std::int32_t>(turn.best.back());
     if (token == context_.tokens.stop_token) break;
     turn.said.push_back(token);
-    if (static_cast<std::int64_t>(turn.said.size()) >= new_tokens) break;
+    if (std::ssize(turn.said) >= new_tokens) break;
     turn.cut = allowance && turn.answers.size() > 1 && seconds_since(start) > *allowance;
     if (turn.cut) break;
     ids.push_back(token);
   }
-  if (run.config.mode == "nocache") plain_seconds_ += seconds_since(start);
+  if (is_plain(run)) plain_seconds_ += seconds_since(start);
   return turn;
 }
 
 void Conversations::count(Run& run, const Turn& turn, const Turn& stand_in, std::int64_t number) const {
-  run.count(turn.answers, {.rows = {turn.prompt}, .inputs = {}}, number);
-  double latency = turn.answers.front().ms;
+  run.count(turn.answers, {.rows = {turn.prompt}}, number);
   std::vector<double> steps;
   for (std::size_t i = 1; i < turn.answers.size(); ++i) steps.push_back(turn.answers[i].ms);
-  latency += std::accumulate(steps.begin(), steps.end(), 0.0);
+  double latency = std::accumulate(steps.begin(), steps.end(), turn.answers.front().ms);
   auto said = static_cast<double>(turn.said.size());
   if (turn.cut) {
     const auto wanted = static_cast<double>(stand_in.answers.size()) - 1;
@@ -158,21 +156,20 @@ void Conversations::count(Run& run, const Turn& turn, const Turn& stand_in, std:
 
 void Conversations::compare(std::int64_t sequence, const std::vector<Turn>& turns, std::vector<Run>& runs,
                             std::vector<Distance>& distances) const {
-  if (std::ranges::none_of(runs, [](const Run& run) { return run.config.mode == "nocache"; })) return;
+  if (std::ranges::none_of(runs, is_plain)) return;
   Ids passed;  // what `pass` is of
   at::Tensor pass;
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    if (runs[i].config.mode == "nocache") continue;
+    if (is_plain(runs[i])) continue;
     const Turn& turn = turns[i];
     Ids whole = turn.prompt;
     whole.insert(whole.end(), turn.best.begin(), turn.best.end() - 1);
     if (whole != passed) {
-      const Rows rows = {whole};
-      const c10::IValue output = context_.model.plain(context_.model.inputs(rows));
+      const c10::IValue output = context_.model.plain(call_of(sequence, whole).inputs);
       pass = tensor_of(output, context_.model.output_shape().logits_output)[0];
       passed = std::move(whole);
     }
-    const auto length = static_cast<std::int64_t>(turn.prompt.size());
+    const std::int64_t length = std::ssize(turn.prompt);
     const at::Tensor reference = pass.slice(0, length - 1);
     const at::Tensor logits = at::stack(turn.logits);
     distances[i].difference += (logits - reference).to(at::kDouble).square().sum().item<double>();

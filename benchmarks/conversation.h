@@ -10,6 +10,11 @@
 
 namespace llmcache::bench {
 
+/// Sums of squares, for a relative L2 distance.
+struct Distance {
+  double difference = 0, norm = 0;
+};
+
 /// Requests of a workload of task generation: conversations of one turn or more. In each turn the model gets everything
 /// said so far (prefill) and says tokens until it has said `new_tokens`, or the file's stop token, which is not part of
 /// what was said. All runs make a turn one after the other, then the next turn; each goes on with what it said itself.

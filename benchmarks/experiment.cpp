@@ -2,22 +2,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <fmt/format.h>
 #include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <unordered_set>
-#include <utility>
 
-#include "clock.h"
 #include "conversation.h"
 #include "llmcache/version.h"
-#include "request_stream.h"
 #include "run.h"
+#include "selection.h"
 #include "setup.h"
 
 namespace llmcache::bench {
@@ -30,8 +26,8 @@ constexpr double kFillShare = 0.6;    // of the time; README.md says so
 /// A request of the token file, ready to run.
 struct Request {
   std::int64_t number = 0;
-  Call whole;                ///< all at once, everything comes back
-  std::vector<Call> chosen;  ///< how a run that chooses its output asks: at once, or a prompt and then the whole
+  Call whole = {};                ///< all at once, everything comes back
+  std::vector<Call> chosen = {};  ///< how a run that chooses its output asks: at once, or a prompt and then the whole
 };
 
 class RunLoop {
@@ -61,8 +57,7 @@ class RunLoop {
                     conversations_->shortened(), context_.file.max_tokens, context_.file.name);
     }
     std::vector<Record> records;
-    const RunContext common = run_context();
-    for (const Run& run : runs_) records.push_back(record_of(run, runs_, common, record()));
+    for (const Run& run : runs_) records.push_back(record_of(run, runs_, setup_, record()));
     return records;
   }
 
@@ -71,7 +66,7 @@ class RunLoop {
     if (conversations_) return;
     std::int64_t cut = 0;
     for (std::int64_t i = 0; i < tokens_.sequences(); ++i) {
-      cut += static_cast<std::int64_t>(tokens_.sequence(i).size()) > context_.cut() ? 1 : 0;
+      cut += std::ssize(tokens_.sequence(i)) > context_.cut() ? 1 : 0;
     }
     if (cut == 0) return;
     context_.note("{}: {} of {} sequences are longer than the {} tokens of {} and are cut", tokens_.workload, cut,
@@ -81,23 +76,23 @@ class RunLoop {
   // --- requests
 
   [[nodiscard]] Request request(std::int64_t number) const {
-    Request request{.number = number, .whole = {}, .chosen = {}};
+    Request request{.number = number};
     Call& whole = request.whole;
     whole.rows = tokens_.request(number, context_.cut());
     whole.marks = tokens_.marks(number, context_.cut());
-    whole.inputs = model_.inputs(whole.rows, whole.marks);
+    whole.inputs = context_.inputs(number);
     whole.first_sequence = tokens_.first_sequence(number);
     Call last = whole;
     last.output = output_ == "last+new" ? Output::kNewTokens : output_from_string(output_);
     if (output_ == "last+new" && whole.rows.size() == 1) {
       // A prompt, and what is scored behind it, if anything is.
       const TokenRange scored = tokens_.scored[static_cast<std::size_t>(whole.first_sequence)];
-      if (scored.begin < std::min(scored.end, static_cast<std::int64_t>(whole.rows[0].size()))) {
-        Call prompt{.rows = {whole.rows[0].first(static_cast<std::size_t>(scored.begin))}, .inputs = {}};
+      if (scored.begin < std::min(scored.end, std::int64_t{std::ssize(whole.rows[0])})) {
+        Call& prompt = request.chosen.emplace_back(whole);
+        prompt.rows = {whole.rows[0].first(static_cast<std::size_t>(scored.begin))};
+        prompt.marks.clear();
         prompt.inputs = model_.inputs(prompt.rows);
         prompt.output = Output::kLastToken;
-        prompt.first_sequence = whole.first_sequence;
-        request.chosen.push_back(std::move(prompt));
       } else {
         last.output = Output::kLastToken;
       }
@@ -110,40 +105,33 @@ class RunLoop {
   void warm_up() {
     for (std::size_t i = 0; i < std::min(kWarmUpRequests, stream_.requests.size()); ++i) {
       if (i > 0 && (conversations_ || seconds_since(start_) > kWarmUpShare * context_.seconds)) break;
-      const Request warm = conversations_ ? Request{} : request(stream_.requests[i]);
       for (Run& run : runs_) {
         run.system->clear();
-        if (conversations_) {
-          conversations_->warm_up(run, stream_.requests[i]);
-        } else {
-          answer(run, warm);
-        }
+        if (conversations_) conversations_->warm_up(run, stream_.requests[i]);
+        if (!conversations_) answer(run, request(stream_.requests[i]));
+        run.system->clear();
       }
     }
-    for (Run& run : runs_) run.system->clear();
   }
 
-  /// Bytes of a sequence's ids.
-  [[nodiscard]] std::string_view key(std::int64_t sequence) const {
-    const auto ids = tokens_.sequence(sequence);
-    return {reinterpret_cast<const char*>(ids.data()), ids.size_bytes()};
+  /// Bytes of the ids of each sequence of a request.
+  [[nodiscard]] std::vector<std::string_view> keys(std::int64_t request) const {
+    std::vector<std::string_view> keys;
+    for (const auto& ids : tokens_.request(request, std::numeric_limits<std::int64_t>::max())) {
+      keys.emplace_back(reinterpret_cast<const char*>(ids.data()), ids.size_bytes());
+    }
+    return keys;
   }
 
   /// The fill part, untimed, in all runs request by request, so that all are filled alike.
   void fill() {
     std::unordered_set<std::string_view> asked;
     for (const std::int64_t number : stream_.requests) {
-      for (std::int64_t s = tokens_.first_sequence(number); s < tokens_.first_sequence(number + 1); ++s) {
-        asked.insert(key(s));
-      }
+      for (const auto key : keys(number)) asked.insert(key);
     }
     for (std::int64_t number = 0; number < tokens_.fill_requests; ++number, ++filled_) {
       if (number > 0 && seconds_since(start_) > kFillShare * context_.seconds) break;
-      bool common = false;
-      for (std::int64_t s = tokens_.first_sequence(number); s < tokens_.first_sequence(number + 1); ++s) {
-        common = common || asked.contains(key(s));
-      }
-      fill_with(number, common);
+      fill_with(number, std::ranges::any_of(keys(number), [&](auto key) { return asked.contains(key); }));
       context_.progress.update(seconds_since(start_) / context_.seconds);
     }
     if (filled_ == tokens_.fill_requests) return;
@@ -156,17 +144,7 @@ class RunLoop {
     const auto wants = [&](const Run& run) { return common || !run.system->identical_only(); };
     if (std::ranges::none_of(runs_, wants)) return;
     const Request filling = request(number);
-    std::optional<c10::IValue> output;
-    std::optional<std::vector<std::vector<float>>> states;
-    const FillValues values{.output = [&]() -> const c10::IValue& {
-                              if (!output) output = model_.plain(filling.whole.inputs);
-                              return *output;
-                            },
-                            .states = [&]() -> const std::vector<std::vector<float>>& {
-                              const auto layer = settings_.fingerprint_layer;
-                              if (!states) states = model_.cache().pooled_state(filling.whole.inputs, layer);
-                              return *states;
-                            }};
+    FillValues values;
     for (Run& run : runs_) {
       if (wants(run)) run.system->fill(filling.whole, values);
     }
@@ -180,11 +158,8 @@ class RunLoop {
       // Stops where one more request would probably end behind the time.
       if (done_ > 0 && seconds_since(start_) + next_seconds(seconds_since(first)) > context_.seconds) break;
       const std::size_t begin = static_cast<std::size_t>(done_) % runs_.size();
-      if (conversations_) {
-        conversations_->hold(number, runs_, begin);
-      } else {
-        send(request(number), begin);
-      }
+      if (conversations_) conversations_->hold(number, runs_, begin);
+      if (!conversations_) send(request(number), begin);
       ++done_;
       context_.progress.update(std::max(seconds_since(start_) / context_.seconds,
                                         static_cast<double>(done_) / static_cast<double>(stream_.requests.size())));
@@ -199,12 +174,9 @@ class RunLoop {
 
   static std::vector<Answer> answer(Run& run, const Request& request) {
     run.system->begin();
+    if (!run.config.chooses_output()) return {run.system->run(request.whole)};
     std::vector<Answer> answers;
-    if (!run.config.chooses_output()) {
-      answers.push_back(run.system->run(request.whole));
-    } else {
-      for (const Call& call : request.chosen) answers.push_back(run.system->run(call));
-    }
+    for (const Call& call : request.chosen) answers.push_back(run.system->run(call));
     return answers;
   }
 
@@ -299,17 +271,6 @@ class RunLoop {
 
   // --- results
 
-  [[nodiscard]] RunContext run_context() const {
-    return {.scorer = setup_.scorer(),
-            .budget_metric = setup_.calibration().metric(),
-            .task = tokens_.task,
-            .output = output_,
-            .decoder = setup_.decoder(),
-            .generates = conversations_.has_value(),
-            .judged = setup_.judged(),
-            .greedy = conversations_ || setup_.compares_greedy()};
-  }
-
   /// What is the same of all runs.
   [[nodiscard]] Record record() const {
     Record r;
@@ -318,7 +279,7 @@ class RunLoop {
     r.workload = tokens_.workload;
     r.weights_sample = settings_.weights_sample;
     r.threads = settings_.threads;
-    r.requests_available = static_cast<std::int64_t>(stream_.requests.size());
+    r.requests_available = std::ssize(stream_.requests);
     r.filled = filled_;
     r.fill_available = tokens_.fill_requests;
     r.shuffle = stream_.shuffle;
@@ -344,10 +305,6 @@ class RunLoop {
 };
 
 }  // namespace
-
-std::int64_t ExperimentContext::cut() const {
-  return file.max_tokens > 0 ? file.max_tokens : std::numeric_limits<std::int64_t>::max();
-}
 
 std::vector<Record> run_experiment(const ExperimentContext& context) { return RunLoop(context).run(); }
 

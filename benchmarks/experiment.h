@@ -4,12 +4,13 @@
 #include <fmt/format.h>
 
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
+#include "files.h"
 #include "loaded_model.h"
-#include "model_files.h"
-#include "progress.h"
+#include "machine.h"
 #include "records.h"
 #include "settings.h"
 #include "token_file.h"
@@ -26,7 +27,13 @@ struct ExperimentContext {
   Progress& progress;
 
   /// Most tokens of a sequence.
-  [[nodiscard]] std::int64_t cut() const;
+  [[nodiscard]] std::int64_t cut() const {
+    return file.max_tokens > 0 ? file.max_tokens : std::numeric_limits<std::int64_t>::max();
+  }
+  /// The module's inputs for a request of the file.
+  [[nodiscard]] Inputs inputs(std::int64_t request) const {
+    return model.inputs(tokens.request(request, cut()), tokens.marks(request, cut()));
+  }
   template <class... Parts>
   void note(fmt::format_string<Parts...> text, Parts&&... parts) const {
     progress.note("note: " + fmt::format(text, std::forward<Parts>(parts)...));

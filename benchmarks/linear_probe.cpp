@@ -2,12 +2,13 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <system_error>
+#include <functional>
+#include <numeric>
 
 #include "failure.h"
-#include "files.h"
 #include "store/damaged_data.h"
 #include "store/safetensors.h"
 
@@ -36,16 +37,13 @@ LinearProbe parse(const Safetensors& in) {
   probe.weight = in.values<float>("weight", 2, &shape);
   probe.bias = in.values<float>("bias");
   probe.dims = shape[1];
-  const auto classes = static_cast<std::int64_t>(probe.classes.size());
-  if (shape[0] != classes || static_cast<std::int64_t>(probe.bias.size()) != classes || classes == 0 ||
-      probe.dims == 0) {
+  const std::int64_t classes = std::ssize(probe.classes);
+  if (shape[0] != classes || std::ssize(probe.bias) != classes || classes == 0 || probe.dims == 0) {
     in.damaged(
         fmt::format("weight is [{}, {}], bias [{}], for {} classes", shape[0], shape[1], probe.bias.size(), classes));
   }
-  for (const auto* values : {&probe.weight, &probe.bias}) {
-    for (const float value : *values) {
-      if (!std::isfinite(value)) in.damaged("weight or bias has a value that is not finite");
-    }
+  if (!all_finite(in.tensors().at("weight")) || !all_finite(in.tensors().at("bias"))) {
+    in.damaged("weight or bias has a value that is not finite");
   }
   return probe;
 }
@@ -53,20 +51,14 @@ LinearProbe parse(const Safetensors& in) {
 }  // namespace
 
 std::int64_t LinearProbe::classify(std::span<const float> row) const {
-  std::int64_t best = -1;
-  double best_score = 0;
+  std::vector<double> scores;
   for (std::size_t c = 0; c < bias.size(); ++c) {
-    double score = bias[c];
-    for (std::size_t d = 0; d < row.size(); ++d) {
-      score += static_cast<double>(weight[c * row.size() + d]) * static_cast<double>(row[d]);
-    }
-    if (std::isnan(score)) return -1;
-    if (best < 0 || score > best_score) {
-      best = static_cast<std::int64_t>(c);
-      best_score = score;
-    }
+    const float* own = weight.data() + c * row.size();
+    scores.push_back(std::inner_product(row.begin(), row.end(), own, static_cast<double>(bias[c]), std::plus<>(),
+                                        std::multiplies<double>()));
+    if (std::isnan(scores.back())) return -1;
   }
-  return best;
+  return std::ranges::max_element(scores) - scores.begin();
 }
 
 LinearProbe parse_linear_probe(std::string_view bytes, const std::string& name) {
@@ -75,10 +67,6 @@ LinearProbe parse_linear_probe(std::string_view bytes, const std::string& name) 
   } catch (const DamagedData& error) {
     refuse_data(name, kKind, error.what());
   }
-}
-
-LinearProbe read_linear_probe(const std::filesystem::path& path) {
-  return parse_linear_probe(read_file(path, kKind), path.string());
 }
 
 std::filesystem::path linear_probe_path(const std::filesystem::path& folder, const std::string& workload,
@@ -94,9 +82,8 @@ std::int64_t first_unfitted(const LinearProbe& probe, const TokenFile& file) {
 std::optional<LinearProbe> find_linear_probe(const std::filesystem::path& folder, const TokenFile& file,
                                              const ModelFile& model) {
   const auto path = linear_probe_path(folder, file.workload, model.name);
-  std::error_code error;
-  if (!std::filesystem::exists(path, error)) return std::nullopt;
-  LinearProbe probe = read_linear_probe(path);
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  LinearProbe probe = parse_linear_probe(read_file(path, kKind), path.string());
   const auto refuse = [&](const std::string& what) {
     throw Failure(fmt::format("{}: {}; fit the probe again", path.string(), what));
   };

@@ -1,12 +1,5 @@
-// Linear probes: a classifier on a model's pooled output, fitted beforehand on uncached outputs.
-//
-//   DATA/WORKLOAD.MODEL.probe.safetensors
-//   weight  float32 [classes, dims]
-//   bias    float32 [classes]
-//
-// Metadata (strings): workload, model, model_sha256 (of the model's .pt), classes (JSON list of names), train_accuracy,
-// version "2", and perhaps fit_sequences (the first of the token file, on which it was fitted). Not read here:
-// test_accuracy, l2, recipe, content_sha256.
+// Linear probes: a classifier on a model's pooled output, fitted beforehand. docs/benchmark-files.md says what their
+// files hold.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "model_files.h"
+#include "files.h"
 #include "token_file.h"
 
 namespace llmcache::bench {
@@ -40,7 +33,6 @@ struct LinearProbe {
 
 /// Throws Failure that names the file and what is wrong with it.
 LinearProbe parse_linear_probe(std::string_view bytes, const std::string& name);
-LinearProbe read_linear_probe(const std::filesystem::path& path);
 
 /// FOLDER/WORKLOAD.MODEL.probe.safetensors
 std::filesystem::path linear_probe_path(const std::filesystem::path& folder, const std::string& workload,

@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "failure.h"
-#include "outputs.h"
 
 namespace llmcache::bench {
 namespace {
@@ -24,6 +23,7 @@ bool contains(const std::string& text, const char* part) { return text.find(part
 }  // namespace
 
 std::string one_line(const std::exception& error) {
+  if (dynamic_cast<const Failure*>(&error) != nullptr) return error.what();
   const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
   std::string text = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
   // TorchScript prints the traceback first, the reason behind it.
@@ -81,30 +81,30 @@ void LoadedModel::find_inputs() {
 void LoadedModel::find_token_outputs() {
   // An output that is as long as the input, for two lengths, has one entry a token.
   const std::vector<std::int32_t> ids(3, 0);
-  for (const std::size_t length : {std::size_t{2}, ids.size()}) {
-    const auto outputs = tensors_of(plain(inputs({std::span(ids).first(length)})));
-    if (token_output_.empty()) token_output_.assign(outputs.size(), true);
-    if (outputs.size() != token_output_.size()) throw Failure("it returns a varying number of tensors");
-    for (std::size_t i = 0; i < outputs.size(); ++i) {
-      const bool as_long = outputs[i].dim() >= 2 && outputs[i].size(1) == static_cast<std::int64_t>(length);
-      token_output_[i] = token_output_[i] && as_long;
+  const auto outputs_of = [&](std::size_t length) { return tensors_of(plain(inputs({std::span(ids).first(length)}))); };
+  const auto shorter = outputs_of(2);
+  const auto outputs = outputs_of(3);
+  if (outputs.size() != shorter.size()) throw Failure("it returns a varying number of tensors");
+  const auto is_long = [](const at::Tensor& tensor, std::int64_t length) {
+    return tensor.dim() >= 2 && tensor.size(1) == length;
+  };
+  std::size_t marks_of_tokens = 0;
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const at::Tensor& output = outputs[i];
+    const auto number = static_cast<std::int64_t>(i);
+    token_output_.push_back(is_long(shorter[i], 2) && is_long(output, 3));
+    if (!output.is_floating_point()) continue;
+    if (output.dim() == 2 && token_output_[i]) {
+      ++marks_of_tokens;
+    } else if (output.dim() == 2 && shape_.pooled_output < 0) {
+      shape_.pooled_output = number;
+      shape_.pooled_dims = output.size(1);
+    } else if (output.dim() == 3 && token_output_[i] && shape_.logits_output < 0) {
+      shape_.logits_output = number;
+      shape_.logits_dims = output.size(2);
     }
-    if (length != ids.size()) continue;
-    for (std::size_t i = outputs.size(); i-- > 0;) {  // the first of its kind comes last, and stays
-      if (!outputs[i].is_floating_point()) continue;
-      if (outputs[i].dim() == 2 && !token_output_[i]) {
-        shape_.pooled_output = static_cast<std::int64_t>(i);
-        shape_.pooled_dims = outputs[i].size(1);
-      } else if (outputs[i].dim() == 3 && token_output_[i]) {
-        shape_.logits_output = static_cast<std::int64_t>(i);
-        shape_.logits_dims = outputs[i].size(2);
-      }
-    }
-    const auto marks_tokens = [&](std::size_t i) {
-      return i < outputs.size() && outputs[i].is_floating_point() && outputs[i].dim() == 2 && token_output_[i];
-    };
-    shape_.answer_span = outputs.size() == 2 && marks_tokens(0) && marks_tokens(1);
   }
+  shape_.answer_span = outputs.size() == 2 && marks_of_tokens == 2;
 }
 
 std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) {
@@ -121,20 +121,22 @@ std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) {
 }
 
 WrapCost LoadedModel::wrap(const Options& options, const std::string& name) {
-  WrapCost cost{.model = file_.name, .weights = file_.weights, .held = {}, .granularity = {}, .notes = {}};
-  cost.resident_before = resident_bytes();
+  const std::int64_t before = resident_bytes();
   const std::shared_ptr<Cache> cache = make_cache(options);
-  cost.resident_after = resident_bytes();
+  const std::int64_t after = resident_bytes();
   if (!cache_) cache_ = cache;
   named_[name] = cache;
   const ModelProfile& profile = cache->profile();
-  cost.held = profile.weights;
-  cost.granularity = to_string(profile.granularity);
-  cost.notes = profile.notes;
-  cost.wrap_ms = profile.wrap_ms;
-  cost.weight_bytes = static_cast<std::int64_t>(profile.weight_bytes);
-  cost.packed_bytes = static_cast<std::int64_t>(profile.packed_weight_bytes);
-  return cost;
+  return {.model = file_.name,
+          .weights = file_.weights,
+          .held = profile.weights,
+          .granularity = to_string(profile.granularity),
+          .notes = profile.notes,
+          .wrap_ms = profile.wrap_ms,
+          .resident_before = before,
+          .resident_after = after,
+          .weight_bytes = static_cast<std::int64_t>(profile.weight_bytes),
+          .packed_bytes = static_cast<std::int64_t>(profile.packed_weight_bytes)};
 }
 
 std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const Options& options) {
@@ -145,16 +147,14 @@ std::shared_ptr<Cache> LoadedModel::cache_named(const std::string& name, const O
 
 Inputs LoadedModel::inputs(const Rows& rows, const std::vector<RowMarks>& marks) const {
   const auto longest = static_cast<std::size_t>(padded_length(rows));
-  const bool padded = std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.size() != longest; });
-  const bool masked = std::find(inputs_.begin(), inputs_.end(), Input::kMask) != inputs_.end();
-  if (padded && !masked) {
+  const bool padded = std::ranges::any_of(rows, [&](const auto& row) { return row.size() != longest; });
+  if (padded && std::ranges::find(inputs_, Input::kMask) == inputs_.end()) {
     throw Failure(
         fmt::format("model {}: it takes no attention mask, and the workload has sequences of different "
                     "lengths in one request",
                     file_.name));
   }
-  const auto batch = static_cast<std::int64_t>(rows.size());
-  const at::Tensor ids = at::zeros({batch, padded_length(rows)}, at::kLong);
+  const at::Tensor ids = at::zeros({std::ssize(rows), padded_length(rows)}, at::kLong);
   const at::Tensor mask = at::zeros_like(ids);
   for (std::size_t row = 0; row < rows.size(); ++row) {
     std::copy(rows[row].begin(), rows[row].end(), ids.data_ptr<std::int64_t>() + row * longest);
@@ -168,23 +168,9 @@ Inputs LoadedModel::inputs(const Rows& rows, const std::vector<RowMarks>& marks)
     const std::int64_t begin = marks[row].second_text;
     if (begin >= 0 && begin < length) types[static_cast<std::int64_t>(row)].slice(0, begin, length).fill_(1);
   }
+  const at::Tensor by_kind[] = {ids, mask, pool, types};  // as Input
   Inputs values;
-  for (const Input input : inputs_) {
-    switch (input) {
-      case Input::kIds:
-        values.emplace_back(ids);
-        break;
-      case Input::kMask:
-        values.emplace_back(mask);
-        break;
-      case Input::kPool:
-        values.emplace_back(pool);
-        break;
-      case Input::kTypes:
-        values.emplace_back(types);
-        break;
-    }
-  }
+  for (const Input input : inputs_) values.emplace_back(by_kind[static_cast<std::size_t>(input)]);
   return values;
 }
 
@@ -218,13 +204,11 @@ double LoadedModel::divergence(const c10::IValue& reference, const std::vector<R
         continue;
       }
       if (a.dim() != b.dim() || a.size(0) != b.size(0) || a.sizes().slice(2) != b.sizes().slice(2)) return kInfinite;
-      if (static_cast<std::int64_t>(call.tokens.size()) != b.size(0)) return kInfinite;
-      for (std::size_t row = 0; row < call.tokens.size(); ++row) {
-        const auto [begin, end] = call.tokens[row];
+      if (std::ssize(call.tokens) != b.size(0)) return kInfinite;
+      for (std::int64_t row = 0; row < b.size(0); ++row) {
+        const auto [begin, end] = call.tokens[static_cast<std::size_t>(row)];
         if (end > a.size(1) || end - begin > b.size(1)) return kInfinite;
-        if (begin == end) continue;
-        const auto r = static_cast<std::int64_t>(row);
-        compare(a[r].narrow(0, begin, end - begin), b[r].narrow(0, 0, end - begin));
+        if (begin < end) compare(a[row].slice(0, begin, end), b[row].slice(0, 0, end - begin));
       }
     }
   }

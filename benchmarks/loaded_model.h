@@ -10,12 +10,12 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "files.h"
 #include "llmcache/llmcache.h"
-#include "model_files.h"
 #include "outputs.h"
-#include "quality_score.h"
 #include "records.h"
 
 namespace llmcache::bench {

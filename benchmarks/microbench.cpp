@@ -1,6 +1,4 @@
 // llmcache-microbench: what single things cost. README.md explains the benchmarks.
-#include "microbench.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
@@ -8,8 +6,8 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <functional>
 #include <future>
 #include <memory>
@@ -18,11 +16,12 @@
 #include <string>
 #include <vector>
 
-#include "clock.h"
+#include "bank/evicted_keys.h"
+#include "call_totals.h"
 #include "failure.h"
 #include "files.h"
 #include "loaded_model.h"
-#include "model_files.h"
+#include "machine.h"
 #include "statistics.h"
 
 namespace llmcache::bench {
@@ -31,6 +30,7 @@ namespace {
 constexpr std::int64_t kTokens = 128;
 constexpr std::int64_t kFirstId = 10;  // leaves special tokens out
 constexpr int kWarmUp = 3;
+
 /// The model under test, and ids for it that were never used before.
 class Fixture {
  public:
@@ -226,6 +226,42 @@ void threshold_hit(benchmark::State& state, Fixture& fixture) {
   }
 }
 
+// What counting costs a call: counting/totals/ROWS adds a report of so many rows of 12 layers to the totals,
+// counting/evicted/TOKENS looks for what was evicted of a sequence all of whose tokens were, counting/nothing_evicted
+// for one of which none was.
+
+constexpr std::size_t kCountedLayers = 12;
+
+void totals(benchmark::State& state) {
+  SequenceReport sequence;
+  sequence.tokens = 128;
+  sequence.layers.assign(kCountedLayers, {128, 0});
+  ForwardReport report;
+  report.sequences.assign(static_cast<std::size_t>(state.range(0)), sequence);
+  report.layer_ms.assign(kCountedLayers, 0.5);
+  report.total_ms = 6;
+  CallTotals totals;
+  for (auto _ : state) totals.add(report);
+}
+
+/// Beside others, as many as are remembered.
+void evicted(benchmark::State& state, bool known) {
+  std::mt19937_64 random(1);
+  constexpr std::size_t kRemembered = std::size_t{1} << 15;
+  EvictedKeys keys(kRemembered);
+  for (std::size_t i = 0; i < kRemembered; ++i) keys.add(random(), EvictedKeys::Cause::kRoom);
+  std::vector<std::int64_t> tokens(static_cast<std::size_t>(state.range(0)));
+  for (auto& token : tokens) token = static_cast<std::int64_t>(random() % 50000);
+  if (known) add_evicted_prefixes(keys, "tenant", tokens, 1, 0, EvictedKeys::Cause::kRoom);
+  for (auto _ : state) benchmark::DoNotOptimize(count_evicted(keys, "tenant", tokens, 1, 0));
+}
+
+void add_counting_benchmarks() {
+  benchmark::RegisterBenchmark("counting/totals", totals)->Arg(1)->Arg(8)->Arg(64);
+  benchmark::RegisterBenchmark("counting/evicted", evicted, true)->Arg(32)->Arg(512)->Arg(4096);
+  benchmark::RegisterBenchmark("counting/nothing_evicted", evicted, false)->Arg(512);
+}
+
 bool failed = false;  // a benchmark threw: the exit status says so
 
 void add_all(const std::string& model, int pairs, std::int64_t max_tokens, Fixture& fixture) {
@@ -259,19 +295,15 @@ void add_all(const std::string& model, int pairs, std::int64_t max_tokens, Fixtu
 }
 
 int run(int argc, char** argv) {
-  const auto variable = [](const char* name, const std::string& standard) {
-    const char* value = std::getenv(name);
-    return value == nullptr ? standard : std::string(value);
-  };
-  std::string models = variable("LLMCACHE_MODELS_DIR", (program_folder() / "../models").lexically_normal().string());
-  std::string model = variable("LLMCACHE_MODEL", "bert-base");
-  std::string weights = "as-loaded";
+  std::filesystem::path models = (program_folder() / "../models").lexically_normal();
+  std::string model = "bert-base", weights = "as-loaded";
   int pairs = 15;
   CLI::App app("llmcache-microbench: what single things cost, against the plain module in the same loop");
   app.footer("\nOptions of Google Benchmark work too. benchmarks/README.md explains the benchmarks.");
   app.allow_extras();
-  app.add_option("--models", models, "folder of the models [$LLMCACHE_MODELS_DIR, or ../models beside the program's]");
-  app.add_option("--model", model, "which one, or none [$LLMCACHE_MODEL, or bert-base]");
+  app.add_option("--models", models, "folder of the models [../models beside the program's]")
+      ->envname("LLMCACHE_MODELS_DIR");
+  app.add_option("--model", model, "which one, or none [bert-base]")->envname("LLMCACHE_MODEL");
   app.add_option("--weights", weights, "how the cache holds them; plain is as loaded")
       ->check(CLI::IsMember({"as-loaded", "packed-fp32", "packed-fp16", "packed-bf16", "packed-int8", "fastest"}));
   app.add_option("--pairs", pairs, "of each benchmark [15]; four times as many of misses")
@@ -287,7 +319,7 @@ int run(int argc, char** argv) {
   at::set_num_threads(1);
   std::optional<Fixture> fixture;
   if (model != "none") {
-    const ModelFile file = read_model_file(std::filesystem::path(models) / (model + ".pt"));
+    const ModelFile file = read_model_file(models / (model + ".pt"));
     fixture.emplace(file, weights_from_string(weights));
     add_all(model, pairs, file.max_tokens, *fixture);
     benchmark::AddCustomContext("weights", file.random_weights() ? file.weights + ": random weights" : file.weights);

@@ -34,30 +34,26 @@ Json one_of(std::initializer_list<const char*> words) { return {{"enum", words}}
 
 // The list of fields: each calls `field`(name, value, rules of the schema, description) for all of a struct.
 
-template <class Visitor>
-void fields(const Machine& m, const Visitor& field) {
+void fields(const Machine& m, const auto& field) {
   field("cpu", m.cpu, kFilled);
   field("cores", m.cores);
   field("memory_gib", m.memory_gib);
 }
 
-template <class Visitor>
-void fields(const Summary& s, const Visitor& field) {
+void fields(const Summary& s, const auto& field) {
   field("mean", s.mean);
   field("p50", s.p50);
   field("p95", s.p95);
   field("p99", s.p99);
 }
 
-template <class Visitor>
-void fields(const Divergence& d, const Visitor& field) {
+void fields(const Divergence& d, const auto& field) {
   field("mean", d.mean);
   field("p95", d.p95);
   field("max", d.max);
 }
 
-template <class Visitor>
-void fields(const TaskResult& t, const Visitor& field) {
+void fields(const Comparison& t, const auto& field) {
   field("metric", t.metric,
         one_of({"accuracy", "choice_accuracy", "choice_accuracy_per_byte", "perplexity", "answer_nll", "f1",
                 "exact_match", "spearman", "precision"}),
@@ -68,36 +64,31 @@ void fields(const TaskResult& t, const Visitor& field) {
   field("ci95", t.ci95, {}, "of the change: paired bootstrap over requests");
 }
 
-template <class Visitor>
-void fields(const Rate& r, const Visitor& field) {
+void fields(const Rate& r, const auto& field) {
   field("rate", r.rate);
   field("ci95", r.ci95, {}, "Wilson's");
   field("served", r.of);
 }
 
-template <class Visitor>
-void fields(const UnsafeServed& u, const Visitor& field) {
+void fields(const UnsafeServed& u, const auto& field) {
   fields(u.rate, field);
   field("unlabelled", u.unlabelled, {}, "served from a text of another pair");
 }
 
-template <class Visitor>
-void fields(const GreedyDifference& d, const Visitor& field) {
+void fields(const GreedyDifference& d, const auto& field) {
   field("sequence", d.sequence, {}, "of the token file");
   field("token", d.token, {}, "place in it that is predicted");
   field("gap", d.gap, {}, "nocache's best logit - its logit of this token");
 }
 
-template <class Visitor>
-void fields(const GreedyResult& g, const Visitor& field) {
+void fields(const GreedyResult& g, const auto& field) {
   field("compared", g.compared);
   field("different", g.different);
   field("tied", g.tied, {}, "Different, but within 1e-4 of nocache's best");
   field("differences", g.differences, {{"maxItems", GreedyResult::kListed}}, "The first hundred");
 }
 
-template <class Visitor>
-void fields(const LaterTurns& t, const Visitor& field) {
+void fields(const LaterTurns& t, const auto& field) {
   field("turns", t.turns, kAtLeast1);
   field("prefill_ms", t.prefill_ms);
   field("speedup_vs_nocache", t.speedup_vs_nocache);
@@ -105,24 +96,21 @@ void fields(const LaterTurns& t, const Visitor& field) {
   field("tokens_reused_fraction", t.tokens_reused_fraction, kShare);
 }
 
-template <class Visitor>
-void fields(const ObservedError& e, const Visitor& field) {
-  field("value", e.value, kShare);
+void fields(const ObservedError& e, const auto& field) {
+  field("value", e.rate, kShare);
   field("low", e.ci95.low, kShare, "of the 95 % interval");
   field("high", e.ci95.high, kShare, "of the 95 % interval");
   field("n", e.of, {}, "Sequences (metric token: tokens) compared");
 }
 
-template <class Visitor>
-void fields(const ReuseShares& s, const Visitor& field) {
+void fields(const ReuseShares& s, const auto& field) {
   field("early_exit", s.early_exit, kShare, "At a layer, corrected by a cached neighbour");
   field("cache_free_exit", s.cache_free_exit, kShare, "At a layer, by regression, without a neighbour");
   field("token_reuse", s.token_reuse, kShare, "States of a near-identical request's tokens");
   field("segment_reuse", s.segment_reuse, kShare, "A decoder's keys and values of moved segments");
 }
 
-template <class Visitor>
-void fields(const Versions& v, const Visitor& field) {
+void fields(const Versions& v, const auto& field) {
   field("llmcache", v.llmcache);
   field("torch", v.torch);
   field("compiler", v.compiler);
@@ -131,8 +119,7 @@ void fields(const Versions& v, const Visitor& field) {
 }
 
 /// Of records of fidelity budget; null elsewhere.
-template <class Visitor>
-void budget_fields(const std::optional<BudgetResult>& budget, const Visitor& field) {
+void budget_fields(const std::optional<BudgetResult>& budget, const auto& field) {
   const BudgetResult b = budget.value_or(BudgetResult{});
   const auto set = [&](const char* name, const auto& value, Json rules, const char* about) {
     using Value = std::decay_t<decltype(value)>;
@@ -167,8 +154,7 @@ void budget_fields(const std::optional<BudgetResult>& budget, const Visitor& fie
 }
 
 /// How similar requests were found; null where only identical ones count.
-template <class Visitor>
-void similarity_fields(const Record& r, const Visitor& field) {
+void similarity_fields(const Record& r, const auto& field) {
   field("threshold", r.threshold, {{"minimum", -1}, {"maximum", 1}},
         "Similarity from which on an earlier request counts; null where only identical ones do");
   field("fingerprint", maybe(r.fingerprint),
@@ -184,8 +170,7 @@ void similarity_fields(const Record& r, const Visitor& field) {
 }
 
 /// Only of decoders.
-template <class Visitor>
-void decoder_fields(const Record& r, const Visitor& field) {
+void decoder_fields(const Record& r, const auto& field) {
   field("prefill_ms", r.prefill_ms, {},
         "Time of the first call of a request, or of each turn of a conversation; null unless a decoder");
   field("prefill_speedup_vs_nocache", r.prefill_speedup_vs_nocache, {}, "Of sums over the same requests");
@@ -201,13 +186,11 @@ void decoder_fields(const Record& r, const Visitor& field) {
         "Tokens that come out on top of the logits, against nocache; null where that was not compared");
 }
 
-template <class Visitor>
-void quality_fields(const Record& r, const Visitor& field) {
+void quality_fields(const Record& r, const auto& field) {
   field("task", r.task, {}, "Quality of the outputs; null where it was not or cannot be measured");
-  field(
-      "second_task", r.second_task, {},
-      "By the task's second metric: of choices by log-likelihoods divided by the lengths in bytes, of answers found in "
-      "a passage by exact match; null elsewhere");
+  field("second_task", r.second_task, {},
+        "By the task's second metric: of choices by log-likelihoods divided by the lengths in bytes, of answers found "
+        "in a passage by exact match; null elsewhere");
   field("recall", r.recall, kShare, "Duplicates: served rightly / sequences whose pair is labelled a duplicate");
   field("unsafe_served", r.unsafe_served, {},
         "Duplicates: served from the pair's text though labelled no duplicate / all served");
@@ -215,8 +198,7 @@ void quality_fields(const Record& r, const Visitor& field) {
   field("divergence", r.divergence, {}, "Relative L2 distance of a request's outputs at real tokens from nocache's");
 }
 
-template <class Visitor>
-void fields(const Record& r, const Visitor& field) {
+void fields(const Record& r, const auto& field) {
   field("model", r.model, kFilled);
   field("weights", r.weights, {{"pattern", "^(hub:.+|pypi:.+|random \\(seed [0-9]+\\)|unknown)$"}},
         "Where the weights came from");
@@ -265,92 +247,86 @@ void fields(const Record& r, const Visitor& field) {
   budget_fields(r.budget, field);
 }
 
-/// Writes a value, or all fields of a struct.
-struct Writer {
-  template <class T>
-  static Json json(const T& value) {
-    if constexpr (is_optional<T>) {
-      return value ? json(*value) : Json(nullptr);
-    } else if constexpr (std::is_floating_point_v<T>) {
-      return std::isfinite(value) ? Json(value) : Json(nullptr);
-    } else if constexpr (is_list<T>) {
-      Json list = Json::array();
-      for (const auto& element : value) list.push_back(json(element));
-      return list;
-    } else if constexpr (std::is_same_v<T, Interval>) {
-      return Json::array({json(value.low), json(value.high)});
-    } else if constexpr (std::is_arithmetic_v<T> || std::is_same_v<T, std::string>) {
-      return value;
+/// A value, or all fields of a struct.
+template <class T>
+Json written(const T& value) {
+  if constexpr (is_optional<T>) {
+    return value ? written(*value) : Json(nullptr);
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return std::isfinite(value) ? Json(value) : Json(nullptr);
+  } else if constexpr (is_list<T>) {
+    Json list = Json::array();
+    for (const auto& element : value) list.push_back(written(element));
+    return list;
+  } else if constexpr (std::is_same_v<T, Interval>) {
+    return Json::array({written(value.low), written(value.high)});
+  } else if constexpr (std::is_arithmetic_v<T> || std::is_same_v<T, std::string>) {
+    return value;
+  } else {
+    Json object = Json::object();
+    fields(value, [&](const char* name, const auto& field, const Json& = {}, const char* = "") {
+      object[name] = written(field);
+    });
+    return object;
+  }
+}
+
+/// Adds what the list of fields says of one to the schema of its type.
+void add_rules(const Json& rules, const char* about, Json& schema) {
+  for (const auto& [key, value] : rules.items()) {
+    if (key == kLeftOut) continue;
+    if (value.is_null()) {
+      schema.erase(key);
+    } else if (key == "items") {
+      schema[key].update(value);
     } else {
-      Json object = Json::object();
-      fields(value, [&](const char* name, const auto& field, const Json& = {}, const char* = "") {
-        object[name] = json(field);
-      });
-      return object;
+      schema[key] = value;
     }
   }
-};
+  if (schema.contains("enum") && schema["type"].is_array()) schema["enum"].push_back(nullptr);
+  if (*about != '\0') schema["description"] = about;
+}
 
 /// The schema of a value's type.
-struct Schema {
-  template <class T>
-  static Json json(const T& value) {
-    if constexpr (is_optional<T>) {
-      Json schema = json(typename T::value_type{});
-      const Json type = schema["type"];
-      if (!type.is_array()) schema["type"] = {type, "null"};
-      return schema;
-    } else if constexpr (std::is_same_v<T, bool>) {
-      return {{"type", "boolean"}};
-    } else if constexpr (std::is_same_v<T, std::string>) {
-      return {{"type", "string"}};
-    } else if constexpr (std::is_floating_point_v<T>) {
-      return {{"type", {"number", "null"}}, {"minimum", 0}};
-    } else if constexpr (std::is_integral_v<T>) {
-      return {{"type", "integer"}, {"minimum", 0}};
-    } else if constexpr (is_list<T>) {
-      return {{"type", "array"}, {"items", json(typename T::value_type{})}};
-    } else if constexpr (std::is_same_v<T, Interval>) {
-      return {{"type", "array"}, {"minItems", 2}, {"maxItems", 2}, {"items", {{"type", {"number", "null"}}}}};
-    } else {
-      Json schema = {{"type", "object"}, {"required", Json::array()}, {"additionalProperties", false}};
-      fields(value, [&](const char* name, const auto& field, const Json& rules = {}, const char* about = "") {
-        if (!rules.contains(kLeftOut)) schema["required"].push_back(name);
-        Json& property = schema["properties"][name];
-        property = json(field);
-        ruled(rules, property);
-        if (*about != '\0') property["description"] = about;
-      });
-      return schema;
-    }
+template <class T>
+Json schema_of(const T& value) {
+  if constexpr (is_optional<T>) {
+    Json schema = schema_of(typename T::value_type{});
+    const Json type = schema["type"];
+    if (!type.is_array()) schema["type"] = {type, "null"};
+    return schema;
+  } else if constexpr (std::is_same_v<T, bool>) {
+    return {{"type", "boolean"}};
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    return {{"type", "string"}};
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return {{"type", {"number", "null"}}, {"minimum", 0}};
+  } else if constexpr (std::is_integral_v<T>) {
+    return {{"type", "integer"}, {"minimum", 0}};
+  } else if constexpr (is_list<T>) {
+    return {{"type", "array"}, {"items", schema_of(typename T::value_type{})}};
+  } else if constexpr (std::is_same_v<T, Interval>) {
+    return {{"type", "array"}, {"minItems", 2}, {"maxItems", 2}, {"items", {{"type", {"number", "null"}}}}};
+  } else {
+    Json schema = {{"type", "object"}, {"required", Json::array()}, {"additionalProperties", false}};
+    fields(value, [&](const char* name, const auto& field, const Json& rules = {}, const char* about = "") {
+      if (!rules.contains(kLeftOut)) schema["required"].push_back(name);
+      add_rules(rules, about, schema["properties"][name] = schema_of(field));
+    });
+    return schema;
   }
-
- private:
-  static void ruled(const Json& rules, Json& schema) {
-    for (const auto& [key, value] : rules.items()) {
-      if (key == kLeftOut) continue;
-      if (value.is_null()) {
-        schema.erase(key);
-      } else if (key == "items") {
-        schema[key].update(value);
-      } else {
-        schema[key] = value;
-      }
-    }
-    if (schema.contains("enum") && schema["type"].is_array()) schema["enum"].push_back(nullptr);
-  }
-};
+}
 
 }  // namespace
 
-Json to_json(const Record& record) { return Writer::json(record); }
+Json to_json(const Record& record) { return written(record); }
 
 Json results_json(const Machine& machine, const std::string& command, const std::vector<Record>& records) {
-  return {{"schema", 1}, {"machine", Writer::json(machine)}, {"command", command}, {"records", Writer::json(records)}};
+  return {{"schema", 1}, {"machine", written(machine)}, {"command", command}, {"records", written(records)}};
 }
 
 Json results_schema() {
-  Json record = Schema::json(Record{});
+  Json record = schema_of(Record{});
   record["description"] = "One model on one workload in one mode";
   return {{"$schema", "https://json-schema.org/draft/2020-12/schema"},
           {"title", "Results of llmcache-bench"},
@@ -362,7 +338,7 @@ Json results_schema() {
           {"additionalProperties", false},
           {"properties",
            {{"schema", {{"const", 1}}},
-            {"machine", Schema::json(Machine{})},
+            {"machine", schema_of(Machine{})},
             {"command", {{"type", "string"}, {"description", "The command line, the program by its name only"}}},
             {"records", {{"type", "array"}, {"minItems", 1}, {"items", {{"$ref", "#/$defs/record"}}}}}}},
           {"$defs", {{"record", std::move(record)}}}};

@@ -1,10 +1,13 @@
 #include "run.h"
 
+#include <ATen/ATen.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+
+#include "setup.h"
 
 namespace llmcache::bench {
 namespace {
@@ -27,12 +30,12 @@ ObservedError observed(const std::vector<double>& errors, BudgetMetric metric) {
   const auto n = static_cast<std::int64_t>(errors.size());
   const double value = mean(errors);
   if (metric != BudgetMetric::kRelativeError) {
-    return {value, wilson(std::llround(value * static_cast<double>(n)), n), n};
+    return {{value, wilson(std::llround(value * static_cast<double>(n)), n), n}};
   }
   double squares = 0;
   for (const double error : errors) squares += (error - value) * (error - value);
   const double half = 1.96 * std::sqrt(squares) / static_cast<double>(n);
-  return {value, {std::max(0.0, value - half), value + half}, n};
+  return {{value, {std::max(0.0, value - half), value + half}, n}};
 }
 
 std::string why_slower(const Record& r, const std::vector<double>& plain) {
@@ -46,7 +49,7 @@ std::string why_slower(const Record& r, const std::vector<double>& plain) {
 }
 
 /// Times of prompts and of single tokens, against nocache and kvcache.
-void describe_decoding(const Run& run, const Run* plain, const Run* kvcache, const RunContext& context, Record& r) {
+void describe_decoding(const Run& run, const Run* plain, const Run* kvcache, const Setup& setup, Record& r) {
   LaterTurns later = {.turns = static_cast<std::int64_t>(run.later_prefills.size()),
                       .prefill_ms = summarize(run.later_prefills)};
   r.prefill_ms = summarize(run.prefills);
@@ -65,32 +68,53 @@ void describe_decoding(const Run& run, const Run* plain, const Run* kvcache, con
     later.tokens_reused_fraction = ratio(run.later_tokens_reused, run.later_prompt_tokens);
   }
   if (later.turns > 0) r.later_turns = later;
-  if (plain != nullptr && &run != plain && context.greedy && run.config.exact()) r.greedy = run.greedy.result();
-  if (!context.generates) return;
+  if (plain != nullptr && &run != plain && (setup.generates() || setup.compares_greedy()) && run.config.exact())
+    r.greedy = run.greedy.result();
+  if (!setup.generates()) return;
   if (!run.decodes.empty()) r.decode_ms = summarize(run.decodes);
   r.tokens_per_second = run.said / (sum(run.latencies) / 1000);
 }
 
-void judge(const Run& run, const Run* plain, const RunContext& context, Record& r) {
+void judge(const Run& run, const Run* plain, const Setup& setup, Record& r) {
   const auto result = [&](Metric metric, std::vector<Sample> Run::*samples) {
-    const Comparison c = compare(metric, run.*samples, plain != nullptr ? plain->*samples : std::vector<Sample>{});
-    return TaskResult{
-        .metric = to_string(metric), .value = c.value, .baseline = c.baseline, .change = c.change, .ci95 = c.ci95};
+    return compare(metric, run.*samples, plain != nullptr ? plain->*samples : std::vector<Sample>{});
   };
-  if (context.scorer.metric() && !run.samples.empty()) r.task = result(*context.scorer.metric(), &Run::samples);
-  if (context.scorer.second_metric() && !run.second_samples.empty()) {
-    r.second_task = result(*context.scorer.second_metric(), &Run::second_samples);
+  if (setup.scorer().metric() && !run.samples.empty()) r.task = result(*setup.scorer().metric(), &Run::samples);
+  if (setup.scorer().second_metric() && !run.second_samples.empty()) {
+    r.second_task = result(*setup.scorer().second_metric(), &Run::second_samples);
   }
   if (!run.config.keeps()) return;
-  if (context.task == Task::kDuplicates) {
-    r.task = {.metric = "precision", .value = run.served.precision()};
+  if (setup.task() == Task::kDuplicates) {
+    r.task = Comparison{.metric = "precision", .value = run.served.precision()};
     r.recall = run.served.recall();
     r.unsafe_served = {.rate = run.served.unsafe(), .unlabelled = run.served.unlabelled()};
   }
-  if (context.task == Task::kAnswer) r.same_answer = run.served.same_answer();
+  if (setup.task() == Task::kAnswer) r.same_answer = run.served.same_answer();
 }
 
 }  // namespace
+
+void GreedyCount::compare(std::int64_t sequence, std::int64_t first, const at::Tensor& reference,
+                          const at::Tensor& logits) {
+  const auto chosen = best_tokens(logits);
+  const auto wanted = best_tokens(reference);
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    const auto row = static_cast<std::int64_t>(i);
+    if (chosen[i] != wanted.at(i)) compare(sequence, first + row, reference[row], chosen[i]);
+    if (chosen[i] == wanted[i]) ++result_.compared;
+  }
+}
+
+bool GreedyCount::compare(std::int64_t sequence, std::int64_t token, const at::Tensor& reference, std::int64_t chosen) {
+  ++result_.compared;
+  const std::int64_t best = best_tokens(reference.unsqueeze(0)).front();
+  if (chosen == best) return true;
+  const double gap = (reference[best].to(at::kDouble) - reference[chosen].to(at::kDouble)).item<double>();
+  ++result_.different;
+  result_.tied += gap <= kTiedLogits ? 1 : 0;
+  if (result_.differences.size() < GreedyResult::kListed) result_.differences.push_back({sequence, token, gap});
+  return false;
+}
 
 void Run::count(const std::vector<Answer>& answers, const Call& prompt, std::int64_t turn) {
   const Answer& first = answers.front();
@@ -116,11 +140,11 @@ void Run::keep(const Scores& scores) {
   if (scores.second) second_samples.push_back(*scores.second);
 }
 
-Record record_of(const Run& run, const std::vector<Run>& all, const RunContext& context, Record r) {
+Record record_of(const Run& run, const std::vector<Run>& all, const Setup& setup, Record r) {
   const Run* plain = find(all, "nocache", "as-loaded");
   const Run* kvcache = find(all, "kvcache", run.config.weights);
   r.mode = run.config.mode;
-  if (run.config.chooses_output()) r.output = context.output;
+  if (run.config.chooses_output()) r.output = setup.output();
   r.requests = static_cast<std::int64_t>(run.latencies.size());
   r.sequences = run.asked;
   r.tokens = run.tokens;
@@ -136,14 +160,14 @@ Record record_of(const Run& run, const std::vector<Run>& all, const RunContext& 
     const Summary divergence = summarize(run.divergences);
     r.divergence = {.mean = divergence.mean, .p95 = divergence.p95, .max = divergence.max};
   }
-  if (context.generates || (context.decoder && (run.config.exact() || run.config.epsilon))) {
-    describe_decoding(run, plain, kvcache, context, r);
+  if (setup.generates() || (setup.decoder() && (run.config.exact() || run.config.epsilon))) {
+    describe_decoding(run, plain, kvcache, setup, r);
   }
   run.system->describe(r);
   if (r.weights_held != to_string(Weights::kPackedInt8)) r.weights_sample.clear();
-  if (!run.errors.empty()) r.observed_error = observed(run.errors, context.budget_metric);
+  if (!run.errors.empty()) r.observed_error = observed(run.errors, setup.calibration().metric());
   if (!run.config.keeps()) r.filled = 0;
-  if (context.judged) judge(run, plain, context, r);
+  if (setup.judged()) judge(run, plain, setup, r);
   if (plain != nullptr && r.speedup_vs_nocache < 1) r.note = why_slower(r, plain->latencies);
   return r;
 }

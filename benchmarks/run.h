@@ -1,25 +1,34 @@
 // A run: one way to answer the requests of an experiment, and what was measured of it.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "greedy.h"
-#include "quality_score.h"
-#include "quality_served.h"
 #include "records.h"
-#include "run_config.h"
+#include "scores.h"
+#include "settings.h"
 #include "systems.h"
 
 namespace llmcache::bench {
 
-/// Sums of squares, for a relative L2 distance.
-struct Distance {
-  double difference = 0;
-  double norm = 0;
+/// Counts tokens that come out on top, compared with a reference's.
+class GreedyCount {
+ public:
+  /// Row i of both, [rows, vocabulary], predicts token `first` + i of the sequence.
+  void compare(std::int64_t sequence, std::int64_t first, const at::Tensor& reference, const at::Tensor& logits);
+  /// The same for a token that was chosen; `reference`: [vocabulary]. True if the reference chooses it too.
+  bool compare(std::int64_t sequence, std::int64_t token, const at::Tensor& reference, std::int64_t chosen);
+
+  [[nodiscard]] const GreedyResult& result() const { return result_; }
+
+ private:
+  GreedyResult result_;
 };
 
 struct Run {
@@ -37,20 +46,15 @@ struct Run {
   double verify_ms = 0;                ///< beside the latencies
   std::int64_t tokens = 0;             ///< real ones that a plain pass without repetition would compute
   double tokens_computed = 0;          ///< padding included where it was computed
-  std::int64_t prompt_tokens = 0;
-  std::int64_t tokens_reused = 0;  ///< of prompts
-  std::int64_t tokens_shared = 0;  ///< the same
-  std::int64_t later_prompt_tokens = 0;
-  std::int64_t later_tokens_reused = 0;
-  double said = 0;         ///< tokens, those counted that nocache was not given the time for
-  std::int64_t hits = 0;   ///< sequences answered from an earlier one
-  std::int64_t asked = 0;  ///< all sequences
+  std::int64_t prompt_tokens = 0, tokens_reused = 0, tokens_shared = 0;  ///< of prompts
+  std::int64_t later_prompt_tokens = 0, later_tokens_reused = 0;         ///< of those, of turns behind the first
+  double said = 0;                   ///< tokens, those counted that nocache was not given the time for
+  std::int64_t hits = 0, asked = 0;  ///< sequences answered from an earlier one, and all
 
-  std::vector<double> errors;           ///< one a sequence, in the metric of the budget, where one runs
-  std::vector<double> divergences;      ///< one a request of which something came back, if nocache runs too
-  std::vector<Sample> samples;          ///< one a request that can be scored
-  std::vector<Sample> second_samples;   ///< the same by the second metric of the task, if it has two
-  std::optional<LastLogits> last = {};  ///< of the request before
+  std::vector<double> errors;                   ///< one a sequence, in the metric of the budget, where one runs
+  std::vector<double> divergences;              ///< one a request of which something came back, if nocache runs too
+  std::vector<Sample> samples, second_samples;  ///< one a request that can be scored, by each metric of the task
+  std::optional<LastLogits> last = {};          ///< of the request before
   GreedyCount greedy;
 
   /// Adds the calls of a turn; `turn` counts from 0.
@@ -58,19 +62,9 @@ struct Run {
   void keep(const Scores& scores);
 };
 
-/// What all runs of an experiment have in common in their records.
-struct RunContext {
-  const Scorer& scorer;
-  BudgetMetric budget_metric;
-  Task task;
-  std::string output;      ///< that is asked of those that choose it
-  bool decoder = false;    ///< prefixes can be reused
-  bool generates = false;  ///< text is generated
-  bool judged = false;     ///< the weights are real ones
-  bool greedy = false;     ///< top tokens are compared
-};
+class Setup;
 
 /// Completes `record`, which has what the experiment knows, with what was measured of `run`, beside all runs.
-Record record_of(const Run& run, const std::vector<Run>& all, const RunContext& context, Record record);
+Record record_of(const Run& run, const std::vector<Run>& all, const Setup& setup, Record record);
 
 }  // namespace llmcache::bench

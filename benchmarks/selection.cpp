@@ -6,11 +6,12 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <numeric>
+#include <random>
 #include <set>
 #include <system_error>
 
 #include "failure.h"
-#include "files.h"
 #include "linear_probe.h"
 #include "table.h"
 
@@ -85,27 +86,20 @@ std::vector<ModelFile> all_models(const fs::path& folder) {
                   folder.string()));
 }
 
-std::vector<ModelFile> chosen_models(const Settings& settings) {
-  if (settings.models.empty()) return all_models(settings.models_folder);
-  std::vector<ModelFile> models;
-  for (const std::string& name : settings.models) {
-    fs::path path = name;
-    if (name.find('/') == std::string::npos && !name.ends_with(".pt")) {
-      const auto names = model_names(settings.models_folder);
-      if (std::ranges::find(names, name) == names.end()) {
-        throw Failure(fmt::format("no model '{}' in {}; found: {}", name, settings.models_folder.string(),
-                                  joined({names.begin(), names.end()})));
-      }
-      path = settings.models_folder / (name + ".pt");
-    }
-    ModelFile& model = models.emplace_back(read_model_file(path));
-    if (model.tokenizer.empty()) model.tokenizer = settings.tokenizer;
-    if (model.tokenizer.empty()) {
-      throw Failure(fmt::format("model {} has no sidecar {} that names its tokenizer; give --tokenizer NAME", name,
-                                path.replace_extension(".json").string()));
-    }
+/// The model of that name, or the one at that path.
+ModelFile chosen_model(const std::string& name, const Settings& settings) {
+  const bool is_path = name.find('/') != std::string::npos || name.ends_with(".pt");
+  const auto names = is_path ? std::vector<std::string>() : model_names(settings.models_folder);
+  if (!is_path && std::ranges::find(names, name) == names.end()) {
+    throw Failure(fmt::format("no model '{}' in {}; found: {}", name, settings.models_folder.string(),
+                              joined({names.begin(), names.end()})));
   }
-  return models;
+  fs::path path = is_path ? fs::path(name) : settings.models_folder / (name + ".pt");
+  ModelFile model = read_model_file(path);
+  if (model.tokenizer.empty()) model.tokenizer = settings.tokenizer;
+  if (!model.tokenizer.empty()) return model;
+  throw Failure(fmt::format("model {} has no sidecar {} that names its tokenizer; give --tokenizer NAME", name,
+                            path.replace_extension(".json").string()));
 }
 
 /// Those of the names asked for, in their order.
@@ -154,14 +148,6 @@ std::shared_ptr<const TokenFile> read_tokens(const WorkloadFile& file, const Set
   return std::make_shared<const TokenFile>(std::move(tokens));
 }
 
-void check_workloads(const Settings& settings, const std::vector<WorkloadFile>& all) {
-  const Names names = names_of(all);
-  for (const std::string& name : settings.workloads) {
-    if (std::ranges::any_of(names, [&](const auto& known) { return is_named(known, name); })) continue;
-    throw Failure(fmt::format("no workload '{}' in {}; found: {}", name, settings.data_folder.string(), joined(names)));
-  }
-}
-
 }  // namespace
 
 std::vector<WorkloadFile> workload_files(const fs::path& folder) {
@@ -179,11 +165,17 @@ std::vector<WorkloadFile> workload_files(const fs::path& folder) {
 std::vector<Selected> select(const Configuration& configuration) {
   const Settings& settings = configuration.settings;
   const std::vector<WorkloadFile> all = workload_files(settings.data_folder);
-  check_workloads(settings, all);
+  for (const std::string& name : settings.workloads) {
+    if (std::ranges::any_of(all, [&](const WorkloadFile& file) { return is_named(file.workload, name); })) continue;
+    throw Failure(
+        fmt::format("no workload '{}' in {}; found: {}", name, settings.data_folder.string(), joined(names_of(all))));
+  }
   std::map<fs::path, std::shared_ptr<const TokenFile>> read;
   std::vector<Selected> selected;
-  for (ModelFile& model : chosen_models(settings)) {
-    Selected one{.model = std::move(model), .experiments = {}};
+  std::vector<ModelFile> models;
+  for (const std::string& name : settings.models) models.push_back(chosen_model(name, settings));
+  for (ModelFile& model : settings.models.empty() ? all_models(settings.models_folder) : std::move(models)) {
+    Selected one{.model = std::move(model)};
     for (const WorkloadFile& file : matching(configuration, all, one.model)) {
       auto& tokens = read[file.path];
       if (!tokens) tokens = read_tokens(file, settings);
@@ -196,10 +188,8 @@ std::vector<Selected> select(const Configuration& configuration) {
     if (!one.experiments.empty()) selected.push_back(std::move(one));
   }
   if (!selected.empty()) return selected;
-  Names names;
-  for (const WorkloadFile& file : all) names.insert(file.path.filename().string());
   throw Failure(fmt::format("no token file in {} fits a model in {}; found: {}; prepare the data",
-                            settings.data_folder.string(), settings.models_folder.string(), joined(names)));
+                            settings.data_folder.string(), settings.models_folder.string(), joined(names_of(all))));
 }
 
 double default_share(const ModelFile& model, const TokenFile& tokens, bool linear_probe) {
@@ -240,6 +230,36 @@ std::string list_files(const Settings& settings) {
     }
   }
   return fmt::format("{}\n{}", models.text(), workloads.text());
+}
+
+std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::mt19937_64 generator(seed);  // its sequence is fixed by the standard, unlike the distributions
+  const auto below = [&](std::uint64_t bound) {
+    const std::uint64_t limit = std::numeric_limits<std::uint64_t>::max() / bound * bound;
+    std::uint64_t value = generator();
+    while (value >= limit) value = generator();
+    return value % bound;
+  };
+  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[below(i)]);
+  return order;
+}
+
+Stream make_stream(const TokenFile& file, const StreamOptions& options) {
+  Stream stream{.requests = {}, .shuffle = options.shuffle};
+  if (!stream.shuffle && file.grouped_by_label()) stream.shuffle = 0;
+
+  std::int64_t asking = file.requests() - file.fill_requests;
+  // The same requests in the order of the file and in another one, unless the file's order would choose among labels.
+  if (options.limit && !file.grouped_by_label()) asking = std::min(asking, *options.limit);
+  auto& order = stream.requests;
+  order.resize(static_cast<std::size_t>(asking));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  if (stream.shuffle) order = shuffled(asking, *stream.shuffle);
+  for (std::int64_t& request : order) request += file.fill_requests;
+  if (options.limit && *options.limit < asking) order.resize(static_cast<std::size_t>(*options.limit));
+  return stream;
 }
 
 }  // namespace llmcache::bench

@@ -1,13 +1,15 @@
-// Which models run on which workloads, and how the time is divided among them.
+// Which models run on which workloads, how the time is divided among them, and in which order requests are sent.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "config.h"
-#include "model_files.h"
+#include "files.h"
 #include "token_file.h"
 
 namespace llmcache::bench {
@@ -30,7 +32,7 @@ struct SelectedExperiment : Experiment {
 /// A model and what it shall run.
 struct Selected {
   ModelFile model;
-  std::vector<SelectedExperiment> experiments;
+  std::vector<SelectedExperiment> experiments = {};
 };
 
 /// Throws Failure for names that are not there, files that are damaged, or if nothing is left to do.
@@ -47,5 +49,23 @@ double seconds_per_share(const Configuration& configuration, double shares);
 
 /// What --list prints.
 std::string list_files(const Settings& settings);
+
+struct StreamOptions {
+  std::optional<std::uint64_t> shuffle = {};  ///< seed; unset: the order of the file
+  std::optional<std::int64_t> limit = {};     ///< number of requests; unset: as many as the file has that ask
+};
+
+struct Stream {
+  std::vector<std::int64_t> requests;    ///< numbers of requests of the file, in sending order
+  std::optional<std::uint64_t> shuffle;  ///< seed that was used; set also where the file demanded it
+};
+
+/// Only requests that ask are sent: those behind the file's fill part. With `limit` and `shuffle` it is the first
+/// requests of the file that are shuffled. A file that is grouped by label is shuffled even if nobody asked, with seed
+/// 0, and as a whole.
+Stream make_stream(const TokenFile& file, const StreamOptions& options);
+
+/// 0 .. count-1 in an order that depends on the seed only.
+std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed);
 
 }  // namespace llmcache::bench

@@ -39,14 +39,9 @@ void SemanticCache::clear() {
 
 std::vector<at::Tensor> SemanticCache::checked(const c10::IValue& output, std::size_t rows) const {
   auto tensors = tensors_of(output);
-  for (const at::Tensor& tensor : tensors) {
-    if (tensors.size() == options_.token_output.size() && tensor.dim() > 0 &&
-        tensor.size(0) == static_cast<std::int64_t>(rows)) {
-      continue;
-    }
-    throw Failure("semantic-cache: the model returns a tensor without one entry a sequence; run it without this mode");
-  }
-  return tensors;
+  const auto fits = [&](const at::Tensor& t) { return t.dim() > 0 && t.size(0) == static_cast<std::int64_t>(rows); };
+  if (tensors.size() == options_.token_output.size() && std::ranges::all_of(tensors, fits)) return tensors;
+  throw Failure("semantic-cache: the model returns a tensor without one entry a sequence; run it without this mode");
 }
 
 std::vector<std::vector<float>> SemanticCache::states_of(const Rows& rows, const States& states) const {
@@ -60,7 +55,7 @@ void SemanticCache::keep(const Rows& rows, std::int64_t label, const std::vector
   }
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const std::size_t row = chosen[i];
-    const auto tokens = static_cast<std::int64_t>(rows[row].size());
+    const std::int64_t tokens = std::ssize(rows[row]);
     LayerBank::Candidate candidate{.number = static_cast<std::uint64_t>(label) + row,
                                    .hidden = at::empty({1, tokens, 0}),
                                    .inputs = {},
@@ -109,7 +104,7 @@ c10::IValue SemanticCache::forward(const Rows& rows, std::int64_t label, const S
     std::vector<at::Tensor> outputs;
     std::int64_t next = 0;
     for (std::size_t row = 0; row < rows.size(); ++row) {
-      const auto tokens = static_cast<std::int64_t>(rows[row].size());
+      const std::int64_t tokens = std::ssize(rows[row]);
       if (found[row]) {
         outputs.push_back(laid_over(*found[row], o, tokens));
       } else {

@@ -1,4 +1,5 @@
-// The settings of llmcache-bench: one list of them, given by configuration files (JSON) and by options.
+// The settings of llmcache-bench: one list of them, given by configuration files (JSON) and by options; and the ways to
+// run a workload that they ask for, which are measured side by side.
 #pragma once
 
 #include <cstdint>
@@ -73,11 +74,49 @@ void give(const Values& values, Settings& settings);
 /// What a JSON object of settings holds. `where` is for messages. Throws Failure.
 Values values_of(const nlohmann::json& object, const std::string& where);
 
-/// Adds an option for each setting; parsing gives `options` their values, and an empty list to the others.
-void add_options(CLI::App& app, Values& options);
+/// Adds an option for each setting; parsing checks its values one by one.
+void add_settings(CLI::App& app, Settings& settings);
 
-/// Layers that `cache_layers` ("all", "last" or "0,3,...") means in a model of `layers`, rising.
-/// Throws Failure for a layer that the model does not have.
+/// The values that parsing found, of settings alone.
+Values parsed_values(const CLI::App& app);
+
+/// Layers that `cache_layers` ("all", "last" or "0,3,...") means in a model of `layers`, rising. Throws Failure for a
+/// layer that the model does not have.
 std::vector<std::int64_t> parse_cache_layers(const std::string& cache_layers, std::int64_t layers);
+
+/// A mode with its settings. An experiment has one record for each.
+struct RunConfig {
+  std::string mode;
+  std::string fidelity = {};                          ///< of llmcache, and of kvcache: lossless
+  std::optional<double> threshold = {};               ///< of semantic-cache, and of llmcache with fidelity threshold
+  std::string eviction = {};                          ///< of llmcache with fidelity threshold
+  std::optional<std::int64_t> capacity_mib = {};      ///< unset for nocache; kvcache: enough
+  std::string weights = "as-loaded";                  ///< nocache and semantic-cache: always so
+  std::optional<double> epsilon = {};                 ///< of llmcache with fidelity budget
+  std::string early_exit = {};                        ///< the same
+  std::optional<std::int64_t> calibration_part = {};  ///< the same, from 1 on: of several parts that each calibrate
+  std::optional<double> equal_error = {};  ///< fidelity threshold whose threshold is to be found for this error
+
+  /// Computes what the model computes.
+  [[nodiscard]] bool exact() const { return !threshold && !epsilon; }
+  /// Asks for the outputs that the workload needs.
+  [[nodiscard]] bool chooses_output() const { return fidelity == "lossless" || epsilon; }
+  /// Keeps something of one request for the next.
+  [[nodiscard]] bool keeps() const { return mode != "nocache" && mode != "kvcache"; }
+};
+
+/// What can be done with a model on a workload.
+struct Possible {
+  bool quality = false;       ///< the quality of outputs can be measured
+  bool prefix_reuse = false;  ///< the model can go on behind keys and values that are kept
+  bool generation = false;    ///< text is generated, token by token
+  bool budget = false;        ///< answers can be reused within an error budget
+};
+
+/// What `settings` ask for and is possible, nocache first. Semantic-cache and fidelity threshold, unless asked for by
+/// name, are left out where quality cannot be measured, since a hit rate alone says nothing about them, and where
+/// prefixes are reused, so that the time goes to that. Where text is generated, of llmcache only fidelity lossless
+/// runs, and no semantic-cache: the others know nothing of growing requests.
+std::vector<RunConfig> run_configs(const Settings& settings, const Possible& possible);
 
 }  // namespace llmcache::bench

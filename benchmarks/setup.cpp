@@ -21,7 +21,7 @@ Setup::Setup(const ExperimentContext& context)
       generates_(tokens_.task == Task::kGeneration),
       probe_(linear_probe()),
       scorer_(tokens_, model_.output_shape(), context.file.vocabulary, probe_),
-      calibration_(model_, tokens_, settings_, probe_, decoder_, context.cut(), context.progress) {}
+      calibration_(context, probe_, decoder_) {}
 
 /// The model can go on behind keys and values that are kept.
 bool Setup::reuses_prefixes() const {
@@ -34,8 +34,7 @@ bool Setup::reuses_prefixes() const {
 }
 
 std::optional<LinearProbe> Setup::linear_probe() const {
-  if (tokens_.task != Task::kClassification || !judged_) return std::nullopt;
-  if (model_.output_shape().pooled_output < 0) return std::nullopt;
+  if (tokens_.task != Task::kClassification || !judged_ || model_.output_shape().pooled_output < 0) return {};
   auto found = find_linear_probe(settings_.data_folder, tokens_, context_.file);
   if (!found) {
     context_.note("{}: no file {}, so no accuracy; fit a probe", tokens_.workload,
@@ -47,8 +46,8 @@ std::optional<LinearProbe> Setup::linear_probe() const {
 /// Errors of random weights mean nothing, and without a training part there is nothing to calibrate on.
 bool Setup::can_have_budgets() const {
   const OutputShape& shape = model_.output_shape();
-  const bool answers = (decoder_ ? shape.logits_output : shape.pooled_output) >= 0;
-  const bool possible = judged_ && answers && tokens_.fill_requests > 0;
+  const bool possible =
+      judged_ && (decoder_ ? shape.logits_output : shape.pooled_output) >= 0 && tokens_.fill_requests > 0;
   if (!possible && settings_.has_fidelity("budget")) {
     context_.note("{} on {}: no fidelity budget: it takes trained weights, a pooled output and a training part",
                   context_.file.name, tokens_.workload);
@@ -67,11 +66,11 @@ std::vector<Run> Setup::make_runs() {
                              .budget = !generates_ && can_have_budgets()};
   auto configs = run_configs(settings_, possible);
   if (configs.empty()) {
-    throw Failure(generates_ ? fmt::format("nothing to run: of llmcache only fidelity lossless generates text, and "
-                                           "{} needs --mode nocache, kvcache or llmcache",
-                                           tokens_.workload)
-                             : "nothing to run: --mode leaves no setting where quality cannot be measured; name "
-                               "--fidelity too");
+    throw Failure(fmt::format("nothing to run of {}: {}", tokens_.workload,
+                              generates_ ? "of llmcache only fidelity lossless generates text; name --mode nocache, "
+                                           "kvcache or llmcache"
+                                         : "--mode leaves no setting where quality cannot be measured; name --fidelity "
+                                           "too"));
   }
   const auto similar = [](const RunConfig& config) { return config.threshold || config.equal_error; };
   fingerprint_.kind = fingerprint_kind_from_string(settings_.fingerprint);
@@ -80,8 +79,7 @@ std::vector<Run> Setup::make_runs() {
   std::vector<Run> runs;
   for (RunConfig& config : configs) {
     if (config.equal_error) config.threshold = threshold_for(*config.equal_error, config);
-    auto system = make_system(config, {model_, settings_, fingerprint_, &calibration_});
-    runs.emplace_back(config, std::move(system), tokens_);
+    runs.emplace_back(config, make_system(config, {model_, settings_, fingerprint_, &calibration_}), tokens_);
   }
   return runs;
 }
@@ -89,10 +87,9 @@ std::vector<Run> Setup::make_runs() {
 /// The similarity from which on the paper's mode makes this error.
 double Setup::threshold_for(double epsilon, RunConfig config) {
   auto& nearest = nearest_[config.weights];
+  config.threshold = -1;
   if (nearest.empty()) {
-    config.threshold = -1;
-    const Options options = cache_options(config, settings_, fingerprint_, model_.cache().profile().layers);
-    nearest = find_nearest(options);
+    nearest = find_nearest(cache_options(config, settings_, fingerprint_, model_.cache().profile().layers));
   }
   const double threshold = threshold_within(nearest, epsilon);
   context_.note("{}: fidelity threshold has an error of {} on the training part from a similarity of {:.4f} on",
@@ -102,37 +99,34 @@ double Setup::threshold_for(double epsilon, RunConfig config) {
 
 /// Perhaps what an earlier run kept beside the models.
 std::vector<Nearest> Setup::find_nearest(const Options& options) const {
-  const auto find = [&] { return nearest_answers(model_, tokens_, context_.cut(), calibration_, options); };
+  const auto find = [&] { return nearest_answers(context_, calibration_, options); };
   if (!calibration_.keeps()) return find();
   const auto path = calibration_.kept_path(
       fmt::format("nearest-{}-{}-{}-{}", settings_.fingerprint, settings_.fingerprint_layer,
                   to_string(options.threshold.fingerprint.centring), to_string(options.weights)));
   auto nearest = load_nearest(path);
-  if (!nearest.empty()) return nearest;
-  nearest = find();
-  save_nearest(path, nearest);
+  if (nearest.empty()) save_nearest(path, nearest = find());
   return nearest;
 }
 
 /// Fitted on the states of the fill part, or of the first requests without one.
 std::shared_ptr<const PcaModel> Setup::pca() const {
-  constexpr std::size_t kRows = 2000;
+  constexpr std::int64_t kRows = 2000;
   constexpr std::int64_t kRequestsWithoutFill = 64;
   constexpr std::int64_t kComponents = 64;
   Cache& cache = model_.cache();
   const std::int64_t hidden_size = cache.profile().hidden;
   std::vector<float> values;
-  std::size_t rows = 0;
+  std::int64_t rows = 0;
   const std::int64_t end =
       tokens_.fill_requests > 0 ? tokens_.fill_requests : std::min(tokens_.requests(), kRequestsWithoutFill);
   for (std::int64_t number = 0; number < end && rows < kRows; ++number) {
-    const Inputs inputs = model_.inputs(tokens_.request(number, context_.cut()), tokens_.marks(number, context_.cut()));
-    for (const auto& state : cache.pooled_state(inputs, settings_.fingerprint_layer)) {
+    for (const auto& state : cache.pooled_state(context_.inputs(number), settings_.fingerprint_layer)) {
       values.insert(values.end(), state.begin(), state.end());
       ++rows;
     }
   }
-  const std::int64_t components = std::min({kComponents, hidden_size, static_cast<std::int64_t>(rows) - 1});
+  const std::int64_t components = std::min({kComponents, hidden_size, rows - 1});
   return std::make_shared<const PcaModel>(PcaModel::fit(values, hidden_size, components));
 }
 

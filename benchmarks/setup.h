@@ -8,11 +8,10 @@
 #include <vector>
 
 #include "calibration.h"
-#include "equal_error.h"
 #include "experiment.h"
 #include "linear_probe.h"
-#include "quality_score.h"
 #include "run.h"
+#include "scores.h"
 
 namespace llmcache::bench {
 
@@ -27,6 +26,7 @@ class Setup {
   [[nodiscard]] bool judged() const { return judged_; }        ///< the weights are real ones
   [[nodiscard]] bool decoder() const { return decoder_; }      ///< it can reuse prefixes
   [[nodiscard]] bool generates() const { return generates_; }  ///< text is generated
+  [[nodiscard]] Task task() const { return tokens_.task; }
   [[nodiscard]] const Scorer& scorer() const { return scorer_; }
   [[nodiscard]] const Calibration& calibration() const { return calibration_; }
   /// What is asked of the runs that choose: the setting, or what the task needs.

@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <iostream>
@@ -12,10 +11,12 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "llmcache/store/directory_store.h"
 #include "llmcache/store/redis_store.h"
+#include "machine.h"
 
 namespace {
 
@@ -23,6 +24,8 @@ using llmcache::StateStore;
 using llmcache::StoreItem;
 using llmcache::StoreOutcome;
 using llmcache::StoreValues;
+using llmcache::bench::Clock;
+using llmcache::bench::seconds_since;
 
 struct Arguments {
   int port = 6379;
@@ -38,9 +41,9 @@ struct Values {
 };
 
 double seconds_of(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return seconds_since(start);
 }
 
 void expect(bool right, const std::string& what) {
@@ -49,46 +52,37 @@ void expect(bool right, const std::string& what) {
 
 using Context = std::unique_ptr<redisContext, decltype(&redisFree)>;
 
-/// One command, and a check of its reply.
-void plain_command(const Context& context, int type, const std::vector<std::string>& words) {
+/// Sends one command, and checks its reply; a value is copied into a std::string where that is asked for, as a program
+/// needs it.
+void plain(const Context& context, int type, const std::vector<std::string_view>& words, bool copy = false) {
   std::vector<const char*> texts;
   std::vector<std::size_t> sizes;
-  for (const std::string& word : words) {
+  for (const std::string_view word : words) {
     texts.push_back(word.data());
     sizes.push_back(word.size());
   }
   auto* reply = static_cast<redisReply*>(
       redisCommandArgv(context.get(), static_cast<int>(texts.size()), texts.data(), sizes.data()));
   expect(reply != nullptr && reply->type == type, "the server gave no answer, or another one than expected");
+  std::string own;
+  if (copy) own.assign(reply->str, static_cast<std::size_t>(reply->len));
   freeReplyObject(reply);
 }
 
-/// GET, one after the other, into a std::string each, as a program needs them.
-void plain_get(const Context& context, const Values& values) {
-  for (const std::string& key : values.keys) {
-    auto* reply = static_cast<redisReply*>(redisCommand(context.get(), "GET %b", key.data(), key.size()));
-    expect(reply != nullptr && reply->type == REDIS_REPLY_STRING, "a value is not there");
-    const std::string own(reply->str, static_cast<std::size_t>(reply->len));
-    freeReplyObject(reply);
-    expect(own.size() == values.bytes.size(), "a value has another size");
-  }
-}
-
-/// The same without that copy.
-void bare_get(const Context& context, const Values& values) {
-  for (const std::string& key : values.keys) plain_command(context, REDIS_REPLY_STRING, {"GET", key});
+/// One after the other.
+void plain_get(const Context& context, const Values& values, bool copy) {
+  for (const std::string& key : values.keys) plain(context, REDIS_REPLY_STRING, {"GET", key}, copy);
 }
 
 void plain_set(const Context& context, const Values& values) {
-  for (const std::string& key : values.keys) plain_command(context, REDIS_REPLY_STATUS, {"SET", key, values.bytes});
+  for (const std::string& key : values.keys) plain(context, REDIS_REPLY_STATUS, {"SET", key, values.bytes});
 }
 
 void store_get(StateStore& store, const Values& values, std::size_t at_once) {
   for (std::size_t i = 0; i < values.keys.size(); i += at_once) {
     const std::size_t count = std::min(at_once, values.keys.size() - i);
     const StoreValues found = store.get({values.keys.data() + i, count}, llmcache::store_deadline(60'000));
-    for (const auto& value : found.values)
-      expect(value && value->size() == values.bytes.size(), "a value is not there");
+    for (const auto& value : found.values) expect(value && value->size() == values.bytes.size(), "a value is missing");
   }
 }
 
@@ -136,8 +130,8 @@ void run(const Arguments& chosen) {
   std::vector<Line> lines = {
       {"write, plain hiredis", [&] { plain_set(context, values); }, {}},
       {"write, RedisStore", [&] { store_put(redis, values); }, {}},
-      {"read, plain hiredis", [&] { bare_get(context, values); }, {}},
-      {"read, plain hiredis into std::string", [&] { plain_get(context, values); }, {}},
+      {"read, plain hiredis", [&] { plain_get(context, values, false); }, {}},
+      {"read, plain hiredis into std::string", [&] { plain_get(context, values, true); }, {}},
       {"read, RedisStore, one at a time", [&] { store_get(redis, values, 1); }, {}},
       {"read, RedisStore, four at a time", [&] { store_get(redis, values, 4); }, {}},
   };

@@ -4,11 +4,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <utility>
 
-#include "clock.h"
-#include "quality_served.h"
+#include "machine.h"
+#include "scores.h"
 #include "semantic_cache.h"
 
 namespace llmcache::bench {
@@ -59,7 +60,7 @@ double tokens_computed(const ForwardReport& report, const Rows& rows) {
   if (report.execution == Execution::kNone) return 0;
   if (report.execution == Execution::kPacked) return report.computed_fraction() * static_cast<double>(tokens_of(rows));
   const auto known = std::ranges::count(report.sequences, Source::kIdentical, &SequenceReport::source);
-  return static_cast<double>((static_cast<std::int64_t>(report.sequences.size()) - known) * padded_length(rows));
+  return static_cast<double>((std::ssize(report.sequences) - known) * padded_length(rows));
 }
 
 /// Runs a call through a cache. Nothing counts as served.
@@ -72,7 +73,7 @@ Answer forward(Cache& cache, const Call& call, RequestOptions options, ForwardRe
   answer.ms -= report.verify_ms;
   answer.verify_ms = report.verify_ms;
   for (std::size_t row = 0; row < report.sequences.size(); ++row) {
-    const auto tokens = static_cast<std::int64_t>(call.rows[row].size());
+    const std::int64_t tokens = std::ssize(call.rows[row]);
     const std::int64_t known = report.sequences[row].reused_tokens;
     const std::int64_t first = call.output == Output::kAll ? 0 : call.output == Output::kLastToken ? tokens - 1 : known;
     answer.returned.tokens.push_back({first, tokens});
@@ -95,19 +96,18 @@ class LayerCacheSystem final : public System {
   Answer run(const Call& call) override {
     ForwardReport report;
     Answer answer = forward(*cache_, call, options_, report);
-    if (similar()) remember(report, call);
-    for (std::size_t row = 0; row < report.sequences.size(); ++row) {
-      const std::int64_t asking = call.first_sequence + static_cast<std::int64_t>(row);
-      answer.served_from[row] = served_from(report.sequences[row], asking);
-    }
+    remember(report, call);
+    std::int64_t asking = call.first_sequence;
+    std::ranges::transform(report.sequences, answer.served_from.begin(),
+                           [&](const SequenceReport& one) { return served_from(one, asking++); });
     return answer;
   }
 
-  void fill(const Call& call, const FillValues&) override {
+  void fill(const Call& call, FillValues&) override {
     RequestOptions keep_all = options_;
     keep_all.look_up = false;
     cache_->forward(call.inputs, keep_all);
-    if (similar()) remember(cache_->last_report(), call);
+    remember(cache_->last_report(), call);
   }
 
   [[nodiscard]] bool identical_only() const override { return !similar(); }
@@ -144,34 +144,33 @@ class LayerCacheSystem final : public System {
     const auto share = [&](std::uint64_t now, std::uint64_t then) {
       return static_cast<double>(now - then) / sequences;
     };
-    BudgetResult& budget = record.budget.emplace();
-    budget.metric = to_string(profile.budget.metric);
-    budget.epsilon = profile.budget.epsilon;
-    budget.delta = profile.budget.delta;
-    budget.cache_free = config_.early_exit == "cache-free";
-    budget.promised = profile.error_bound;
-    budget.calibration_requests = context_.calibration->requests(config_).count();
-    budget.calibration_part = config_.calibration_part;
-    ReuseShares& reused = budget.share_reused;
     const double exits = share(after.early_exits, before.early_exits);
-    (budget.cache_free ? reused.cache_free_exit : reused.early_exit) = exits;
-    reused.token_reuse = share(after.token_reuses, before.token_reuses);
-    reused.segment_reuse = share(after.segment_reuses, before.segment_reuses);
+    const bool cache_free = config_.early_exit == "cache-free";
+    const ReuseShares reused = {.early_exit = cache_free ? 0 : exits,
+                                .cache_free_exit = cache_free ? exits : 0,
+                                .token_reuse = share(after.token_reuses, before.token_reuses),
+                                .segment_reuse = share(after.segment_reuses, before.segment_reuses)};
     record.hit_rate += exits + reused.token_reuse + reused.segment_reuse;
-    for (std::size_t l = 0; l < after.exits_by_layer.size(); ++l) {
-      budget.exits_by_layer.push_back(share(after.exits_by_layer[l], before.exits_by_layer[l]));
-    }
-    budget.audits = static_cast<std::int64_t>(after.audits - before.audits);
-    budget.closings = static_cast<std::int64_t>(after.closings - before.closings);
-    budget.reopenings = static_cast<std::int64_t>(after.reopenings - before.reopenings);
+    record.budget = {.metric = to_string(profile.budget.metric),
+                     .epsilon = profile.budget.epsilon,
+                     .delta = profile.budget.delta,
+                     .cache_free = cache_free,
+                     .promised = profile.error_bound,
+                     .calibration_requests = context_.calibration->requests(config_).count(),
+                     .calibration_part = config_.calibration_part,
+                     .share_reused = reused,
+                     .audits = static_cast<std::int64_t>(after.audits - before.audits),
+                     .closings = static_cast<std::int64_t>(after.closings - before.closings),
+                     .reopenings = static_cast<std::int64_t>(after.reopenings - before.reopenings)};
+    std::ranges::transform(after.exits_by_layer, before.exits_by_layer,
+                           std::back_inserter(record.budget->exits_by_layer), share);
   }
 
   /// Which sequence of the file a number of the cache is.
   void remember(const ForwardReport& report, const Call& call) {
-    for (std::size_t row = 0; row < report.sequences.size(); ++row) {
-      origins_[static_cast<std::int64_t>(report.sequences[row].number)] =
-          call.first_sequence + static_cast<std::int64_t>(row);
-    }
+    if (!similar()) return;
+    std::int64_t sequence = call.first_sequence;
+    for (const SequenceReport& one : report.sequences) origins_[static_cast<std::int64_t>(one.number)] = sequence++;
   }
 
   [[nodiscard]] std::int64_t served_from(const SequenceReport& report, std::int64_t asking) const {
@@ -236,12 +235,10 @@ class SemanticCacheSystem final : public System {
   Answer run(const Call& call) override {
     Answer answer;
     std::int64_t computed = 0;
-    const auto states = [&] {
-      return context_.model.cache().pooled_state(call.inputs, context_.settings.fingerprint_layer);
-    };
     c10::IValue output = timed(answer.ms, [&] {
-      return cache_.forward(call.rows, call.first_sequence, states,
-                            [&](const std::vector<std::size_t>& rows) { return run_rows(call, rows, computed); });
+      return cache_.forward(
+          call.rows, call.first_sequence, [&] { return pooled_states(call); },
+          [&](const std::vector<std::size_t>& rows) { return run_rows(call, rows, computed); });
     });
     answer.returned = all_of(std::move(output), call.rows);
     answer.tokens_computed = static_cast<double>(computed);
@@ -251,10 +248,13 @@ class SemanticCacheSystem final : public System {
     return answer;
   }
 
-  void fill(const Call& call, const FillValues& values) override {
-    cache_.fill(
-        call.rows, call.first_sequence, [&] { return values.states(); },
-        [&](const std::vector<std::size_t>&) { return values.output(); });
+  void fill(const Call& call, FillValues& values) override {
+    const auto states = [&] {
+      if (!values.states) values.states = pooled_states(call);
+      return *values.states;
+    };
+    if (!values.output) values.output = context_.model.plain(call.inputs);
+    cache_.fill(call.rows, call.first_sequence, states, [&](const auto&) { return *values.output; });
   }
 
   [[nodiscard]] bool identical_only() const override { return false; }
@@ -267,6 +267,10 @@ class SemanticCacheSystem final : public System {
   }
 
  private:
+  [[nodiscard]] std::vector<std::vector<float>> pooled_states(const Call& call) const {
+    return context_.model.cache().pooled_state(call.inputs, context_.settings.fingerprint_layer);
+  }
+
   c10::IValue run_rows(const Call& call, const std::vector<std::size_t>& rows, std::int64_t& computed) {
     Rows some;
     std::vector<RowMarks> marks;
@@ -285,12 +289,6 @@ class SemanticCacheSystem final : public System {
 };
 
 }  // namespace
-
-std::int64_t tokens_of(const Rows& rows) {
-  std::size_t tokens = 0;
-  for (const auto& row : rows) tokens += row.size();
-  return static_cast<std::int64_t>(tokens);
-}
 
 std::string cache_name(const RunConfig& config, const Settings& settings) {
   return fmt::format("{} {} {} {} {} {}", config.fidelity, config.threshold.value_or(0), config.eviction,

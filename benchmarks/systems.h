@@ -4,8 +4,8 @@
 #include <ATen/core/ivalue.h>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,7 +14,7 @@
 #include "loaded_model.h"
 #include "outputs.h"
 #include "records.h"
-#include "run_config.h"
+#include "settings.h"
 #include "token_file.h"
 
 namespace llmcache::bench {
@@ -28,9 +28,6 @@ struct Call {
   std::int64_t first_sequence = 0;  ///< of the token file; the other rows follow it
 };
 
-/// Real tokens of all rows.
-std::int64_t tokens_of(const Rows& rows);
-
 /// What a call returned and did.
 struct Answer {
   Returned returned;
@@ -42,10 +39,10 @@ struct Answer {
   std::vector<std::int64_t> served_from;  ///< one a row: sequence of the file, or see ServedCounts
 };
 
-/// What several systems need of a fill request: each is computed once, when first asked for.
+/// What several systems need of a fill request: set by the first one that does.
 struct FillValues {
-  std::function<const c10::IValue&()> output;                      ///< of the plain model
-  std::function<const std::vector<std::vector<float>>&()> states;  ///< that are fingerprinted
+  std::optional<c10::IValue> output = {};                      ///< of the plain model
+  std::optional<std::vector<std::vector<float>>> states = {};  ///< that are fingerprinted
 };
 
 /// For one thread.
@@ -57,7 +54,7 @@ class System {
   virtual void begin() {}
   virtual Answer run(const Call& call) = 0;
   /// Keeps the request for later ones; outside timing.
-  virtual void fill(const Call&, const FillValues&) {}
+  virtual void fill(const Call&, FillValues&) {}
   /// True if fill() is worth calling only for requests that have a sequence in common with a later one.
   [[nodiscard]] virtual bool identical_only() const { return true; }
   /// Forgets all requests.

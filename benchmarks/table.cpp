@@ -41,45 +41,42 @@ std::string mode_name(const Record& r, bool with_capacity, bool with_eviction) {
 }
 
 /// True if the records that have the field differ in it.
-template <class Field>
-bool varies(const std::vector<Record>& records, const Field& field) {
+bool varies(const std::vector<Record>& records, const std::function<std::string(const Record&)>& field) {
   std::set<std::string> values;
-  for (const Record& r : records) {
-    if (const std::string value = field(r); !value.empty()) values.insert(value);
-  }
+  for (const Record& r : records) values.insert(field(r));
+  values.erase("");
   return values.size() > 1;
 }
 
 /// The last columns: "accuracy 92.9 -> 91.7%, -1.2 [-1.9, -0.6]".
 std::string quality(const Record& r) {
-  if (r.weights.starts_with("random")) return "divergence only";
+  if (r.random_weights()) return "divergence only";
   std::string text;
-  for (const auto& result : {r.task, r.second_task}) {
-    if (!result) continue;
-    const TaskResult& t = *result;
-    const bool percent = t.metric.find("accuracy") != std::string::npos || t.metric == "precision" ||
-                         t.metric == "f1" || t.metric == "exact_match";
+  for (const auto& t : {r.task, r.second_task}) {
+    if (!t) continue;
+    const bool percent = t->metric != "perplexity" && t->metric != "answer_nll" && t->metric != "spearman";
     const double scale = percent ? 100 : 1;
     const int digits = percent ? 1 : 3;
-    text += fmt::format("{}{} {}{}", text.empty() ? "" : "; ", t.metric, number(scale * t.value, digits),
+    text += fmt::format("{}{} {}{}", text.empty() ? "" : "; ", t->metric, number(scale * t->value, digits),
                         percent ? "%" : "");
-    if (r.mode != "nocache" && !std::isnan(t.change)) {
-      text += fmt::format(", {:+.{}f} [{:+.{}f}, {:+.{}f}]", scale * t.change, digits, scale * t.ci95.low, digits,
-                          scale * t.ci95.high, digits);
-    }
+    if (r.mode == "nocache" || std::isnan(t->change)) continue;
+    text += fmt::format(", {:+.{}f} [{:+.{}f}, {:+.{}f}]", scale * t->change, digits, scale * t->ci95.low, digits,
+                        scale * t->ci95.high, digits);
   }
   const auto rate = [&](const char* name, const Rate& value) {
-    if (!text.empty()) text += ", ";
-    text += fmt::format("{} {}% [{}, {}]", name, number(100 * value.rate, 1), number(100 * value.ci95.low, 1),
-                        number(100 * value.ci95.high, 1));
+    if (value.of == 0) return;
+    text += fmt::format("{}{} {:.1f}% [{:.1f}, {:.1f}]", text.empty() ? "" : ", ", name, 100 * value.rate,
+                        100 * value.ci95.low, 100 * value.ci95.high);
   };
   if (!std::isnan(r.recall)) text += fmt::format(", recall {:.1f}%", 100 * r.recall);
-  if (r.unsafe_served && r.unsafe_served->rate.of > 0) rate("unsafe", r.unsafe_served->rate);
-  if (r.same_answer && r.same_answer->of > 0) rate("same answer", *r.same_answer);
+  if (r.unsafe_served) rate("unsafe", r.unsafe_served->rate);
+  rate("same answer", r.same_answer.value_or(Rate()));
   return text.empty() ? "-" : text;
 }
 
-bool random_weights(const std::string& weights) { return weights.starts_with("random"); }
+std::string weights_name(const std::string& weights) {
+  return weights.starts_with("random") ? "random weights" : weights;
+}
 
 std::string workload_name(const Record& record) {
   return record.shuffle ? record.workload + " (shuffled)" : record.workload;
@@ -98,7 +95,7 @@ std::string greedy_text(const std::optional<GreedyResult>& result) {
 /// "0.0104 [0.0064, 0.0168]"
 std::string error(const std::optional<ObservedError>& e) {
   if (!e) return "-";
-  return fmt::format("{} [{}, {}]", number(e->value, 4), number(e->ci95.low, 4), number(e->ci95.high, 4));
+  return fmt::format("{} [{}, {}]", number(e->rate, 4), number(e->ci95.low, 4), number(e->ci95.high, 4));
 }
 
 std::string ms(const std::optional<Summary>& times) { return number(times ? times->mean : kNotMeasured, 2); }
@@ -111,10 +108,10 @@ struct Column {
 };
 
 std::vector<Column> columns_of(bool capacities, bool evictions) {
-  const LaterTurns none = {.prefill_ms = {.mean = kNotMeasured}};
+  const LaterTurns none;
   return {
       {"model", [](const Record& r) { return r.model; }},
-      {"weights", [](const Record& r) { return random_weights(r.weights) ? "random weights" : r.weights; }},
+      {"weights", [](const Record& r) { return weights_name(r.weights); }},
       {"workload", workload_name},
       {"mode", [=](const Record& r) { return mode_name(r, capacities, evictions); }},
       {"quality", quality},
@@ -195,8 +192,9 @@ std::string results_table(const std::vector<Record>& records) {
 std::string greedy_list(const std::vector<Record>& records) {
   std::string text;
   for (const Record& r : records) {
-    if (!r.greedy || r.weights_held != "as-loaded") continue;
-    for (const GreedyDifference& d : r.greedy->differences) {
+    if (r.weights_held != "as-loaded") continue;
+    const GreedyResult greedy = r.greedy.value_or(GreedyResult());
+    for (const GreedyDifference& d : greedy.differences) {
       text +=
           fmt::format("{} on {}, {}: sequence {}, token {}: {:.1e} below nocache's best{}\n", r.model, workload_name(r),
                       mode_name(r, false, false), d.sequence, d.token, d.gap, d.gap <= kTiedLogits ? " (tied)" : "");
@@ -210,8 +208,8 @@ std::string wrap_table(const std::vector<WrapCost>& costs) {
                "model's weights MiB", "packed MiB"},
               4);
   for (const WrapCost& c : costs) {
-    table.add({c.model, random_weights(c.weights) ? "random weights" : c.weights, c.held, c.granularity,
-               number(c.wrap_ms, 0), mebibytes(c.resident_before), mebibytes(c.resident_after),
+    table.add({c.model, weights_name(c.weights), c.held, c.granularity, number(c.wrap_ms, 0),
+               mebibytes(c.resident_before), mebibytes(c.resident_after),
                mebibytes(c.resident_after - c.resident_before), mebibytes(c.weight_bytes),
                c.packed_bytes > 0 ? mebibytes(c.packed_bytes) : "-"});
   }

@@ -61,33 +61,16 @@ struct NumberTensor {
   std::vector<std::int64_t> TokenFile::*field;
   const char* unit;
   std::int64_t low = std::numeric_limits<std::int64_t>::min();
-  std::int64_t high = std::numeric_limits<std::int64_t>::max();
+  std::int64_t high = std::int64_t{1} << 40;
+  bool pairs = false;  ///< of pairs, one of which is in the fill part: -1 there, 0 or more behind it
 };
-constexpr std::int64_t kMost = std::int64_t{1} << 40;
 constexpr NumberTensor kNumberTensors[] = {
-    {"labels", &TokenFile::labels, "sequence"},  {"group", &TokenFile::group, "request", -1, kMost},
-    {"partner", &TokenFile::partner, "request"}, {"pair_label", &TokenFile::pair_label, "request"},
-    {"pool", &TokenFile::pool, "token", 0, 1},   {"scored_bytes", &TokenFile::scored_bytes, "sequence", 1, kMost}};
-
-/// What a task needs.
-struct Need {
-  Task task;
-  const char* what;
-  bool (*there)(const TokenFile&);
-};
-constexpr Need kNeeds[] = {
-    {Task::kClassification, "labels", [](const TokenFile& f) { return !f.labels.empty(); }},
-    {Task::kClassification, "label_names", [](const TokenFile& f) { return !f.label_names.empty(); }},
-    {Task::kChoice, "labels", [](const TokenFile& f) { return !f.labels.empty(); }},
-    {Task::kChoice, "scored", [](const TokenFile& f) { return !f.scored.empty(); }},
-    {Task::kPerplexity, "scored", [](const TokenFile& f) { return !f.scored.empty(); }},
-    {Task::kAnswer, "group", [](const TokenFile& f) { return !f.group.empty(); }},
-    {Task::kSimilarity, "pair_score", [](const TokenFile& f) { return !f.pair_score.empty(); }},
-    {Task::kDuplicates, "partner", [](const TokenFile& f) { return !f.partner.empty(); }},
-    {Task::kDuplicates, "pair_label", [](const TokenFile& f) { return !f.pair_label.empty(); }},
-    {Task::kDuplicates, "fill_requests", [](const TokenFile& f) { return f.fill_requests > 0; }},
-    {Task::kGeneration, "new_tokens", [](const TokenFile& f) { return f.new_tokens > 0; }},
-};
+    {"labels", &TokenFile::labels, "sequence"},
+    {"group", &TokenFile::group, "request", -1},
+    {"partner", &TokenFile::partner, "request", -1, -1, true},  // up to the last one of the fill part
+    {"pair_label", &TokenFile::pair_label, "request", -1, 1, true},
+    {"pool", &TokenFile::pool, "token", 0, 1},
+    {"scored_bytes", &TokenFile::scored_bytes, "sequence", 1}};
 
 /// Reads the optional tensors of version "2" and checks them against the sequences, which are read.
 class TaskReader {
@@ -109,15 +92,7 @@ class TaskReader {
     file_.passage = ranges("passage");
     read_answer_texts();
     read_pair_scores();
-    check_range(file_.partner, -1, file_.fill_requests - 1, "partner", in_);
-    check_range(file_.pair_label, -1, 1, "pair_label", in_);
-    check_fill(file_.partner, "partner");
-    check_fill(file_.pair_label, "pair_label");
-    for (const Need& need : kNeeds) {
-      if (need.task == file_.task && !need.there(file_)) {
-        in_.damaged(fmt::format("its task is '{}' and it has no {}", to_string(file_.task), need.what));
-      }
-    }
+    check_needs();
     check_task();
   }
 
@@ -131,16 +106,23 @@ class TaskReader {
     auto& values = file_.*one.field;
     values = in_.values<std::int64_t>(one.tensor);
     const std::string unit = one.unit;
-    const std::int64_t count = unit == "token"      ? static_cast<std::int64_t>(file_.tokens.size())
-                               : unit == "sequence" ? file_.sequences()
-                                                    : file_.requests();
-    check_count(one.tensor, static_cast<std::int64_t>(values.size()), count, unit);
-    check_range(values, one.low, one.high, one.tensor, in_);
+    check_count(one.tensor, values.size(),
+                unit == "token"      ? std::ssize(file_.tokens)
+                : unit == "sequence" ? file_.sequences()
+                                     : file_.requests(),
+                unit);
+    check_range(values, one.low, one.field == &TokenFile::partner ? file_.fill_requests - 1 : one.high, one.tensor,
+                in_);
+    for (std::size_t i = 0; one.pairs && i < values.size(); ++i) {
+      const bool fill = static_cast<std::int64_t>(i) < file_.fill_requests;
+      if (fill ? values[i] == -1 : values[i] >= 0) continue;
+      in_.damaged(fmt::format("{}[{}] is {}, expected {}", one.tensor, i, values[i],
+                              fill ? "-1 in the fill part" : "0 or more behind the fill part"));
+    }
   }
 
-  void check_count(const std::string& tensor, std::int64_t found, std::int64_t expected,
-                   const std::string& unit) const {
-    if (found != expected) {
+  void check_count(const std::string& tensor, std::size_t found, std::int64_t expected, const std::string& unit) const {
+    if (static_cast<std::int64_t>(found) != expected) {
       in_.damaged(fmt::format("{} has {} entries, expected {}, one a {}", tensor, found, expected, unit));
     }
   }
@@ -150,16 +132,15 @@ class TaskReader {
     if (!in_.has(tensor)) return {};
     std::vector<std::int64_t> shape;
     const auto values = in_.values<std::int64_t>(tensor, 2, &shape);
-    check_count(tensor, shape[0], file_.sequences(), "sequence");
+    check_count(tensor, static_cast<std::size_t>(shape[0]), file_.sequences(), "sequence");
     if (shape[1] != 2) in_.damaged(fmt::format("{} has {} columns, expected begin and end", tensor, shape[1]));
     std::vector<TokenRange> found;
-    for (std::int64_t i = 0; i < shape[0]; ++i) {
-      const auto at = static_cast<std::size_t>(2 * i);
-      const TokenRange range{values[at], values[at + 1]};
-      const auto length = static_cast<std::int64_t>(file_.sequence(i).size());
+    for (auto value = values.begin(); value != values.end(); value += 2) {
+      const TokenRange range{value[0], value[1]};
+      const std::int64_t length = std::ssize(file_.sequence(std::ssize(found)));
       if (range.begin < 1 || range.end < range.begin || range.end > length) {
-        in_.damaged(fmt::format("{}[{}] is tokens {} to {}, expected a part of 1 to {}", tensor, i, range.begin,
-                                range.end, length));
+        in_.damaged(fmt::format("{}[{}] is tokens {} to {}, expected a part of 1 to {}", tensor, found.size(),
+                                range.begin, range.end, length));
       }
       found.push_back(range);
     }
@@ -168,61 +149,63 @@ class TaskReader {
 
   void read_answer_texts() {
     if (file_.passage.empty()) return;
-    std::tie(file_.token_text, file_.token_text_offsets) = texts("token_text", file_.tokens.size());
-    std::tie(file_.gold, file_.gold_offsets) = texts("gold", static_cast<std::size_t>(file_.requests()));
-    for (std::size_t i = 0; i + 1 < file_.gold_offsets.size(); ++i) {
-      const auto end = static_cast<std::size_t>(file_.gold_offsets[i + 1]);
-      if (file_.gold_offsets[i] < file_.gold_offsets[i + 1] && file_.gold[end - 1] != '\n') {
+    read_texts("token_text", std::ssize(file_.tokens), file_.token_text, file_.token_text_offsets);
+    read_texts("gold", file_.requests(), file_.gold, file_.gold_offsets);
+    // Each request is one question.
+    if (file_.sequences() != file_.requests()) in_.damaged("it has passages, and requests of several sequences");
+    for (std::int64_t i = 0; i < file_.requests(); ++i) {
+      const std::string_view gold = file_.gold_answers(i);
+      if (!gold.empty() && gold.back() != '\n') {
         in_.damaged(fmt::format("gold of request {} does not end in a newline", i));
       }
     }
-    // Each request is one question.
-    if (file_.sequences() != file_.requests()) in_.damaged("it has passages, and requests of several sequences");
   }
 
   /// Bytes, and where each of `count` texts is in them.
-  [[nodiscard]] std::pair<std::string, std::vector<std::int64_t>> texts(const std::string& tensor,
-                                                                        std::size_t count) const {
-    const std::string_view bytes = in_.tensor(tensor, "U8", 1).bytes;
-    auto offsets = in_.values<std::int64_t>(tensor + "_offsets");
-    check_count(tensor + "_offsets", static_cast<std::int64_t>(offsets.size()), static_cast<std::int64_t>(count) + 1,
-                "text and one more");
-    const bool rise = std::ranges::is_sorted(offsets);
-    if (!rise || offsets.front() != 0 || static_cast<std::uint64_t>(offsets.back()) != bytes.size()) {
+  void read_texts(const std::string& tensor, std::int64_t count, std::string& bytes,
+                  std::vector<std::int64_t>& offsets) const {
+    bytes = in_.tensor(tensor, "U8", 1).bytes;
+    offsets = in_.values<std::int64_t>(tensor + "_offsets");
+    check_count(tensor + "_offsets", offsets.size(), count + 1, "text and one more");
+    if (!std::ranges::is_sorted(offsets) || offsets.front() != 0 || offsets.back() != std::ssize(bytes)) {
       in_.damaged(fmt::format("{}_offsets do not rise from 0 to the {} bytes of {}", tensor, bytes.size(), tensor));
     }
-    return {std::string(bytes), std::move(offsets)};
   }
 
   void read_pair_scores() {
     if (!in_.has("pair_score")) return;
     file_.pair_score = in_.values<float>("pair_score");
-    check_count("pair_score", static_cast<std::int64_t>(file_.pair_score.size()), file_.requests(), "request");
+    check_count("pair_score", file_.pair_score.size(), file_.requests(), "request");
     for (std::size_t i = 0; i < file_.pair_score.size(); ++i) {
       if (!std::isfinite(file_.pair_score[i])) in_.damaged(fmt::format("pair_score[{}] is not finite", i));
     }
   }
 
-  void check_fill(const std::vector<std::int64_t>& values, const char* tensor) const {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      const bool fill = static_cast<std::int64_t>(i) < file_.fill_requests;
-      if (fill ? values[i] == -1 : values[i] >= 0) continue;
-      in_.damaged(fmt::format("{}[{}] is {}, expected {}", tensor, i, values[i],
-                              fill ? "-1 in the fill part" : "0 or more behind the fill part"));
-    }
-  }
-
-  /// Requests [begin, end) must have `count` sequences.
-  void check_rows(std::int64_t begin, std::int64_t count, const char* expected) const {
-    for (std::int64_t r = begin; r < file_.requests(); ++r) {
-      const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
-      if (rows != count) in_.damaged(fmt::format("request {} has {} sequences, expected {}", r, rows, expected));
+  /// What each task needs.
+  void check_needs() const {
+    const std::tuple<Task, const char*, bool> needs[] = {
+        {Task::kClassification, "labels", !file_.labels.empty()},
+        {Task::kClassification, "label_names", !file_.label_names.empty()},
+        {Task::kChoice, "labels", !file_.labels.empty()},
+        {Task::kChoice, "scored", !file_.scored.empty()},
+        {Task::kPerplexity, "scored", !file_.scored.empty()},
+        {Task::kAnswer, "group", !file_.group.empty()},
+        {Task::kSimilarity, "pair_score", !file_.pair_score.empty()},
+        {Task::kDuplicates, "partner", !file_.partner.empty()},
+        {Task::kDuplicates, "pair_label", !file_.pair_label.empty()},
+        {Task::kDuplicates, "fill_requests", file_.fill_requests > 0},
+        {Task::kGeneration, "new_tokens", file_.new_tokens > 0},
+    };
+    for (const auto& [task, what, there] : needs) {
+      if (task == file_.task && !there) {
+        in_.damaged(fmt::format("its task is '{}' and it has no {}", to_string(task), what));
+      }
     }
   }
 
   void check_task() const {
     if (file_.task == Task::kClassification) {
-      check_range(file_.labels, 0, static_cast<std::int64_t>(file_.label_names.size()) - 1, "labels", in_);
+      check_range(file_.labels, 0, std::ssize(file_.label_names) - 1, "labels", in_);
     } else if (file_.task == Task::kChoice) {
       check_range(file_.labels, 0, 1, "labels", in_);
       for (std::int64_t r = file_.fill_requests; r < file_.requests(); ++r) check_choices(r);
@@ -232,6 +215,14 @@ class TaskReader {
       check_rows(0, 1, "one of a pair");
     } else if (file_.task == Task::kGeneration && file_.fill_requests > 0) {
       in_.damaged("its task is 'generation', and it has requests that only fill");
+    }
+  }
+
+  /// All requests from `begin` on must have `count` sequences.
+  void check_rows(std::int64_t begin, std::int64_t count, const char* expected) const {
+    for (std::int64_t r = begin; r < file_.requests(); ++r) {
+      const std::int64_t rows = file_.first_sequence(r + 1) - file_.first_sequence(r);
+      if (rows != count) in_.damaged(fmt::format("request {} has {} sequences, expected {}", r, rows, expected));
     }
   }
 
@@ -264,7 +255,7 @@ TokenFile parse(const Safetensors& in) {
   file.request_offsets = in.values<std::int64_t>("request_offsets");
   check_offsets(file.sequence_offsets, file.tokens.size(), "sequence_offsets", in);
   check_offsets(file.request_offsets, file.sequence_offsets.size() - 1, "request_offsets", in);
-  const auto negative = std::find_if(file.tokens.begin(), file.tokens.end(), [](std::int32_t id) { return id < 0; });
+  const auto negative = std::ranges::find_if(file.tokens, [](std::int32_t id) { return id < 0; });
   if (negative != file.tokens.end()) {
     in.damaged(fmt::format("token {} is {}, ids are 0 or more", negative - file.tokens.begin(), *negative));
   }
@@ -283,9 +274,8 @@ std::span<const std::int32_t> TokenFile::sequence(std::int64_t i) const {
 }
 
 std::vector<std::span<const std::int32_t>> TokenFile::request(std::int64_t i, std::int64_t limit) const {
-  const auto index = static_cast<std::size_t>(i);
   std::vector<std::span<const std::int32_t>> rows;
-  for (std::int64_t s = request_offsets[index]; s < request_offsets[index + 1]; ++s) {
+  for (std::int64_t s = first_sequence(i); s < first_sequence(i + 1); ++s) {
     const auto whole = sequence(s);
     rows.push_back(whole.first(std::min(whole.size(), static_cast<std::size_t>(limit))));
   }
@@ -293,16 +283,12 @@ std::vector<std::span<const std::int32_t>> TokenFile::request(std::int64_t i, st
 }
 
 std::vector<RowMarks> TokenFile::marks(std::int64_t i, std::int64_t limit) const {
+  if (pool.empty() && passage.empty()) return {};
   std::vector<RowMarks> rows;
-  if (pool.empty() && passage.empty()) return rows;
-  const auto index = static_cast<std::size_t>(i);
-  for (auto s = static_cast<std::size_t>(request_offsets[index]);
-       s < static_cast<std::size_t>(request_offsets[index + 1]); ++s) {
+  for (const auto& ids : request(i, limit)) {
+    const auto s = static_cast<std::size_t>(first_sequence(i)) + rows.size();
     RowMarks& row = rows.emplace_back();
-    const auto begin = static_cast<std::size_t>(sequence_offsets[s]);
-    const auto length =
-        std::min(static_cast<std::size_t>(sequence_offsets[s + 1]) - begin, static_cast<std::size_t>(limit));
-    if (!pool.empty()) row.pool = std::span(pool).subspan(begin, length);
+    if (!pool.empty()) row.pool = std::span(pool).subspan(static_cast<std::size_t>(sequence_offsets[s]), ids.size());
     if (!passage.empty()) row.second_text = passage[s].begin;
   }
   return rows;
@@ -349,20 +335,17 @@ TokenFile in_batches_of(TokenFile file, std::int64_t rows) {
         fmt::format("--batch {}: the requests of {} are more than independent sequences, and stay as they are", rows,
                     file.workload));
   }
-  const std::int64_t parts[] = {0, file.first_sequence(file.fill_requests), file.sequences()};
+  const std::int64_t asked_from = file.first_sequence(file.fill_requests);
   std::vector<std::int64_t> offsets = {0};
-  const auto add = [&](std::int64_t begin, std::int64_t end) {
-    while (begin < end) offsets.push_back(begin = std::min(begin + rows, end));
-  };
-  add(parts[0], parts[1]);
-  file.fill_requests = static_cast<std::int64_t>(offsets.size()) - 1;
-  add(parts[1], parts[2]);
+  while (offsets.back() < asked_from) offsets.push_back(std::min(offsets.back() + rows, asked_from));
+  file.fill_requests = std::ssize(offsets) - 1;
+  while (offsets.back() < file.sequences()) offsets.push_back(std::min(offsets.back() + rows, file.sequences()));
   file.request_offsets = std::move(offsets);
   return file;
 }
 
 void check_vocabulary(const TokenFile& file, std::int64_t vocabulary, const std::string& name) {
-  const std::int32_t largest = *std::max_element(file.tokens.begin(), file.tokens.end());
+  const std::int32_t largest = *std::ranges::max_element(file.tokens);
   if (largest >= vocabulary) {
     throw Failure(
         fmt::format("{}: it has token id {}, the model knows ids below {}; use the data of the model's own "

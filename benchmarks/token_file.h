@@ -1,41 +1,4 @@
-// Token files: the requests of one workload, tokenized, as safetensors.
-//
-//   tokens            int32 [total]          ids of all sequences, one after another
-//   sequence_offsets  int64 [sequences + 1]  into tokens
-//   request_offsets   int64 [requests + 1]   into sequences; a request is one batch
-//
-// Metadata (strings): workload, tokenizer, source, description, order, max_tokens, version "1" or "2".
-// Version "2" may add what a task needs, all of it optional unless `task` asks for it:
-//
-//   metadata task           "", classification, choice, perplexity, answer, similarity, duplicates or generation
-//   metadata fill_requests  that many requests, from the first on, only fill the cache
-//   metadata new_tokens     generation: tokens that the model says behind each sequence, 1 or more
-//   metadata stop_token     generation: it says no more once it has said this one; absent: none
-//   metadata label_names    JSON list: names of the classes
-//   labels      int64   [sequences]     classification: class; choice: 1 right, 0 wrong
-//   scored      int64   [sequences, 2]  tokens [begin, end) whose log-likelihood is scored; begin >= 1, begin = end
-//                                       where nothing is scored
-//   scored_bytes int64  [sequences]     choice: length in bytes of the text that is scored
-//   group       int64   [requests]      answer: equal gold answers have equal numbers, -1 unanswerable
-//   partner     int64   [requests]      duplicates: the fill request of the pair; -1 in the fill part
-//   pair_label  int64   [requests]      duplicates: 1 duplicate, 0 not; -1 in the fill part
-//   pair_score  float32 [requests]      similarity: gold score of the request's two sequences
-//   pool        int64   [total]         1 at the tokens that a model with a pooling mask is to pool, else 0
-//   passage     int64   [sequences, 2]  answer: tokens [begin, end) of the passage that is asked about. From `begin` on
-//                                       the token type is 1
-//   token_text          uint8 [bytes]         answer, with passage: the text of each token by SQuAD's rule for equal
-//                                             answers (lower case, no punctuation), with the white space before it
-//   token_text_offsets  int64 [total + 1]     into token_text
-//   gold                uint8 [bytes]         answer, with passage: gold answers by the same rule, each ended by a
-//                                             newline
-//   gold_offsets        int64 [requests + 1]  into gold; nothing for a request: it cannot be answered
-//
-// What is not read here: `edit_kind` (int64 [sequences], number in the metadata's list edit_kinds of how a sequence
-// differs from the last one before it that is as it is, 0) and `edit_percent` (float32 [sequences], share of its words
-// that were changed); the metadata recipe and content_sha256 (what the file was made from, and its content).
-//
-// Where text is generated, a request is a conversation: its sequences are the user's parts of it, the model's
-// answers come between them.
+// Token files: the requests of one workload, tokenized. docs/benchmark-files.md says what they hold.
 #pragma once
 
 #include <cstdint>
@@ -65,35 +28,25 @@ struct RowMarks {
   std::int64_t second_text = -1;       ///< the first token of type 1; -1: none is
 };
 
+/// What is empty or 0 is not in the file.
 struct TokenFile {
-  std::string workload;
-  std::string tokenizer;
-  std::string source;
-  std::string description;
-  std::string order;
+  std::string workload, tokenizer, source, description, order;
   std::int64_t max_tokens = 0;
   std::vector<std::int32_t> tokens;
-  std::vector<std::int64_t> sequence_offsets;
-  std::vector<std::int64_t> request_offsets;
+  std::vector<std::int64_t> sequence_offsets, request_offsets;
 
   Task task = Task::kNone;
   std::int64_t fill_requests = 0;
-  std::int64_t new_tokens = 0;   ///< 0 unless text is generated
+  std::int64_t new_tokens = 0;
   std::int64_t stop_token = -1;  ///< -1: none
   std::vector<std::string> label_names;
-  std::vector<std::int64_t> labels;        ///< empty, or one a sequence
-  std::vector<TokenRange> scored;          ///< empty, or one a sequence
-  std::vector<std::int64_t> scored_bytes;  ///< empty, or one a sequence: length of the scored text
-  std::vector<std::int64_t> group;         ///< empty, or one a request
-  std::vector<std::int64_t> partner;       ///< empty, or one a request
-  std::vector<std::int64_t> pair_label;    ///< empty, or one a request
-  std::vector<float> pair_score;           ///< empty, or one a request
-  std::vector<std::int64_t> pool;          ///< empty, or one a token
-  std::vector<TokenRange> passage;         ///< empty, or one a sequence; then the texts below are there too
-  std::string token_text;
-  std::vector<std::int64_t> token_text_offsets;
-  std::string gold;
-  std::vector<std::int64_t> gold_offsets;
+  std::vector<std::int64_t> labels, scored_bytes;        // of sequences
+  std::vector<TokenRange> scored, passage;               // the same
+  std::vector<std::int64_t> group, partner, pair_label;  // of requests
+  std::vector<float> pair_score;                         // the same
+  std::vector<std::int64_t> pool;                        // of tokens
+  std::string token_text, gold;
+  std::vector<std::int64_t> token_text_offsets, gold_offsets;
 
   [[nodiscard]] std::int64_t sequences() const { return static_cast<std::int64_t>(sequence_offsets.size()) - 1; }
   [[nodiscard]] std::int64_t requests() const { return static_cast<std::int64_t>(request_offsets.size()) - 1; }

@@ -1,10 +1,12 @@
-// Request traces of prefix blocks, replayed against an eviction policy without a model.
+// llmcache-trace: request traces of prefix blocks, replayed against eviction policies without a model. README.md says
+// what is measured.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <iosfwd>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,17 +28,15 @@ struct Trace {
   std::uint32_t distinct = 0;          ///< different blocks
 };
 
-/// Reads a trace: one JSON object a line with "timestamp" (milliseconds) and "hash_ids" (integers, each once in a
-/// request, each always behind the same one); other fields are not looked at, empty lines are skipped. At most `limit`
-/// requests. Throws Failure that names `name` and the line.
+/// Reads at most `limit` requests. A hash id must always be behind the same one; empty lines are skipped. Throws
+/// Failure that names `name` and the line.
 Trace read_trace(std::istream& in, const std::string& name, std::optional<std::int64_t> limit = {});
 /// Reads a file. Throws Failure.
 Trace read_trace(const std::filesystem::path& path, std::optional<std::int64_t> limit = {});
 
-/// What computing the first `blocks` blocks of a prompt costs, in units of one block's matrix products: each block
-/// costs 1, and 1/52 for each block before it, which its tokens attend to. 52 blocks are 26,700 tokens of 512 a block,
-/// where attention costs a decoder of 7e9 parameters (32 layers of width 4,096) as much as its matrices: 2 * 7e9 FLOP a
-/// token against 4 * 32 * 4,096 for each earlier token.
+/// What computing the first `blocks` blocks of a prompt costs: 1 each, and 1/52 for each block before it. At 52 blocks
+/// of 512 tokens attention costs a decoder of 7e9 parameters (32 layers of width 4,096) as much as its matrices: 2 *
+/// 7e9 FLOP a token against 4 * 32 * 4,096 for each earlier token.
 double prefix_cost(std::size_t blocks);
 
 struct Replay {
@@ -52,15 +52,10 @@ struct Replay {
   [[nodiscard]] double saved_rate() const { return cost > 0 ? saved / cost : 0; }
 };
 
-/// Replays the trace against a bank of `capacity` blocks. For each request the blocks of its longest prefix that is
-/// held are hits; all its blocks are then used or inserted, from the last to the first, so that a block never looks
-/// less recently used than those that need it; while more than `capacity` are held, the policy's victim goes, be it
-/// new.
-///
-/// What a policy is told about a block (EntryCost): 1 byte, as all blocks are of one size and a capacity is a number of
-/// blocks; its number as key; and as saved_ms the mean cost of the blocks of the request that it came with. Not its own
-/// cost, which grows along the prompt: a block is of use only with all before it, so a policy that keeps the later and
-/// dearer ones and evicts the earlier ones keeps nothing. Throws Error(kInvalidOptions).
+/// Replays the trace against a bank of `capacity` blocks. A request's blocks are used from the last to the first, so
+/// that none looks less recently used than those that need it. A policy is told 1 byte of each, and as saved_ms the
+/// mean cost of its request's blocks: not its own, which grows along the prompt, as a policy that keeps the later and
+/// dearer ones and evicts those before them keeps nothing. Throws Error(kInvalidOptions).
 Replay replay(const Trace& trace, std::uint64_t capacity, const EvictionOptions& options);
 
 /// The most hits that any policy can have with `capacity` blocks, which may know the future and may decline to keep a
@@ -70,5 +65,38 @@ Replay replay_belady(const Trace& trace, std::uint64_t capacity);
 
 /// Memory without bound: what is asked for again is a hit.
 Replay replay_unbounded(const Trace& trace);
+
+/// The optimum's name among the policies.
+inline constexpr const char* kBelady = "belady";
+
+struct TraceArguments {
+  std::filesystem::path trace;
+  std::vector<std::string> policies = {"lru", "decay", "s3fifo", "gdsf", kBelady};
+  std::vector<std::int64_t> capacities = {1000, 5000, 10000, 50000};  ///< blocks
+  EvictionOptions eviction;                                           ///< settings of the policies
+  std::optional<std::int64_t> limit;
+  std::optional<std::filesystem::path> json;
+};
+
+/// Throws Failure for a bad command line, or if no trace is named and the default one is not found; HelpAsked for
+/// --help and --version.
+TraceArguments parse_trace_arguments(int argc, const char* const* argv);
+
+/// One policy at one capacity.
+struct TraceResult {
+  std::string policy;
+  std::int64_t capacity = 0;  ///< blocks
+  Replay replay;
+};
+
+/// All policies at all capacities, in the order of the arguments.
+std::vector<TraceResult> replay_all(const Trace& trace, const TraceArguments& arguments);
+
+/// For people: a line on the trace, then hit rate and saved cost, one line a policy, one column a capacity.
+std::string trace_text(const Trace& trace, const TraceArguments& arguments, const std::vector<TraceResult>& results);
+
+/// The same for programs.
+nlohmann::ordered_json trace_json(const Trace& trace, const TraceArguments& arguments,
+                                  const std::vector<TraceResult>& results);
 
 }  // namespace llmcache::bench

@@ -1,11 +1,10 @@
-// llmcache-trace: see trace_report.cpp for what it does, or --help.
+// llmcache-trace: see trace.cpp for what it does, or --help.
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "command_line.h"
 #include "files.h"
 #include "trace.h"
-#include "trace_report.h"
 
 int main(int argc, char** argv) {
   using namespace llmcache::bench;

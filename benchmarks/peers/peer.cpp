@@ -28,7 +28,6 @@
 #include <string>
 #include <vector>
 
-#include "clock.h"
 #include "llmcache/llmcache.h"
 #include "llmcache/version.h"
 #include "loaded_model.h"

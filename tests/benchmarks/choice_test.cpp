@@ -11,10 +11,9 @@
 #include <vector>
 
 #include "bench_support.h"
+#include "calibration.h"
 #include "config.h"
-#include "equal_error.h"
-#include "model_files.h"
-#include "run_config.h"
+#include "files.h"
 #include "selection.h"
 #include "settings.h"
 #include "token_file.h"

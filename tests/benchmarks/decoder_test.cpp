@@ -18,8 +18,8 @@
 
 #include "bench_support.h"
 #include "experiment.h"
-#include "greedy.h"
-#include "quality_score.h"
+#include "run.h"
+#include "scores.h"
 #include "systems.h"
 
 namespace llmcache::bench {

@@ -1,4 +1,6 @@
 // The files that the benchmark reads: token files with their tasks, probes, models' sidecars.
+#include "files.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -13,8 +15,7 @@
 
 #include "bench_support.h"
 #include "linear_probe.h"
-#include "model_files.h"
-#include "request_stream.h"
+#include "selection.h"
 #include "token_file.h"
 
 namespace llmcache::bench {

@@ -10,10 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "answer_span.h"
 #include "failure.h"
 #include "outputs.h"
-#include "quality_score.h"
+#include "scores.h"
 #include "semantic_cache.h"
 
 namespace llmcache::bench {

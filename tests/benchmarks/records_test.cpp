@@ -16,11 +16,10 @@
 #include <vector>
 
 #include "bench_support.h"
-#include "equal_error.h"
+#include "calibration.h"
 #include "files.h"
-#include "quality_metric.h"
-#include "quality_served.h"
-#include "request_stream.h"
+#include "scores.h"
+#include "selection.h"
 #include "statistics.h"
 #include "table.h"
 #include "token_file.h"

@@ -19,7 +19,6 @@
 #include "bench_support.h"
 #include "command_line.h"
 #include "failure.h"
-#include "trace_report.h"
 
 namespace llmcache::bench {
 namespace {

@@ -1,42 +1,31 @@
-#include "quality_score.h"
+#include "scores.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <utility>
 
-#include "answer_span.h"
 #include "failure.h"
-#include "outputs.h"
 
 namespace llmcache::bench {
 namespace {
 
 std::optional<Metric> find_metric(const TokenFile& file, const OutputShape& shape, std::int64_t vocabulary,
                                   bool has_probe) {
+  using Found = std::optional<Metric>;
   const bool pooled = shape.pooled_output >= 0;
-  const std::int64_t ids = vocabulary > 0 ? vocabulary : *std::max_element(file.tokens.begin(), file.tokens.end()) + 1;
+  const std::int64_t ids = vocabulary > 0 ? vocabulary : *std::ranges::max_element(file.tokens) + 1;
   const bool logits = shape.logits_output >= 0 && shape.logits_dims >= ids && !file.scored.empty();
-  switch (file.task) {
-    case Task::kClassification:
-      return pooled && has_probe ? std::optional(Metric::kAccuracy) : std::nullopt;
-    case Task::kSimilarity:
-      return pooled ? std::optional(Metric::kSpearman) : std::nullopt;
-    case Task::kChoice:
-      return logits ? std::optional(Metric::kChoiceAccuracy) : std::nullopt;
-    case Task::kPerplexity:
-      return logits ? std::optional(Metric::kPerplexity) : std::nullopt;
-    case Task::kAnswer:
-      if (shape.answer_span && !file.passage.empty()) return Metric::kF1;
-      return logits ? std::optional(Metric::kAnswerNll) : std::nullopt;
-    case Task::kDuplicates:
-    case Task::kGeneration:
-    case Task::kNone:
-      break;
-  }
-  return std::nullopt;
+  if (file.task == Task::kClassification) return pooled && has_probe ? Metric::kAccuracy : Found();
+  if (file.task == Task::kSimilarity) return pooled ? Metric::kSpearman : Found();
+  if (file.task == Task::kAnswer && shape.answer_span && !file.passage.empty()) return Metric::kF1;
+  if (file.task == Task::kChoice && logits) return Metric::kChoiceAccuracy;
+  if (file.task == Task::kPerplexity && logits) return Metric::kPerplexity;
+  return file.task == Task::kAnswer && logits ? Metric::kAnswerNll : Found();
 }
 
 /// Natural logarithms of the probabilities of tokens [range.begin, range.end) of `ids`, double [count]; row t - 1 -
@@ -44,12 +33,17 @@ std::optional<Metric> find_metric(const TokenFile& file, const OutputShape& shap
 at::Tensor log_likelihoods(const at::Tensor& logits, std::int64_t first, std::span<const std::int32_t> ids,
                            TokenRange range) {
   const std::int64_t count = range.end - range.begin;
-  const at::Tensor tokens = at::empty({count, 1}, at::kLong);
-  for (std::int64_t i = 0; i < count; ++i) {
-    tokens.data_ptr<std::int64_t>()[i] = ids[static_cast<std::size_t>(range.begin + i)];
-  }
+  const std::vector<std::int64_t> own(ids.begin() + range.begin, ids.begin() + range.end);
+  const at::Tensor tokens = at::tensor(own, at::device(logits.device()).dtype(at::kLong)).view({count, 1});
   const at::Tensor rows = logits.narrow(0, range.begin - 1 - first, count).to(at::kFloat).log_softmax(-1);
-  return rows.gather(1, tokens.to(logits.device())).squeeze(1).to(at::kCPU, at::kDouble);
+  return rows.gather(1, tokens).squeeze(1).to(at::kCPU, at::kDouble);
+}
+
+/// What is scored of a row that was cut to `length` tokens.
+TokenRange cut_to(TokenRange range, std::size_t length) {
+  range.end = std::min(range.end, static_cast<std::int64_t>(length));
+  range.begin = std::min(range.begin, range.end);
+  return range;
 }
 
 /// The sequence with the largest score; the first of equals.
@@ -62,7 +56,64 @@ struct Best {
   }
 };
 
+using Words = std::vector<std::string_view>;
+
+/// Pieces of `text` between any of these characters, empty ones left out.
+Words split(std::string_view text, std::string_view at) {
+  Words pieces;
+  while (!text.empty()) {
+    const std::size_t length = std::min(text.find_first_of(at), text.size());
+    if (length > 0) pieces.push_back(text.substr(0, length));
+    text.remove_prefix(std::min(length + 1, text.size()));
+  }
+  return pieces;
+}
+
+/// Those that count, in their order.
+Words words_of(std::string_view text) {
+  Words words = split(text, " \n");
+  std::erase_if(words, [](std::string_view word) { return word == "a" || word == "an" || word == "the"; });
+  return words;
+}
+
+AnswerScore compare(Words answer, Words gold) {
+  const double same = answer == gold ? 1 : 0;
+  if (answer.empty() || gold.empty()) return {same, same};
+  std::ranges::sort(answer);
+  std::ranges::sort(gold);
+  Words common;
+  std::ranges::set_intersection(answer, gold, std::back_inserter(common));
+  return {same, 2 * static_cast<double>(common.size()) / static_cast<double>(answer.size() + gold.size())};
+}
+
 }  // namespace
+
+TokenRange answer_span(std::span<const float> start, std::span<const float> end, TokenRange passage) {
+  const std::int64_t last = std::min(passage.end, static_cast<std::int64_t>(std::min(start.size(), end.size())));
+  TokenRange best;
+  if (start.empty() || end.empty()) return best;
+  double most = -std::numeric_limits<double>::infinity();
+  for (std::int64_t i = passage.begin; i < last; ++i) {
+    for (std::int64_t j = i; j < std::min(last, i + kMostAnswerTokens); ++j) {
+      const double sum = static_cast<double>(start[static_cast<std::size_t>(i)]) + end[static_cast<std::size_t>(j)];
+      if (!(sum > most)) continue;
+      most = sum;
+      best = {i, j + 1};
+    }
+  }
+  const double none = static_cast<double>(start[0]) + end[0];
+  return none >= most ? TokenRange{} : best;
+}
+
+AnswerScore score_answer(std::string_view answer, std::string_view gold_answers) {
+  const Words said = words_of(answer);
+  AnswerScore best = gold_answers.empty() ? compare(said, {}) : AnswerScore{};
+  for (const std::string_view gold : split(gold_answers, "\n")) {
+    const AnswerScore one = compare(said, words_of(gold));
+    best = {std::max(best.exact_match, one.exact_match), std::max(best.f1, one.f1)};
+  }
+  return best;
+}
 
 void keep_common(const std::vector<TokenScores*>& scores) {
   if (scores.empty()) return;
@@ -97,20 +148,13 @@ std::optional<Metric> Scorer::second_metric() const {
   return std::nullopt;
 }
 
-/// What is scored of a row that was cut to `length` tokens.
-TokenRange Scorer::scored(std::int64_t request, std::size_t row, std::size_t length) const {
-  TokenRange range = file_.scored[static_cast<std::size_t>(file_.first_sequence(request)) + row];
-  range.end = std::min(range.end, static_cast<std::int64_t>(length));
-  range.begin = std::min(range.begin, range.end);
-  return range;
-}
-
 TokenScores Scorer::token_scores(std::int64_t request, const Rows& rows, const std::vector<Returned>& returned,
                                  const LastLogits* before) const {
   const at::NoGradGuard no_grad;
   TokenScores scores(rows.size());
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    const TokenRange range = scored(request, row, rows[row].size());
+    const auto sequence = static_cast<std::size_t>(file_.first_sequence(request)) + row;
+    const TokenRange range = cut_to(file_.scored[sequence], rows[row].size());
     auto& values = scores[row];
     values.resize(static_cast<std::size_t>(range.end - range.begin));
     if (values.empty()) continue;
@@ -120,11 +164,9 @@ TokenScores Scorer::token_scores(std::int64_t request, const Rows& rows, const s
       if (part.begin >= part.end) continue;
       const at::Tensor logits = tensor_of(call.output, shape_.logits_output)[static_cast<std::int64_t>(row)];
       const at::Tensor found = log_likelihoods(logits, here.begin, rows[row], part);
-      for (std::int64_t i = 0; i < found.size(0); ++i) {
-        values[static_cast<std::size_t>(part.begin - range.begin + i)] = found.data_ptr<double>()[i];
-      }
+      std::copy_n(found.const_data_ptr<double>(), found.size(0), values.begin() + (part.begin - range.begin));
     }
-    if (values.front() || before == nullptr || static_cast<std::int64_t>(before->ids.size()) != range.begin) continue;
+    if (values.front() || before == nullptr || std::ssize(before->ids) != range.begin) continue;
     if (!std::equal(before->ids.begin(), before->ids.end(), rows[row].begin())) continue;
     const TokenRange first = {range.begin, range.begin + 1};
     values.front() = log_likelihoods(before->logits.unsqueeze(0), range.begin - 1, rows[row], first).item<double>();
@@ -136,13 +178,11 @@ Scores Scorer::scores(std::int64_t request, const Rows& rows, const TokenScores&
   const auto first = static_cast<std::size_t>(file_.first_sequence(request));
   const bool choices = metric_ == Metric::kChoiceAccuracy;
   Sample text;
-  Best by_sum;
-  Best per_byte;
+  Best by_sum, per_byte;
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    const bool cut = file_.scored[first + row].end > static_cast<std::int64_t>(rows[row].size());
+    const bool cut = file_.scored[first + row].end > std::ssize(rows[row]);
     if (cut && metric_ != Metric::kPerplexity) return {};
-    double sum = 0;
-    double count = 0;
+    double sum = 0, count = 0;
     for (const auto& score : scores[row]) {
       if (!score && choices) return {};  // it would not be compared alike
       sum += score.value_or(0);
@@ -154,8 +194,7 @@ Scores Scorer::scores(std::int64_t request, const Rows& rows, const TokenScores&
     by_sum.add(first + row, sum);
     if (second_metric()) per_byte.add(first + row, sum / static_cast<double>(file_.scored_bytes[first + row]));
   }
-  if (text.weight == 0 && !choices) return {};
-  if (!choices) return {.first = text, .second = {}};
+  if (!choices) return text.weight == 0 ? Scores{} : Scores{.first = text};
   const auto right = [&](const Best& best) {
     return Sample{best.sequence && file_.labels[*best.sequence] == 1 ? 1.0 : 0.0, 1};
   };
@@ -167,23 +206,20 @@ Scores Scorer::score(std::int64_t request, const Rows& rows, const c10::IValue& 
   if (reads_logits()) return scores(request, rows, token_scores(request, rows, {all_of(output, rows)}, nullptr));
   const at::NoGradGuard no_grad;
   if (metric_ == Metric::kF1) return answers(request, rows, output);
-  if (metric_ == Metric::kSpearman) {
-    const at::Tensor pair = tensor_of(output, shape_.pooled_output).to(at::kDouble);
-    return {.first = Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(),
-                            static_cast<double>(file_.pair_score[static_cast<std::size_t>(request)])},
-            .second = {}};
-  }
-  return {.first = classes(request, rows, output), .second = {}};
+  if (metric_ == Metric::kAccuracy) return {.first = classes(request, rows, output)};
+  const at::Tensor pair = tensor_of(output, shape_.pooled_output).to(at::kDouble);
+  const double gold = file_.pair_score[static_cast<std::size_t>(request)];
+  return {.first = Sample{at::cosine_similarity(pair[0], pair[1], 0).item<double>(), gold}};
 }
 
 Sample Scorer::classes(std::int64_t request, const Rows& rows, const c10::IValue& output) const {
-  const std::int64_t first = file_.first_sequence(request);
+  const auto first = static_cast<std::size_t>(file_.first_sequence(request));
   const at::Tensor pooled = tensor_of(output, shape_.pooled_output).to(at::kCPU, at::kFloat).contiguous();
   const auto dims = static_cast<std::size_t>(pooled.size(1));
   Sample sample;
   for (std::size_t row = 0; row < rows.size(); ++row) {
     const std::span<const float> values(pooled.data_ptr<float>() + row * dims, dims);
-    sample.value += probe_->classify(values) == file_.labels[static_cast<std::size_t>(first) + row] ? 1 : 0;
+    sample.value += probe_->classify(values) == file_.labels[first + row] ? 1 : 0;
     sample.weight += 1;
   }
   return sample;
@@ -202,6 +238,29 @@ Scores Scorer::answers(std::int64_t request, const Rows& rows, const c10::IValue
                                       file_.passage[static_cast<std::size_t>(sequence)]);
   const AnswerScore score = score_answer(file_.text(sequence, span), file_.gold_answers(request));
   return {.first = Sample{score.f1, 1}, .second = Sample{score.exact_match, 1}};
+}
+
+void ServedCounts::add(std::int64_t request, std::int64_t asking, std::int64_t entry) {
+  const auto r = static_cast<std::size_t>(request);
+  const bool known = entry >= 0;
+  // Of the entry; the next one begins behind it.
+  const std::int64_t from = known ? file_.first_request_from(entry + 1) - 1 : kNotServed;
+  served_ += entry != kNotServed ? 1 : 0;
+  if (file_.task == Task::kDuplicates) {
+    const bool duplicate = file_.pair_label[r] == 1;
+    duplicates_ += duplicate ? 1 : 0;
+    const bool equal = known && std::ranges::equal(file_.sequence(asking), file_.sequence(entry));
+    const bool pair = known && from == file_.partner[r];
+    if (equal || (pair && duplicate)) {
+      ++right_;
+      recalled_ += duplicate ? 1 : 0;
+    } else if (pair) {
+      ++unsafe_;
+    }
+  }
+  if (file_.task == Task::kAnswer && known) {
+    same_answer_ += file_.group[static_cast<std::size_t>(from)] == file_.group[r] ? 1 : 0;
+  }
 }
 
 }  // namespace llmcache::bench
