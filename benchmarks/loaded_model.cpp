@@ -113,6 +113,7 @@ std::shared_ptr<Cache> LoadedModel::make_cache(const Options& options) {
     if (first) return std::make_shared<Cache>(first->with_options(options));
     Options own = options;
     own.weights_sample = weights_sample_;
+    if (saved_profiles_) own.profile_path = file_.path.string() + "." + to_string(own.weights) + ".profile";
     return first = std::make_shared<Cache>(module_, own);
   } catch (const std::exception& error) {
     throw Failure(
@@ -132,6 +133,7 @@ WrapCost LoadedModel::wrap(const Options& options, const std::string& name) {
           .held = profile.weights,
           .granularity = to_string(profile.granularity),
           .notes = profile.notes,
+          .saved_profile = profile.file_note,
           .wrap_ms = profile.wrap_ms,
           .resident_before = before,
           .resident_after = after,

@@ -30,8 +30,12 @@ class LoadedModel {
   /// Loads the module on the CPU and runs it on a few ids. Throws Failure.
   explicit LoadedModel(const ModelFile& file);
 
-  /// What Options::weights_sample is, of all caches made from here on.
-  void take_weights_sample(std::vector<std::vector<std::int64_t>> texts) { weights_sample_ = std::move(texts); }
+  /// Of all wrapping from here on: Options::weights_sample, and whether what probing finds is kept beside the model for
+  /// the next time, as NAME.pt.WEIGHTS.profile. Where the folder cannot be written to, the model is probed each time.
+  void prepare_wrapping(std::vector<std::vector<std::int64_t>> weights_sample, bool saved_profiles) {
+    weights_sample_ = std::move(weights_sample);
+    saved_profiles_ = saved_profiles;
+  }
 
   /// Wraps the module: the weights are shared with the plain one. The first cache so made is cache(); cache_named()
   /// knows it by `name`. Throws Failure.
@@ -74,6 +78,7 @@ class LoadedModel {
   std::vector<bool> token_output_;
   OutputShape shape_;
   std::vector<std::vector<std::int64_t>> weights_sample_;
+  bool saved_profiles_ = false;
   std::shared_ptr<Cache> cache_;
   std::map<std::string, std::shared_ptr<Cache>> named_;
   std::map<Weights, std::shared_ptr<Cache>> wrapped_;  // the first one of each

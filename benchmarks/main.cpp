@@ -107,7 +107,7 @@ Results run(const Configuration& configuration, const std::vector<Selected>& sel
   for (const Selected& one : selected) {
     try {
       LoadedModel model(one.model);
-      model.take_weights_sample(weights_sample(configuration.settings, one));
+      model.prepare_wrapping(weights_sample(configuration.settings, one), /*saved_profiles=*/true);
       wrap(model, configuration.settings, results);
       for (const auto& experiment : one.experiments) {
         run_one(model, one.model, experiment, per_share, progress, results);

@@ -116,6 +116,7 @@ struct WrapCost {
   std::string held;  ///< a format, as ModelProfile::weights has it
   std::string granularity;
   std::vector<std::string> notes;  ///< why something is not available
+  std::string saved_profile;       ///< what became of it, as ModelProfile::file_note has it
   double wrap_ms = 0;
   std::int64_t resident_before = 0;  ///< VmRSS, bytes
   std::int64_t resident_after = 0;

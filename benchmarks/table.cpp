@@ -204,11 +204,11 @@ std::string greedy_list(const std::vector<Record>& records) {
 }
 
 std::string wrap_table(const std::vector<WrapCost>& costs) {
-  Table table({"wrapped", "weights", "held", "runs", "wrap ms", "resident before MiB", "after", "difference",
-               "model's weights MiB", "packed MiB"},
-              4);
+  Table table({"wrapped", "weights", "held", "runs", "saved profile", "wrap ms", "resident before MiB", "after",
+               "difference", "model's weights MiB", "packed MiB"},
+              5);
   for (const WrapCost& c : costs) {
-    table.add({c.model, weights_name(c.weights), c.held, c.granularity, number(c.wrap_ms, 0),
+    table.add({c.model, weights_name(c.weights), c.held, c.granularity, c.saved_profile, number(c.wrap_ms, 0),
                mebibytes(c.resident_before), mebibytes(c.resident_after),
                mebibytes(c.resident_after - c.resident_before), mebibytes(c.weight_bytes),
                c.packed_bytes > 0 ? mebibytes(c.packed_bytes) : "-"});

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,6 +29,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::Gt;
 using ::testing::SizeIs;
+using ::testing::StartsWith;
 using Ids = std::vector<std::int32_t>;
 
 /// `count` ids that depend on the seed only.
@@ -289,6 +291,24 @@ TEST_F(DecoderBenchTest, SmallCachesLeaveKvcacheItsRoom) {
   EXPECT_GT(all[2].tokens_computed_fraction, 1.5);
   expect_as_nocache(all[2]);
   EXPECT_GT(all[3].tokens_reused_fraction, 0.5);
+}
+
+TEST_F(DecoderBenchTest, WhatWrappingFoundIsKeptBesideTheModelIfAskedFor) {
+  load("tiny-llama-sdpa");
+  const Folder folder;
+  std::filesystem::create_symlink(file_.path, folder / "m.pt");
+  const ModelFile file = read_model_file(folder / "m.pt");
+  const auto wrap = [&](bool saved_profiles, Weights weights) {
+    LoadedModel model(file);
+    model.prepare_wrapping({}, saved_profiles);
+    return model.wrap({.weights = weights}).saved_profile;
+  };
+  EXPECT_EQ(wrap(false, Weights::kAsLoaded), "");
+  EXPECT_FALSE(std::filesystem::exists(folder / "m.pt.as-loaded.profile"));
+  EXPECT_THAT(wrap(true, Weights::kAsLoaded), StartsWith("was written"));
+  EXPECT_EQ(wrap(true, Weights::kAsLoaded), "was read");
+  EXPECT_THAT(wrap(true, Weights::kPackedFp32), StartsWith("was written")) << "a file for each format";
+  EXPECT_EQ(wrap(true, Weights::kPackedFp32), "was read");
 }
 
 TEST_F(DecoderBenchTest, EncodersHaveNoKvcache) {

@@ -108,6 +108,17 @@ class BenchTest(unittest.TestCase):
         self.assertLessEqual({"model", "workload", "mode", "latency_ms", "versions"}, set(record["required"]))
         self.assertEqual(record["properties"]["mode"]["enum"], ["nocache", "kvcache", "llmcache", "semantic-cache"])
 
+    def test_wrapping_is_kept_beside_the_model(self) -> None:
+        models = self.temporary / "models"
+        models.mkdir()
+        for end in ("pt", "json"):
+            (models / f"{MODEL}.{end}").symlink_to(self.models / f"{MODEL}.{end}")
+        for expected in ("was written", "was read"):
+            run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", models=models)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertIn(f" {expected}", run.stdout)
+            self.assertTrue((models / f"{MODEL}.pt.as-loaded.profile").is_file())
+
     def test_results_of_both_modes(self) -> None:
         document, table = self.results()
         plain, cached = document["records"]
