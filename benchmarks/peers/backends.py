@@ -32,7 +32,7 @@ TOLERANCES = {"float32": 0.03, "half": 0.03, "quantised": 1.0}
 class BackendSpec:
     name: str
     title: str
-    family: str  # "encoder" or "decoder"
+    family: str  # "encoder", "decoder" or "encoder-decoder"
     program: str  # "peer" (peer.cpp) or "worker" (worker.py)
     settings: dict[str, Any] = field(default_factory=dict)
     keeps: bool = True  # decoder: a step computes one token; else the whole sequence
@@ -96,8 +96,25 @@ def _lanes(family: str) -> list[BackendSpec]:
     ]
 
 
+def _lanes_of_sources() -> list[BackendSpec]:
+    """Of models that compute a target from a source."""
+
+    def peer(name: str, title: str, precision: str = "float32", keeps: bool = True, **settings: str) -> BackendSpec:
+        return BackendSpec(name, title, "encoder-decoder", "peer", settings, keeps, precision=precision)
+
+    settings = {"backend": "seq2seq", "cache": True}
+    return [
+        BackendSpec("transformers", "transformers, past_key_values", "encoder-decoder", "worker", settings),
+        peer("torchscript", "TorchScript, plain", keeps=False, backend="plain"),
+        *(
+            peer("ours" + suffix, f"LLMCache, {title}", precision, backend="ours", weights=weights)
+            for suffix, weights, title, precision in OURS
+        ),
+    ]
+
+
 # The first backend of a family is what the others' results are compared with.
-BACKENDS = {family: _lanes(family) for family in ("encoder", "decoder")}
+BACKENDS = {family: _lanes(family) for family in ("encoder", "decoder")} | {"encoder-decoder": _lanes_of_sources()}
 
 
 def kilobytes(process: int) -> dict[str, int]:

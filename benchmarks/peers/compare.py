@@ -40,6 +40,7 @@ FIRST_ID = 10  # leaves special tokens out
 SETTLE = 2  # steps of a decoder, and three passes of an encoder, before the first that counts
 LARGE = 256  # tokens: a pass of more is measured less often, at least
 FEWEST = 3  # times
+START = 0  # the token that targets begin with
 CAPACITY_MIB = 512
 
 
@@ -56,8 +57,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 128, 512], help="encoders (%(default)s)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences a pass, encoders (%(default)s)")
     parser.add_argument("--context", nargs="+", type=int, default=[128, 512, 1000], help="decoders (%(default)s)")
+    parser.add_argument("--source", nargs="+", type=int, default=[256], help="tokens, encoder-decoders (%(default)s)")
+    parser.add_argument("--target", type=int, default=64, help="tokens generated of each source (%(default)s)")
     parser.add_argument("--passes", type=int, default=21, help="of an encoder; fewer if long (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="sequences of a decoder (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="sequences of a decoder, sources (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of each of them (%(default)s)")
     parser.add_argument(
         "--workload", nargs="*", default=["squad", "chat", "banking77"], metavar="NAME", help="%(default)s"
@@ -77,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.quick:
         options.tokens, options.batch, options.context = [16], [1], [32]
         options.passes, options.rounds, options.steps, options.requests = 3, 1, 3, 3
+        options.source, options.target = [16], 4
     for name in options.model:
         if name not in MODELS:
             parser.error(f"--model: no model is called '{name}'; tools/models/export_models.py --list shows the names")
@@ -87,8 +91,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.workload:
         if name not in WORKLOADS:
             parser.error(f"--workload: no workload is called '{name}'; those of prepare_data.py are known")
-    numbers = ("threads", "passes", "rounds", "steps", "requests")
-    lengths = options.tokens + options.batch + options.context
+    numbers = ("threads", "passes", "rounds", "steps", "requests", "target")
+    lengths = options.tokens + options.batch + options.context + options.source
     if min(getattr(options, name) for name in numbers) < 1 or min(lengths) < 1:
         parser.error("numbers of threads, tokens and measurements must be above 0")
     return options
@@ -282,10 +286,33 @@ class Comparison:
                 self.measure(backends, measured, number, counts, self.steps, op="step", id=token, run=True)
         return self.case(context, times) | {"prefill": {name: summary(values) for name, values in prefill.items()}}
 
+    def generate(self, source: int) -> dict[str, Any]:
+        """The same tokens in all backends, one after the other, then another target of the same source begins."""
+        first: dict[str, Times] = {}
+        steps: dict[str, Times] = {}
+        second: dict[str, Times] = {}
+        for round_ in range(-1, self.options.rounds):  # the first only warms up
+            counts = round_ >= 0
+            ids, tokens = self.ids(source), self.ids(self.options.target if counts else SETTLE)
+            start = {"op": "start", "source": ids, "run": True}
+            self.measure(self.running, first if counts else None, round_, counts, ids=[START], **start)
+            for token in tokens[1:]:
+                measured = steps if counts else None
+                self.measure(self.running, measured, round_, counts, self.steps, op="step", id=token, run=True)
+            self.measure(self.running, second if counts else None, round_, counts, ids=[START, tokens[0]], **start)
+        whole = {
+            name: {number: ms + steps.get(name, {}).get(number, 0) for number, ms in times.items()}
+            for name, times in first.items()
+        }
+        found = {"first": first, "second": second}
+        medians = {which: {name: summary(one) for name, one in times.items()} for which, times in found.items()}
+        return self.case(source, whole) | {"target": self.options.target} | medians
+
     def workload(self, name: str) -> dict[str, Any] | None:
         """The first requests of a workload, or of the sample of its kind. What fills goes to our backends only, as the
         others keep nothing of it: the last of it, as many as are measured."""
-        if WORKLOADS[name].decoders_only and not self.decoder:
+        encoder = self.known["family"] == "encoder"
+        if not (self.decoder or (encoder and not WORKLOADS[name].decoders_only)):
             return None
         instead = stand_in_for(WORKLOADS[name])
         for known in (name, *([instead.name] if instead else [])):
@@ -356,15 +383,17 @@ class Comparison:
             self.start()
             limit = self.known["max_tokens"] - (SETTLE + self.options.steps if self.decoder else 0)
             cases = []
-            sizes = itertools.product(
-                [1] if self.decoder else self.options.batch,
-                self.options.context if self.decoder else self.options.tokens,
-            )
+            lengths, measure = {
+                "encoder": (self.options.tokens, self.encode),
+                "decoder": (self.options.context, self.decode),
+                "encoder-decoder": (self.options.source, self.generate),
+            }[self.known["family"]]
+            sizes = itertools.product([1] if measure != self.encode else self.options.batch, lengths)
             for rows, tokens in sizes:
                 if tokens > limit:
                     print(f"  {tokens} tokens: left out, the model takes {self.known['max_tokens']}", flush=True)
                     continue
-                cases.append(self.decode(tokens) if self.decoder else self.encode(tokens, rows))
+                cases.append(measure(tokens, rows) if measure == self.encode else measure(tokens))
                 print(f"  {rows} x {tokens} tokens: done", flush=True)
             workloads = [done for name in self.options.workload if (done := self.workload(name))]
             for backend in self.running:
@@ -375,11 +404,11 @@ class Comparison:
                 backend.close()
         reference = BACKENDS[self.known["family"]][0].name
         for name, record in self.records.items():
-            record["quality"] = self.quality[name].record(argmax=self.decoder)
+            record["quality"] = self.quality[name].record(argmax=self.known["family"] != "encoder")
             if name in self.steps:
                 record["steps"] = self.steps[name]
             if name == reference:
-                record["quality"]["argmax_agreement"] = 1.0 if self.decoder else None
+                record["quality"]["argmax_agreement"] = None if self.known["family"] == "encoder" else 1.0
             elif state(record) == "ran" and self.quality[name].wrong(TOLERANCES[record["precision"]]):
                 record["failed"] = f"its results are not those of {reference}: {record['quality']}"
                 print(f"  {name}: {record['failed']}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@
 //   {"op": "pass", "ids": [row, ...], "save": FILE}          {"ms": T}   whole output; shorter rows are padded
 //   {"op": "start", "ids": [...], "run": BOOL, "save": FILE} {"ms": T}   a sequence: logits of its last token
 //   {"op": "step", "id": N, "run": BOOL, "save": FILE}       {"ms": T}   the same with one more token
+// "source": [...] of a start: the sequence is a target, computed from it by an encoder-decoder.
 // "run": false only takes note of the tokens ({"ms": 0}). "save" (may be left out): the output goes there as float32,
 // as the machine has it. The answers of the last three have "tokens" and "reused" too.
 #include <ATen/ATen.h>
@@ -55,10 +56,12 @@ class Backend {
         rows.push_back(at::tensor(row, at::kLong));
         marks.push_back(at::ones_like(rows.back()));
       }
-      return run(at::pad_sequence(rows, /*batch_first=*/true), at::pad_sequence(marks, true), /*last=*/false, request);
+      return run({at::pad_sequence(rows, /*batch_first=*/true), at::pad_sequence(marks, true)}, /*last=*/false,
+                 request);
     }
     if (operation == "start") {
       sequence_ = request.at("ids").get<Ids>();
+      source_ = request.value("source", Ids());
     } else if (operation == "step") {
       sequence_.push_back(request.at("id").get<std::int64_t>());
     } else {
@@ -66,7 +69,9 @@ class Backend {
     }
     if (!request.at("run").get<bool>()) return {{"ms", 0}};
     const at::Tensor ids = at::tensor(sequence_, at::kLong).unsqueeze(0);
-    return run(ids, at::ones_like(ids), /*last=*/true, request);
+    if (source_.empty()) return run({ids, at::ones_like(ids)}, /*last=*/true, request);
+    const at::Tensor source = at::tensor(source_, at::kLong).unsqueeze(0);
+    return run({source, at::ones_like(source), ids}, /*last=*/true, request);
   }
 
  private:
@@ -110,9 +115,10 @@ class Backend {
     return note + (note.empty() ? "" : "; ") + "prefixes are not reused";
   }
 
-  Json run(const at::Tensor& ids, const at::Tensor& mask, bool last, const Json& request) {
+  /// The ids, of which tokens are counted, are the first input, or the target's behind a source.
+  Json run(const llmcache::Inputs& inputs, bool last, const Json& request) {
     const at::NoGradGuard no_grad;
-    const llmcache::Inputs inputs = {ids, mask};
+    const at::Tensor ids = inputs.at(inputs.size() == 3 ? 2 : 0).toTensor();
     const llmcache::RequestOptions options{.output = last ? llmcache::Output::kLastToken : llmcache::Output::kAll};
     const auto start = Clock::now();
     const c10::IValue result = cache_ ? cache_->forward(inputs, options) : module_->forward(inputs);
@@ -136,6 +142,7 @@ class Backend {
   std::unique_ptr<torch::jit::Module> module_;  // plain, frozen
   std::unique_ptr<Cache> cache_;                // ours
   Ids sequence_;
+  Ids source_;  // of an encoder-decoder
 };
 
 void say(const Json& answer) { std::cout << answer.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl; }

@@ -95,12 +95,18 @@ def label(case: dict[str, Any]) -> str:
     return f"{rows} x {case['tokens']}" if rows > 1 else f"{case['tokens']}"
 
 
+def column(family: str, case: dict[str, Any]) -> str:
+    return {
+        "encoder": f"ms, {label(case)} tokens",
+        "decoder": f"ms a token at context {label(case)}",
+        "encoder-decoder": f"ms, {case.get('target')} tokens of a source of {label(case)}",
+    }[family]
+
+
 def model_rows(model: dict[str, Any], spread: bool) -> list[list[str]]:
     """One row a backend: a column for each case, memory, quality. `spread`: the quartiles too."""
-    decoder = model["family"] == "decoder"
-    what = "ms a token at context" if decoder else "ms,"
-    head = ["backend", *(f"{what} {label(case)}" + ("" if decoder else " tokens") for case in model["cases"])]
-    head += ["MiB", "before loading", "peak", "max diff", *(["argmax"] if decoder else [])]
+    head = ["backend", *(column(model["family"], case) for case in model["cases"])]
+    head += ["MiB", "before loading", "peak", "max diff", *(["argmax"] if model["family"] != "encoder" else [])]
     rows = [head]
     for backend in model["backends"]:
         if state(backend) == "unavailable":
@@ -159,6 +165,19 @@ def prefill_rows(model: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def source_rows(model: dict[str, Any]) -> list[list[str]]:
+    """When the first token is there: of a source that is new, and of one that another target was computed from."""
+    cases = [case for case in model["cases"] if "second" in case]
+    if not cases:
+        return []
+    which = ("first", "second")
+    rows = [["first token, ms", *(f"{one} request of {label(case)}" for case in cases for one in which)]]
+    for backend in [*ran(model, ours=False), *ran(model, ours=True)]:
+        found = [case[one].get(backend["backend"]) for case in cases for one in which]
+        rows.append([backend["title"], *(milliseconds(one["median"]) if one else "-" for one in found)])
+    return rows
+
+
 def fastest(backends: list[dict[str, Any]], ms: dict[str, float], float32: bool = False) -> dict[str, Any] | None:
     known = [one for one in backends if one["backend"] in ms]
     if float32:
@@ -181,14 +200,14 @@ def best_cells(model: dict[str, Any], ms: dict[str, float]) -> list[str]:
 
 def best_rows(model: dict[str, Any]) -> list[list[str]]:
     """One row a case, by the medians."""
-    decoder = model["family"] == "decoder"
+    names = {"encoder": "{} tokens", "decoder": "step at {}", "encoder-decoder": "target of {}"}
     found: list[tuple[str, dict[str, float]]] = []
     for case in model["cases"]:
         if case.get("prefill"):
             prefill = {one["backend"]: prefill_of(case, one) for one in model["backends"]}
             found.append((f"prefill of {label(case)}", {name: at["median"] for name, at in prefill.items() if at}))
         medians = {name: times["median"] for name, times in case["times"].items()}
-        found.append(((f"step at {label(case)}" if decoder else f"{label(case)} tokens"), medians))
+        found.append((names[model["family"]].format(label(case)), medians))
     return [["fastest, ms", *BEST], *([name, *best_cells(model, ms)] for name, ms in found)]
 
 
@@ -236,13 +255,14 @@ def notes(model: dict[str, Any]) -> list[str]:
 
 
 def heading(model: dict[str, Any]) -> str:
-    kind = "decode steps" if model["family"] == "decoder" else "whole passes"
+    kinds = {"encoder": "whole passes", "decoder": "decode steps", "encoder-decoder": "generation"}
+    kind = kinds[model["family"]]
     return f"{model['model']} ({kind}; weights: {model['weights']})"
 
 
 def tables_of(model: dict[str, Any]) -> list[list[list[str]]]:
     ratios = [ratio_rows(model, case) for case in model["cases"]]
-    return [prefill_rows(model), *ratios, best_rows(model), workload_lane_rows(model)]
+    return [prefill_rows(model), source_rows(model), *ratios, best_rows(model), workload_lane_rows(model)]
 
 
 def _blocks(

@@ -53,6 +53,7 @@ class Backend:
 
     def __init__(self, request: Answer) -> None:
         self.cache: bool = request["cache"]
+        self.source: list[int] = []  # of an encoder-decoder
 
 
 class Transformers(Backend):
@@ -97,6 +98,27 @@ class Transformers(Backend):
         if self.cache:
             self.past = output.past_key_values
         return output.logits[:, -1].numpy()
+
+
+class Seq2Seq(Transformers):
+    """An encoder-decoder: the encoder's states are kept for the steps of a target, as generate() keeps them."""
+
+    def prepare(self, rows: Rows, new: int | None) -> Answer:
+        ids, mask = (self.torch.from_numpy(array) for array in padded([self.source]))
+        target = self.torch.tensor(rows)
+        if new == target.shape[1]:
+            return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target, "use_cache": True}
+        return {
+            "encoder_outputs": self.states,
+            "attention_mask": mask,
+            "decoder_input_ids": target[:, -new:],
+            "past_key_values": self.past,
+            "use_cache": True,
+        }
+
+    def finish(self, output: Any, last: bool) -> np.ndarray:
+        self.states = (output.encoder_last_hidden_state,)
+        return super().finish(output, last)
 
 
 class OnnxRuntime(Backend):
@@ -261,6 +283,7 @@ class LlamaCpp(Backend):
 
 BACKENDS: dict[str, type[Backend]] = {
     "transformers": Transformers,
+    "seq2seq": Seq2Seq,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
     "ctranslate2": CTranslate2,
@@ -290,6 +313,8 @@ class Worker:
             return self.run(request["ids"], None, request)
         if operation == "start":
             known, self.sequence = self.sequence, list(request["ids"])
+            if "source" in request:
+                known, self.backend.source = [], request["source"]
             goes_on = self.backend.cache and len(self.sequence) > len(known) and self.sequence[: len(known)] == known
             new = len(self.sequence) - (len(known) if goes_on else 0)
             return self.run([self.sequence], new, request) if request["run"] else {"ms": 0}

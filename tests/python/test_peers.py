@@ -135,6 +135,23 @@ class TableTest(unittest.TestCase):
         self.assertRegex(text, r"time / ours +512: ours\nTRANSFORMERS +2\.00\n")
         self.assertRegex(text, r"prefill +ms, 512 tokens\nOURS +1,23[45]\n")
 
+    def test_sources_have_a_first_and_a_second_request(self) -> None:
+        known = document(backend_record("transformers", reference=True), backend_record("ours"), family="encoder-decoder")
+        model = known["models"][0]
+        self.assertEqual(table.source_rows(model), [])
+        first, second = ({"ours": table.summary({0: ms})} for ms in (20.0, 2.0))
+        model["cases"][0] |= {"target": 64, "first": first, "second": second}
+        self.assertEqual(table.model_rows(model, spread=False)[0][1], "ms, 64 tokens of a source of 512")
+        self.assertEqual(
+            table.source_rows(model),
+            [
+                ["first token, ms", "first request of 512", "second request of 512"],
+                ["TRANSFORMERS", "-", "-"],
+                ["OURS", "20.0", "2.00"],
+            ],
+        )
+        self.assertEqual(table.best_rows(model)[1][0], "target of 512")
+
     def test_a_backend_that_is_not_there_is_named_with_its_reason(self) -> None:
         absent = backend_record("openvino", unavailable="not installed (No module named 'openvino')")
         del absent["memory"]
@@ -410,6 +427,32 @@ class CompareTest(ToolTest):
         tables = (self.common / "tables.md").read_text(encoding="utf-8")
         self.assertIn("**tiny-llama-sdpa (decode steps; weights: random (seed 0))**", tables)
         self.assertIn("LLMCache, weights as loaded", self.out)
+
+    def test_backends_agree_on_targets_of_sources(self) -> None:
+        results = self.folder / "results.json"
+        names = ("transformers", "torchscript", "ours")
+        status, out, err = self.compare(
+            "--model", "seq2seq-t5", "seq2seq-bart", "--backend", *names, "--workload", "squad", "--json", results
+        )
+        self.assertEqual(status, 0, err)
+        for model in json.loads(results.read_text())["models"]:
+            case = model["cases"][0]
+            for backend in model["backends"]:
+                with self.subTest(model=model["model"], backend=backend["backend"]):
+                    self.assertNotIn("failed", backend)
+                    for times in ("times", "first", "second"):
+                        self.assertEqual(case[times][backend["backend"]]["count"], 1)
+                    self.assertGreater(
+                        case["times"][backend["backend"]]["median"], case["first"][backend["backend"]]["median"]
+                    )
+                    if backend["backend"] != "transformers":
+                        self.assertEqual(backend["quality"]["outputs"], 5)  # a target of 4 tokens, and another's first
+                        self.assertLess(backend["quality"]["max_difference"], 1e-4 * backend["quality"]["scale"])
+            # Of targets of 2, 3 and 4 tokens all but the last one are known.
+            self.assertEqual(model["backends"][0]["steps"], {"tokens": 2 + 3 + 4, "reused": 1 + 2 + 3})
+            self.assertEqual(model["backends"][2]["steps"], {"tokens": 2 + 3 + 4, "reused": 1 + 2 + 3})
+            self.assertEqual(model["workloads"], [])
+        self.assertIn("seq2seq-bart (generation; weights: random (seed 0))", out)
 
     def test_workloads_go_to_all_that_keep(self) -> None:
         self.assertEqual(self.status, 0, self.err)

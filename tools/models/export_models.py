@@ -250,7 +250,7 @@ def export(spec: ModelSpec, folder: Path, file_format: str = "pt") -> dict[str, 
         sidecar.unlink(missing_ok=True)
         write_atomically(target, save)
         generated = {}
-        if spec.family == "encoder-decoder" and spec.dtype == "float32":
+        if spec.family == "encoder-decoder" and spec.dtype == "float32" and spec.group == "tiny":
             ids, mask, *_ = example(spec, vocab, [11, 6], 3)
             generated = {"generations": generations(model, ids, mask)}
     description = {**describe(spec, model, weights, target), **generated}

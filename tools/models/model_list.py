@@ -52,7 +52,7 @@ class ModelSpec:
     def group(self) -> str:
         head = self.name.split("-")[0]
         groups = {"tiny": "tiny", "unusual": "tiny", "seq2seq": "tiny", "zoo": "zoo", "classify": "zoo"}
-        return groups.get(head, "bench")
+        return groups.get(head, "peers" if self.family == "encoder-decoder" else "bench")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -357,6 +357,16 @@ def _seq2seq_models() -> list[ModelSpec]:
 
 # --- models of full size --------------------------------------------------------------------------
 
+_BART_BASE = {
+    "d_model": 768,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 12,
+    "decoder_attention_heads": 12,
+    "encoder_ffn_dim": 3072,
+    "decoder_ffn_dim": 3072,
+}
+
 
 def _full_size_models() -> list[ModelSpec]:
     def spec(name: str, model_class: str, build: Build, tokenizer: str = "bert-base-uncased", **more: Any) -> ModelSpec:
@@ -364,6 +374,10 @@ def _full_size_models() -> list[ModelSpec]:
 
     def by_name(name: str, model_class: str, model_id: str, tokenizer: str = "bert-base-uncased") -> ModelSpec:
         return spec(name, model_class, hub_or_random(model_class, model_id), tokenizer)
+
+    def of_source(name: str, model_class: str, model_id: str, **settings: int) -> ModelSpec:
+        build = hub_or_random(model_class, model_id, **settings)
+        return ModelSpec(name, "encoder-decoder", model_class, build, output="logits", inputs=SEQ2SEQ)
 
     def trained(name: str, model_class: str, model_id: str, **more: Any) -> ModelSpec:
         """These are trained for SQuAD 2.0, so they exist only with weights of the hub."""
@@ -379,9 +393,12 @@ def _full_size_models() -> list[ModelSpec]:
         trained("distilbert-squad", "DistilBertForQuestionAnswering", "twmkn9/distilbert-base-uncased-squad2"),
         by_name("gpt2", "GPT2LMHeadModel", "gpt2", tokenizer="gpt2"),
         spec("smollm2", "LlamaForCausalLM", smollm2, "smollm2"),
+        # Of benchmarks/peers only, which draws ids at random.
+        of_source("t5-small", "T5ForConditionalGeneration", "google-t5/t5-small"),
+        of_source("bart-base", "BartForConditionalGeneration", "facebook/bart-base", **_BART_BASE),
     ]
 
 
 _ALL = (*_tiny_models(), *_unusual_models(), *_seq2seq_models(), *_full_size_models(), *_zoo_models(), *_classifiers())
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ALL}
-GROUPS = ("tiny", "bench", "zoo", EXPORTED)
+GROUPS = ("tiny", "bench", "peers", "zoo", EXPORTED)

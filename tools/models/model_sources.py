@@ -59,7 +59,9 @@ def of_hub(model_class: str, model_id: str) -> Callable[[], tuple[nn.Module, str
     return lambda: (from_hub(model_class, model_id), f"hub:{model_id}")
 
 
-def hub_or_random(model_class: str, model_id: str) -> Callable[[], tuple[nn.Module, str]]:
+def hub_or_random(model_class: str, model_id: str, **settings: int) -> Callable[[], tuple[nn.Module, str]]:
+    """Random weights have the sizes of `settings`, else those of the class's configuration."""
+
     def build() -> tuple[nn.Module, str]:
         import torch
         import transformers
@@ -72,7 +74,7 @@ def hub_or_random(model_class: str, model_id: str) -> Callable[[], tuple[nn.Modu
             print(f"  {model_id} could not be loaded ({error}): using seeded random weights", flush=True)
         torch.manual_seed(0)
         cls = getattr(transformers, model_class)
-        return cls(cls.config_class(attn_implementation="sdpa")), RANDOM
+        return cls(cls.config_class(attn_implementation="sdpa", **settings)), RANDOM
 
     return build
 
