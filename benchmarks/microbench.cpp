@@ -34,7 +34,11 @@ constexpr int kWarmUp = 3;
 /// The model under test, and ids for it that were never used before.
 class Fixture {
  public:
-  Fixture(const ModelFile& file, Weights weights) : model_(file), weights_(weights), vocabulary_(file.vocabulary) {
+  Fixture(const ModelFile& file, Weights weights)
+      : model_(file),
+        weights_(weights),
+        program_(std::filesystem::path(file.path).replace_extension(".pt2")),
+        vocabulary_(file.vocabulary) {
     if (vocabulary_ <= kFirstId) throw Failure(fmt::format("model {}: its sidecar gives no vocabulary", file.name));
     Options options;
     options.weights = weights_;
@@ -59,6 +63,18 @@ class Fixture {
     return *threshold_cache_;
   }
 
+  /// The same model as a program of torch.export, if its file is beside the other; null: it is not.
+  ExportedCache* program_cache() {
+    if (!program_cache_ && std::filesystem::exists(program_)) {
+      Options options;
+      options.weights = weights_;
+      options.capacity_bytes = std::size_t{1} << 30;
+      program_cache_ = std::make_unique<ExportedCache>(load_exported(program_), options);
+    }
+    return program_cache_.get();
+  }
+  [[nodiscard]] const std::filesystem::path& program() const { return program_; }
+
   Inputs fresh(const std::vector<std::int64_t>& lengths) {
     std::uniform_int_distribution<std::int32_t> id(kFirstId, static_cast<std::int32_t>(vocabulary_) - 1);
     std::vector<std::vector<std::int32_t>> ids;
@@ -72,7 +88,9 @@ class Fixture {
  private:
   LoadedModel model_;
   const Weights weights_;
+  const std::filesystem::path program_;
   std::shared_ptr<Cache> threshold_cache_;
+  std::unique_ptr<ExportedCache> program_cache_;
   std::int64_t vocabulary_;
   std::mt19937_64 generator_{0};
 };
@@ -122,6 +140,24 @@ void run_cache(benchmark::State& state, Fixture& fixture, Cache& cache, Ratio ki
 void miss(benchmark::State& state, Fixture& fixture) {
   fixture.cache().clear();
   run_cache(state, fixture, fixture.cache(), Ratio::kOverhead, [&] { return fixture.fresh({kTokens}); });
+}
+
+/// A whole pass of the program of torch.export, beside one of the TorchScript module.
+void exported(benchmark::State& state, Fixture& fixture) {
+  const ExportedProgram program = load_exported(fixture.program());
+  run_pairs(
+      state, Ratio::kOverhead, [&] { return fixture.fresh({kTokens}); },
+      [&](const Inputs& in) { return fixture.model().plain(in); },
+      [&](const Inputs& in) { return program.forward(in); });
+}
+
+/// The same wrapped; nothing is known.
+void exported_miss(benchmark::State& state, Fixture& fixture) {
+  fixture.cache().clear();
+  run_pairs(
+      state, Ratio::kOverhead, [&] { return fixture.fresh({kTokens}); },
+      [&](const Inputs& in) { return fixture.cache().forward(in); },
+      [&](const Inputs& in) { return fixture.program_cache()->forward(in); });
 }
 
 void packed(benchmark::State& state, Fixture& fixture) {
@@ -280,6 +316,10 @@ void add_all(const std::string& model, int pairs, std::int64_t max_tokens, Fixtu
         ->Iterations(iterations);
   };
   add("miss", 4 * pairs, miss);
+  if (fixture.program_cache() != nullptr) {
+    add("exported", 4 * pairs, exported);
+    add("exported_miss", 4 * pairs, exported_miss);
+  }
   add("packed", pairs, packed);
   add("last", pairs, last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
   if (fixture.cache().profile().prefix_reuse) {
