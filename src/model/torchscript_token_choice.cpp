@@ -29,7 +29,7 @@ const Value* origin(const Value* value, const std::unordered_set<c10::Symbol>& s
   return value;
 }
 
-bool is_number(const Value* value, std::int64_t number) {
+bool holds_number(const Value* value, std::int64_t number) {
   const auto held = torch::jit::toIValue(value);
   return held && held->isInt() && held->toInt() == number;
 }
@@ -44,8 +44,8 @@ bool numbers_rows(const Analysis& analysis, const Value* value) {
   const auto* schema = node->maybeSchema();
   for (std::size_t i = 0; schema != nullptr && i < node->inputs().size(); ++i) {
     const auto& name = schema->arguments()[i].name();
-    if (name == "start" && !is_number(node->input(i), 0)) return false;
-    if (name == "step" && !is_number(node->input(i), 1)) return false;
+    if (name == "start" && !holds_number(node->input(i), 0)) return false;
+    if (name == "step" && !holds_number(node->input(i), 1)) return false;
   }
   return schema != nullptr;
 }
@@ -70,7 +70,7 @@ const Value* position_of_gather(const Analysis& analysis, const Node* node) {
   static const std::unordered_set<c10::Symbol> kSteps{aten::to,      aten::alias,     aten::detach,   aten::contiguous,
                                                       aten::type_as, aten::unsqueeze, aten::reshape,  aten::view,
                                                       aten::expand,  aten::repeat,    aten::expand_as};
-  if (node->inputs().size() != 4 || !is_number(node->input(1), 1)) return nullptr;
+  if (node->inputs().size() != 4 || !holds_number(node->input(1), 1)) return nullptr;
   const auto* states = tensor_info(analysis, node->input(0));
   const auto* index = tensor_info(analysis, node->input(2));
   if (states == nullptr || index == nullptr || index->dims.size() != states->dims.size()) return nullptr;

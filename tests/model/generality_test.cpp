@@ -122,6 +122,37 @@ TEST_F(Generality, EagerAttentionWithPositionsMadeInTheLayer) {
   expect_right_everywhere();
 }
 
+TEST_F(Generality, ScoresOfKeysByQueries) {
+  // The other way round: which dimension is whose matters where some tokens run only.
+  change_layer("    mixed = torch.scaled_dot_product_attention(q, k, v, bias)",
+               R"(    places = torch.arange(x.size(1)).to(x.dtype)
+    distance = torch.tanh(0.1 * (2.0 * places.unsqueeze(1) - places.unsqueeze(0)))
+    scores = torch.matmul(k, q.transpose(1, 2)) * 0.1 + bias.transpose(1, 2) + distance
+    mixed = torch.matmul(torch.softmax(scores, 1).transpose(1, 2), v))");
+  wrap();
+  EXPECT_EQ(profile().granularity, Granularity::kTokens) << profile().to_string();
+  expect_right_everywhere();
+}
+
+TEST_F(Generality, WeightsRepeatedForEachRow) {
+  const std::string repeated = "repeated = self.wq.unsqueeze(0).repeat(x.size(0), 1, 1)";
+  const std::string used = "\n    x = x + 0.3 * torch.bmm(x, repeated)";
+  add_to_layer(repeated + used);
+  wrap();
+  EXPECT_EQ(profile().granularity, Granularity::kTokens) << profile().to_string();
+  expect_right_everywhere();
+  // Each row has its own after all: by its place, by its padding, in another order.
+  for (const char* own : {" * torch.arange(x.size(0)).to(x.dtype).view(-1, 1, 1)",
+                          " * (1.0 + 1e-9 * bias.mean([1, 2], True))", " + x.mean([1], True)"}) {
+    SCOPED_TRACE(own);
+    script_ = {};
+    add_to_layer(repeated + own + used);
+    wrap();
+    EXPECT_EQ(profile().granularity, Granularity::kWholeLayers) << profile().to_string();
+    expect_right_everywhere();
+  }
+}
+
 TEST_F(Generality, LayersFedByEarlierOnes) {
   change_model("    x = self.l0.forward(x, bias)", "    first = self.l0.forward(x, bias)\n    x = first");
   change_model("self.l2.forward(x, bias)", "self.l2.forward(x + 0.5 * torch.tanh(first), bias)");
