@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "model/torchscript_analysis.h"
+#include "model/torchscript_subgraph.h"
 
 namespace llmcache::ts {
 

@@ -7,6 +7,7 @@
 
 #include "model/torchscript_analysis.h"
 #include "model/torchscript_attention_ops.h"
+#include "model/torchscript_subgraph.h"
 
 namespace llmcache::ts {
 namespace {

@@ -12,6 +12,7 @@
 #include "model/attention.h"
 #include "model/packing.h"
 #include "model/torchscript_attention_ops.h"
+#include "model/torchscript_model.h"
 #include "model/torchscript_partial_embed.h"
 
 namespace llmcache::ts {
