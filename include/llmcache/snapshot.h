@@ -22,7 +22,8 @@ struct SnapshotOptions {
 
 /// What LayerCacheBase::save() or load() did with what one bank keeps.
 struct SnapshotPartReport {
-  std::string name;           ///< "whole outputs", "prefixes", "token states", "calibration"
+  std::string name;  ///< "whole outputs", "prefixes", "sources", "calibration", "token states", "segments", "centres of
+                     ///< fingerprints", "layer states"
   std::uint64_t entries = 0;  ///< written, or taken over
   std::uint64_t tokens = 0;   ///< whose states these hold; 0 where an entry is no states of tokens
   std::uint64_t left = 0;     ///< entries that were not

@@ -17,6 +17,15 @@ constexpr std::size_t kLayerBeside = sizeof(LayerEntry) + 1024;
 /// Of entries that went: there is a bank for each layer.
 constexpr std::size_t kRememberedEntries = std::size_t{1} << 12;
 
+/// Of its tensors.
+std::size_t tensor_bytes(const LayerBank::Candidate& candidate) {
+  std::size_t bytes = candidate.hidden.nbytes() + kTensorOverhead;
+  for (const at::Tensor& input : candidate.inputs) {
+    if (input.defined()) bytes += input.nbytes() + kTensorOverhead;
+  }
+  return bytes;
+}
+
 bool same_inputs(const LayerEntry& entry, const std::vector<at::Tensor>& inputs) {
   if (entry.inputs().size() != inputs.size()) return false;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -77,25 +86,74 @@ void LayerBank::insert(std::string_view partition, const Candidate& candidate, d
 }
 
 void LayerBank::insert_unless_held(std::string_view partition, const Candidate& candidate, double now_s) {
-  std::size_t bytes = candidate.hidden.nbytes() + kTensorOverhead;
-  for (const at::Tensor& input : candidate.inputs) {
-    if (input.defined()) bytes += input.nbytes() + kTensorOverhead;
-  }
   flush_old(now_s);
   follow_centres();
   const auto fingerprints = current_fingerprints(candidate);
   if (!fingerprints || holds_same(partition, candidate, now_s)) return;
-  auto reserved = make_room(partition, bytes, kLayerBeside, now_s);
+  auto reserved = make_room(partition, tensor_bytes(candidate), kLayerBeside, now_s);
   std::shared_ptr<const LayerEntry> entry;
   const bool kept = reserved && take_evicting(partition, now_s, [&] {
-                      if (!entry) {
-                        const std::pmr::polymorphic_allocator<LayerEntry> allocator(&memory_);
-                        entry = std::allocate_shared<LayerEntry>(allocator, candidate.number, candidate.hidden,
-                                                                 candidate.inputs, *reserved, &memory_);
-                      }
+                      if (!entry) entry = make_entry(candidate, *reserved);
                       insert_indexed(partition, candidate, entry, *fingerprints, now_s);
                     });
   ++(kept ? insertions_ : rejected_);
+}
+
+/// Takes what is reserved, unless it throws.
+std::shared_ptr<const LayerEntry> LayerBank::make_entry(const Candidate& candidate, Reservation& reserved) {
+  const std::pmr::polymorphic_allocator<LayerEntry> allocator(&memory_);
+  return std::allocate_shared<LayerEntry>(allocator, candidate.number, candidate.hidden, candidate.inputs, reserved,
+                                          &memory_);
+}
+
+LayerBank::Restored LayerBank::restore(std::string_view partition, Candidate candidate, double now_s) {
+  for (std::size_t which = 0; which < fingerprinters_.size(); ++which) {
+    candidate.fingerprints.push_back(fingerprinters_[which]->make(candidate.states[which], candidate.ids));
+  }
+  const std::size_t bytes = tensor_bytes(candidate);
+  const std::lock_guard lock(mutex_);
+  try {
+    flush_old(now_s);
+    follow_centres();
+    const auto fingerprints = current_fingerprints(candidate);
+    if (!fingerprints) return Restored::kNoFingerprint;
+    if (holds_same(partition, candidate, now_s)) return Restored::kKnown;
+    if (!fits(partition, bytes, kLayerBeside)) return Restored::kNoRoom;
+    auto reserved = make_room(partition, bytes, kLayerBeside, now_s);
+    if (!reserved) return Restored::kNoRoom;
+    insert_indexed(partition, candidate, make_entry(candidate, *reserved), *fingerprints, now_s);
+  } catch (const std::exception&) {  // no memory
+    return Restored::kNoRoom;
+  }
+  ++insertions_;
+  return Restored::kTaken;
+}
+
+std::vector<LayerBank::Place> LayerBank::listed() {
+  const std::lock_guard lock(mutex_);
+  drop_aged();
+  const auto slots = policy_.order();
+  std::vector<Place> all;
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) all.push_back({*slot, nodes_[*slot].entry});
+  return all;
+}
+
+std::optional<LayerBank::Kept> LayerBank::look(const Place& place) const {
+  const auto entry = place.entry.lock();
+  const std::lock_guard lock(mutex_);
+  const Node* const node = nodes_.find(place.slot);
+  if (!entry || node == nullptr || node->entry != entry) return std::nullopt;
+  return Kept{entry,
+              std::string(node->partition->first),
+              {node->states.begin(), node->states.end()},
+              node->audits,
+              node->error_sum,
+              node->saved_ms};
+}
+
+void LayerBank::use(std::uint64_t key, double now_s) {
+  const std::lock_guard lock(mutex_);
+  if (const auto it = by_key_.find(key); it != by_key_.end()) touch(it->second, now_s);
 }
 
 /// Makes the entry findable, or throws and changes nothing.
@@ -110,6 +168,7 @@ void LayerBank::insert_indexed(std::string_view partition, const Candidate& cand
   try {
     slot = nodes_.insert(make_node(candidate, entry, it));
     Node& node = nodes_[slot];
+    if (node.audits > 0) ++refreshes_.audited_entries;
     node.local = it->second.slots.insert(slot);
     for (std::size_t which = 0; which < fingerprints.size(); ++which) {
       it->second.indices[which].insert(node.local, fingerprints[which]);
@@ -139,6 +198,9 @@ LayerBank::Node LayerBank::make_node(const Candidate& candidate, const std::shar
   if (!fingerprinters_.empty() && !fingerprinters_[0]->needs_state()) {
     node.ids.assign(candidate.ids.begin(), candidate.ids.end());
   }
+  node.audits = candidate.audits;
+  node.error_sum = candidate.error_sum;
+  node.saved_ms = candidate.saved_ms;
   return node;
 }
 

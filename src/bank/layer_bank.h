@@ -35,6 +35,8 @@ class LayerEntry {
   LayerEntry(const LayerEntry&) = delete;
   LayerEntry& operator=(const LayerEntry&) = delete;
 
+  /// Number of what another process computed.
+  static constexpr std::uint64_t kElsewhere = ~std::uint64_t{0};
   /// Of the sequence that it was computed for.
   [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
   /// `[1, tokens, hidden]`, on the model's device.
@@ -86,6 +88,8 @@ class LayerBank final : public CapacityBank {
     std::vector<std::int64_t> ids;                         ///< of the sequence
     double saved_ms = 0;                                   ///< by a hit
     std::uint64_t key = 0;                                 ///< hash of the partition and the inputs
+    std::uint32_t audits = 0;                              ///< of hits on it, elsewhere
+    double error_sum = 0;                                  ///< that these found
   };
 
   struct Refreshes {
@@ -114,6 +118,37 @@ class LayerBank final : public CapacityBank {
   /// over tolerance. Nothing happens if the entry has gone.
   void record(const Hit& hit, double error, bool within_tolerance);
 
+  /// Where an entry is. Does not hold it.
+  struct Place {
+    std::uint32_t slot = kNoSlot;
+    std::weak_ptr<const LayerEntry> entry;
+  };
+  /// All entries, the one that would be evicted last in front.
+  [[nodiscard]] std::vector<Place> listed();
+  /// An entry, and what it was kept with.
+  struct Kept {
+    std::shared_ptr<const LayerEntry> entry;
+    std::string partition;
+    std::vector<float> states;  ///< what its fingerprints are made of, one after the other; empty: of token ids
+    std::uint32_t audits = 0;
+    double error_sum = 0;
+    double saved_ms = 0;
+  };
+  /// Empty if it has gone.
+  [[nodiscard]] std::optional<Kept> look(const Place& place) const;
+
+  enum class Restored {
+    kTaken,
+    kKnown,   ///< the same inputs are there
+    kNoRoom,  ///< without evicting
+    kNoFingerprint
+  };
+  /// Keeps an entry of another process, if there is room without evicting. Its fingerprints are made here: `candidate`
+  /// has none.
+  [[nodiscard]] Restored restore(std::string_view partition, Candidate candidate, double now_s);
+  /// The entry with that key counts as used, if there is one.
+  void use(std::uint64_t key, double now_s);
+
   [[nodiscard]] Counters counters() const;
 
  private:
@@ -138,12 +173,14 @@ class LayerBank final : public CapacityBank {
     std::uint32_t local = kNoSlot;
     std::uint32_t audits = 0;
     double error_sum = 0;
+    double saved_ms = 0;
   };
 
   void insert_unless_held(std::string_view partition, const Candidate& candidate, double now_s);
   void insert_indexed(std::string_view partition, const Candidate& candidate,
                       const std::shared_ptr<const LayerEntry>& entry, const std::vector<Fingerprint>& fingerprints,
                       double now_s);
+  [[nodiscard]] std::shared_ptr<const LayerEntry> make_entry(const Candidate& candidate, Reservation& reserved);
   [[nodiscard]] Node make_node(const Candidate& candidate, const std::shared_ptr<const LayerEntry>& entry,
                                Partitions::iterator partition);
   [[nodiscard]] bool holds_same(std::string_view partition, const Candidate& candidate, double now_s);

@@ -40,6 +40,16 @@ bool SegmentEntry::complete() const noexcept {
   return std::ranges::all_of(stored_, [](const StoredStates& states) { return states.bytes() > 0; });
 }
 
+SegmentEntry::Form SegmentEntry::form_of(const KeySpec& spec, std::int64_t tokens) {
+  Form form{spec.sizes, spec.token_dim};
+  const auto dim = static_cast<std::size_t>(spec.token_dim);
+  form.sizes[dim] = tokens;
+  if (dim + 1 != form.sizes.size()) return form;
+  std::rotate(form.sizes.begin(), form.sizes.end() - 1, form.sizes.end());
+  form.token_dim = 0;
+  return form;
+}
+
 void SegmentEntry::set(std::size_t i, const at::Tensor& state) {
   // A tensor made in inference mode could not be used outside of it.
   const c10::InferenceMode normal(false);
@@ -119,9 +129,8 @@ std::vector<SegmentHit> SegmentBank::find(std::string_view partition, std::span<
 std::optional<std::size_t> SegmentBank::entry_bytes(std::size_t tokens) const {
   std::size_t bytes = 0;
   for (const KeySpec& spec : settings_.specs) {
-    auto sizes = spec.sizes;
-    sizes[static_cast<std::size_t>(spec.token_dim)] = static_cast<std::int64_t>(tokens);
-    bytes += StoredStates::bytes_for(sizes, spec.options, settings_.format) + kStatesOverhead;
+    const SegmentEntry::Form form = SegmentEntry::form_of(spec, static_cast<std::int64_t>(tokens));
+    bytes += StoredStates::bytes_for(form.sizes, spec.options, settings_.format) + kStatesOverhead;
     if (bytes > account_.limit()) return std::nullopt;
   }
   return bytes;
@@ -177,17 +186,26 @@ void SegmentBank::insert_mean(Room mean, const SegmentEntry& replaced, double sa
 void SegmentBank::insert_pending(SegmentEntry& pending, double saved_ms, double now_s) {
   const std::lock_guard lock(mutex_);
   drop_aged();
-  const std::size_t count = tokens_of(pending);
   const BlockMatch known = index_.prefix({pending.partition(), pending.tokens()});
-  if (known.tokens == count) return;  // somebody was faster
-  const bool replaces = known.tokens > 0 && known.tokens == tokens_of(*entries_[known.slot]);
+  if (known.tokens == tokens_of(pending)) return;  // somebody was faster
+  const bool replaces = is_whole(known);
   const SegmentEntry* const entry = take_over(pending, saved_ms, now_s);
   if (entry == nullptr) return;
   ++insertions_;
-  // Unless it was evicted for room on the way: the slot may be the new entry's own.
-  if (!replaces || !policy_.contains(known.slot)) return;
+  if (replaces) replace_by(known, *entry);
+}
+
+/// True if it is all of a sequence.
+bool SegmentBank::is_whole(const BlockMatch& known) const {
+  return known.tokens > 0 && known.tokens == tokens_of(*entries_[known.slot]);
+}
+
+/// A whole sequence that `entry`, which is kept now, begins with. Nothing happens if it was evicted for room on the
+/// way: the slot may be the new entry's own.
+void SegmentBank::replace_by(const BlockMatch& known, const SegmentEntry& entry) noexcept {
+  if (!policy_.contains(known.slot)) return;
   const SegmentEntry& old = *entries_[known.slot];
-  if (&old != entry && tokens_of(old) == known.tokens) replace(known.slot);
+  if (&old != &entry && tokens_of(old) == known.tokens) replace(known.slot);
 }
 
 void SegmentBank::insert_pending_mean(SegmentEntry& pending, const SegmentEntry& replaced, double saved_ms,
@@ -198,12 +216,71 @@ void SegmentBank::insert_pending_mean(SegmentEntry& pending, const SegmentEntry&
     if (!slot_of(replaced)) return;  // somebody was faster
   } else {
     const BlockMatch whole{0, 0, 0, tokens_of(pending)};
-    for (const BlockMatch& known : means_.segments({pending.partition(), pending.tokens()}, {})) {
-      if (is_most_of(known, whole)) return;
-    }
+    const auto means = means_.segments({pending.partition(), pending.tokens()}, {});
+    if (std::ranges::any_of(means, [&](const BlockMatch& known) { return is_most_of(known, whole); })) return;
   }
   if (take_over(pending, saved_ms, now_s) == nullptr || !replaced.is_mean()) return;
   if (const auto slot = slot_of(replaced)) replace(*slot);  // unless it was evicted for room
+}
+
+std::vector<std::weak_ptr<const SegmentEntry>> SegmentBank::listed() {
+  const std::lock_guard lock(mutex_);
+  drop_aged();
+  const auto slots = policy_.order();
+  std::vector<std::weak_ptr<const SegmentEntry>> all;
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) all.emplace_back(entries_[*slot]);
+  return all;
+}
+
+bool SegmentBank::knows(std::string_view partition, std::span<const std::int64_t> tokens, const SegmentOrigin& origin) {
+  const std::lock_guard lock(mutex_);
+  drop_aged();
+  if (origin.averaged <= 1) return index_.prefix({partition, tokens}).tokens == tokens.size() / settings_.ids_per_token;
+  // The index of means finds the longest, which need not be this one.
+  for (std::uint32_t slot = 0; slot < entries_.end_slot(); ++slot) {
+    const auto* const held = entries_.find(slot);
+    if (held == nullptr || !(*held)->is_mean() || (*held)->partition() != partition) continue;
+    if (std::ranges::equal((*held)->tokens(), tokens)) return true;
+  }
+  return false;
+}
+
+std::optional<std::size_t> SegmentBank::bytes_for(std::string_view partition,
+                                                  std::span<const std::int64_t> tokens) const {
+  const auto bytes = entry_bytes(tokens.size() / settings_.ids_per_token);
+  if (!bytes) return std::nullopt;
+  return *bytes + tokens.size_bytes() + partition.size() + kSegmentBeside;
+}
+
+std::weak_ptr<const SegmentEntry> SegmentBank::restore(std::string_view partition, std::span<const std::int64_t> tokens,
+                                                       const SegmentOrigin& origin, std::vector<StoredStates> states,
+                                                       double saved_ms, double now_s) {
+  try {
+    const auto bytes = entry_bytes(tokens.size() / settings_.ids_per_token);
+    if (!bytes) return {};
+    SegmentEntry pending(partition, tokens, origin, settings_.specs, settings_.format, std::pmr::new_delete_resource());
+    pending.stored_ = std::move(states);
+    const std::size_t beside = tokens.size_bytes() + partition.size() + kSegmentBeside;
+    const std::lock_guard lock(mutex_);
+    drop_aged();
+    if (!fits(partition, *bytes, beside)) return {};
+    auto reserved = make_room(partition, *bytes, beside, now_s);
+    if (!reserved) return {};
+    const BlockMatch known = origin.averaged > 1 ? BlockMatch{} : index_.prefix({partition, tokens});
+    const bool replaces = is_whole(known);
+    const auto entry = make_entry(pending, *reserved);
+    insert_indexed(entry, saved_ms, now_s);
+    insertions_ += entry->is_mean() ? 0 : 1;
+    if (replaces) replace_by(known, *entry);
+    return entry;
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+}
+
+void SegmentBank::use(const SegmentEntry& entry, double now_s) {
+  const std::lock_guard lock(mutex_);
+  if (const auto slot = slot_of(entry)) touch(*slot, now_s);
 }
 
 void SegmentBank::replace(std::uint32_t slot) noexcept {
@@ -247,6 +324,7 @@ void SegmentBank::insert_indexed(const std::shared_ptr<SegmentEntry>& entry, dou
   EntryCost cost;
   cost.bytes = entry->reserved_.bytes();
   cost.saved_ms = saved_ms;
+  entry->saved_ms_ = saved_ms;
   cost.key = XXH3_64bits_withSeed(entry->tokens().data(), entry->tokens().size_bytes(),
                                   XXH3_64bits(entry->partition().data(), entry->partition().size()));
   try {

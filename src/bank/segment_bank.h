@@ -54,6 +54,14 @@ class SegmentEntry {
   }
   /// Sets tensor number i, of all tokens.
   void set(std::size_t i, const at::Tensor& state);
+  /// How a tensor of so many tokens is held.
+  struct Form {
+    std::vector<std::int64_t> sizes;
+    std::int64_t token_dim = 0;
+  };
+  [[nodiscard]] static Form form_of(const KeySpec& spec, std::int64_t tokens);
+  /// Milliseconds that a hit on it saves, as its policy was told; 0 while it is pending.
+  [[nodiscard]] double saved_ms() const noexcept { return saved_ms_; }
 
  private:
   friend class SegmentBank;
@@ -65,6 +73,7 @@ class SegmentEntry {
   std::pmr::string partition_;
   std::pmr::vector<std::int64_t> tokens_;
   const SegmentOrigin origin_;
+  double saved_ms_ = 0;
   std::vector<StoredStates> stored_;
 };
 
@@ -137,6 +146,24 @@ class SegmentBank final : public CapacityBank {
   /// or if without one the bank got a mean of this passage meanwhile. Never fails, as insert().
   void insert_mean(Room mean, const SegmentEntry& replaced, double saved_ms, double now_s);
 
+  /// All entries, the one that would be evicted last in front. None is held by this.
+  [[nodiscard]] std::vector<std::weak_ptr<const SegmentEntry>> listed();
+  /// True if it has these tokens as the beginning of a sequence, or a mean of just this passage.
+  [[nodiscard]] bool knows(std::string_view partition, std::span<const std::int64_t> tokens,
+                           const SegmentOrigin& origin);
+  /// Keeps an entry of another process as it was there, if there is room without evicting; null: there is none. One
+  /// of the states for each spec, as form_of() says.
+  [[nodiscard]] std::weak_ptr<const SegmentEntry> restore(std::string_view partition,
+                                                          std::span<const std::int64_t> tokens,
+                                                          const SegmentOrigin& origin, std::vector<StoredStates> states,
+                                                          double saved_ms, double now_s);
+  /// The entry counts as used, if it is there still.
+  void use(const SegmentEntry& entry, double now_s);
+  /// What an entry takes of the capacity, index left out; unset: more than there is.
+  [[nodiscard]] std::optional<std::size_t> bytes_for(std::string_view partition,
+                                                     std::span<const std::int64_t> tokens) const;
+  [[nodiscard]] const Settings& settings() const noexcept { return settings_; }
+
   /// Tokens behind the first `known` ones that were known once as the beginning of a sequence, and had to go for room,
   /// as far as that is remembered.
   [[nodiscard]] EvictedRun evicted_tokens(std::string_view partition, std::span<const std::int64_t> tokens,
@@ -153,6 +180,8 @@ class SegmentBank final : public CapacityBank {
   [[nodiscard]] std::optional<std::size_t> entry_bytes(std::size_t tokens) const;
   void insert_pending(SegmentEntry& pending, double saved_ms, double now_s);
   void insert_pending_mean(SegmentEntry& pending, const SegmentEntry& replaced, double saved_ms, double now_s);
+  [[nodiscard]] bool is_whole(const BlockMatch& known) const;
+  void replace_by(const BlockMatch& known, const SegmentEntry& entry) noexcept;
   void replace(std::uint32_t slot) noexcept;
   const SegmentEntry* take_over(SegmentEntry& pending, double saved_ms, double now_s);
   [[nodiscard]] std::shared_ptr<SegmentEntry> make_entry(SegmentEntry& pending, Reservation& reserved);

@@ -46,6 +46,26 @@ bool RunningCentre::observe(std::span<const float> state) {
   return true;
 }
 
+RunningCentre::State RunningCentre::state() const {
+  return {observations_, sums_, centre_ ? *centre_ : std::vector<float>{}};
+}
+
+bool RunningCentre::restore(State state) {
+  const std::size_t values = state.observations < kFirst ? 0 : sums_.size();
+  if (observations_ > 0 || state.observations > kLast || state.sums.size() != sums_.size() ||
+      state.centre.size() != values) {
+    return false;
+  }
+  if (values > 0) {
+    centre_ = std::make_shared<const std::vector<float>>(std::move(state.centre));
+    ++generation_;
+  }
+  sums_ = std::move(state.sums);
+  observations_ = state.observations;
+  while (next_ <= observations_) next_ *= 2;
+  return true;
+}
+
 void RunningCentre::forget() noexcept {
   std::fill(sums_.begin(), sums_.end(), 0.0);
   observations_ = 0;

@@ -111,6 +111,18 @@ bool Fingerprinter::observe(std::span<const float> state) {
   return running_->observe(state);
 }
 
+std::optional<RunningCentre::State> Fingerprinter::running() const {
+  if (!running_) return std::nullopt;
+  const std::lock_guard lock(mutex_);
+  return running_->state();
+}
+
+bool Fingerprinter::restore(RunningCentre::State state) {
+  if (!running_) return false;
+  const std::lock_guard lock(mutex_);
+  return running_->restore(std::move(state));
+}
+
 void Fingerprinter::forget() noexcept {
   if (!running_) return;
   const std::lock_guard lock(mutex_);

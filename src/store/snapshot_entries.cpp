@@ -1,5 +1,7 @@
 #include "store/snapshot_entries.h"
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "store/byte_io.h"
@@ -162,6 +164,98 @@ TokenRecord read_token_states(std::string_view bytes) {
   record.saved_ms = reader.number<double>();
   record.encoded = reader.numbers<std::uint8_t>();
   record.tensors = read_tensors(reader);
+  return record;
+}
+
+std::string write_segment(const SegmentRecord& record) {
+  ByteWriter writer;
+  writer.text(record.partition);
+  writer.number(record.ids_per_token);
+  writer.numbers(record.tokens.data(), record.tokens.size());
+  writer.number(record.position);
+  writer.number(record.averaged);
+  writer.number(record.saved_ms);
+  write_tensors(writer, record.tensors);
+  return writer.bytes();
+}
+
+SegmentRecord read_segment(std::string_view bytes) {
+  ByteReader reader(bytes);
+  SegmentRecord record;
+  record.partition = reader.text();
+  record.ids_per_token = reader.number<std::uint32_t>();
+  record.tokens = read_sequence(reader, record.ids_per_token);
+  record.position = reader.number<std::int64_t>();
+  record.averaged = reader.number<std::uint16_t>();
+  constexpr std::int64_t kFarthest = std::int64_t{1} << 31;
+  if (record.position < 0 || record.position > kFarthest) throw DamagedData("it has a segment at an impossible place");
+  if (record.averaged == 0) throw DamagedData("it has states that are the mean over nothing");
+  if (record.averaged == 1 && record.position != 0) throw DamagedData("it has a sequence that does not begin at 0");
+  record.saved_ms = reader.number<double>();
+  record.tensors = read_tensors(reader);
+  return record;
+}
+
+std::string write_centres(const CentresRecord& record) {
+  ByteWriter writer;
+  writer.number(static_cast<std::uint32_t>(record.centres.size()));
+  for (const CentresRecord::Centre& one : record.centres) {
+    writer.number(one.observations);
+    writer.numbers(one.sums.data(), one.sums.size());
+    writer.numbers(one.centre.data(), one.centre.size());
+  }
+  return writer.bytes();
+}
+
+CentresRecord read_centres(std::string_view bytes) {
+  const auto finite = [](const auto& values) {
+    return std::all_of(values.begin(), values.end(), [](auto value) { return std::isfinite(value); });
+  };
+  ByteReader reader(bytes);
+  CentresRecord record;
+  const auto count = reader.number<std::uint32_t>();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    CentresRecord::Centre& one = record.centres.emplace_back();
+    one.observations = reader.number<std::uint64_t>();
+    one.sums = reader.numbers<double>();
+    one.centre = reader.numbers<float>();
+    if (!finite(one.sums) || !finite(one.centre)) throw DamagedData("it has a mean that is no number");
+  }
+  reader.finish();
+  return record;
+}
+
+std::string write_layer_state(const LayerRecord& record) {
+  ByteWriter writer;
+  writer.number(record.layer);
+  writer.text(record.partition);
+  writer.numbers(record.states.data(), record.states.size());
+  writer.numbers(record.given.data(), record.given.size());
+  writer.number(record.audits);
+  writer.number(record.error_sum);
+  writer.number(record.saved_ms);
+  write_tensors(writer, record.tensors);
+  return writer.bytes();
+}
+
+LayerRecord read_layer_state(std::string_view bytes) {
+  ByteReader reader(bytes);
+  LayerRecord record;
+  record.layer = reader.number<std::uint32_t>();
+  record.partition = reader.text();
+  record.states = reader.numbers<float>();
+  record.given = reader.numbers<std::uint8_t>();
+  record.audits = reader.number<std::uint32_t>();
+  record.error_sum = reader.number<double>();
+  if (!(record.error_sum >= 0) || !std::isfinite(record.error_sum)) throw DamagedData("it has an impossible error");
+  record.saved_ms = reader.number<double>();
+  record.tensors = read_tensors(reader);
+  std::size_t there = 1;
+  for (const std::uint8_t one : record.given) {
+    if (one > 1) throw DamagedData("it has neither yes nor no where one of them is expected");
+    there += one;
+  }
+  if (record.tensors.size() != there) throw DamagedData("it has another number of inputs than it says");
   return record;
 }
 

@@ -47,6 +47,8 @@ struct OutputRecord {
 std::string write_output(const OutputRecord& record);
 OutputRecord read_output(std::string_view bytes);
 
+/// What follows from the source of an encoder-decoder's row is kept as outputs are, and written as one.
+
 /// A part of a sequence in the prefix tree, named by all tokens up to its end.
 struct PrefixRecord {
   std::string_view partition;
@@ -75,6 +77,45 @@ struct TokenRecord {
 };
 std::string write_token_states(const TokenRecord& record);
 TokenRecord read_token_states(std::string_view bytes);
+
+/// A sequence of a causal model, or a passage that several have, found by any run of its tokens.
+struct SegmentRecord {
+  std::string_view partition;
+  std::uint32_t ids_per_token = 1;  ///< numbers a token
+  std::vector<std::int64_t> tokens;
+  std::int64_t position = 0;   ///< of its first token, which its keys are turned to
+  std::uint16_t averaged = 1;  ///< sequences that its states are the mean over; 1: those of one whole sequence
+  double saved_ms = 0;
+  std::vector<TensorRecord> tensors;
+};
+std::string write_segment(const SegmentRecord& record);
+SegmentRecord read_segment(std::string_view bytes);
+
+/// By layer that is fingerprinted: what fingerprints there are relative to, in the paper's mode.
+struct CentresRecord {
+  struct Centre {
+    std::uint64_t observations = 0;  ///< states that were taken in
+    std::vector<double> sums;        ///< of these, by value
+    std::vector<float> centre;       ///< in force; empty: there is none yet
+  };
+  std::vector<Centre> centres;
+};
+std::string write_centres(const CentresRecord& record);
+CentresRecord read_centres(std::string_view bytes);
+
+/// The state of a sequence behind one layer, and what its fingerprints are made of.
+struct LayerRecord {
+  std::uint32_t layer = 0;
+  std::string_view partition;
+  std::vector<float> states;        ///< one after the other; empty: fingerprints are made of token ids
+  std::vector<std::uint8_t> given;  ///< by input of the model: 1, it was there
+  std::uint32_t audits = 0;         ///< of hits on it
+  double error_sum = 0;             ///< that these found
+  double saved_ms = 0;
+  std::vector<TensorRecord> tensors;  ///< the state, and the inputs that were there
+};
+std::string write_layer_state(const LayerRecord& record);
+LayerRecord read_layer_state(std::string_view bytes);
 
 /// A calibration profile, as its two files hold it.
 struct CalibrationRecord {

@@ -21,6 +21,10 @@ enum class FrameKind : std::uint32_t {
   kPrefix = 3,
   kTokenStates = 4,
   kCalibration = 5,
+  kSource = 6,
+  kSegment = 7,
+  kCentres = 8,
+  kLayerState = 9,
   kEnd = 0xffffffff,  ///< the last one
 };
 

@@ -16,7 +16,17 @@ constexpr std::size_t kNameDigits = 16;  // of model and tenant in a key
 /// Mark, version, domain, bytes of key and of entry, check; the key stands behind it.
 constexpr std::size_t kTierHeadBytes = 40;
 
-char letter_of(TierDomain domain) { return domain == TierDomain::kOutput ? 'o' : 'p'; }
+char letter_of(TierDomain domain) {
+  switch (domain) {
+    case TierDomain::kOutput:
+      return 'o';
+    case TierDomain::kPrefixBlock:
+      return 'p';
+    case TierDomain::kSource:
+      return 's';
+  }
+  return '?';
+}
 
 /// Of all but itself.
 std::uint64_t tier_check(TierDomain domain, std::string_view key, std::string_view entry) {

@@ -13,6 +13,7 @@ namespace llmcache {
 enum class TierDomain : std::uint32_t {
   kOutput = 1,       ///< the whole output of a row
   kPrefixBlock = 2,  ///< keys and values of a block of tokens, and what goes before it decides its key
+  kSource = 3,       ///< what follows from the source of an encoder-decoder's row
 };
 
 /// Makes the keys of one tenant's entries of one domain. Not thread-safe; cheap to copy.

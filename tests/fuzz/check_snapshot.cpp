@@ -43,6 +43,23 @@ void check_entries(std::string_view bytes) {
     require(record.counts.size() * record.ids_per_token == record.tokens.size(), "tokens and counts do not fit");
     check_tensors(bytes, record.tensors);
   });
+  entry([&] {
+    const SegmentRecord record = read_segment(bytes);
+    require(record.ids_per_token > 0 && record.tokens.size() % record.ids_per_token == 0, "half a token");
+    require(record.averaged > 0 && record.position >= 0, "segment that cannot be");
+    check_tensors(bytes, record.tensors);
+  });
+  entry([&] {
+    for (const CentresRecord::Centre& one : read_centres(bytes).centres) {
+      require(one.sums.size() * sizeof(double) <= bytes.size(), "sums outside the entry");
+    }
+  });
+  entry([&] {
+    const LayerRecord record = read_layer_state(bytes);
+    require(record.states.size() * sizeof(float) <= bytes.size(), "states outside the entry");
+    require(!record.tensors.empty() && record.tensors.size() <= record.given.size() + 1, "inputs that are not there");
+    check_tensors(bytes, record.tensors);
+  });
   entry([&] { static_cast<void>(read_calibration(bytes)); });
   entry([&] {
     const SnapshotHeader header = read_header(bytes);

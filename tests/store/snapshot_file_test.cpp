@@ -8,8 +8,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <utility>
@@ -42,6 +44,8 @@ SnapshotHeader sample_header() {
 std::vector<Frame> sample_frames() {
   const std::string numbers(24, '\x3f');
   const std::vector<TensorRecord> tensors = {{NumberType::kFloat32, {1, 2, 3}, {}}};
+  const std::vector<TensorRecord> layer_tensors = {tensors[0], {NumberType::kInt64, {2}, {}}};
+  const std::string ids(16, '\x01');
   const OutputRecord output{"key of a row", true, 1, 2, tensors};
   const PrefixRecord prefix{"tenant", 2, 1, {1, 1, 2, 1, 3, 1}, 1, 2, 0.5F, tensors};
   const TokenRecord states{"tenant", 1, {5, 6, 7}, {1, 1, 4}, 2.5, {0}, tensors};
@@ -49,7 +53,12 @@ std::vector<Frame> sample_frames() {
           {FrameKind::kOutput, write_output(output) + numbers},
           {FrameKind::kPrefix, write_prefix(prefix) + numbers},
           {FrameKind::kTokenStates, write_token_states(states) + numbers},
-          {FrameKind::kCalibration, write_calibration({"{}", "tensors"})}};
+          {FrameKind::kCalibration, write_calibration({"{}", "tensors"})},
+          {FrameKind::kSource, write_output({"key of a source", false, 1, 3, tensors}) + numbers},
+          {FrameKind::kSegment, write_segment({"tenant", 1, {5, 6, 7}, 40, 3, 0.5, tensors}) + numbers},
+          {FrameKind::kCentres, write_centres({{{20, {1.5, -2}, {0.5F, 1}}, {3, {2, 1}, {}}}})},
+          {FrameKind::kLayerState,
+           write_layer_state({2, "tenant", {0.5F, 2}, {1, 0}, 1, 0.25, 3.5, layer_tensors}) + numbers + ids}};
 }
 
 void write_snapshot(const fs::path& path, const std::vector<Frame>& frames) {
@@ -115,6 +124,49 @@ TEST_F(SnapshotFile, HoldsWhatWasWritten) {
   const TokenRecord states = read_token_states(frames[3].bytes);
   EXPECT_THAT(states.counts, ElementsAre(1, 1, 4));
   EXPECT_EQ(read_output(frames[1].bytes).key, "key of a row");
+  const SegmentRecord segment = read_segment(frames[6].bytes);
+  EXPECT_EQ(segment.position, 40);
+  EXPECT_EQ(segment.averaged, 3);
+  EXPECT_THAT(segment.tokens, ElementsAre(5, 6, 7));
+  const CentresRecord centres = read_centres(frames[7].bytes);
+  ASSERT_EQ(centres.centres.size(), 2U);
+  EXPECT_EQ(centres.centres[0].observations, 20U);
+  EXPECT_THAT(centres.centres[0].sums, ElementsAre(1.5, -2));
+  EXPECT_THAT(centres.centres[0].centre, ElementsAre(0.5F, 1));
+  EXPECT_TRUE(centres.centres[1].centre.empty());
+  const LayerRecord layer = read_layer_state(frames[8].bytes);
+  EXPECT_EQ(layer.layer, 2U);
+  EXPECT_EQ(layer.audits, 1U);
+  EXPECT_THAT(layer.states, ElementsAre(0.5F, 2));
+  EXPECT_EQ(layer.tensors.size(), 2U);
+}
+
+TEST_F(SnapshotFile, EntriesThatCannotBeAreRefused) {
+  const std::vector<TensorRecord> none;
+  const auto segment = [&](std::int64_t position, std::uint16_t averaged) {
+    return refusal([&] { return read_segment(write_segment({"", 1, {5}, position, averaged, 0, none})); });
+  };
+  EXPECT_EQ(segment(0, 1), "");
+  EXPECT_THAT(segment(0, 0), HasSubstr("the mean over nothing"));
+  EXPECT_THAT(segment(-1, 2), HasSubstr("impossible place"));
+  EXPECT_THAT(segment(std::int64_t{1} << 40, 2), HasSubstr("impossible place"));
+  EXPECT_THAT(segment(4, 1), HasSubstr("does not begin at 0"));
+  const auto layer = [&](std::vector<std::uint8_t> given, double error) {
+    const LayerRecord record{0, "", {}, std::move(given), 1, error, 0, {{NumberType::kFloat32, {0}, {}}}};
+    return refusal([&] { return read_layer_state(write_layer_state(record)); });
+  };
+  EXPECT_EQ(layer({}, 0), "");
+  EXPECT_EQ(layer({0}, 0), "");
+  EXPECT_THAT(layer({1}, 0), HasSubstr("another number of inputs"));
+  EXPECT_THAT(layer({2}, 0), HasSubstr("neither yes nor no"));
+  EXPECT_THAT(layer({}, -1), HasSubstr("impossible error"));
+  EXPECT_THAT(layer({}, std::nan("")), HasSubstr("impossible error"));
+  const auto centres = [](double sum, float centre) {
+    return refusal([&] { return read_centres(write_centres({{{20, {sum}, {centre}}}})); });
+  };
+  EXPECT_EQ(centres(1, 1), "");
+  EXPECT_THAT(centres(std::nan(""), 1), HasSubstr("a mean that is no number"));
+  EXPECT_THAT(centres(1, INFINITY), HasSubstr("a mean that is no number"));
 }
 
 TEST_F(SnapshotFile, LargeFramesAreWholeAndMayBeGivenInParts) {
@@ -158,13 +210,25 @@ TEST_F(SnapshotFile, FramesCannotBeLeftOutMovedOrTakenFromAnother) {
     at += places.back().second;
   }
   const auto frame = [&](std::size_t i) { return sound.substr(places[i].first, places[i].second); };
-  const std::string head = sound.substr(0, 16);
-  const std::string end = sound.substr(at);
-  ASSERT_EQ(head + frame(0) + frame(1) + frame(2) + frame(3) + frame(4) + end, sound);
-  EXPECT_NE(refusal_of_bytes(head + frame(0) + frame(2) + frame(3) + frame(4) + end), "");
-  EXPECT_NE(refusal_of_bytes(head + frame(0) + frame(2) + frame(1) + frame(3) + frame(4) + end), "");
-  EXPECT_NE(refusal_of_bytes(head + frame(0) + frame(1) + frame(1) + frame(2) + frame(3) + frame(4) + end), "");
-  EXPECT_NE(refusal_of_bytes(head + end), "");
+  const auto with = [&](const std::vector<std::size_t>& order) {
+    std::string bytes = sound.substr(0, 16);
+    for (const std::size_t i : order) bytes += frame(i);
+    return bytes + sound.substr(at);
+  };
+  std::vector<std::size_t> all(places.size());
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  ASSERT_EQ(with(all), sound);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    auto changed = all;
+    changed.erase(changed.begin() + static_cast<std::ptrdiff_t>(i));
+    EXPECT_NE(refusal_of_bytes(with(changed)), "") << i << " left out";
+    changed.insert(changed.begin() + static_cast<std::ptrdiff_t>(i), {i, i});
+    EXPECT_NE(refusal_of_bytes(with(changed)), "") << i << " twice";
+    changed = all;
+    if (i > 0) std::swap(changed[i], changed[i - 1]);
+    EXPECT_EQ(refusal_of_bytes(with(changed)).empty(), i == 0) << i << " moved";
+  }
+  EXPECT_NE(refusal_of_bytes(with({})), "");
 }
 
 /// The head of a frame as a writer makes it, with the right check, for more bytes than come.

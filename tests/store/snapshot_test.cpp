@@ -15,6 +15,7 @@
 
 #include "budget_support.h"
 #include "reader_support.h"
+#include "snapshot_support.h"
 #include "store/snapshot_entries.h"
 #include "store/snapshot_file.h"
 #include "support.h"
@@ -77,21 +78,6 @@ std::vector<std::int64_t> known_tokens(LayerCache<Module>& cache, const std::vec
 
 std::vector<Question> first_half(const std::vector<Question>& all) {
   return {all.begin(), all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2)};
-}
-
-/// The frames of a file changed and written again, with right checks.
-void rewrite(const fs::path& path, const std::function<void(FrameKind, std::string&)>& change) {
-  std::vector<std::pair<FrameKind, std::string>> frames;
-  SnapshotReader reader(open_file(path));
-  SnapshotFrame frame;
-  std::string bytes;
-  while (reader.next(frame, bytes)) {
-    change(frame.kind, bytes);
-    frames.emplace_back(frame.kind, bytes);
-  }
-  SnapshotWriter writer(path);
-  for (const auto& [kind, content] : frames) writer.frame(kind, content);
-  writer.commit();
 }
 
 void rewrite_identity(const fs::path& path, const std::function<void(ModelIdentity&)>& change) {

@@ -38,6 +38,17 @@ class RunningCentre {
   /// where there was one. Cannot fail.
   void forget() noexcept;
 
+  /// All that it has seen, to go on from in another process.
+  struct State {
+    std::uint64_t observations = 0;
+    std::vector<double> sums;   ///< `[dims]`
+    std::vector<float> centre;  ///< `[dims]`, in force; empty: there is none
+  };
+  [[nodiscard]] State state() const;
+  /// Goes on from there. False, and nothing has changed, unless it has seen no state so far and this could have been
+  /// its own.
+  [[nodiscard]] bool restore(State state);
+
   /// The centre in force; null before the first one. What it points to never changes.
   [[nodiscard]] const std::shared_ptr<const std::vector<float>>& centre() const noexcept { return centre_; }
   /// How often the centre has changed; forget() does not start this again.

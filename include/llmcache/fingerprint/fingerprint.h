@@ -46,6 +46,12 @@ class Fingerprinter {
   /// Throws Error(kInvalidInput) if the number of values is wrong.
   bool observe(std::span<const float> state);
 
+  /// What the running mean has seen; empty unless there is one.
+  [[nodiscard]] std::optional<RunningCentre::State> running() const;
+  /// Goes on from what another Fingerprinter's running mean had seen, whose states were of the same model and layer.
+  /// False, and nothing has changed, if there is none here, it has seen states of its own, or that one had other sizes.
+  [[nodiscard]] bool restore(RunningCentre::State state);
+
   /// Forgets the states of the running mean, as if none had been observed. Fingerprints that were made
   /// with a running centre can then not be compared with later ones: generation() tells.
   void forget() noexcept;

@@ -12,7 +12,8 @@ namespace llmcache {
 class StateStore;
 
 /// Settings of the tiers below a cache's memory. Kept there: keys and values of prefixes of causal models, in blocks,
-/// and whole outputs. docs/operations.md says what that costs and what happens where a store fails.
+/// whole outputs, and what follows from sources of encoder-decoders. docs/operations.md says what that costs and what
+/// happens where a store fails.
 struct StoreOptions {
   /// Where to look, and to write; several in order: TieredStore. Caches may share one. Null (default): nowhere.
   std::shared_ptr<StateStore> store = {};

@@ -96,14 +96,26 @@ void ExactMatch::store(const Call& call, const Answers::Pass& pass, Answers& ans
 }
 
 void ExactMatch::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
-  if (wrapped_.keeps_rows()) parts.push_back(std::make_unique<OutputPart>(wrapped_, bank_));
+  if (!wrapped_.keeps_rows()) return;
+  parts.push_back(std::make_unique<OutputPart>("whole outputs", FrameKind::kOutput,
+                                               std::make_shared<const RowForms>(forms_of_outputs(wrapped_)), bank_,
+                                               wrapped_.model->device()));
 }
 
 void ExactMatch::add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) {
   if (!wrapped_.keeps_rows()) return;
-  parts.push_back(std::make_unique<StoredOutputs>(
-      wrapped_, bank_, [this](const Call& call) { return accepts(call); },
-      [this](const Call& call, std::int64_t row) { return key_of(call, row); }));
+  const auto rows = [this](const Call& call) {
+    std::vector<StoredRow> all;
+    if (!accepts(call)) return all;
+    for (std::int64_t row = 0; row < call.batch.rows; ++row) {
+      const std::int64_t tokens = call.batch.spans[static_cast<std::size_t>(row)].tokens;
+      const bool exact = call.fidelity == Fidelity::kIdentical;
+      if (tokens > 0) all.push_back({row, tokens, call.request.tenant, key_of(call, row), {}, 1, exact});
+    }
+    return all;
+  };
+  parts.push_back(std::make_unique<StoredOutputs>(TierDomain::kOutput, forms_of_outputs(wrapped_), bank_,
+                                                  wrapped_.model->device(), rows));
 }
 
 void ExactMatch::add_to(Stats& stats) const { add(stats, "outputs", bank_.counters()); }

@@ -26,11 +26,27 @@ std::int64_t tokens_of_key(std::string_view key) {
 
 }  // namespace
 
-std::string OutputPart::layout() const {
+std::string RowForms::text() const {
   std::string text;
-  for (const at::Tensor& form : tensors_of(wrapped_.result_form)) text += fmt::format("{} ", form.toString());
-  for (const TokenDims& dims : wrapped_.output.leaves) text += fmt::format("{}/{} ", dims.batch, dims.tokens);
+  for (const at::Tensor& form : tensors) text += fmt::format("{} ", form.toString());
+  for (const TokenDims& one : dims) text += fmt::format("{}/{} ", one.batch, one.tokens);
   return text;
+}
+
+bool RowForms::fit(std::string_view key, const std::vector<TensorRecord>& records) const {
+  if (records.size() != tensors.size() || tensors.size() != dims.size()) return false;
+  const std::int64_t tokens = tokens_of(key);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    auto sizes = tensors[i].sizes().vec();
+    if (dims[i].batch >= 0) sizes[static_cast<std::size_t>(dims[i].batch)] = 1;
+    if (dims[i].tokens >= 0) sizes[static_cast<std::size_t>(dims[i].tokens)] = tokens;
+    if (!has_form(records[i], sizes, tensors[i].scalar_type())) return false;
+  }
+  return true;
+}
+
+RowForms forms_of_outputs(const WrappedModel& wrapped) {
+  return {tensors_of(wrapped.result_form), wrapped.output.leaves, tokens_of_key};
 }
 
 void OutputPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const {
@@ -39,7 +55,7 @@ void OutputPart::save(SnapshotWriter& writer, SnapshotPartReport& report) const 
     if (!entry) continue;  // it went meanwhile
     const std::vector<at::Tensor> tensors(entry->tensors().begin(), entry->tensors().end());
     auto records = records_of(tensors);
-    if (!records || !forms_fit(entry->key(), *records)) {
+    if (!records || !forms_->fit(entry->key(), *records)) {
       if (report.left++ == 0) report.why = "an output has a form or a type that files do not hold";
       continue;
     }
@@ -54,31 +70,15 @@ bool OutputPart::append_entry_of(std::string& to, std::string_view key, bool exa
   if (!entry) return false;
   const std::vector<at::Tensor> tensors(entry->tensors().begin(), entry->tensors().end());
   auto records = records_of(tensors);
-  if (!records || !forms_fit(entry->key(), *records)) return false;
+  if (!records || !forms_->fit(entry->key(), *records)) return false;
   const OutputRecord record{entry->key(), entry->exact(), entry->rows(), entry->padded_length(), std::move(*records)};
   append_entry(to, write_output(record), tensors);
   return true;
 }
 
-/// True if the tensors are those of a row of this model's result, of as many tokens as the key says.
-bool OutputPart::forms_fit(std::string_view key, const std::vector<TensorRecord>& tensors) const {
-  const auto forms = tensors_of(wrapped_.result_form);
-  const auto& leaves = wrapped_.output.leaves;
-  if (tensors.size() != forms.size() || forms.size() != leaves.size()) return false;
-  const std::int64_t tokens = tokens_of_key(key);
-  for (std::size_t i = 0; i < forms.size(); ++i) {
-    auto sizes = forms[i].sizes().vec();
-    const TokenDims& dims = leaves[i];
-    if (dims.batch >= 0) sizes[static_cast<std::size_t>(dims.batch)] = 1;
-    if (dims.tokens >= 0) sizes[static_cast<std::size_t>(dims.tokens)] = tokens;
-    if (!has_form(tensors[i], sizes, forms[i].scalar_type())) return false;
-  }
-  return true;
-}
-
 std::size_t OutputPart::check(std::string_view entry) const {
   const OutputRecord record = read_output(entry);
-  if (!forms_fit(record.key, record.tensors)) throw DamagedData("it has an output of another form than the model's");
+  if (!forms_->fit(record.key, record.tensors)) throw DamagedData("it has an entry of another form than the model's");
   std::size_t bytes = record.key.size() + kOutputEntryBytes;
   for (const TensorRecord& tensor : record.tensors) bytes += tensor.bytes.size() + kTensorOverhead;
   return bytes;
@@ -89,7 +89,7 @@ SnapshotPart::Outcome OutputPart::take(std::string_view entry, SnapshotPartRepor
   if (bank_.holds(record.key, record.exact)) return Outcome::kKnown;
   if (bank_.room_for(record.key) < check(entry)) return Outcome::kNoRoom;
   std::vector<at::Tensor> tensors;
-  for (const TensorRecord& tensor : record.tensors) tensors.push_back(tensor_of(tensor, wrapped_.model->device()));
+  for (const TensorRecord& tensor : record.tensors) tensors.push_back(tensor_of(tensor, device_));
   bank_.insert(record.key, tensors, record.exact, {record.rows, record.padded_length});
   taken_.emplace_back(record.key);
   return bank_.holds(record.key, record.exact) ? Outcome::kTaken : Outcome::kNoRoom;

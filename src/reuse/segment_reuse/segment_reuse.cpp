@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +11,7 @@
 #include "llmcache/error.h"
 #include "model/packing.h"
 #include "reuse/miss_reason.h"
+#include "reuse/segment_reuse/segment_part.h"
 
 namespace llmcache {
 
@@ -114,6 +116,13 @@ void SegmentReuse::average_passages(SegmentBank& bank, const SegmentEntry& entry
     set(layout_.final_spec, -1);
     bank.insert_mean(std::move(mean), *hit.donor, saved_ms * share, now());
   }
+}
+
+std::unique_ptr<SnapshotPart> SegmentReuse::snapshot_part() {
+  std::string order;
+  for (const auto& attention_ops : layout_.key_specs) order += fmt::format("keys {}; ", fmt::join(attention_ops, ","));
+  order += fmt::format("final {}", layout_.final_spec);
+  return std::make_unique<SegmentPart>(bank_, std::move(order), model_.device(), [this] { return now(); });
 }
 
 double SegmentReuse::now() const {

@@ -17,6 +17,7 @@
 #include "model/wrapped_model.h"
 #include "reuse/deferred_writes.h"
 #include "reuse/segment_reuse/segment_pass.h"
+#include "reuse/snapshot/snapshot_part.h"
 
 namespace llmcache {
 
@@ -80,6 +81,8 @@ class SegmentReuse {
   void clear() { bank_.clear(); }
   void each_bank(const BankVisitor& visit) { visit(bank_); }
   [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
+  /// What a snapshot holds of the bank.
+  [[nodiscard]] std::unique_ptr<SnapshotPart> snapshot_part();
 
  private:
   [[nodiscard]] SegmentBank::Settings bank_settings(const SegmentOptions& options, std::size_t capacity_bytes,

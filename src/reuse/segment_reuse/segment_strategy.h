@@ -24,6 +24,7 @@ class SegmentStrategy final : public TunableStrategy {
   std::unique_ptr<TunableStrategy> fresh() const override;
   void clear() override { reuse_.clear(); }
   void each_bank(const BankVisitor& visit) override { reuse_.each_bank(visit); }
+  std::unique_ptr<SnapshotPart> snapshot_part() override { return reuse_.snapshot_part(); }
   BankCounters counters() const override { return reuse_.counters(); }
 
  private:

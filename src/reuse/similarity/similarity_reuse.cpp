@@ -2,14 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <fmt/core.h>
-#include <xxhash.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <numeric>
 
-#include "bank/tenant_key.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
 #include "execute/engine_hook.h"
@@ -19,6 +18,8 @@
 #include "model/tensors_of.h"
 #include "refresh/output_difference.h"
 #include "reuse/miss_reason.h"
+#include "reuse/similarity/layer_part.h"
+#include "reuse/similarity/similarity_keys.h"
 
 namespace llmcache {
 namespace {
@@ -73,23 +74,6 @@ class LayerRecorder final : public EngineHook {
   std::map<std::int64_t, at::Tensor> states_;
   std::int64_t heads_ = 0;
 };
-
-std::string partition_of(const Batch& batch, const std::string& tenant) {
-  std::string partition;
-  append_tenant(partition, tenant);
-  return partition + batch.types;
-}
-
-/// Of what a sequence's entries are made from, in its partition.
-std::uint64_t key_of(const std::string& partition, const std::vector<at::Tensor>& inputs) {
-  std::uint64_t hash = XXH3_64bits(partition.data(), partition.size());
-  for (const at::Tensor& input : inputs) {
-    if (!input.defined()) continue;
-    const auto own = input.cpu();
-    hash = XXH3_64bits_withSeed(own.const_data_ptr(), own.nbytes(), hash);
-  }
-  return hash;
-}
 
 /// The options with their defaults filled in.
 ThresholdOptions with_layers(ThresholdOptions options) {
@@ -326,7 +310,7 @@ void SimilarityReuse::serve(const Call& call, Answers& answers) {
   const double now_s = now();
   const Batch& batch = answers.open();
   DeferredWrites& writes = answers.writes();
-  const std::string partition = partition_of(batch, call.request.tenant);
+  const std::string partition = similarity_partition(batch, call.request.tenant);
   const Plan plan = batch.full_plan(wrapped_.layers());
   auto captures = start(batch, plan, call.first_number, answers.open_rows());
   Pass pass(*this, partition, captures, call.request.look_up, now_s);
@@ -463,7 +447,7 @@ void SimilarityReuse::audit(const Call& call, const std::vector<std::int64_t>& o
   for (const Hit* hit : chosen) rows.push_back(row_number(hit));
   const Batch part = batch.select(rows);
   const Plan full = part.full_plan(wrapped_.layers());
-  const std::string partition = partition_of(batch, call.request.tenant);
+  const std::string partition = similarity_partition(batch, call.request.tenant);
   std::vector<std::int64_t> numbers;
   for (const std::int64_t row : rows) numbers.push_back(open[static_cast<std::size_t>(row)]);
   auto captures = start(part, full, call.first_number, numbers);
@@ -531,7 +515,7 @@ void SimilarityReuse::keep(const Batch& batch, const Plan& plan, const std::stri
           input.isTensor() ? input.toTensor().select(0, sequence.row).narrow(0, sequence.first, sequence.tokens).clone()
                            : at::Tensor());
     }
-    candidate.key = key_of(partition, candidate.inputs);
+    candidate.key = similarity_key(partition, candidate.inputs);
     one.miss = why_missed(candidate.key);
     const double share =
         static_cast<double>(sequence.tokens) / static_cast<double>(std::max<std::int64_t>(1, batch.tokens));
@@ -565,6 +549,25 @@ void SimilarityReuse::keep(const Batch& batch, const Plan& plan, const std::stri
 void SimilarityReuse::clear() {
   for (const auto& fingerprinter : fingerprinters_) fingerprinter->forget();
   for (const auto& bank : banks_) bank->entries->clear();
+}
+
+void SimilarityReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
+  std::vector<Fingerprinter*> running;
+  for (const auto& one : fingerprinters_) {
+    if (one->running()) running.push_back(one.get());
+  }
+  if (!running.empty()) parts.push_back(std::make_unique<CentrePart>(std::move(running)));
+  std::vector<LayerPart::Bank> banks;
+  for (const auto& bank : banks_) {
+    LayerPart::Bank& one = banks.emplace_back(LayerPart::Bank{bank->layer, bank->entries.get(), {}});
+    for (const std::size_t which : bank->fingerprints) one.fingerprinters.push_back(fingerprinters_[which].get());
+  }
+  const std::string fingerprinted =
+      options_.fingerprint.kind == FingerprintKind::kJaccard
+          ? "token ids"
+          : fmt::format("states {} of {} values", fmt::join(options_.fingerprint_layers, ","),
+                        fingerprinters_.at(0)->dims());
+  parts.push_back(std::make_unique<LayerPart>(wrapped_, std::move(banks), fingerprinted, [this] { return now(); }));
 }
 
 void SimilarityReuse::add_to(Stats& stats) const {

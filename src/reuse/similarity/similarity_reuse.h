@@ -35,6 +35,7 @@ class SimilarityReuse final : public ReuseStrategy {
     for (const auto& bank : banks_) visit(*bank->entries);
   }
   void add_to(Stats& stats) const override;
+  void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
   bool exact() const override { return false; }
 
  private:

@@ -1,6 +1,7 @@
 #include "reuse/source/source_reuse.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <exception>
@@ -13,7 +14,10 @@
 #include "match/size_class.h"
 #include "model/index_tensor.h"
 #include "model/packing.h"
+#include "model/probe.h"
 #include "model/tensors_of.h"
+#include "reuse/exact_match/stored_outputs.h"
+#include "store/byte_io.h"
 
 namespace llmcache {
 
@@ -152,6 +156,63 @@ std::vector<at::Tensor> SourceReuse::put_together(const Batch& batch, const Foun
     values.push_back(std::move(all));
   }
   return values;
+}
+
+/// A tiny run tells.
+RowForms SourceReuse::forms() const {
+  const c10::NoGradGuard no_grad;
+  const SourceModel& model = *wrapped_.model->source();
+  RowForms forms;
+  forms.tensors = run_model([&] { return model.run(probe_inputs(wrapped_.inputs, wrapped_.model->device(), 1, 6)); });
+  for (at::Tensor& one : forms.tensors) one = at::empty_like(one, one.options().device(at::kMeta));
+  for (const int dim : model.token_dims()) forms.dims.push_back({0, dim, -1});
+  // Batch::source_key(): the tenant, a character for each input, tokens.
+  forms.tokens_of = [inputs = wrapped_.inputs.names.size()](std::string_view key) {
+    ByteReader reader(key);
+    static_cast<void>(reader.text());
+    static_cast<void>(reader.take(inputs));
+    const auto tokens = reader.number<std::int64_t>();
+    if (tokens < 1) throw DamagedData("it has what follows from no token");
+    return tokens;
+  };
+  return forms;
+}
+
+void SourceReuse::add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) {
+  if (!wrapped_.profile.source_reuse) return;
+  parts.push_back(std::make_unique<OutputPart>("sources", FrameKind::kSource, std::make_shared<const RowForms>(forms()),
+                                               bank_, wrapped_.model->device()));
+}
+
+/// The sources of a call, each once.
+std::vector<StoredRow> SourceReuse::stored_rows(const Call& call) const {
+  std::vector<StoredRow> rows;
+  if (!accepts(call)) return rows;
+  for (std::int64_t row = 0; row < call.batch.rows; ++row) {
+    std::string key = call.batch.source_key(row, call.request.tenant);
+    if (std::ranges::any_of(rows, [&](const StoredRow& one) { return one.partition == key; })) continue;
+    const std::int64_t tokens = call.batch.source.tokens[static_cast<std::size_t>(row)];
+    rows.push_back({row, tokens, call.request.tenant, std::move(key), {}, 1, false});
+  }
+  return rows;
+}
+
+namespace {
+
+/// A row is not answered by what follows from its source.
+class StoredSources final : public StoredOutputs {
+ public:
+  using StoredOutputs::StoredOutputs;
+  std::int64_t known_before(const SequenceReport& made) const override { return made.source_reused; }
+  bool answers_rows() const override { return false; }
+};
+
+}  // namespace
+
+void SourceReuse::add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) {
+  if (!wrapped_.profile.source_reuse) return;
+  parts.push_back(std::make_unique<StoredSources>(TierDomain::kSource, forms(), bank_, wrapped_.model->device(),
+                                                  [this](const Call& call) { return stored_rows(call); }));
 }
 
 namespace {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bank/output_bank.h"
+#include "reuse/exact_match/output_part.h"
 #include "reuse/strategy.h"
 
 namespace llmcache {
@@ -28,6 +29,8 @@ class SourceReuse final : public ReuseStrategy {
   void clear() override { bank_.clear(); }
   void each_bank(const BankVisitor& visit) override { visit(bank_); }
   void add_to(Stats& stats) const override { add(stats, "sources", bank_.counters()); }
+  void add_parts(std::vector<std::unique_ptr<SnapshotPart>>& parts) override;
+  void add_stored(std::vector<std::unique_ptr<StoredPart>>& parts) override;
 
   /// What of `batch`, whose rows are of the tenant, is known or can be shared, put together for its rows.
   [[nodiscard]] KnownSource find(const Batch& batch, const std::string& tenant, DeferredWrites& writes);
@@ -38,6 +41,8 @@ class SourceReuse final : public ReuseStrategy {
   [[nodiscard]] Found look_up(const Batch& batch, const std::string& tenant);
   void compute(const Batch& batch, Found& found, DeferredWrites& writes);
   [[nodiscard]] std::vector<at::Tensor> put_together(const Batch& batch, const Found& found) const;
+  [[nodiscard]] RowForms forms() const;
+  [[nodiscard]] std::vector<StoredRow> stored_rows(const Call& call) const;
 
   const WrappedModel& wrapped_;
   const Verification& verification_;
