@@ -12,4 +12,7 @@ namespace llmcache::test {
 /// its tensors are moved it runs nowhere.
 torch::jit::Module load_on(const std::filesystem::path& path, at::Device device);
 
+/// The same for a module that is there: of a script, also what it makes without naming a device.
+void move_to(torch::jit::Module& model, at::Device device);
+
 }  // namespace llmcache::test

@@ -100,6 +100,46 @@ TEST_F(BudgetTest, ReusesWithinTheBudgetOnFreshTraffic) {
   }
 }
 
+// As short as it can be: these two run on other devices too.
+TEST_F(BudgetTest, ASmallSampleWillDoForALargeBudget) {
+  const double epsilon = 0.3;
+  auto options = options_for(BudgetMetric::kDecision, epsilon);
+  options.budget.audit_rate = 0.2;
+  LayerCache<Module> cache(load_model(kModel), options);
+  const auto profile = cache.calibrate(Traffic(1).sample(100));
+  ASSERT_TRUE(profile.exit) << profile.to_string();
+  Traffic traffic(2);
+  const auto served = serve(cache, plain_, traffic, 25, BudgetMetric::kDecision, 1);
+  EXPECT_LE(served.error, epsilon + 3 * std::sqrt(epsilon * (1 - epsilon) / 100));
+  EXPECT_GT(served.exits, 10);
+  EXPECT_GT(cache.stats().budget->audits, 0U);
+  EXPECT_THAT(cache.stats().fallbacks, ::testing::IsEmpty());
+}
+
+TEST_F(BudgetTest, TokenStatesInEightBitsOfASmallSample) {
+  const auto info = model_info("tiny-bert-cls");
+  Module plain = load_model(info.name);
+  Options options{.fidelity = Fidelity::kBudget};
+  options.budget.budget = {BudgetMetric::kRelativeError, 0.5, 0.2};
+  options.budget.early_exit = EarlyExit::kOff;
+  options.budget.audit_rate = 0;
+  options.budget.format = BankFormat::kInt8;
+  LayerCache<Module> cache(load_model(info.name), options);
+  const auto profile = cache.calibrate(inputs_of(documents(info, 100, 100)));
+  ASSERT_TRUE(profile.reuse) << profile.to_string();
+  double error = 0;
+  int reused = 0;
+  for (const Request& request : documents(info, 36, 9000)) {
+    const auto got = leaves(cache.forward(request.inputs))[0];
+    const auto want = leaves(run_plain(plain, request.inputs))[0];
+    error += std::min(1.0, (got - want).norm(2, -1).mean().item<double>() / profile.typical_distance);
+    reused += cache.last_report().sequences[0].source == Source::kPartial ? 1 : 0;
+  }
+  EXPECT_LE(error / 36, 0.5);
+  EXPECT_GT(reused, 12);
+  EXPECT_THAT(cache.stats().fallbacks, ::testing::IsEmpty());
+}
+
 TEST_F(BudgetTest, RowsOfABatchLeaveAsTheyWouldAlone) {
   LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
   cache.calibrate(Traffic(1).sample(400));

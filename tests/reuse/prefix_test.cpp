@@ -434,13 +434,9 @@ TEST(PrefixNarrowEmbed, DecodersPrepareOnlyWhatIsNeeded) {
     const c10::InferenceMode no_grad;
     const auto model = wrap_torchscript(load_model(name), {});
     const auto inputs = probe_inputs(model->input_spec(), model->device(), 1, 12);
-    PackedLayout layout{1,
-                        12,
-                        1,
-                        {{0, 0, 12, 0, 1, at::tensor({11}, at::kLong)}},
-                        at::tensor({11}, at::kLong),
-                        at::tensor({11}, at::kLong)};
-    const auto run = model->token_level()->start_at(inputs, at::tensor({11}, at::kLong), layout);
+    const auto last = at::full({1}, 11, at::dtype(at::kLong).device(model->device()));
+    PackedLayout layout{1, 12, 1, {{0, 0, 12, 0, 1, last}}, last, last};
+    const auto run = model->token_level()->start_at(inputs, last, layout);
     ASSERT_NE(run, nullptr) << name;
     EXPECT_EQ(difference(run->hidden(), model->embed(inputs).hidden.narrow(1, 11, 1)), 0) << name;
   }

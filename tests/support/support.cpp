@@ -345,6 +345,7 @@ Module make_module(const Script& script) {
   }
   if (script.attributes) script.attributes(model);
   model.define(script.forward);
+  move_to(model, test_device());
   return model;
 }
 
@@ -353,6 +354,15 @@ ModelInfo script_info(const Script& script) {
 }
 
 namespace {
+
+/// "0", "1", "protected:0": of the protected device. "cuda", "cuda:1", "cpu": as LibTorch names devices.
+at::Device device_of(std::string_view name) {
+  constexpr std::string_view kProtected = "protected:";
+  const auto number = name.starts_with(kProtected) ? name.substr(kProtected.size()) : name;
+  if (number == "0" || number == "1") return protected_device(number == "1" ? 1 : 0);
+  const at::Device device{std::string(name)};
+  return device.is_cpu() || device.has_index() ? device : at::Device(device.type(), 0);
+}
 
 /// Takes `--device=` off the command line.
 void choose_device(int& argc, char** argv) {
@@ -364,8 +374,8 @@ void choose_device(int& argc, char** argv) {
       argv[kept++] = argv[i];
       continue;
     }
-    chosen_device = protected_device(std::atoi(argv[i] + kDevice.size()));
-    ::testing::UnitTest::GetInstance()->listeners().Append(new DeviceErrors());
+    chosen_device = device_of(argument.substr(kDevice.size()));
+    if (chosen_device.is_privateuseone()) ::testing::UnitTest::GetInstance()->listeners().Append(new DeviceErrors());
   }
   argc = kept;
 }

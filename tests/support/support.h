@@ -23,7 +23,7 @@ using torch::jit::Module;
 using Donors = std::vector<std::shared_ptr<const SequenceState>>;
 
 /// Where models and requests are put: the CPU, or what `--device=` says on the command line: 0 or 1, of the protected
-/// device (tests/device).
+/// device (tests/device), or a device of LibTorch's, such as cuda.
 [[nodiscard]] at::Device test_device();
 
 // --- models -----------------------------------------------------------------------------------------
