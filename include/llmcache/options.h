@@ -145,6 +145,8 @@ struct Options {
   /// known or counted, and a request that fails leaves the cache as it was. Until then it is working
   /// memory beside the capacity: of prefixes, token states and segments at most as much again, of all
   /// running requests together.
+  /// On other devices than CPUs a tensor counts in whole steps of 512 bytes, as allocators of devices hand memory out;
+  /// docs/devices.md has what they take beside that.
   /// Default 256 MiB: about 680 outputs of BERT-base at 128 tokens.
   std::size_t capacity_bytes = std::size_t{256} << 20;
 

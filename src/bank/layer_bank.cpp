@@ -19,9 +19,9 @@ constexpr std::size_t kRememberedEntries = std::size_t{1} << 12;
 
 /// Of its tensors.
 std::size_t tensor_bytes(const LayerBank::Candidate& candidate) {
-  std::size_t bytes = candidate.hidden.nbytes() + kTensorOverhead;
+  std::size_t bytes = taken_bytes(candidate.hidden) + kTensorOverhead;
   for (const at::Tensor& input : candidate.inputs) {
-    if (input.defined()) bytes += input.nbytes() + kTensorOverhead;
+    if (input.defined()) bytes += taken_bytes(input) + kTensorOverhead;
   }
   return bytes;
 }

@@ -52,7 +52,7 @@ bool OutputBank::holds(std::string_view key, bool exact) {
 void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
                         const BatchSize& computed_in) {
   std::size_t bytes = 0;
-  for (const at::Tensor& tensor : tensors) bytes += tensor.nbytes() + kTensorOverhead;
+  for (const at::Tensor& tensor : tensors) bytes += taken_bytes(tensor) + kTensorOverhead;
   std::optional<Reservation> reserved;
   {
     const std::lock_guard lock(mutex_);

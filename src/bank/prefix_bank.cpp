@@ -434,7 +434,11 @@ PrefixBank::Counters PrefixBank::counters() const {
 std::optional<std::size_t> PrefixBank::block_bytes(std::int64_t room) const noexcept {
   const auto tokens = static_cast<std::size_t>(room);
   if (all_token_bytes_ > 0 && tokens > account_.limit() / all_token_bytes_) return std::nullopt;
-  return tokens * all_token_bytes_ + settings_.specs.size() * kBlockTensorOverhead + kBlockOverhead;
+  std::size_t bytes = settings_.specs.size() * kBlockTensorOverhead + kBlockOverhead;
+  for (std::size_t i = 0; i < token_bytes_.size(); ++i) {
+    bytes += taken_bytes(tokens * token_bytes_[i], settings_.specs[i].options.device());
+  }
+  return bytes;
 }
 
 /// A block for a running pass, or null if the bank could not take it over beside what passes use. Its tensors are made

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bank/group_kernels.h"
+#include "bank/tensor_bytes.h"
 #include "llmcache/error.h"
 #include "refusal.h"
 
@@ -164,10 +165,11 @@ std::size_t StoredStates::bytes_for(at::IntArrayRef sizes, const at::TensorOptio
                                     std::int64_t group) {
   const auto values = static_cast<std::size_t>(c10::multiply_integers(sizes));
   const at::ScalarType type = stored_type(format, c10::typeMetaToScalarType(options.dtype()));
-  std::size_t bytes = values * c10::elementSize(type);
+  std::size_t bytes = taken_bytes(values * c10::elementSize(type), options.device());
   if (format == BankFormat::kInt8 && values > 0) {
-    bytes += values / static_cast<std::size_t>(sizes.back()) *
-             static_cast<std::size_t>(groups_of(sizes.back(), group)) * sizeof(float);
+    const std::size_t rows = values / static_cast<std::size_t>(sizes.back());
+    bytes +=
+        taken_bytes(rows * static_cast<std::size_t>(groups_of(sizes.back(), group)) * sizeof(float), options.device());
   }
   return bytes;
 }
@@ -307,7 +309,7 @@ at::Tensor StoredStates::rows(std::int64_t begin, std::int64_t count) const {
 }
 
 std::size_t StoredStates::bytes() const {
-  return (values_.defined() ? values_.nbytes() : 0) + (scales_.defined() ? scales_.nbytes() : 0);
+  return (values_.defined() ? taken_bytes(values_) : 0) + (scales_.defined() ? taken_bytes(scales_) : 0);
 }
 
 double StoredStates::relative_error(const at::Tensor& original) const {

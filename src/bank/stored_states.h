@@ -54,7 +54,7 @@ class StoredStates {
   /// held: not to be written to.
   [[nodiscard]] at::Tensor rows(std::int64_t begin, std::int64_t count) const;
 
-  [[nodiscard]] std::size_t bytes() const;  ///< of values and scales
+  [[nodiscard]] std::size_t bytes() const;  ///< that values and scales take on their device
   /// What is held, read only. Scales are undefined but for kInt8.
   [[nodiscard]] const at::Tensor& values() const noexcept { return values_; }
   [[nodiscard]] const at::Tensor& scales() const noexcept { return scales_; }

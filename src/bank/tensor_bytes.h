@@ -1,6 +1,8 @@
-// What tensors take beside their data.
+// What tensors take, beside their data too.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
@@ -10,5 +12,15 @@ namespace llmcache {
 
 /// Bytes of the objects behind a tensor with a storage of its own.
 inline constexpr std::size_t kTensorOverhead = sizeof(c10::TensorImpl) + sizeof(c10::StorageImpl);
+
+/// What is taken for `bytes` of data: on a CPU just these; on other devices, whose allocators hand out whole steps,
+/// that many steps. 512 bytes are CUDA's.
+inline std::size_t taken_bytes(std::size_t bytes, c10::Device device) {
+  constexpr std::size_t kStep = 512;
+  return device.is_cpu() || device.is_meta() ? bytes : (bytes + kStep - 1) / kStep * kStep;
+}
+
+/// For the data of a tensor that has its storage to itself.
+inline std::size_t taken_bytes(const at::Tensor& tensor) { return taken_bytes(tensor.nbytes(), tensor.device()); }
 
 }  // namespace llmcache

@@ -14,7 +14,7 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
   for (const Spec& spec : specs) {
     std::size_t own = static_cast<std::size_t>(tokens) * spec.options.dtype().itemsize();
     for (const std::int64_t size : spec.sizes) own *= static_cast<std::size_t>(size);
-    sum += own + kTensorOverhead;
+    sum += taken_bytes(own, spec.options.device()) + kTensorOverhead;
   }
   return sum;
 }
@@ -22,7 +22,7 @@ std::size_t StateLayout::bytes(std::int64_t tokens) const {
 EncodedTensor::EncodedTensor(const at::Tensor& rows, BankFormat format) {
   const auto stored = StoredStates::bytes_for(rows.sizes(), rows.options(), format) + kTensorOverhead;
   // Where a row is short its scales take more than what the values save.
-  if (format == BankFormat::kAsComputed || rows.dim() < 2 || stored >= rows.nbytes()) {
+  if (format == BankFormat::kAsComputed || rows.dim() < 2 || stored >= taken_bytes(rows)) {
     rows_ = rows;
     return;
   }
@@ -31,7 +31,7 @@ EncodedTensor::EncodedTensor(const at::Tensor& rows, BankFormat format) {
 }
 
 std::size_t EncodedTensor::bytes() const {
-  return rows_.defined() ? rows_.nbytes() + kTensorOverhead : stored_.bytes() + 2 * kTensorOverhead;
+  return rows_.defined() ? taken_bytes(rows_) + kTensorOverhead : stored_.bytes() + 2 * kTensorOverhead;
 }
 
 std::vector<at::Tensor> EncodedTensor::held() const {
