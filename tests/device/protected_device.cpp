@@ -6,9 +6,11 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <array>
+#include <cstring>
 
 #include "protected_kernels.h"
 #include "protected_memory.h"
+#include "protected_queue.h"
 #include "protected_streams.h"
 
 namespace llmcache::test {
@@ -42,7 +44,9 @@ class Allocator final : public c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     const c10::Device device(c10::kPrivateUse1, current_device);
     if (bytes == 0) return {nullptr, device};
-    void* address = memory_of(current_device).allocate(bytes);
+    ProtectedMemory& memory = memory_of(current_device);
+    void* address = memory.allocate(bytes);
+    if (DelayedWork::instance().delays()) std::memset(memory.shadow(address), 0xFF, bytes);  // NaN, -1
     StreamOrder::instance().allocated(address, StreamOrder::instance().current(current_device));
     return {address, address, &give_back, device};
   }
@@ -159,6 +163,12 @@ void DeviceErrors::OnTestEnd(const ::testing::TestInfo& /*test*/) {
   for (const std::string& error : take_stream_errors()) ADD_FAILURE() << error;
   EXPECT_EQ(current_device, 0) << "the current device was changed";
 }
+
+DelayedStreams::DelayedStreams() { DelayedWork::instance().delay(true); }
+DelayedStreams::~DelayedStreams() { DelayedWork::instance().delay(false); }
+
+ForgottenWaits::ForgottenWaits() { StreamOrder::instance().forget_waits(true); }
+ForgottenWaits::~ForgottenWaits() { StreamOrder::instance().forget_waits(false); }
 
 std::vector<std::string> take_stream_errors() { return StreamOrder::instance().take_errors(); }
 

@@ -36,6 +36,24 @@ DeviceCounts operator-(const DeviceCounts& now, const DeviceCounts& then);
 /// Bytes of a device's memory that are taken now, as its allocator counts them.
 [[nodiscard]] std::size_t device_bytes(int index);
 
+/// Delays all work of streams until somebody waits for it (DelayedWork), as long as it lives.
+class DelayedStreams {
+ public:
+  DelayedStreams();
+  DelayedStreams(const DelayedStreams&) = delete;
+  DelayedStreams& operator=(const DelayedStreams&) = delete;
+  ~DelayedStreams();
+};
+
+/// Makes streams forget that they are to wait for events, as long as it lives: a fault that tests must find.
+class ForgottenWaits {
+ public:
+  ForgottenWaits();
+  ForgottenWaits(const ForgottenWaits&) = delete;
+  ForgottenWaits& operator=(const ForgottenWaits&) = delete;
+  ~ForgottenWaits();
+};
+
 /// What work on several streams did without an order between it, since the last call: one sentence each.
 [[nodiscard]] std::vector<std::string> take_stream_errors();
 

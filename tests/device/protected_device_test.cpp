@@ -5,6 +5,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <cmath>
+
 #include "support.h"
 
 namespace llmcache::test {
@@ -104,6 +106,40 @@ TEST(ProtectedDevice, WorkOfTwoStreamsNeedsAnOrder) {
     EXPECT_EQ(sum.item<float>(), 3);
   }
   EXPECT_TRUE(take_stream_errors().empty());
+}
+
+TEST(ProtectedDevice, DelayedWorkIsDoneWhenSomebodyWaits) {
+  const auto x = at::ones({3}, on(0));
+  const auto side = fresh_stream(0);
+  c10::impl::VirtualGuardImpl(c10::kPrivateUse1).synchronizeDevice(0);
+  const auto sum_behind = [&](bool waits) {
+    const DelayedStreams delay;
+    const auto twice = (x * 2).add_(1);
+    c10::Event written(c10::kPrivateUse1);
+    written.record(c10::impl::VirtualGuardImpl(c10::kPrivateUse1).getStream(protected_device(0)));
+    const c10::StreamGuard guard(side);
+    if (waits) written.block(side);
+    return twice.sum().item<float>();
+  };
+  EXPECT_EQ(sum_behind(true), 9);
+  EXPECT_TRUE(take_stream_errors().empty());
+  EXPECT_TRUE(std::isnan(sum_behind(false)));
+  EXPECT_FALSE(take_stream_errors().empty());
+}
+
+TEST(ProtectedDevice, DelayedWorkComputesWhatACpuComputes) {
+  const DelayedStreams delay;
+  const auto a = at::randn({5, 7});
+  const auto x = moved(a, 1);
+  const auto y = at::empty({2, 7}, on(1));
+  y.copy_(x.narrow(0, 1, 2));
+  y.select(0, 1).fill_(4);
+  const auto later = at::empty({2, 7});
+  later.copy_(y, /*non_blocking=*/true);
+  const auto chosen = x.index_select(0, moved(at::tensor({3, 0}), 1)).softmax(1);
+  EXPECT_TRUE(at::allclose(chosen.cpu(), a.index_select(0, at::tensor({3, 0})).softmax(1)));
+  EXPECT_TRUE(at::equal(later[0], a[1]));
+  EXPECT_TRUE(at::equal(later[1], at::full({7}, 4.0F)));
 }
 
 TEST(ProtectedDevice, MemoryMustOutliveTheWorkOfOtherStreams) {

@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <map>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "protected_device.h"
+#include "protected_queue.h"
 #include "protected_streams.h"
 
 namespace llmcache::test {
@@ -41,6 +43,18 @@ at::Tensor with_storage(const c10::Storage& storage, c10::DispatchKeySet keys, c
   return made;
 }
 
+/// The tensor as the host's kernels see it.
+at::Tensor host_view(const at::Tensor& tensor) {
+  if (!tensor.is_privateuseone()) return tensor;
+  const auto& storage = tensor.storage();
+  const c10::Storage host(c10::Storage::use_byte_size_t(), storage.nbytes(),
+                          c10::DataPtr(shadow_of(storage.data()), c10::kCPU), nullptr, false);
+  auto view = with_storage(host, c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
+  view._set_conj(tensor.is_conj());
+  view._set_neg(tensor.is_neg());
+  return view;
+}
+
 /// One call of an operator: its tensors as the host's kernels see them, and its results as the caller does.
 class KernelCall {
  public:
@@ -58,6 +72,10 @@ class KernelCall {
     TORCH_CHECK(device_, name(), " came to the protected device with no tensor of it");
     const c10::DeviceGuard guard(*device_);
     touch();
+    if (DelayedWork::instance().delays() && !is_view()) {
+      if (put_off()) return;
+      DelayedWork::instance().run({{place_, time_}});  // what stands before it
+    }
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack_);
@@ -129,7 +147,8 @@ class KernelCall {
     ++counters.kernels;
     auto& order = StreamOrder::instance();
     const auto stream = order.current(device_->index());
-    order.launch(stream);
+    place_ = {stream.device_index(), stream.id()};
+    time_ = order.launch(stream);
     for (const Pair& pair : pairs_) order.access(block_of(pair.device), stream, pair.written, name());
     if (answers_the_host()) {
       count_wait();
@@ -197,11 +216,88 @@ class KernelCall {
     return made;
   }
 
+  /// Leaves the work for later, and returns results that hold nonsense until then. False: it cannot be put off, as what
+  /// they are like follows from numbers.
+  bool put_off() {
+    const auto arguments = static_cast<std::ptrdiff_t>(op_.schema().arguments().size());
+    torch::jit::Stack own(stack_.end() - arguments, stack_.end());
+    std::vector<at::Tensor> written;
+    for (const Pair& pair : pairs_) {
+      if (pair.written) written.push_back(pair.device);
+    }
+    const bool fresh = written.empty();
+    if (answers_the_host() || (!fresh && written.size() != op_.schema().returns().size())) return false;
+    const auto results = fresh ? nonsense_results(own) : written;
+    // What is written and has no memory yet gets its sizes from the kernel.
+    const auto unsized = [](const at::Tensor& one) { return one.storage().nbytes() == 0; };
+    if (results.empty() || std::any_of(written.begin(), written.end(), unsized)) return false;
+    torch::jit::drop(stack_, static_cast<std::size_t>(arguments));
+    for (const at::Tensor& result : results) stack_.emplace_back(result);
+    // What it uses is not freed before.
+    DelayedWork::instance().add(place_, time_, [op = op_, own, pairs = pairs_, fresh, results]() mutable {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &own);
+      for (std::size_t i = 0; fresh && i < results.size(); ++i) {
+        const at::Tensor& got = own[i].toTensor();
+        TORCH_CHECK(got.sizes() == results[i].sizes() && got.scalar_type() == results[i].scalar_type(),
+                    op.schema().operator_name().name, " does not do as it does on the meta device");
+        host_view(results[i]).copy_(got);
+      }
+    });
+    return true;
+  }
+
+  /// Results as the meta device says they will be; none where it cannot say.
+  std::vector<at::Tensor> nonsense_results(const torch::jit::Stack& own) {
+    torch::jit::Stack stack;
+    if (name() == "aten::scaled_dot_product_attention") {  // the meta device has none
+      auto sizes = own[0].toTensor().sizes().vec();
+      sizes.back() = own[2].toTensor().size(-1);
+      stack = {at::empty(sizes, own[0].toTensor().options().device(c10::kMeta))};
+    } else {
+      for (const c10::IValue& value : own) stack.push_back(on_meta(value));
+      try {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+      } catch (const std::exception&) {
+        return {};
+      }
+    }
+    std::vector<at::Tensor> results;
+    for (const c10::IValue& value : stack) {
+      if (!value.isTensor() || !value.toTensor().defined()) return {};
+      const at::Tensor& like = value.toTensor();
+      results.push_back(at::empty_strided(like.sizes(), like.strides(), like.options().device(*device_)));
+      StreamOrder::instance().access(block_of(results.back()), stream_of(results.back()), true, name());
+    }
+    return results;
+  }
+
+  static c10::IValue on_meta(const c10::IValue& value) {
+    if (value.isTensor()) return meta_tensor(value.toTensor());
+    if (value.isDevice()) return c10::Device(c10::kMeta);
+    if (!value.isList()) return value;
+    auto all = value.toList().copy();
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (const c10::IValue one = all.get(i); one.isTensor()) all.set(i, meta_tensor(one.toTensor()));
+    }
+    return all;
+  }
+
+  static at::Tensor meta_tensor(const at::Tensor& host) {
+    if (!host.defined()) return host;
+    const auto meta = at::empty_strided(host.sizes(), host.strides(), host.options().device(c10::kMeta));
+    if (host.unsafeGetTensorImpl()->is_wrapped_number()) meta.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return meta;
+  }
+
   const c10::OperatorHandle& op_;
   torch::jit::Stack& stack_;
   std::map<c10::StorageImpl*, c10::Storage> storages_;
   std::vector<Pair> pairs_;
   std::optional<c10::Device> device_;
+  StreamOrder::Place place_;
+  std::int64_t time_ = 0;
   bool writing_ = false;
 };
 
@@ -223,18 +319,6 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::op
                                            type.value_or(c10::get_default_dtype_as_scalartype()));
 }
 
-/// The tensor as the host's kernels see it.
-at::Tensor host_view(const at::Tensor& tensor) {
-  if (!tensor.is_privateuseone()) return tensor;
-  const auto& storage = tensor.storage();
-  const c10::Storage host(c10::Storage::use_byte_size_t(), storage.nbytes(),
-                          c10::DataPtr(shadow_of(storage.data()), c10::kCPU), nullptr, false);
-  auto view = with_storage(host, c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
-  view._set_conj(tensor.is_conj());
-  view._set_neg(tensor.is_neg());
-  return view;
-}
-
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   if (to.numel() == 0) return to;
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -242,15 +326,24 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
   const auto stream = stream_of(from.is_privateuseone() ? from : to);
   const bool across = from.is_privateuseone() && to.is_privateuseone() && from.device() != to.device();
   if (across) order.block(order.record(stream_of(to)), stream);
-  order.launch(stream);
+  const std::int64_t time = order.launch(stream);
   if (from.is_privateuseone()) order.access(block_of(from), stream, false, "a copy");
   if (to.is_privateuseone()) order.access(block_of(to), stream, true, "a copy");
+  auto& work = DelayedWork::instance();
+  const StreamOrder::Place place{stream.device_index(), stream.id()};
   if (!from.is_privateuseone()) {
     ++counters.to_device;
   } else if (!to.is_privateuseone()) {
     ++counters.to_host;
     if (non_blocking) {
-      order.copy_later(to, host_view(from).clone(), stream);
+      const auto value = at::empty_like(to);
+      const auto copy = [value, from] { value.copy_(host_view(from)); };
+      if (work.delays()) {
+        work.add(place, time, copy);
+      } else {
+        copy();
+      }
+      order.copy_later(to, value, stream);
       return to;
     }
     wait_for(from);
@@ -258,6 +351,13 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     ++(across ? counters.across : counters.kernels);
   }
   if (across) order.block(order.record(stream), stream_of(to));
+  if (work.delays() && !across && to.is_privateuseone()) {
+    // The host may change its own at once.
+    work.add(place, time,
+             [to, own = from.is_privateuseone() ? from : from.clone()] { host_view(to).copy_(host_view(own)); });
+    return to;
+  }
+  work.run({{place, time}});
   host_view(to).copy_(host_view(from));
   return to;
 }

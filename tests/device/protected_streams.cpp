@@ -6,6 +6,8 @@
 #include <array>
 #include <utility>
 
+#include "protected_queue.h"
+
 namespace llmcache::test {
 namespace {
 
@@ -49,11 +51,11 @@ c10::Stream StreamOrder::fresh(c10::DeviceIndex device) {
   return c10::Stream(c10::Stream::UNSAFE, c10::Device(c10::kPrivateUse1, device), next_++);
 }
 
-void StreamOrder::launch(c10::Stream stream) {
+std::int64_t StreamOrder::launch(c10::Stream stream) {
   const std::lock_guard lock(mutex_);
   Clock& known = known_[place_of(stream)];
   join(known, host_);  // the host launches it, behind what it waited for
-  ++known[place_of(stream)];
+  return ++known[place_of(stream)];
 }
 
 bool StreamOrder::knows(const Place& who, const Place& other, std::int64_t time) {
@@ -116,6 +118,8 @@ StreamOrder::Clock StreamOrder::record(c10::Stream stream) {
 }
 
 void StreamOrder::block(const Clock& event, c10::Stream stream) {
+  if (forgets_waits_) return;
+  DelayedWork::instance().run(event);
   const std::lock_guard lock(mutex_);
   join(known_[place_of(stream)], event);
 }
@@ -130,20 +134,22 @@ void StreamOrder::learn(const Clock& event) {
 }
 
 void StreamOrder::wait(const Clock& event) {
+  DelayedWork::instance().run(event);  // it frees what it used, which takes the lock
   const std::lock_guard lock(mutex_);
   learn(event);
 }
 
-void StreamOrder::wait(c10::Stream stream) {
-  const std::lock_guard lock(mutex_);
-  learn(known_[place_of(stream)]);
-}
+void StreamOrder::wait(c10::Stream stream) { wait(record(stream)); }
 
 void StreamOrder::wait(c10::DeviceIndex device) {
-  const std::lock_guard lock(mutex_);
-  for (const auto& [place, clock] : known_) {
-    if (place.first == device) learn(clock);
+  Clock all;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [place, clock] : known_) {
+      if (place.first == device) join(all, clock);
+    }
   }
+  wait(all);
 }
 
 bool StreamOrder::done(const Clock& event) const {

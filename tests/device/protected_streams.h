@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -13,10 +14,10 @@
 
 namespace llmcache::test {
 
-/// The kernels of the protected device run at once, but nobody may rely on it: work of two streams on the same memory
-/// is an error unless an event, or a wait of the host, puts the one behind the other. So a missing wait is found
-/// whatever the timing. What is copied to the host without waiting holds nonsense until the host has waited.
-/// Thread-safe. What one thread of the host waited for counts for all.
+/// The kernels of the protected device run at once, or when somebody waits (DelayedWork); nobody may rely on it: work
+/// of two streams on the same memory is an error unless an event, or a wait of the host, puts the one behind the other.
+/// So a missing wait is found whatever the timing. What is copied to the host without waiting holds nonsense until the
+/// host has waited. Thread-safe. What one thread of the host waited for counts for all.
 class StreamOrder {
  public:
   using Place = std::pair<int, c10::StreamId>;  ///< a stream: its device and number
@@ -28,8 +29,8 @@ class StreamOrder {
   c10::Stream exchange(c10::Stream stream);
   c10::Stream fresh(c10::DeviceIndex device);
 
-  /// Work begins on `stream`; the clock that its accesses carry.
-  void launch(c10::Stream stream);
+  /// Work begins on `stream`, which has as much more; the time that its accesses carry.
+  std::int64_t launch(c10::Stream stream);
   /// What the work just launched on `stream` does to `block`, an address given out by the allocator.
   void access(const void* block, c10::Stream stream, bool writes, const std::string& work);
   void allocated(const void* block, c10::Stream stream);
@@ -43,6 +44,8 @@ class StreamOrder {
   void wait(c10::Stream stream);
   void wait(c10::DeviceIndex device);
   [[nodiscard]] bool done(const Clock& event) const;
+  /// Streams that are told to wait for an event no longer do: the fault that tests must find.
+  void forget_waits(bool on) { forgets_waits_ = on; }
 
   /// `target`, on the host, gets `value` when the host has waited for what is on `stream` now.
   void copy_later(const at::Tensor& target, const at::Tensor& value, c10::Stream stream);
@@ -73,6 +76,7 @@ class StreamOrder {
   std::vector<Later> later_;
   std::vector<std::string> errors_;
   c10::StreamId next_ = 1;
+  std::atomic<bool> forgets_waits_{false};
 };
 
 }  // namespace llmcache::test
