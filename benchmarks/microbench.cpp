@@ -160,6 +160,11 @@ void exported_miss(benchmark::State& state, Fixture& fixture) {
       [&](const Inputs& in) { return fixture.program_cache()->forward(in); });
 }
 
+void pass(benchmark::State& state, Fixture& fixture) {
+  fixture.cache().clear();
+  run_cache(state, fixture, fixture.cache(), Ratio::kSpeedup, [&] { return fixture.fresh({state.range(0)}); });
+}
+
 void packed(benchmark::State& state, Fixture& fixture) {
   fixture.cache().clear();
   if (fixture.cache().profile().granularity == Granularity::kWholeLayers) {
@@ -320,6 +325,7 @@ void add_all(const std::string& model, int pairs, std::int64_t max_tokens, Fixtu
     add("exported", 4 * pairs, exported);
     add("exported_miss", 4 * pairs, exported_miss);
   }
+  add("pass", pairs, pass)->Arg(16)->Arg(64)->Arg(128);
   add("packed", pairs, packed);
   add("last", pairs, last)->Arg(1)->Arg(8)->Arg(16)->Arg(32)->Arg(64);
   if (fixture.cache().profile().prefix_reuse) {

@@ -69,28 +69,31 @@ const char* to_string(Output output) noexcept;
 Output output_from_string(const std::string& text);
 
 /// How the weights of linear layers are held: aten::linear, aten::addmm as in GPT-2, and products with a weight. Packed
-/// ones are copies in the order in which a CPU reads them. The library then lets go of what it no longer needs: memory
-/// is freed as soon as the caller drops the module (or hands it over: LayerCache(torch::jit::load(...), ...)).
+/// ones are copies in the order in which a CPU reads them. The
+/// library then lets go of what it no longer needs: memory is freed as soon as the caller drops the module (or hands it
+/// over: LayerCache(torch::jit::load(...), ...)).
 enum class Weights {
   /// The module's own tensors. Bit-identical to the module.
   kAsLoaded,
   /// Packed for the CPU's matrix product by oneDNN. Equal up to floating-point rounding.
   kPackedFp32,
-  /// Rounded to half precision and packed by FBGEMM: fastest for few tokens. Rows are padded to 512, so that it takes
-  /// 0.7 to 1.0 times the memory of the weights as loaded (docs/memory.md). Sums stay float32,
-  /// results move by about 1e-3 of their scale; a weight beyond the range of half precision is refused.
+  /// Rounded to half precision: fastest for few tokens. With AVX-512 it is packed by FBGEMM, which pads rows to 512, so
+  /// that it takes 0.7 to 1.0 times the memory of the weights as loaded (docs/memory.md); with AVX2 alone it takes half
+  /// of it. Sums stay float32, results move by about 1e-3 of their scale. Takes float32 and float16 modules; a weight
+  /// beyond the range of half precision is refused.
   kPackedFp16,
-  /// Rounded to bfloat16 and packed by oneDNN; takes half the memory of float32. What enters a product is rounded to
-  /// bfloat16 too, and between the products of a float32 module everything stays float32. Results move by about 1e-2 of
-  /// their scale, as those of a module that was converted to bfloat16. Takes float32 and bfloat16 modules. Fastest
-  /// where the CPU multiplies bfloat16 (AMX, AVX512-BF16), right but slow elsewhere.
+  /// Rounded to bfloat16, half the memory of float32. With AVX-512 oneDNN multiplies, and what enters a product is
+  /// rounded to bfloat16 too. Elsewhere it stays float32, as does what is between the products of a float32 module
+  /// everywhere. Results move by about 1e-2 of their scale, as those of a module that was converted to bfloat16. Takes
+  /// float32, bfloat16 and float16 modules. Fastest where the CPU multiplies bfloat16 (AMX, AVX512-BF16), and faster
+  /// than float32 with AVX2.
   kPackedBFloat16,
-  /// Rounded to 8 bits, with a scale for each output channel, and packed by oneDNN; takes about 0.27 of the memory of
-  /// float32. What enters a product is rounded to 8 bits too, with a scale of its own for each token, so that a token's
-  /// product does not depend on what stands beside it, bit for bit. Results move by some hundredths of their scale: the
-  /// one lossy format, whose effect on the caller's task has to be measured. Language models need
-  /// Options::weights_sample. Takes float32 and bfloat16 modules. Fast
-  /// where the CPU multiplies 8-bit integers (AMX, AVX512-VNNI), right but slow elsewhere.
+  /// Rounded to 8 bits, with a scale for each output channel; takes about 0.27 of the memory of float32. What enters a
+  /// product is rounded to 8 bits too, with a scale of its own for each token, so that a token's product does not
+  /// depend on what stands beside it, bit for bit. Results move by some hundredths of their scale: the one lossy
+  /// format, whose effect on the caller's task has to be measured. Language models need Options::weights_sample. Takes
+  /// float32, bfloat16 and float16 modules. Fastest where the CPU multiplies 8-bit integers (AMX, AVX512-VNNI), by
+  /// oneDNN; elsewhere products are added in 32 bits, which is faster than float32 too.
   kPackedInt8,
   /// Whichever of the others is fastest on this CPU for the shapes of the model's own layers, found out while wrapping,
   /// by products of few rows (1, 4 and 16) and of many (64 and 128). Formats that are not available are left out, and

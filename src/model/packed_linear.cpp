@@ -13,9 +13,12 @@
 #include <mutex>
 #include <shared_mutex>
 #include <string_view>
+#include <unordered_map>
+#include <vector>
 
 #include "execute/clock.h"
 #include "llmcache/error.h"
+#include "model/weight_panels.h"
 
 namespace llmcache {
 namespace {
@@ -133,18 +136,21 @@ class PackedFp32 final : public PackedLinear {
   OneDnnMatrix matrix_;
 };
 
-/// The type of the module stands around the products, which are bfloat16.
+/// The type of the module stands around the products. These are oneDNN's where it makes them in bfloat16; CPUs that
+/// cannot do so read the weights from panels, and what they multiply stays float32.
 class PackedBFloat16 final : public PackedLinear {
  public:
-  PackedBFloat16(const at::Tensor& weight, const std::string& name)
-      : PackedLinear(weight), matrix_(matrix_of(rounded(weight, name))) {}
+  PackedBFloat16(const at::Tensor& weight, const std::string& name) : PackedLinear(weight) {
+    const auto matrix = rounded(weight, name);
+    if (!pack_by_one_dnn(matrix)) panels_.emplace(matrix);
+  }
 
-  std::size_t bytes() const override { return matrix_.bytes(); }
+  std::size_t bytes() const override { return panels_ ? panels_->bytes() : matrix_->bytes(); }
 
  private:
   static at::Tensor rounded(const at::Tensor& weight, const std::string& name) {
     auto made = weight.to(at::kBFloat16);
-    if (made.isinf().logical_and_(weight.isfinite()).any().item<bool>()) {
+    if (weight.scalar_type() == at::kFloat && made.isinf().logical_and_(weight.isfinite()).any().item<bool>()) {
       throw Error(ErrorCode::kNotAvailable,
                   fmt::format("Options.weights is packed-bf16, but '{}' holds a value that rounds to no bfloat16; use "
                               "packed-fp32",
@@ -153,25 +159,25 @@ class PackedBFloat16 final : public PackedLinear {
     return made;
   }
 
-  /// LibTorch refuses products in bfloat16 on a CPU that cannot make them.
-  static OneDnnMatrix matrix_of(const at::Tensor& weight) {
+  /// False on a CPU for which LibTorch refuses products in bfloat16.
+  bool pack_by_one_dnn(const at::Tensor& weight) {
     try {
-      OneDnnMatrix made(weight, Weights::kPackedBFloat16);
-      (void)made.multiply(at::zeros({1, weight.size(1)}, weight.options()), std::nullopt);
-      return made;
-    } catch (const c10::Error& error) {
-      throw Error(ErrorCode::kNotAvailable,
-                  fmt::format("Options.weights is packed-bf16, but LibTorch makes no product in bfloat16 on this CPU "
-                              "({}); use another format",
-                              error.what_without_backtrace()));
+      matrix_.emplace(weight, Weights::kPackedBFloat16);
+      (void)matrix_->multiply(at::zeros({1, weight.size(1)}, weight.options()), std::nullopt);
+      return true;
+    } catch (const c10::Error&) {
+      matrix_.reset();
+      return false;
     }
   }
 
   at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
-    return finish_rows(matrix_.multiply(rows, std::nullopt), finish, rows.scalar_type());
+    const auto product = panels_ ? panels_->multiply(rows.to(at::kFloat)) : matrix_->multiply(rows, std::nullopt);
+    return finish_rows(product, finish, rows.scalar_type());
   }
 
-  OneDnnMatrix matrix_;
+  std::optional<OneDnnMatrix> matrix_;
+  std::optional<WeightPanels> panels_;
 };
 
 using Int8Linear = at::Tensor(at::Tensor, double, std::int64_t, at::Tensor, at::Tensor, at::Tensor,
@@ -232,7 +238,8 @@ class Int8Engine {
 };
 
 /// 8 bits with a scale for each output channel, times rows of 8 bits with a scale for each. Sums are whole numbers, so
-/// that they are the same in any order. With a recipe some inputs are multiplied in float32 beside that.
+/// that they are the same in any order. Where oneDNN's overflow, the weights are read from panels. With a recipe some
+/// inputs are multiplied in float32 beside that.
 class PackedInt8 final : public PackedLinear {
  public:
   PackedInt8(const at::Tensor& weight, const std::string& name, const Int8Recipe* recipe) : PackedLinear(weight) {
@@ -245,13 +252,12 @@ class PackedInt8 final : public PackedLinear {
     }
     if (recipe != nullptr) wide = take(*recipe, wide);
     scales_ = wide.abs().amax(1).clamp_min_(kSmallestScaled).div_(kSteps);
-    zeros_ = at::zeros({outputs()}, at::kLong);
     const auto values = wide.div(scales_.unsqueeze(1)).round_().to(at::kChar).contiguous();
-    packed_ = Int8Engine::pack(values);
-    bytes_ = bytes_of(packed_, Weights::kPackedInt8) + scales_.nbytes() + zeros_.nbytes();
+    wide.reset();
+    bytes_ = scales_.nbytes() + (pack_by_one_dnn(values) ? bytes_of(packed_, Weights::kPackedInt8) + zeros_.nbytes()
+                                                         : pack_panels(values, name));
     for (const at::Tensor* own : {&factors_, &outliers_, &outlier_weights_})
       bytes_ += own->defined() ? own->nbytes() : 0;
-    check_sums(values, name);
   }
 
   std::size_t bytes() const override { return bytes_; }
@@ -277,50 +283,64 @@ class PackedInt8 final : public PackedLinear {
     return Int8Engine::get().multiply(rows, packed_, scales_, zeros_);
   }
 
-  /// Some CPUs add pairs of products in 16 bits, which overflow: rows with the largest sums tell.
-  void check_sums(const at::Tensor& values, const std::string& name) const {
+  /// False where sums are wrong: CPUs without products of 8 bits that add to 32 add pairs of them in 16 bits, which
+  /// overflow. Rows with the largest sums tell.
+  bool pack_by_one_dnn(const at::Tensor& values) {
+    zeros_ = at::zeros({outputs()}, at::kLong);
+    packed_ = Int8Engine::pack(values);
     const auto rows = at::stack({values[0].sign(), values[0].sign().neg(), at::ones_like(values[0])}).mul_(127);
     const auto want = at::linear(rows.to(at::kFloat), values.to(at::kFloat)).mul_(scales_);
     const bool shifted = Int8Engine::get().row_bytes() == RowBytes::kShifted;
     const auto given = shifted ? rows.to(at::kShort).add_(128).to(at::kByte) : rows;
     const double off = (product_of(given) - want).abs().max().item<double>();
-    if (off <= 1e-4 * want.abs().max().item<double>()) return;
-    throw Error(ErrorCode::kNotAvailable,
-                fmt::format("Options.weights is packed-int8, but this CPU's product of 8-bit integers overflows for "
-                            "'{}'; use another format",
-                            name));
+    return off <= 1e-4 * want.abs().max().item<double>();
+  }
+
+  std::size_t pack_panels(const at::Tensor& values, const std::string& name) {
+    packed_.reset();
+    zeros_.reset();
+    if (inputs() > WeightPanels::kMostInt8Inputs) {
+      throw Error(ErrorCode::kNotAvailable,
+                  fmt::format("Options.weights is packed-int8, but sums of the {} inputs of '{}' overflow 32 bits; use "
+                              "another format",
+                              inputs(), name));
+    }
+    panels_.emplace(values);
+    return panels_->bytes();
   }
 
   at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
-    const QuantisedRows quantised =
-        quantise_rows(rows, rows_to_run(rows.size(0)), Int8Engine::get().row_bytes(), factors_);
+    const auto count = rows.size(0);
+    const auto room = panels_ ? count : rows_to_run(count);
+    const auto bytes = panels_ ? RowBytes::kSigned : Int8Engine::get().row_bytes();
+    const QuantisedRows quantised = quantise_rows(rows, room, bytes, factors_);
     Finish scaled = finish;
     scaled.row_scales = quantised.scales;
-    const auto product = product_of(quantised.values).narrow(0, 0, rows.size(0));
+    const auto product =
+        panels_ ? panels_->multiply(quantised.values, scales_) : product_of(quantised.values).narrow(0, 0, count);
     if (outliers_.defined()) add_columns(product, rows, quantised.scales, outliers_, outlier_weights_);
     return finish_rows(product, scaled, rows.scalar_type());
   }
 
   at::Tensor scales_;
-  at::Tensor zeros_;
-  at::Tensor packed_;
+  at::Tensor zeros_;   ///< oneDNN's only
+  at::Tensor packed_;  ///< likewise
+  std::optional<WeightPanels> panels_;
   at::Tensor factors_;          ///< of the inputs, 0 for outliers; undefined: no recipe
   at::Tensor outliers_;         ///< undefined: none
   at::Tensor outlier_weights_;  ///< [outliers, out]
   std::size_t bytes_ = 0;
 };
 
-/// FBGEMM's layout of a half-precision matrix.
+/// Half precision, read from panels where the CPU has nothing wider than what these use; elsewhere in FBGEMM's layout.
+/// Sums are float32.
 class PackedFp16 final : public PackedLinear {
  public:
   PackedFp16(const at::Tensor& weight, const std::string& name) : PackedLinear(weight) {
-    const auto largest = weight.abs().max().item<double>();  // NaN if there is one
-    if (!(largest <= kLargestHalf)) {
-      const auto found = std::isfinite(largest) ? fmt::format("{}", largest) : "a value that is not finite";
-      throw Error(ErrorCode::kNotAvailable,
-                  fmt::format("Options.weights is packed-fp16, but '{}' holds {}, and half precision ends at {}; use "
-                              "packed-fp32",
-                              name, found, kLargestHalf));
+    check_range(weight, name);
+    if (weight.scalar_type() == at::kHalf || WeightPanels::suit_the_cpu()) {
+      panels_.emplace(weight.to(at::kHalf));
+      return;
     }
     using Pack = c10::intrusive_ptr<LinearPackedParamsBase>(at::Tensor, std::optional<at::Tensor>);
     const auto pack = engine<Pack>("quantized::linear_prepack_fp16", Weights::kPackedFp16);
@@ -331,19 +351,52 @@ class PackedFp16 final : public PackedLinear {
   }
 
   std::size_t bytes() const override {
+    if (panels_) return panels_->bytes();
     // FBGEMM fills up blocks of 512 rows and 32 columns (16 without AVX-512).
     const auto filled = [](std::int64_t size, std::int64_t block) { return (size + block - 1) / block * block; };
     return static_cast<std::size_t>(filled(inputs(), 512) * filled(outputs(), 32)) * sizeof(at::Half);
   }
 
  private:
+  static void check_range(const at::Tensor& weight, const std::string& name) {
+    const auto [least, most] = at::aminmax(weight);  // NaN if there is one
+    const double largest = at::maximum(most, least.neg()).item<double>();
+    if (largest <= kLargestHalf) return;
+    const auto found = std::isfinite(largest) ? fmt::format("{}", largest) : "a value that is not finite";
+    throw Error(ErrorCode::kNotAvailable,
+                fmt::format("Options.weights is packed-fp16, but '{}' holds {}, and half precision ends at {}; use "
+                            "packed-fp32",
+                            name, found, kLargestHalf));
+  }
+
   at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const override {
-    auto result = packed_->apply_dynamic(rows);
-    return finish.bias.defined() ? result.add_(finish.bias) : result;
+    return finish_rows(panels_ ? panels_->multiply(rows) : packed_->apply_dynamic(rows), finish, at::kFloat);
   }
 
   c10::intrusive_ptr<LinearPackedParamsBase> packed_;
+  std::optional<WeightPanels> panels_;
 };
+
+/// Which types of modules a format takes.
+std::vector<at::ScalarType> types_of(Weights kind) {
+  switch (kind) {
+    case Weights::kPackedFp32:
+      return {at::kFloat};
+    case Weights::kPackedFp16:
+      return {at::kFloat, at::kHalf};
+    default:
+      return {at::kFloat, at::kBFloat16, at::kHalf};
+  }
+}
+
+std::string names_of(const std::vector<at::ScalarType>& types) {
+  std::string names;
+  for (const auto type : types) {
+    if (!names.empty()) names += type == types.back() ? " or " : ", ";
+    names += type == at::kFloat ? "float32" : (type == at::kHalf ? "float16" : "bfloat16");
+  }
+  return names;
+}
 
 }  // namespace
 
@@ -362,14 +415,14 @@ const PackedLinear& PackedLinear::find(std::int64_t number) {
 
 std::shared_ptr<const PackedLinear> PackedLinear::pack(Weights kind, const at::Tensor& weight, const std::string& name,
                                                        const Int8Recipe* recipe) {
-  const bool both = finishes(kind);
-  const bool takes = weight.scalar_type() == at::kFloat || (both && weight.scalar_type() == at::kBFloat16);
+  const auto types = types_of(kind);
+  const bool takes = std::find(types.begin(), types.end(), weight.scalar_type()) != types.end();
   if (!weight.device().is_cpu() || weight.layout() != at::kStrided || !takes) {
     throw Error(ErrorCode::kNotAvailable,
                 fmt::format("Options.weights is {}, which takes {} weights on a CPU, but '{}' is {} on {}; use "
                             "as-loaded, or convert the module",
-                            to_string(kind), both ? "float32 or bfloat16" : "float32", name,
-                            c10::toString(weight.scalar_type()), weight.device().str()));
+                            to_string(kind), names_of(types), name, c10::toString(weight.scalar_type()),
+                            weight.device().str()));
   }
   TORCH_INTERNAL_ASSERT(weight.dim() == 2 && weight.numel() > 0);
   if (kind == Weights::kPackedFp32) return std::make_shared<const PackedFp32>(weight);
@@ -393,11 +446,13 @@ at::Tensor PackedLinear::apply(const at::Tensor& x, const std::optional<at::Tens
   TORCH_CHECK(!residual || (residual->scalar_type() == type_ && residual->numel() == c10::multiply_integers(shape)),
               "what a packed linear layer adds to its result must have its type and size, got ", residual->toString());
   if (x.numel() == 0) return at::empty(shape, x.options());
+  const auto given = type_ == at::kHalf ? at::kFloat : type_;  // the kernels know no half precision
+  const auto as_given = [&](const at::Tensor& tensor) { return tensor.to(given).contiguous(); };
   Finish finish;
-  if (bias) finish.bias = bias->contiguous();
+  if (bias) finish.bias = as_given(*bias);
   finish.activation = activation;
-  if (residual) finish.residual = residual->contiguous();
-  return multiply(x.reshape({-1, in_}).contiguous(), finish).view(shape);
+  if (residual) finish.residual = as_given(*residual);
+  return multiply(as_given(x.reshape({-1, in_})), finish).view(shape).to(type_);
 }
 
 }  // namespace llmcache

@@ -33,7 +33,7 @@ class PackedLinear {
 
   /// True if apply() of this kind takes more than a bias, at no other pass over its result.
   static bool finishes(Weights kind) noexcept {
-    return kind == Weights::kPackedBFloat16 || kind == Weights::kPackedInt8;
+    return kind == Weights::kPackedFp16 || kind == Weights::kPackedBFloat16 || kind == Weights::kPackedInt8;
   }
 
   /// at::linear(x, weight, bias) for `x`, `[..., in]`, of any strides and of the weight's type. What a row becomes
@@ -52,8 +52,8 @@ class PackedLinear {
 
  protected:
   explicit PackedLinear(const at::Tensor& weight);
-  /// The same for a contiguous `[rows, in]` of at least one row. `finish` has no scales of rows, and more than a bias
-  /// for kinds that finishes() names only.
+  /// The same for a contiguous `[rows, in]` of at least one row, of the weight's type, float32 for half precision, and
+  /// as that type. `finish` has no scales of rows, and more than a bias for kinds that finishes() names only.
   [[nodiscard]] virtual at::Tensor multiply(const at::Tensor& rows, const Finish& finish) const = 0;
 
  private:
