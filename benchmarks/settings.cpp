@@ -283,6 +283,7 @@ void give(const Values& values, Settings& settings) {
   add_settings(app, settings);
   Choices arguments = {app.get_name()};
   for (const auto& [name, list] : values) {
+    if (app.get_option_no_throw("--" + name) == nullptr) throw Failure(fmt::format("there is no setting '{}'", name));
     const std::string text = fmt::format("{}", fmt::join(list, ","));
     if (text.empty()) throw Failure(fmt::format("--{}: expected a value", name));
     arguments.push_back(fmt::format("--{}={}", name, text));
