@@ -21,7 +21,6 @@
 #include <utility>
 #include <vector>
 
-#include "clock.h"
 #include "device/load_on.h"
 #include "failure.h"
 #include "llmcache/llmcache.h"

@@ -80,9 +80,8 @@ std::size_t OutputPart::check(std::string_view entry) const {
   const OutputRecord record = read_output(entry);
   if (!forms_->fit(record.key, record.tensors)) throw DamagedData("it has an entry of another form than the model's");
   std::size_t bytes = record.key.size() + kOutputEntryBytes;
-  const auto device = wrapped_.model->device();
   for (const TensorRecord& tensor : record.tensors) {
-    bytes += taken_bytes(tensor.bytes.size(), device) + kTensorOverhead;
+    bytes += taken_bytes(tensor.bytes.size(), device_) + kTensorOverhead;
   }
   return bytes;
 }
