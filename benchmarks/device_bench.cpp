@@ -26,7 +26,6 @@
 #include "llmcache/llmcache.h"
 #include "loaded_model.h"
 #include "machine.h"
-#include "model_files.h"
 #include "statistics.h"
 
 namespace llmcache::bench {

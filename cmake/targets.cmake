@@ -21,14 +21,16 @@ endfunction()
 
 # llmcache_program(TARGET): benchmarks and examples. They spend their time in the library and in LibTorch, whose headers
 # are compiled once for all of them.
+set(LLMCACHE_PROGRAM_OPTIMIZATION -O1 CACHE STRING "Optimisation of benchmarks and examples in a release build")
+mark_as_advanced(LLMCACHE_PROGRAM_OPTIMIZATION)
 function(llmcache_program target)
   llmcache_own_code(${target})
-  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:${LLMCACHE_PROGRAM_OPTIMIZATION}>)
   if(NOT TARGET llmcache_program_headers)
     add_library(llmcache_program_headers OBJECT ${PROJECT_SOURCE_DIR}/cmake/program_headers.cpp)
     target_link_libraries(llmcache_program_headers PRIVATE llmcache::llmcache)
     llmcache_own_code(llmcache_program_headers)
-    target_compile_options(llmcache_program_headers PRIVATE $<$<CONFIG:Release>:-O1>)
+    target_compile_options(llmcache_program_headers PRIVATE $<$<CONFIG:Release>:${LLMCACHE_PROGRAM_OPTIMIZATION}>)
     target_precompile_headers(llmcache_program_headers PRIVATE ${PROJECT_SOURCE_DIR}/cmake/program_headers.h)
   endif()
   target_precompile_headers(${target} REUSE_FROM llmcache_program_headers)
