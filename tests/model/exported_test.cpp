@@ -151,11 +151,13 @@ std::vector<Recorded> recorded() {
   return all;
 }
 
+/// Up to what processors differ by, as a share of the largest number: sums of float32 in another order.
 ::testing::AssertionResult answers_as_recorded(const c10::IValue& got, const Recorded& answer) {
   const auto real = answer.inputs[1].toTensor().unsqueeze(-1);
-  const double off = (got.toTensor() - answer.output).mul(real).abs().max().item<double>();
+  const double largest = answer.output.mul(real).abs().max().item<double>();
+  const double off = (got.toTensor() - answer.output).mul(real).abs().max().item<double>() / largest;
   if (off <= 1e-5) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << "it is off by " << off;
+  return ::testing::AssertionFailure() << "it is off by " << off << " of the largest, " << largest;
 }
 
 TEST(EarlierExport, IsReadAndAnswersAsItDid) {

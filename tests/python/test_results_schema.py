@@ -112,12 +112,12 @@ class BenchTest(unittest.TestCase):
         models = self.temporary / "models"
         models.mkdir()
         for end in ("pt", "json"):
-            (models / f"{MODEL}.{end}").symlink_to(self.models / f"{MODEL}.{end}")
+            (models / f"{ENCODER}.{end}").symlink_to(self.models / f"{ENCODER}.{end}")
         for expected in ("was written", "was read"):
-            run = self.bench("--model", MODEL, "--workload", WORKLOAD, "--limit", "1", models=models)
+            run = self.bench("--model", ENCODER, "--workload", WORKLOAD, "--limit", "1", models=models)
             self.assertEqual(run.returncode, 0, run.stderr)
             self.assertIn(f" {expected}", run.stdout)
-            self.assertTrue((models / f"{MODEL}.pt.as-loaded.profile").is_file())
+            self.assertTrue((models / f"{ENCODER}.pt.as-loaded.profile").is_file())
 
     def test_results_of_both_modes(self) -> None:
         document, table = self.results()
@@ -127,7 +127,8 @@ class BenchTest(unittest.TestCase):
         for record in (plain, cached):
             self.assertEqual((record["requests"], record["requests_available"]), (4, 4))
             self.assertEqual((record["shuffle"], record["threads"]), (None, 1))
-            self.assertIn(record["weights"], table)
+            self.assertEqual(record["weights"], "random (seed 0)")
+            self.assertIn("random weights", table)
         self.assertGreaterEqual(plain["tokens_computed_fraction"], 1)
         self.assertGreater(cached["speedup_vs_nocache"], 0)
         self.assertLess(cached["divergence"]["max"], 1e-4)
