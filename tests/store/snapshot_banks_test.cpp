@@ -201,12 +201,12 @@ Options similar(FingerprintKind kind, Centring centring, std::vector<std::int64_
   return options;
 }
 
-/// Texts that come again with a word changed, as often as not.
+/// Texts that come again, two of three with a word changed.
 std::vector<Request> variations(const ModelInfo& info, int count, std::uint64_t seed) {
   std::vector<Request> all;
   for (int i = 0; i < count; ++i) {
     Request next = right_padded(info, {16}, 100 + (seed + static_cast<std::uint64_t>(i)) % 24);
-    next.ids()[0][3 + i % 9] = 10 + (i * 7) % 90;
+    if (i % 3 != 0) next.ids()[0][3 + i % 9] = 10 + (i * 7) % 90;
     all.push_back(next);
   }
   return all;
@@ -268,7 +268,7 @@ class LayerStates : public ::testing::Test {
   }
   const ModelInfo info_ = model_info(kEncoder);
   const Options options_ = similar(FingerprintKind::kRaw, Centring::kRunning);
-  const std::vector<Request> requests_ = variations(info_, 20, 0);
+  const std::vector<Request> requests_ = variations(info_, 40, 0);  // more than the running means begin with
   const TemporaryFolder folder_;
   const fs::path file_ = folder_ / "cache.snapshot";
   LayerCache<Module> first_;
@@ -326,9 +326,16 @@ TEST_F(LayerStates, FitTheMeansThatACacheHasAlready) {
   const SnapshotReport loaded = second.load(file_);
   EXPECT_EQ(part_of(loaded, "centres of fingerprints").why, "the cache has means of its own already");
   EXPECT_EQ(part_of(loaded, "layer states").left, 0U);
-  second.forward(requests_[5].inputs, {.tenant = "acme"});
-  EXPECT_EQ(second.last_report().sequences[0].source, Source::kSimilar);
-  EXPECT_GT(second.last_report().sequences[0].similarity, 0.999);
+  int held = 0;  // others were answered from one like them, and are not kept
+  for (const Request& request : requests_) {
+    first_.forward(request.inputs, {.tenant = "acme"});
+    if (first_.last_report().sequences[0].similarity < 0.9999) continue;
+    ++held;
+    second.forward(request.inputs, {.tenant = "acme"});
+    EXPECT_EQ(second.last_report().sequences[0].source, Source::kSimilar);
+    EXPECT_GT(second.last_report().sequences[0].similarity, 0.999);
+  }
+  EXPECT_GT(held, 5);
   EXPECT_THAT(second.load(file_).summary(), HasSubstr("the cache has them already"));
 }
 
