@@ -345,7 +345,9 @@ int run(int argc, char** argv) {
   std::string model = "bert-base", weights = "as-loaded";
   int pairs = 15;
   CLI::App app("llmcache-microbench: what single things cost, against the plain module in the same loop");
-  app.footer("\nOptions of Google Benchmark work too. benchmarks/README.md explains the benchmarks.");
+  app.footer(
+      "\nOptions of Google Benchmark, such as --benchmark_filter=REGEX, work too. benchmarks/README.md explains the "
+      "benchmarks.");
   app.allow_extras();
   app.add_option("--models", models, "folder of the models [../models beside the program's]")
       ->envname("LLMCACHE_MODELS_DIR");

@@ -46,7 +46,7 @@ def commands(page: Path) -> list[list[str]]:
         lines += re.sub(r"\\\n\s*", " ", block).splitlines()
     in_text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", in_text):
-        if re.match(r"(tools/run\.sh|build/bin/llmcache-\S+|build/venv/bin/python) ", code):
+        if re.match(r"(tools/run\.sh|build/(tests/)?bin/llmcache-\S+|build/venv/bin/python) ", code):
             lines.append(re.sub(r"\s+", " ", code))
     found = []
     for line in lines:
@@ -143,8 +143,8 @@ class DocsTest(unittest.TestCase):
                 compare = ROOT / "benchmarks" / "peers" / "compare.py"
                 return self.options(arguments[1:], help_of(sys.executable, str(compare)))
             return 1
-        if program.startswith("build/bin/"):
-            binary = binaries / program.removeprefix("build/bin/")
+        if program.startswith(("build/bin/", "build/tests/bin/")):
+            binary = binaries / Path(program).name
             self.assertTrue(binary.exists(), f"{program} is not built")
             return self.options(arguments, help_of(str(binary)))
         if program == "build/venv/bin/python" or program.endswith(".py"):
