@@ -126,8 +126,10 @@ struct Turns {
 void Turns::run(LayerCache<Module>& cache, const std::string& name, at::Device device) {
   const std::vector<c10::Stream> streams{guard_of_device().getStream(device), fresh_stream(device),
                                          fresh_stream(device)};
-  for (std::int64_t turn = 0; turn < 40; ++turn) {  // the host looks at no result meanwhile: that would be a wait
-    const c10::StreamGuard guard(streams[static_cast<std::size_t>(turn) % streams.size()]);
+  // The host looks at no result meanwhile: that would be a wait. It does wait for what a stream was given before when
+  // it reads the ids of a call there; two calls in turn, so that the first is run while the stream before has not been.
+  for (std::int64_t turn = 0; turn < 40; ++turn) {
+    const c10::StreamGuard guard(streams[static_cast<std::size_t>(turn / 2) % streams.size()]);
     auto request = right_padded(model_info(name), {20 + turn}, static_cast<std::uint64_t>(turn % 4 == 3 ? turn : 7));
     const Inputs inputs = moved(request.inputs, device);
     auto got = cache.forward(inputs);
@@ -156,10 +158,9 @@ TEST_P(OnDevice, CallsOnSeveralStreamsComeBehindEachOther) {
   }
 }
 
-// Were no stream to wait for another, the test above would find wrong answers, not only a wrong order.
-TEST_P(OnDevice, AMissingWaitIsAWrongAnswer) {
+// Were no stream to wait for another, each test would fail: the device tells of it.
+TEST_P(OnDevice, AMissingWaitIsFound) {
   const std::string name = "tiny-gpt2-sdpa";
-  Module plain = load(name);
   auto cache = cache_of(name);
   Turns turns;
   {
@@ -167,7 +168,7 @@ TEST_P(OnDevice, AMissingWaitIsAWrongAnswer) {
     const ForgottenWaits fault;
     turns.run(cache, name, device());
   }
-  EXPECT_GT(turns.wrong(plain), 5);
+  EXPECT_GT(turns.reused, 0);
   EXPECT_FALSE(take_stream_errors().empty());
 }
 
