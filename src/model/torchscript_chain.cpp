@@ -9,6 +9,7 @@
 #include <torch/csrc/jit/passes/lower_tuples.h>
 #include <torch/csrc/jit/passes/peephole.h>
 #include <torch/csrc/jit/passes/remove_mutation.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include <algorithm>
 #include <cctype>
@@ -263,6 +264,11 @@ std::vector<Chain> find_chains(const Module& module, const std::string& path) {
   return chains;
 }
 
+void inline_calls(Graph& graph) {
+  const torch::jit::GraphOptimizerEnabledGuard on(true);
+  torch::jit::Inline(graph);
+}
+
 FlatGraph flatten(const Module& module, const Chain& chain) {
   FlatGraph flat;
   flat.graph = torch::jit::toGraphFunction(module.get_method("forward").function()).graph()->copy();
@@ -288,7 +294,7 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   markers.push_back(insert_marker_before(calls.at(static_cast<std::size_t>(chain.calls.back()))->next(), {}));
 
   Graph& graph = *flat.graph;
-  torch::jit::Inline(graph);
+  inline_calls(graph);
   fix_scalar_attributes(graph.block(), graph.inputs()[0], module);
   flat.writes = remove_writes(graph, module);
   auto owner = flat.graph;

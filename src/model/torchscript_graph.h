@@ -54,6 +54,10 @@ struct FlatGraph {
   [[nodiscard]] Value* input(std::size_t i) const { return graph->inputs()[i + 1]; }
 };
 
+/// Puts all that a graph calls in the place of the calls. LibTorch's own Inline goes one call deep only in a thread
+/// that has turned TorchScript's optimisations off.
+void inline_calls(torch::jit::Graph& graph);
+
 FlatGraph flatten(const Module& module, const Chain& chain);
 
 /// Inputs of a node, and everything that its blocks take from outside.

@@ -5,13 +5,13 @@
 #include <fmt/ranges.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/canonicalize.h>
-#include <torch/csrc/jit/passes/inliner.h>
 #include <xxhash.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "llmcache/error.h"
+#include "model/torchscript_graph.h"
 #include "store/digest.h"
 
 namespace llmcache::ts {
@@ -236,7 +236,7 @@ void drop_numbers_of_warnings(torch::jit::Block* block) {
 
 void add_structure(ContentSink& sink, const torch::jit::Module& module) {
   auto graph = torch::jit::toGraphFunction(module.get_method("forward").function()).graph()->copy();
-  torch::jit::Inline(*graph);
+  inline_calls(*graph);
   drop_numbers_of_warnings(graph->block());
   graph = torch::jit::Canonicalize(graph, /*keep_unique_names=*/false);
   sink.add(without_mangling(graph->toString(/*print_source_locations=*/false)));

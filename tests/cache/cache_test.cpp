@@ -12,7 +12,7 @@ using ::testing::ElementsAre;
 class Cache : public ::testing::Test {
  protected:
   explicit Cache(const std::string& name = "tiny-scripted", const Options& options = {})
-      : model_(subject(name)), cache_(load_model(name), options) {}
+      : model_(subject(name)), cache_(cache_of(name, options)) {}
 
   [[nodiscard]] Request right(const std::vector<std::int64_t>& lengths, std::uint64_t seed,
                               std::int64_t width = 0) const {
@@ -189,12 +189,12 @@ TEST_F(Cache, PaddingIsLeftOutWhereThatPays) {
       {{10, 10}, 0, Execution::kDense},         {{60, 54, 60, 60}, 6, Execution::kDense},
       {{60, 42, 60, 60}, 6, Execution::kPacked}};
   for (const auto& [lengths, cost, expected] : cases) {
-    LayerCache<Module> cache(load_model("tiny-scripted"), {.packing_cost_tokens = cost});
+    LayerCache<Module> cache = cache_of("tiny-scripted", {.packing_cost_tokens = cost});
     const auto request = right(lengths, 5);
     EXPECT_TRUE(close_on_real(cache.forward(request.inputs), plain(request.inputs), request, 1e-4));
     EXPECT_EQ(cache.last_report().execution, expected) << ::testing::PrintToString(lengths) << " at " << cost;
   }
-  EXPECT_THAT([] { LayerCache<Module>(load_model("tiny-scripted"), {.packing_cost_tokens = -1}); },
+  EXPECT_THAT([] { cache_of("tiny-scripted", {.packing_cost_tokens = -1}); },
               ThrowsError(ErrorCode::kInvalidOptions, "packing_cost_tokens is -1"));
 }
 
@@ -332,7 +332,7 @@ TEST_F(CacheOfPairs, TuplesAreFound) {
 // Ids at padding positions decide positions of some models; the key must not leave them out.
 TEST(CacheOfPositions, IdsInFrontOfTheFirstRealToken) {
   Subject& model = subject("zoo-roberta");
-  LayerCache<Module> cache(load_model("zoo-roberta"));
+  LayerCache<Module> cache = cache_of("zoo-roberta");
   auto padded = left_padded(model.info, {6, 11}, 1);
   padded.ids().masked_fill_(padded.mask().eq(0), 1);  // its padding id: positions start behind it
   auto other = padded;

@@ -56,7 +56,7 @@ std::shared_ptr<At> adding(std::int64_t layer, double value) {
 std::unique_ptr<LayerCache<Module>> hookable(const std::string& name) {
   std::unique_ptr<LayerCache<Module>> cache;
   try {
-    cache = std::make_unique<LayerCache<Module>>(load_model(name));
+    cache = std::make_unique<LayerCache<Module>>(cache_of(name));
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::kUnsupportedModel) << error.what();
     return nullptr;
@@ -131,7 +131,7 @@ INSTANTIATE_TEST_SUITE_P(All, HooksOf, ::testing::ValuesIn(names_of_numbers()), 
 TEST(Hooks, WriteWhatTheNextLayerGets) {
   const std::string name = "tiny-bert-sdpa";
   const auto info = model_info(name);
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   const auto request = right_padded(info, {6}, 3);
   const auto layers = static_cast<std::int32_t>(cache.profile().layers);
   constexpr std::int32_t kLayer = 1;
@@ -149,7 +149,7 @@ TEST(Hooks, WriteWhatTheNextLayerGets) {
 TEST(Hooks, StopSequences) {
   const std::string name = "tiny-bert-sdpa";
   const auto info = model_info(name);
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   Module plain = load_model(name);
   const auto request = right_padded(info, {6, 4}, 3);
   const auto want = run_plain(plain, request.inputs).toTensor();
@@ -170,7 +170,7 @@ TEST(Hooks, StopSequences) {
 
 TEST(Hooks, OfACacheComeFirstAndAreRemoved) {
   const std::string name = "tiny-gpt2-sdpa";
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   const auto request = right_padded(model_info(name), {6}, 3);
   std::vector<int> order;
   const auto telling = [&](int number) {
@@ -195,7 +195,7 @@ TEST(Hooks, OfACacheComeFirstAndAreRemoved) {
 TEST(Hooks, AnswerTheLastTokenAlone) {
   const std::string name = "tiny-gpt2-sdpa";
   const auto info = model_info(name);
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   const auto request = right_padded(info, {6, 9}, 3);
   const auto all = cache.forward(request.inputs, {.hook = adding(1, 0.25)}).toTensor();
   const auto last = cache.forward(request.inputs, {.output = Output::kLastToken, .hook = adding(1, 0.25)}).toTensor();
@@ -206,7 +206,7 @@ TEST(Hooks, AnswerTheLastTokenAlone) {
 
 TEST(HookFaults, WhatTheyThrowReachesTheCallerAndNothingIsLeft) {
   const std::string name = "tiny-gpt2-sdpa";
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   const auto request = right_padded(model_info(name), {6}, 3);
   cache.forward(request.inputs);
   const auto before = cache.stats();
@@ -248,7 +248,7 @@ TEST(HookFaults, WhatTheyThrowReachesTheCallerAndNothingIsLeft) {
 }
 
 TEST(HookFaults, ModelsThatCannotBePackedRefuse) {
-  LayerCache<Module> cache(load_model("tiny-throws"));
+  LayerCache<Module> cache = cache_of("tiny-throws");
   const auto request = right_padded(model_info("tiny-throws"), {6}, 3);
   EXPECT_THAT([&] { cache.forward(request.inputs, {.hook = std::make_shared<Recorder>()}); },
               ThrowsError(ErrorCode::kNotAvailable, "whole layers"));
@@ -259,7 +259,7 @@ TEST(HookFaults, ModelsThatCannotBePackedRefuse) {
 TEST(HookThreads, EachCallHasItsOwn) {
   const std::string name = "tiny-bert-sdpa";
   const auto info = model_info(name);
-  LayerCache<Module> cache(load_model(name));
+  LayerCache<Module> cache = cache_of(name);
   const auto request = right_padded(info, {6, 4}, 3);
   const auto plain = cache.forward(request.inputs);
   std::vector<c10::IValue> wanted;

@@ -233,7 +233,7 @@ TEST(InterfaceProgress, TellsHowFarACalibrationIs) {
     EXPECT_EQ(progress.total, 300);
     EXPECT_EQ(progress.done, ++most);
   };
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   cache.calibrate(Traffic(1).sample(300));
   EXPECT_EQ(most, 300);
   EXPECT_THAT(steps, Contains("calibration: fitting early exits"));
@@ -255,7 +255,7 @@ TEST(InterfaceCallbacks, ThrowTheirOwnExceptionsInACalibration) {
     if (broken) throw Mine();
     return classes(outputs);
   };
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto profile = cache.calibrate(Traffic(1).sample(300));
   ASSERT_NE(profile.exit, nullptr) << profile.to_string();
   broken = true;
@@ -280,14 +280,14 @@ TEST(InterfaceCalibration, SaysWhyNothingIsReusedAndWhatItWouldTake) {
   options.budget.scores = classes;
   options.budget.exit_layers = {1, 2};
   options.budget.token_reuse = false;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto profile = cache.calibrate(Traffic(1).sample(100));
   ASSERT_FALSE(profile.reuses());
   EXPECT_THAT(profile.reason, AllOf(HasSubstr("early exit"), HasSubstr("epsilon = 0.001"), HasSubstr("needs about")));
   EXPECT_THAT(profile.to_string(), HasSubstr(profile.reason));
 
   options.budget.budget.epsilon = 0.1;
-  LayerCache<Module> loose(load_model(kModel), options);
+  LayerCache<Module> loose = cache_of(kModel, options);
   const auto enough = loose.calibrate(Traffic(1).sample(500));
   ASSERT_TRUE(enough.reuses());
   EXPECT_EQ(enough.reason, "");
@@ -297,7 +297,7 @@ TEST(InterfaceCalibration, AMetricThatCannotWorkIsRefused) {
   Options options{.fidelity = Fidelity::kBudget};
   options.budget.budget.metric = BudgetMetric::kTokenAgreement;
   for (const char* name : {"tiny-bert-sdpa", "tiny-bert-pooled"}) {
-    LayerCache<Module> cache(load_model(name), options);
+    LayerCache<Module> cache = cache_of(name, options);
     EXPECT_THAT([&] { cache.calibrate(Traffic(1).sample(50)); }, ThrowsError(ErrorCode::kInvalidOptions, "causal"));
   }
 }
@@ -306,7 +306,7 @@ TEST(InterfaceCalibration, ASampleOfThreeIsTooSmall) {
   for (const char* name : {"tiny-bert-sdpa", "tiny-bert-pooled", "tiny-llama-sdpa"}) {
     Options options{.fidelity = Fidelity::kBudget};
     options.budget.budget.metric = BudgetMetric::kRelativeError;
-    LayerCache<Module> cache(load_model(name), options);
+    LayerCache<Module> cache = cache_of(name, options);
     std::vector<Inputs> three;
     for (std::uint64_t seed = 0; seed < 3; ++seed) three.push_back(right_padded(model_info(name), {9}, seed).inputs);
     EXPECT_THAT([&] { cache.calibrate(three); }, ThrowsError(ErrorCode::kInvalidInput, "at least")) << name;

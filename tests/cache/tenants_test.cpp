@@ -44,14 +44,14 @@ class Tenants : public ::testing::Test {
   }
   /// What one such text takes.
   static std::size_t bytes_of(std::int64_t tokens) {
-    static LayerCache<Module> roomy(load_model(kDecoder), {.tenants = {.keep_accounts = true}});
+    static LayerCache<Module> roomy = cache_of(kDecoder, {.tenants = {.keep_accounts = true}});
     roomy.clear();
     ask(roomy, text(tokens, 1), "one");
     return roomy.stats().tenants.at(2).bytes;
   }
   /// A cache that is made once for all tests, and one around its model with these options.
   static LayerCache<Module> cache_with(Options options) {
-    static LayerCache<Module> first(load_model(kDecoder));
+    static LayerCache<Module> first = cache_of(kDecoder);
     if (!options.refresh.clock) options.refresh.clock = [] { return now; };
     return first.with_options(std::move(options));
   }
@@ -102,7 +102,7 @@ TEST_F(Tenants, TokensThatWentForAnotherTenantAreToldApart) {
 
 TEST_F(Tenants, WholeOutputsHaveQuotasToo) {
   const auto info = model_info(kEncoder);
-  LayerCache<Module> roomy(load_model(kEncoder), {.tenants = {.keep_accounts = true}});
+  LayerCache<Module> roomy = cache_of(kEncoder, {.tenants = {.keep_accounts = true}});
   roomy.forward(right_padded(info, {20}, 1).inputs);
   const std::size_t one = roomy.stats().tenants.at(0).bytes;
   ASSERT_GT(one, 0U);
@@ -233,7 +233,7 @@ TEST_F(Tenants, WhatCannotBePinnedIsRefusedWithTheReason) {
   EXPECT_LE(pins.size(), 6U) << "a quarter of the capacity";
   for (const PinLease& held : pins) EXPECT_TRUE(held.held());
   EXPECT_EQ(cache.stats().pins, pins.size());
-  LayerCache<Module> encoder(load_model(kEncoder));
+  LayerCache<Module> encoder = cache_of(kEncoder);
   const auto request = right_padded(model_info(kEncoder), {9}, 1);
   EXPECT_THAT([&] { static_cast<void>(encoder.pin(request.inputs, "a", 10)); },
               ThrowsError(ErrorCode::kNotAvailable, "prefix"));

@@ -36,7 +36,7 @@ double sum_of(const std::vector<prometheus::MetricFamily>& families, const std::
 }
 
 TEST(CacheMetricsTest, NamesThatNoScrapeCouldHoldAreRefused) {
-  LayerCache<Module> cache(load_model(kEncoder));
+  LayerCache<Module> cache = cache_of(kEncoder);
   CacheMetrics metrics;
   metrics.add(cache, R"(a "name" \ of its own)");
   for (const char* name : {"", "a\nb", "caf\xe9", "\xff\xfe", "\x7f"}) {
@@ -48,7 +48,7 @@ TEST(CacheMetricsTest, NamesThatNoScrapeCouldHoldAreRefused) {
 
 TEST(CacheMetricsTest, SamplesAreTheStats) {
   const auto info = model_info(kEncoder);
-  LayerCache<Module> cache(load_model(kEncoder));
+  LayerCache<Module> cache = cache_of(kEncoder);
   CacheMetrics metrics;
   metrics.add(cache, "a");
   const auto request = right_padded(info, {9, 4}, 1);
@@ -71,7 +71,7 @@ TEST(CacheMetricsTest, SamplesAreTheStats) {
 TEST(CacheMetricsTest, StoresBelowTheMemoryAreThereWithTheirNames) {
   const auto request = right_padded(model_info(kEncoder), {9, 4}, 1);
   const auto store = std::make_shared<MemoryStore>();
-  LayerCache<Module> first(load_model(kEncoder), above(store));
+  LayerCache<Module> first = cache_of(kEncoder, above(store));
   first.forward(request.inputs);
   wait_for_store(first);
   LayerCache<Module> second = first.with_options(above(store));
@@ -96,7 +96,7 @@ TEST(CacheMetricsTest, StoresBelowTheMemoryAreThereWithTheirNames) {
 }
 
 TEST(CacheMetricsTest, HistogramsAreCumulative) {
-  LayerCache<Module> cache(load_model(kEncoder));
+  LayerCache<Module> cache = cache_of(kEncoder);
   CacheMetrics metrics;
   metrics.add(cache, "a");
   const auto request = right_padded(model_info(kEncoder), {9}, 1);
@@ -122,7 +122,7 @@ TEST(CacheMetricsTest, HistogramsAreCumulative) {
 }
 
 TEST(CacheMetricsTest, SeveralCachesShareFamiliesAndKeepTheirNames) {
-  LayerCache<Module> first(load_model(kEncoder));
+  LayerCache<Module> first = cache_of(kEncoder);
   LayerCache<Module> second = first.with_options({.fidelity = Fidelity::kBudget});
   CacheMetrics metrics;
   metrics.add(first, "a");
@@ -144,7 +144,7 @@ TEST(CacheMetricsTest, SeveralCachesShareFamiliesAndKeepTheirNames) {
 }
 
 TEST(CacheMetricsTest, TenantsAreToldByTheirClass) {
-  LayerCache<Module> cache(load_model(kEncoder));
+  LayerCache<Module> cache = cache_of(kEncoder);
   LayerCache<Module> limited = cache.with_options({.tenants = {.quota_bytes = {{"acme", std::size_t{1} << 20}}}});
   CacheMetrics metrics;
   metrics.add(limited, "a");
@@ -170,7 +170,7 @@ TEST(CacheMetricsTest, TenantsAreToldByTheirClass) {
 
 TEST(CacheMetricsTest, EveryScrapeAddsUpWhile64ThreadsCall) {
   const auto info = model_info("tiny-gpt2-sdpa");
-  LayerCache<Module> cache(load_model("tiny-gpt2-sdpa"), {.capacity_bytes = std::size_t{300} << 10});
+  LayerCache<Module> cache = cache_of("tiny-gpt2-sdpa", {.capacity_bytes = std::size_t{300} << 10});
   CacheMetrics metrics;
   metrics.add(cache, "a");
   std::vector<Request> pool;

@@ -36,7 +36,7 @@ TEST_P(PackedWeights, AnswersAsThePlainModule) {
                   ThrowsError(ErrorCode::kNotAvailable, "not finite"));
       continue;
     }
-    LayerCache<Module> cache(load_model(GetParam()), {.weights = weights});
+    LayerCache<Module> cache = cache_of(GetParam(), {.weights = weights});
     const auto& profile = cache.profile();
     EXPECT_EQ(profile.granularity, plain.cache.profile().granularity) << profile.to_string();
     if (GetParam() != "tiny-nan") {  // how far what is not a number spreads is the kernel's business
@@ -76,9 +76,7 @@ INSTANTIATE_TEST_SUITE_P(Exported, PackedWeights, ::testing::Values("tiny-bert-s
 
 TEST(PackedWeightsModels, WhatIsPacked) {
   for (const auto weights : packings()) {
-    const auto packed = [&](const char* name) {
-      return LayerCache<Module>(load_model(name), {.weights = weights}).profile().packed_weights;
-    };
+    const auto packed = [&](const char* name) { return cache_of(name, {.weights = weights}).profile().packed_weights; };
     const auto layers = [](const char* name) { return static_cast<std::size_t>(model_info(name).layers); };
     // Conv1D: c_attn, c_proj, c_fc, c_proj; and lm_head, which is tied to the embedding.
     EXPECT_EQ(packed("tiny-gpt2-sdpa"), 4 * layers("tiny-gpt2-sdpa") + 1);
@@ -220,7 +218,7 @@ TEST(PackedWeightsModels, ProfileTellsTheMemory) {
 
 TEST(PackedWeightsModels, SomeTokensRecomputed) {
   for (const auto weights : packings()) {
-    LayerCache<Module> cache(load_model("tiny-bert-sdpa"), {.weights = weights});
+    LayerCache<Module> cache = cache_of("tiny-bert-sdpa", {.weights = weights});
     const auto request = right_padded(model_info("tiny-bert-sdpa"), {12}, 1);
     Donors donors;
     const auto full = cache.forward_plan(request.inputs, cache.full_plan(request.inputs), {}, &donors);
@@ -249,7 +247,7 @@ TEST(PackedWeightsModels, ThresholdMode) {
 
 TEST(PackedWeightsModels, ManyThreads) {
   for (const auto weights : packings()) {
-    LayerCache<Module> cache(load_model("tiny-gpt2-sdpa"), {.capacity_bytes = 0, .weights = weights});
+    LayerCache<Module> cache = cache_of("tiny-gpt2-sdpa", {.capacity_bytes = 0, .weights = weights});
     const auto request = right_padded(model_info("tiny-gpt2-sdpa"), {11, 6}, 1);
     const auto want = cache.forward(request.inputs);
     std::vector<std::thread> threads;
@@ -330,7 +328,7 @@ TEST(PackedWeightsModels, AKnownPrefix) {
   for (const char* name : {"tiny-gpt2-sdpa", "tiny-llama-sdpa"}) {
     for (const auto weights : packings()) {
       SCOPED_TRACE(std::string(name) + " " + to_string(weights));
-      LayerCache<Module> cache(load_model(name), {.weights = weights});
+      LayerCache<Module> cache = cache_of(name, {.weights = weights});
       EXPECT_TRUE(cache.profile().prefix_reuse) << cache.profile().to_string();
       const auto request = right_padded(model_info(name), {30}, 1);
       Inputs beginning;
@@ -348,7 +346,7 @@ TEST(PackedWeightsModels, ModulesInBFloat16) {
     for (const auto weights : finishing()) {
       if (!takes(weights, at::kBFloat16)) continue;
       SCOPED_TRACE(std::string(name) + " " + to_string(weights));
-      LayerCache<Module> cache(load_model(name), {.weights = weights});
+      LayerCache<Module> cache = cache_of(name, {.weights = weights});
       EXPECT_EQ(cache.profile().granularity, subject(name).cache.profile().granularity) << cache.profile().to_string();
       const auto request = right_padded(model_info(name), {9, 4, 12}, 1);
       EXPECT_TRUE(close_on_real(cache.forward(request.inputs), run_plain(subject(name).plain, request.inputs), request,

@@ -26,8 +26,7 @@ std::int64_t padding_of(const std::string& name) { return name.starts_with("clas
 
 class Classifier : public ::testing::TestWithParam<std::string> {
  protected:
-  Classifier()
-      : subject_(subject(GetParam())), padding_(padding_of(GetParam())), keeping_(load_model(GetParam()), Options{}) {}
+  Classifier() : subject_(subject(GetParam())), padding_(padding_of(GetParam())), keeping_(cache_of(GetParam())) {}
 
   [[nodiscard]] const ModelInfo& info() const { return subject_.info; }
   [[nodiscard]] const ModelProfile& profile() const { return subject_.cache.profile(); }

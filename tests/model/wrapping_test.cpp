@@ -76,6 +76,26 @@ TEST(Profile, Decoder) {
   EXPECT_EQ(profile.hidden_argument.size(), 4U);
 }
 
+/// In threads that have turned TorchScript's optimisations off.
+class WithoutOptimisations : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(WithoutOptimisations, AModelIsWrappedAlike) {
+  auto& usual = subject(GetParam());
+  const torch::jit::GraphOptimizerEnabledGuard off(false);
+  LayerCache<Module> cache(load_model(GetParam()), {.capacity_bytes = 0});
+  EXPECT_EQ(cache.profile().digest, usual.cache.profile().digest);
+  EXPECT_EQ(cache.profile().granularity, usual.cache.profile().granularity);
+  EXPECT_EQ(cache.profile().hidden_argument, usual.cache.profile().hidden_argument);
+  const auto request = right_padded(usual.info, {9, 4, 7}, 1);
+  EXPECT_TRUE(close_on_real(cache.forward(request.inputs), run_plain(usual.plain, request.inputs), request,
+                            tolerance_of(usual.info)));
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiny, WithoutOptimisations,
+                         ::testing::Values("tiny-bert-sdpa", "tiny-distilbert-eager", "tiny-gpt2-sdpa",
+                                           "tiny-llama-eager", "tiny-scripted"),
+                         test_name);
+
 TEST(Profile, FurtherInputsAndHeads) {
   const auto& types = subject("tiny-bert-types-sdpa").cache.profile();
   EXPECT_THAT(types.inputs, ElementsAre("input_ids", "attention_mask", "token_type_ids"));

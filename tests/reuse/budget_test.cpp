@@ -78,7 +78,7 @@ TEST_F(BudgetTest, ReusesWithinTheBudgetOnFreshTraffic) {
       const double epsilon = 0.1;
       auto options = options_for(metric, epsilon);
       options.budget.early_exit = early_exit;
-      LayerCache<Module> cache(load_model(kModel), options);
+      LayerCache<Module> cache = cache_of(kModel, options);
       const auto profile = cache.calibrate(Traffic(1).sample(500));
       ASSERT_TRUE(profile.reuses()) << profile.to_string();
       EXPECT_LE(profile.error_bound, epsilon);
@@ -105,7 +105,7 @@ TEST_F(BudgetTest, ASmallSampleWillDoForALargeBudget) {
   const double epsilon = 0.3;
   auto options = options_for(BudgetMetric::kDecision, epsilon);
   options.budget.audit_rate = 0.2;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto profile = cache.calibrate(Traffic(1).sample(100));
   ASSERT_TRUE(profile.exit) << profile.to_string();
   Traffic traffic(2);
@@ -124,7 +124,7 @@ TEST_F(BudgetTest, TokenStatesInEightBitsOfASmallSample) {
   options.budget.early_exit = EarlyExit::kOff;
   options.budget.audit_rate = 0;
   options.budget.format = BankFormat::kInt8;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache = cache_of(info.name, options);
   const auto profile = cache.calibrate(inputs_of(documents(info, 100, 100)));
   ASSERT_TRUE(profile.reuse) << profile.to_string();
   double error = 0;
@@ -141,7 +141,7 @@ TEST_F(BudgetTest, TokenStatesInEightBitsOfASmallSample) {
 }
 
 TEST_F(BudgetTest, RowsOfABatchLeaveAsTheyWouldAlone) {
-  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  LayerCache<Module> cache = cache_of(kModel, options_for(BudgetMetric::kDecision, 0.1));
   cache.calibrate(Traffic(1).sample(400));
   Traffic traffic(3);
   for (int i = 0; i < 20; ++i) {
@@ -159,7 +159,7 @@ TEST_F(BudgetTest, RowsOfABatchLeaveAsTheyWouldAlone) {
 }
 
 TEST_F(BudgetTest, AnswersThatWereReusedAreNotKeptAsIdentical) {
-  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.2));
+  LayerCache<Module> cache = cache_of(kModel, options_for(BudgetMetric::kDecision, 0.2));
   cache.calibrate(Traffic(1).sample(400));
   Traffic traffic(4);
   int left = 0;
@@ -178,7 +178,7 @@ TEST_F(BudgetTest, AnswersThatWereReusedAreNotKeptAsIdentical) {
 }
 
 TEST_F(BudgetTest, WithoutACalibrationItIsLosslessAndSaysSoOnce) {
-  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  LayerCache<Module> cache = cache_of(kModel, options_for(BudgetMetric::kDecision, 0.1));
   Warnings warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
   Traffic traffic(5);
@@ -193,7 +193,7 @@ TEST_F(BudgetTest, WithoutACalibrationItIsLosslessAndSaysSoOnce) {
 }
 
 TEST_F(BudgetTest, AnEpsilonThatNoSampleOfThisSizeProvesReusesNothing) {
-  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 1e-4));
+  LayerCache<Module> cache = cache_of(kModel, options_for(BudgetMetric::kDecision, 1e-4));
   const auto profile = cache.calibrate(Traffic(1).sample(200));
   EXPECT_FALSE(profile.reuses());
   EXPECT_THAT(profile.to_string(), HasSubstr("nothing is reused beyond lossless"));
@@ -208,10 +208,10 @@ TEST_F(BudgetTest, SupervisionStopsReuseOfDriftedTraffic) {
   auto options = options_for(BudgetMetric::kDecision, epsilon);
   options.budget.audit_rate = 0.1;
   options.budget.early_exit = EarlyExit::kCacheFree;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache(load_model(kModel), options);  // weights_changed() wants a wrapped model of its own
   auto unwatched_options = options;
   unwatched_options.budget.audit_rate = 0;
-  LayerCache<Module> unwatched(load_model(kModel), unwatched_options);
+  LayerCache<Module> unwatched = cache_of(kModel, unwatched_options);
   const auto profile = cache.calibrate(Traffic(1).sample(500));
   unwatched.use_calibration(profile);
   ASSERT_TRUE(profile.reuses());
@@ -249,7 +249,7 @@ TEST_F(BudgetTest, BackgroundAuditsLeaveAnswersAsTheyAre) {
   auto options = options_for(BudgetMetric::kDecision, 0.1);
   options.budget.audit_rate = 0.5;
   options.budget.background_audit = true;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   cache.calibrate(Traffic(1).sample(400));
   Traffic traffic(9);
   serve(cache, plain_, traffic, 50, BudgetMetric::kDecision, 1);
@@ -267,12 +267,12 @@ TEST_F(BudgetTest, ProfilesAreReadBackAsTheyWere) {
   for (const auto early_exit : {EarlyExit::kCachedNeighbour, EarlyExit::kCacheFree}) {
     auto options = options_for(BudgetMetric::kDecision, 0.1);
     options.budget.early_exit = early_exit;
-    LayerCache<Module> first(load_model(kModel), options);
+    LayerCache<Module> first = cache_of(kModel, options);
     const auto made = first.calibrate(Traffic(1).sample(400));
     made.save(path);
     const auto read = CalibrationProfile::load(path);
     EXPECT_EQ(read.to_string(), made.to_string());
-    LayerCache<Module> second(load_model(kModel), options);
+    LayerCache<Module> second = cache_of(kModel, options);
     second.use_calibration(read);
     Traffic traffic(10);
     for (int i = 0; i < 20; ++i) {
@@ -296,7 +296,7 @@ TEST_F(BudgetTest, DamagedAndForeignProfilesAreRefused) {
   const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-budget-damaged.json";
   const std::filesystem::path tensors = path.string() + ".safetensors";
   const auto options = options_for(BudgetMetric::kDecision, 0.1);
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto profile = cache.calibrate(Traffic(1).sample(400));
   profile.save(path);
   const auto json = bytes_of(path);
@@ -330,7 +330,7 @@ TEST_F(BudgetTest, DamagedAndForeignProfilesAreRefused) {
 
   const auto read = load();
   const auto refused = [&](const std::string& model, const Options& other, const std::string& why) {
-    LayerCache<Module> foreign(load_model(model), other);
+    LayerCache<Module> foreign = cache_of(model, other);
     EXPECT_THAT([&] { foreign.use_calibration(read); }, ThrowsError(ErrorCode::kInvalidOptions, why));
     EXPECT_FALSE(foreign.calibration());
   };
@@ -346,12 +346,12 @@ TEST_F(BudgetTest, DamagedAndForeignProfilesAreRefused) {
   other.capacity_bytes = 20000;
   refused(kModel, other, "bytes");
   refused("tiny-bert-sdpa", options, "does not fit");
-  LayerCache<Module> lossless(load_model(kModel));
+  LayerCache<Module> lossless = cache_of(kModel);
   EXPECT_THAT([&] { lossless.use_calibration(read); }, ThrowsError(ErrorCode::kInvalidOptions, "construct it with"));
 }
 
 TEST_F(BudgetTest, WhatCannotBeCalibratedIsRefusedAndTheOldProfileStays) {
-  LayerCache<Module> cache(load_model(kModel), options_for(BudgetMetric::kDecision, 0.1));
+  LayerCache<Module> cache = cache_of(kModel, options_for(BudgetMetric::kDecision, 0.1));
   const auto first = cache.calibrate(Traffic(1).sample(300));
   EXPECT_THAT([&] { cache.calibrate(std::vector<Inputs>{}); }, ThrowsError(ErrorCode::kInvalidInput, "no sequence"));
   EXPECT_THAT([&] { cache.calibrate(Traffic(1).sample(5)); }, ThrowsError(ErrorCode::kInvalidInput, "at least"));
@@ -363,20 +363,20 @@ TEST_F(BudgetTest, WhatCannotBeCalibratedIsRefusedAndTheOldProfileStays) {
 
   Options no_tokens{.fidelity = Fidelity::kBudget};
   no_tokens.budget.token_reuse = false;
-  LayerCache<Module> tokens(load_model("tiny-bert-sdpa"), no_tokens);
+  LayerCache<Module> tokens = cache_of("tiny-bert-sdpa", no_tokens);
   EXPECT_THAT([&] { tokens.calibrate(Traffic(1).sample(5)); }, ThrowsError(ErrorCode::kNotAvailable, "pooled"));
   auto narrow = options_for(BudgetMetric::kDecision, 0.1);
   narrow.budget.scores = [](const at::Tensor& outputs) { return outputs.narrow(1, 0, 1); };
-  LayerCache<Module> one_class(load_model(kModel), narrow);
+  LayerCache<Module> one_class = cache_of(kModel, narrow);
   EXPECT_THAT([&] { one_class.calibrate(Traffic(1).sample(100)); },
               ThrowsError(ErrorCode::kInvalidOptions, "two scores"));
   narrow.budget.scores = [](const at::Tensor&) { return at::zeros({3}); };
-  LayerCache<Module> shapeless(load_model(kModel), narrow);
+  LayerCache<Module> shapeless = cache_of(kModel, narrow);
   EXPECT_THAT([&] { shapeless.calibrate(Traffic(1).sample(100)); },
               ThrowsError(ErrorCode::kInvalidOptions, "classes] is expected"));
   auto small = options_for(BudgetMetric::kDecision, 0.1);
   small.capacity_bytes = 4096;
-  LayerCache<Module> cramped(load_model(kModel), small);
+  LayerCache<Module> cramped = cache_of(kModel, small);
   EXPECT_THAT([&] { cramped.calibrate(Traffic(1).sample(300)); }, ThrowsError(ErrorCode::kInvalidOptions, "capacity"));
 }
 
@@ -427,7 +427,7 @@ TEST(BudgetOrder, WhatCameLastCertifies) {
 TEST_F(BudgetTest, BanksKeepAsMuchAsThereIsRoomFor) {
   auto options = options_for(BudgetMetric::kDecision, 0.2);
   options.capacity_bytes = 300000;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto profile = cache.calibrate(Traffic(1).sample(500));
   ASSERT_TRUE(profile.reuses());
   EXPECT_LT(profile.fitted, 900);
@@ -449,7 +449,7 @@ TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {
       options.budget.early_exit = EarlyExit::kOff;
       options.budget.audit_rate = 0;
       options.budget.format = format;
-      LayerCache<Module> cache(load_model(name), options);
+      LayerCache<Module> cache = cache_of(name, options);
       std::vector<Inputs> sample;
       for (const Request& request : documents(info, 300, 100)) sample.push_back(request.inputs);
       const auto profile = cache.calibrate(sample);
@@ -477,7 +477,7 @@ TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {
       EXPECT_EQ(cache.calibration()->to_string(), profile.to_string());
       auto other = options;
       other.budget.format = format == BankFormat::kInt8 ? BankFormat::kFloat16 : BankFormat::kInt8;
-      LayerCache<Module> foreign(load_model(name), other);
+      LayerCache<Module> foreign = cache_of(name, other);
       EXPECT_THAT([&] { foreign.use_calibration(profile); }, ThrowsError(ErrorCode::kInvalidOptions, "format"));
     }
   }
@@ -485,7 +485,7 @@ TEST_F(BudgetTest, TokenStatesAreReusedInEveryFormatWhereThatIsCheaper) {
 
 TEST_F(BudgetTest, SegmentsOfPromptsAreReusedWithinTheBudget) {
   const auto info = model_info("tiny-llama-sdpa");
-  LayerCache<Module> cache(load_model(info.name), passage_budget(0.2));
+  LayerCache<Module> cache = cache_of(info.name, passage_budget(0.2));
   Module plain = load_model(info.name);
   PassagePrompts prompt(info);
   const auto profile = cache.calibrate(prompt.sample());
@@ -520,7 +520,7 @@ TEST_F(BudgetTest, TokenStatesAreAuditedInTheBackground) {
   options.budget.early_exit = EarlyExit::kOff;
   options.budget.audit_rate = 0.5;
   options.budget.background_audit = true;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache = cache_of(info.name, options);
   std::vector<Inputs> sample;
   for (const Request& request : documents(info, 300, 100)) sample.push_back(request.inputs);
   ASSERT_TRUE(cache.calibrate(sample).reuse);
@@ -562,7 +562,7 @@ TEST_F(BudgetTest, OptionsOutOfRangeAreNamed) {
   refused([](BudgetOptions& b) { b.format = static_cast<BankFormat>(9); }, "BudgetOptions.format");
   Options deep{.fidelity = Fidelity::kBudget};
   deep.budget.exit_layers = {3};
-  EXPECT_THAT([&] { LayerCache<Module> cache(load_model(kModel), deep); },
+  EXPECT_THAT([&] { LayerCache<Module> cache = cache_of(kModel, deep); },
               ThrowsError(ErrorCode::kInvalidOptions, "exit_layers"));
   for (const char* name : {"decision", "relative", "token"}) {
     EXPECT_STREQ(to_string(budget_metric_from_string(name)), name);

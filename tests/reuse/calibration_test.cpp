@@ -59,7 +59,7 @@ void while_running(const std::function<void()>& beside, const std::function<void
 }
 
 TEST(CalibrationIsPrivate, NoLiveRequestIsAnsweredFromTheSample) {
-  LayerCache<Module> cache(load_model(kEncoder), token_options());
+  LayerCache<Module> cache = cache_of(kEncoder, token_options());
   Module plain = load_model(kEncoder);
   const auto first = cache.calibrate(sample_of(100));
   ASSERT_TRUE(first.reuse) << first.to_string();
@@ -97,13 +97,13 @@ TEST(CalibrationIsPrivate, NoLiveRequestIsAnsweredFromTheSample) {
 TEST(CalibrationIsPrivate, ClearAndLiveTrafficLeaveTheCertificateAsItIs) {
   const auto sample = sample_of(100);
   const auto alone = [&] {
-    LayerCache<Module> cache(load_model(kEncoder), token_options());
+    LayerCache<Module> cache = cache_of(kEncoder, token_options());
     const auto profile = cache.calibrate(sample);
     EXPECT_TRUE(profile.reuse) << profile.to_string();
     return saved(profile, "alone");
   }();
   {
-    LayerCache<Module> cache(load_model(kEncoder), token_options());
+    LayerCache<Module> cache = cache_of(kEncoder, token_options());
     while_running(
         [&] {
           cache.clear();
@@ -113,7 +113,7 @@ TEST(CalibrationIsPrivate, ClearAndLiveTrafficLeaveTheCertificateAsItIs) {
   }
   {
     // Reuse is in force, so that live requests are kept: of the same documents.
-    LayerCache<Module> cache(load_model(kEncoder), token_options());
+    LayerCache<Module> cache = cache_of(kEncoder, token_options());
     cache.calibrate(sample);
     std::size_t next = 0;
     while_running([&] { cache.forward(sample[(next += 7) % sample.size()]); },
@@ -123,7 +123,7 @@ TEST(CalibrationIsPrivate, ClearAndLiveTrafficLeaveTheCertificateAsItIs) {
 }
 
 TEST(CalibrationIsPrivate, LiveTrafficMakesNoCertificateOutOfNothing) {
-  LayerCache<Module> cache(load_model(kEncoder), token_options());
+  LayerCache<Module> cache = cache_of(kEncoder, token_options());
   ASSERT_TRUE(cache.calibrate(sample_of(100)).reuse);
   // Requests that have nothing in common with each other; live traffic knows each of them, but for a token.
   const auto info = model_info(kEncoder);
@@ -144,13 +144,13 @@ TEST(CalibrationIsPrivate, TwoAtOnceDoNotMix) {
   const auto a = sample_of(100);
   const auto b = sample_of(9000, 250);
   const auto alone = [](const std::vector<Inputs>& sample) {
-    LayerCache<Module> cache(load_model(kEncoder), token_options());
+    LayerCache<Module> cache = cache_of(kEncoder, token_options());
     return saved(cache.calibrate(sample), "one");
   };
   const std::string of_a = alone(a);
   const std::string of_b = alone(b);
   ASSERT_NE(of_a, of_b);
-  LayerCache<Module> cache(load_model(kEncoder), token_options());
+  LayerCache<Module> cache = cache_of(kEncoder, token_options());
   std::string got_b;
   std::thread other([&] { got_b = saved(cache.calibrate(b), "b"); });
   EXPECT_EQ(saved(cache.calibrate(a), "a"), of_a);
@@ -162,7 +162,7 @@ TEST(CalibrationIsPrivate, TwoAtOnceDoNotMix) {
 
 TEST(CalibrationIsPrivate, SegmentsOfASampleServeNobody) {
   const auto info = model_info("tiny-llama-sdpa");
-  LayerCache<Module> cache(load_model(info.name), passage_budget());
+  LayerCache<Module> cache = cache_of(info.name, passage_budget());
   PassagePrompts prompt(info);
   const auto sample = prompt.sample();
   ASSERT_TRUE(cache.calibrate(sample).reuse);
@@ -182,7 +182,7 @@ TEST(CalibrationIsPrivate, SegmentsOfASampleServeNobody) {
 TEST(CalibrationMemory, IsBoundedByTheCapacityAndTold) {
   auto options = token_options();
   options.capacity_bytes = 400 << 10;
-  LayerCache<Module> cache(load_model(kEncoder), options);
+  LayerCache<Module> cache = cache_of(kEncoder, options);
   const auto inputs = sample_of(100);
   std::size_t next = 0;
   const auto sample = cache.run_sample([&]() -> std::optional<Inputs> {
@@ -210,7 +210,7 @@ TEST(CalibrationMemory, IsBoundedByTheCapacityAndTold) {
 }
 
 TEST(CalibrationMemory, OfASampleOnlyTheFirstThousandRequestsAreKept) {
-  LayerCache<Module> cache(load_model(kEncoder), token_options());
+  LayerCache<Module> cache = cache_of(kEncoder, token_options());
   const auto request = right_padded(model_info(kEncoder), {4}, 1);
   int given = 0;
   const auto sample = cache.run_sample([&]() -> std::optional<Inputs> {
@@ -226,7 +226,7 @@ TEST(CalibrationMemory, OfASampleOnlyTheFirstThousandRequestsAreKept) {
 /// The three kinds of output: one entry a token, one a token with a head, pooled.
 class CalibrationErrors : public ::testing::TestWithParam<std::string> {
  protected:
-  CalibrationErrors() : info_(model_info(GetParam())), cache_(load_model(GetParam()), options(GetParam())) {}
+  CalibrationErrors() : info_(model_info(GetParam())), cache_(cache_of(GetParam(), options(GetParam()))) {}
 
   static Options options(const std::string& name) {
     Options options{.fidelity = Fidelity::kBudget};
@@ -392,7 +392,7 @@ TEST(CalibrationScores, WhatTheyThrowIsNotBlamedOnTheModel) {
       if (*mode == Mode::kShapeless) return at::zeros({3});
       return classes(outputs);
     };
-    LayerCache<Module> cache(load_model(kModel), options);
+    LayerCache<Module> cache = cache_of(kModel, options);
     const auto sample = inputs_of(documents(model_info(kModel), 300, 100));
     const auto profile = cache.calibrate(sample);
     ASSERT_TRUE(profile.reuses()) << profile.to_string();
@@ -426,7 +426,7 @@ TEST(CalibrationScores, ADecisionBetweenFewerThanTwoIsNone) {
   options.budget.budget = {BudgetMetric::kDecision, 0.3, 0.1};
   options.budget.early_exit = EarlyExit::kOff;
   options.budget.scores = [](const at::Tensor& outputs) { return outputs.narrow(1, 0, 1); };
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   EXPECT_THAT([&] { cache.calibrate(inputs_of(documents(model_info(kModel), 300, 100))); },
               ThrowsError(ErrorCode::kInvalidOptions, "two scores"));
 }
@@ -434,7 +434,7 @@ TEST(CalibrationScores, ADecisionBetweenFewerThanTwoIsNone) {
 // --- profiles -----------------------------------------------------------------------------------------
 
 TEST(CalibrationProfiles, NumbersThatCannotBeAreRefused) {
-  LayerCache<Module> cache(load_model(kEncoder), token_options());
+  LayerCache<Module> cache = cache_of(kEncoder, token_options());
   const auto good = cache.calibrate(sample_of(100));
   ASSERT_TRUE(good.reuse);
   const double nan = std::nan("");
@@ -473,7 +473,7 @@ TEST(CalibrationProfiles, NumbersOfEarlyExitsThatCannotBeAreRefused) {
   options.budget.scores = classes;
   options.budget.token_reuse = false;
   options.budget.exit_layers = {0, 1, 2};
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   const auto good = cache.calibrate(Traffic(1).sample(400));
   ASSERT_TRUE(good.exit) << good.to_string();
   const auto used = static_cast<std::size_t>(
@@ -512,17 +512,17 @@ TEST(CalibrationProfiles, SizesThatWereVerifiedAreTakenOver) {
   const auto info = model_info(kEncoder);
   const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-calibration-sizes.json";
   const auto request = right_padded(info, {100, 30, 7}, 3);
-  LayerCache<Module> first(load_model(kEncoder), token_options());
+  LayerCache<Module> first = cache_of(kEncoder, token_options());
   first.calibrate(sample_of(100));
   first.forward(request.inputs, {.fidelity = Fidelity::kLossless});
   EXPECT_TRUE(first.last_report().verified) << "beyond what wrapping compared";
   first.calibration()->save(path);
 
-  LayerCache<Module> second(load_model(kEncoder), token_options());
+  LayerCache<Module> second = cache_of(kEncoder, token_options());
   second.use_calibration(CalibrationProfile::load(path));
   second.forward(request.inputs, {.fidelity = Fidelity::kLossless});
   EXPECT_FALSE(second.last_report().verified) << "compared by the first";
-  LayerCache<Module> third(load_model(kEncoder), token_options());
+  LayerCache<Module> third = cache_of(kEncoder, token_options());
   third.forward(request.inputs, {.fidelity = Fidelity::kLossless});
   EXPECT_TRUE(third.last_report().verified);
 }

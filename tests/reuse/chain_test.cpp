@@ -90,7 +90,7 @@ Request even_and_odd() {
 
 TEST(ChainOfStrategies, TakesOneMoreByALineInTheTable) {
   const WithEvenRows with;
-  LayerCache<Module> cache(load_model("tiny-bert-sdpa"), {.capacity_bytes = 0});  // no other bank keeps anything
+  LayerCache<Module> cache = cache_of("tiny-bert-sdpa", {.capacity_bytes = 0});  // no other bank keeps anything
   Module plain = load_model("tiny-bert-sdpa");
   const auto request = even_and_odd();
   const auto want = run_plain(plain, request.inputs);
@@ -113,7 +113,7 @@ TEST(ChainOfStrategies, TakesOneMoreByALineInTheTable) {
 
 TEST(ChainOfStrategies, GoesOnBehindOneThatFails) {
   const WithEvenRows with;
-  LayerCache<Module> cache(load_model("tiny-bert-sdpa"));
+  LayerCache<Module> cache = cache_of("tiny-bert-sdpa");
   Module plain = load_model("tiny-bert-sdpa");
   const auto request = even_and_odd();
   EvenRows::fails = true;

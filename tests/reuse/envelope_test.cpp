@@ -491,7 +491,7 @@ TEST_F(Values, OtherThreadStateRunsPlainly) {
 
 TEST(RowsWithoutTokens, TheSameWhateverTheBankHolds) {
   Module plain = load_model("tiny-bert-pooled");
-  LayerCache<Module> cache(load_model("tiny-bert-pooled"));
+  LayerCache<Module> cache = cache_of("tiny-bert-pooled");
   const auto info = model_info("tiny-bert-pooled");
   const auto request = right_padded(info, {7, 0, 4}, 5);
   const auto want = run_plain(plain, request.inputs);

@@ -27,14 +27,14 @@ void expect_sums(const LayerCacheBase& cache) {
 
 /// Bytes that a cache holds after one such request.
 std::size_t bytes_of(const std::string& model, const Request& request, const RequestOptions& options = {}) {
-  LayerCache<Module> roomy(load_model(model));
+  LayerCache<Module> roomy = cache_of(model);
   roomy.forward(request.inputs, options);
   return roomy.stats().bytes;
 }
 
 TEST(MissReasons, NewIdenticalAndNewAgainOnceAllWasDropped) {
   const auto request = right_padded(model_info("tiny-bert-sdpa"), {9, 4}, 1);
-  LayerCache<Module> cache(load_model("tiny-bert-sdpa"));
+  LayerCache<Module> cache = cache_of("tiny-bert-sdpa");
   cache.forward(request.inputs);
   EXPECT_EQ(because(cache, MissReason::kNew), 13U);
   cache.forward(request.inputs);
@@ -49,7 +49,7 @@ TEST(MissReasons, AnOutputThatWentForRoomIsNotNew) {
   const auto info = model_info("tiny-bert-sdpa");
   const auto a = right_padded(info, {40}, 1);
   const auto b = right_padded(info, {40}, 2);
-  LayerCache<Module> cache(load_model(info.name), {.capacity_bytes = bytes_of(info.name, a) * 3 / 2});
+  LayerCache<Module> cache = cache_of(info.name, {.capacity_bytes = bytes_of(info.name, a) * 3 / 2});
   cache.forward(a.inputs);
   cache.forward(b.inputs);
   ASSERT_EQ(cache.stats().evictions, 1U);
@@ -65,7 +65,7 @@ TEST(MissReasons, AnOutputThatWentForRoomIsNotNew) {
 TEST(MissReasons, WhatFoundNoRoomIsNotNew) {
   const auto info = model_info("tiny-bert-sdpa");
   const auto request = right_padded(info, {40}, 1);
-  LayerCache<Module> cache(load_model(info.name), {.capacity_bytes = bytes_of(info.name, request) / 2});
+  LayerCache<Module> cache = cache_of(info.name, {.capacity_bytes = bytes_of(info.name, request) / 2});
   for (int i = 0; i < 3; ++i) cache.forward(request.inputs);
   EXPECT_EQ(cache.stats().entries, 0U);
   EXPECT_EQ(because(cache, MissReason::kNew), 40U);
@@ -81,7 +81,7 @@ TEST(MissReasons, TokensOfAPrefixThatWentAreCounted) {
   Options options;
   options.prefix.capacity_share = 1;
   options.capacity_bytes = bytes_of(info.name, a, last) * 3 / 2;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache = cache_of(info.name, options);
   cache.forward(a.inputs, last);
   cache.forward(b.inputs, last);
   ASSERT_GT(cache.stats().evictions, 0U);
@@ -100,7 +100,7 @@ TEST(MissReasons, TokensOfAPrefixThatWentAreCounted) {
 
 TEST(MissReasons, PrefixesAndRowsOfOneBatch) {
   const auto info = model_info("tiny-llama-sdpa");
-  LayerCache<Module> cache(load_model(info.name));
+  LayerCache<Module> cache = cache_of(info.name);
   auto request = right_padded(info, {20, 20}, 1);
   request.ids()[1].narrow(0, 0, 12).copy_(request.ids()[0].narrow(0, 0, 12));
   cache.forward(request.inputs);
@@ -118,20 +118,20 @@ TEST(MissReasons, PrefixesAndRowsOfOneBatch) {
 TEST(MissReasons, NothingIsLookedUpWithoutCapacityWithHooksOrWhereTheCallerSaysSo) {
   const auto info = model_info("tiny-bert-sdpa");
   const auto request = right_padded(info, {9}, 1);
-  LayerCache<Module> none(load_model(info.name), {.capacity_bytes = 0});
+  LayerCache<Module> none = cache_of(info.name, {.capacity_bytes = 0});
   none.forward(request.inputs);
   EXPECT_EQ(told(none), MissReason::kNotLookedUp);
 
   struct Watcher final : LayerHook {
     HookAction at_layer(LayerStates&) override { return HookAction::kGoOn; }
   };
-  LayerCache<Module> hooked(load_model(info.name));
+  LayerCache<Module> hooked = cache_of(info.name);
   hooked.forward(request.inputs, {.hook = std::make_shared<Watcher>()});
   EXPECT_EQ(told(hooked), MissReason::kNotLookedUp);
   EXPECT_EQ(because(hooked, MissReason::kNotLookedUp), 9U);
   expect_sums(hooked);
 
-  LayerCache<Module> similar(load_model(info.name), {.fidelity = Fidelity::kThreshold});
+  LayerCache<Module> similar = cache_of(info.name, {.fidelity = Fidelity::kThreshold});
   similar.forward(request.inputs, {.look_up = false});
   EXPECT_EQ(told(similar), MissReason::kNotLookedUp);
 }
@@ -139,7 +139,7 @@ TEST(MissReasons, NothingIsLookedUpWithoutCapacityWithHooksOrWhereTheCallerSaysS
 TEST(MissReasons, ARequestForThePlainModelIsAFallback) {
   auto request = right_padded(model_info("tiny-bert-sdpa"), {9}, 1);
   request.mask().fill_(2);  // no probe held such a mask
-  LayerCache<Module> cache(load_model("tiny-bert-sdpa"));
+  LayerCache<Module> cache = cache_of("tiny-bert-sdpa");
   cache.forward(request.inputs);
   EXPECT_EQ(because(cache, MissReason::kFallback), 9U);
   expect_sums(cache);
@@ -156,7 +156,7 @@ TEST(MissReasons, EntriesThatAreTooOldOrWentForRoomInThePapersMode) {
   options.refresh.clock = [&now] { return now; };
   const auto a = right_padded(info, {9}, 1);
   {
-    LayerCache<Module> cache(load_model(info.name), options);
+    LayerCache<Module> cache = cache_of(info.name, options);
     cache.forward(a.inputs);
     EXPECT_EQ(told(cache), MissReason::kNew);
     cache.forward(a.inputs);
@@ -171,7 +171,7 @@ TEST(MissReasons, EntriesThatAreTooOldOrWentForRoomInThePapersMode) {
     options.capacity_bytes =
         static_cast<std::size_t>(static_cast<double>(cache.stats().bytes) * 1.5 / options.threshold.capacity_share);
   }
-  LayerCache<Module> small(load_model(info.name), options);
+  LayerCache<Module> small = cache_of(info.name, options);
   small.forward(a.inputs);
   std::uint64_t seed = 2;
   while (small.stats().evictions == 0 && seed < 100) small.forward(right_padded(info, {9}, seed++).inputs);
@@ -188,7 +188,7 @@ TEST(MissReasons, EarlyExitsThatTheBudgetDoesNotAllowAndThoseThatAreAudited) {
   options.budget.audit_rate = 0.3;
   options.budget.token_reuse = false;
   options.budget.exit_layers = {0, 1, 2};
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   ASSERT_TRUE(cache.calibrate(Traffic(1).sample(500)).exit);
   Traffic traffic(2);
   for (int i = 0; i < 60; ++i) cache.forward(traffic.next().inputs);
@@ -205,7 +205,7 @@ TEST(MissReasons, TokenStatesThatAreNotWorthReusing) {
   options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
   options.budget.early_exit = EarlyExit::kOff;
   options.budget.audit_rate = 0;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache = cache_of(info.name, options);
   ASSERT_TRUE(cache.calibrate(inputs_of(documents(info, 300, 100))).reuse);
   const auto base = right_padded(info, {40}, 9000);
   cache.forward(base.inputs);
@@ -225,7 +225,7 @@ TEST(MissReasons, TokenStatesThatAreNotWorthReusing) {
 
 TEST(MissReasons, AnOutputThatRulesOutSegmentsAndSegmentsThatWent) {
   const auto info = model_info("tiny-llama-sdpa");
-  LayerCache<Module> cache(load_model(info.name), passage_budget());
+  LayerCache<Module> cache = cache_of(info.name, passage_budget());
   PassagePrompts prompt(info);
   const auto profile = cache.calibrate(prompt.sample());
   ASSERT_TRUE(profile.reuse) << profile.to_string();
@@ -240,7 +240,7 @@ TEST(MissReasons, AnOutputThatRulesOutSegmentsAndSegmentsThatWent) {
   // Room for a few prompts only.
   Options options = passage_budget();
   options.capacity_bytes = bytes_of(info.name, right_padded(info, {134}, 1), last) * 6;
-  LayerCache<Module> small(load_model(info.name), options);
+  LayerCache<Module> small = cache_of(info.name, options);
   small.use_calibration(profile);
   const auto first = right_padded(info, {134}, 500);
   small.forward(first.inputs, last);

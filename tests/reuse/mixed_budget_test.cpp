@@ -73,7 +73,7 @@ MixedServed serve_mixed(LayerCacheBase& cache, Module& plain, const std::vector<
 
 TEST(BudgetOfTwo, ServesEachSequenceByTheMechanismThatIsItsOwn) {
   const double epsilon = 0.15;
-  LayerCache<Module> cache(load_model(kModel), budget_options(epsilon));
+  LayerCache<Module> cache = cache_of(kModel, budget_options(epsilon));
   Module plain = load_model(kModel);
   const auto profile = cache.calibrate(inputs_of(mixed(250, 1)));
   ASSERT_TRUE(profile.exit) << profile.to_string();
@@ -100,7 +100,7 @@ TEST(BudgetOfTwo, ServesEachSequenceByTheMechanismThatIsItsOwn) {
     auto alone = budget_options(epsilon);
     alone.budget.token_reuse = !exits;
     if (!exits) alone.budget.early_exit = EarlyExit::kOff;
-    LayerCache<Module> one(load_model(kModel), alone);
+    LayerCache<Module> one = cache_of(kModel, alone);
     one.calibrate(inputs_of(mixed(250, 1)));
     EXPECT_LT(served.computed, serve_mixed(one, plain, mixed(80, 2), false).computed)
         << (exits ? "early exit" : "token reuse");
@@ -108,7 +108,7 @@ TEST(BudgetOfTwo, ServesEachSequenceByTheMechanismThatIsItsOwn) {
 }
 
 TEST(BudgetOfTwo, AProfileHasBoth) {
-  LayerCache<Module> cache(load_model(kModel), budget_options(0.15));
+  LayerCache<Module> cache = cache_of(kModel, budget_options(0.15));
   const auto profile = cache.calibrate(inputs_of(mixed(250, 1)));
   ASSERT_TRUE(profile.exit && profile.reuse) << profile.to_string();
   const auto path = std::filesystem::path(::testing::TempDir()) / "llmcache-budget-of-two.json";
@@ -116,7 +116,7 @@ TEST(BudgetOfTwo, AProfileHasBoth) {
   const auto loaded = CalibrationProfile::load(path);
   EXPECT_EQ(loaded.to_string(), profile.to_string());
   EXPECT_EQ(loaded.exit_epsilon(), profile.exit_epsilon());
-  LayerCache<Module> other(load_model(kModel), budget_options(0.15));
+  LayerCache<Module> other = cache_of(kModel, budget_options(0.15));
   Module plain = load_model(kModel);
   other.use_calibration(loaded);
   const auto served = serve_mixed(other, plain, mixed(50, 3));
@@ -126,7 +126,7 @@ TEST(BudgetOfTwo, AProfileHasBoth) {
 
 /// Traffic of one kind has nothing to share: the mechanism that serves it has all of the budget.
 TEST(BudgetOfTwo, LeavesTheWholeBudgetToTheOneThatPays) {
-  LayerCache<Module> cache(load_model(kModel), budget_options(0.15));
+  LayerCache<Module> cache = cache_of(kModel, budget_options(0.15));
   const auto queries = cache.calibrate(Traffic(1).sample(400));
   ASSERT_TRUE(queries.exit) << queries.to_string();
   EXPECT_FALSE(queries.reuse);
@@ -135,7 +135,7 @@ TEST(BudgetOfTwo, LeavesTheWholeBudgetToTheOneThatPays) {
 
 /// A mechanism that is left alone serves what it was certified for. The other sequences are nobody's: they run in full.
 TEST(BudgetOfTwo, EachServesOnlyWhatItWasCertifiedFor) {
-  LayerCache<Module> cache(load_model(kModel), budget_options(0.15));
+  LayerCache<Module> cache = cache_of(kModel, budget_options(0.15));
   const auto both = cache.calibrate(inputs_of(mixed(250, 1)));
   ASSERT_TRUE(both.exit && both.reuse) << both.to_string();
   EXPECT_EQ(both.exit_below, both.reuse->least_tokens);
@@ -169,7 +169,7 @@ TEST(BudgetOfTwo, EachServesOnlyWhatItWasCertifiedFor) {
 TEST(BudgetOfTwo, SupervisionCountsTheSequencesOfTheOtherMechanism) {
   auto options = budget_options(0.15);
   options.budget.audit_rate = 1;
-  LayerCache<Module> cache(load_model(kModel), options);
+  LayerCache<Module> cache = cache_of(kModel, options);
   auto profile = cache.calibrate(inputs_of(mixed(250, 1)));
   ASSERT_TRUE(profile.exit && profile.reuse) << profile.to_string();
   profile.reuse->setting = "0 samples, 0 full layers";
@@ -191,7 +191,7 @@ TEST(BudgetOfTwo, SupervisionCountsTheSequencesOfTheOtherMechanism) {
 }
 
 TEST(BudgetOfTwo, ProfilesThatShareNothingOutAreRefused) {
-  LayerCache<Module> cache(load_model(kModel), budget_options(0.15));
+  LayerCache<Module> cache = cache_of(kModel, budget_options(0.15));
   const auto good = cache.calibrate(inputs_of(mixed(250, 1)));
   ASSERT_TRUE(good.exit && good.reuse) << good.to_string();
   const auto refused = [&](const char* part, const std::function<void(CalibrationProfile&)>& spoil) {

@@ -71,7 +71,7 @@ double difference(const at::Tensor& got, const at::Tensor& want) {
 /// A model twice: as it is, and wrapped with a cache that keeps prefixes.
 struct Pair {
   explicit Pair(const std::string& name, Options options = {})
-      : info(model_info(name)), plain(load_plain(name)), cache(load_model(name), std::move(options)) {}
+      : info(model_info(name)), plain(load_plain(name)), cache(cache_of(name, options)) {}
 
   /// Empty if forward() returns what the plain model does.
   std::string wrong(const Request& request, const RequestOptions& options) {

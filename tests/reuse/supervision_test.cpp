@@ -184,7 +184,7 @@ class SupervisionOf : public ::testing::TestWithParam<bool> {
     } else {
       options.budget.early_exit = EarlyExit::kOff;
     }
-    cache_ = std::make_unique<LayerCache<Module>>(load_model(kModel), options);
+    cache_ = std::make_unique<LayerCache<Module>>(cache_of(kModel, options));
     const auto profile =
         cache_->calibrate(exits() ? Traffic(1).sample(400) : inputs_of(documents(model_info(kModel), 300, 100)));
     ASSERT_TRUE(exits() ? profile.exit != nullptr : profile.reuse.has_value()) << profile.to_string();
@@ -359,7 +359,7 @@ TEST(SupervisionOfMemory, AnAuditThatRunsOutOfItLeavesTheExactAnswer) {
   Options options{.fidelity = Fidelity::kBudget};
   options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
   options.budget.audit_rate = 0.5;
-  LayerCache<Module> cache(load_model(info.name), options);
+  LayerCache<Module> cache = cache_of(info.name, options);
   ASSERT_TRUE(cache.calibrate(inputs_of(documents(info, 300, 100))).reuse);
   const auto requests = documents(info, 240, 9000);
   std::size_t partial = 0;  // bytes that a run with reuse asks for at most, and a full one

@@ -62,7 +62,7 @@ class ThresholdModels : public ModelTest {};
 TEST_P(ThresholdModels, AnEntryTakesThePlaceOfARequestAtEveryLayer) {
   if (refused()) return;
   if (profile().granularity != Granularity::kTokens) {
-    EXPECT_THAT([&] { LayerCache<Module> cache(load_model(info().name), any_entry()); },
+    EXPECT_THAT([&] { LayerCache<Module> cache = cache_of(info().name, any_entry()); },
                 ThrowsError(ErrorCode::kNotAvailable, "threshold"));
     return;
   }
@@ -76,7 +76,7 @@ TEST_P(ThresholdModels, AnEntryTakesThePlaceOfARequestAtEveryLayer) {
     SCOPED_TRACE(layer);
     auto options = any_entry();
     options.threshold.cache_layers = {layer};
-    LayerCache<Module> cache(load_model(info().name), options);
+    LayerCache<Module> cache = cache_of(info().name, options);
     EXPECT_TRUE(close_on_real(cache.forward(filled.inputs), want, filled, tolerance));
     EXPECT_EQ(cache.last_report().sequences[0].source, Source::kComputed);
     EXPECT_TRUE(close_on_real(cache.forward(asked.inputs), want, asked, tolerance));
@@ -100,7 +100,7 @@ TEST_P(ThresholdModels, AnEntryTakesThePlaceOfARequestAtEveryLayer) {
 
 TEST_P(ThresholdModels, ARaggedBatchIsServedRowByRow) {
   if (refused() || profile().granularity != Granularity::kTokens) return;
-  LayerCache<Module> cache(load_model(info().name), at_least(0.9999));
+  LayerCache<Module> cache = cache_of(info().name, at_least(0.9999));
   const double tolerance = tolerance_of(info());
   const auto first = right_padded(info(), {9, 4, 12}, 1);
   EXPECT_TRUE(close_on_real(cache.forward(first.inputs), plain(first.inputs), first, tolerance));
@@ -133,7 +133,7 @@ class Threshold : public ::testing::Test {
  protected:
   Threshold() : model_(subject("tiny-bert-sdpa")) {}
 
-  LayerCache<Module> cache(const Options& options) { return LayerCache<Module>(load_model(model_.info.name), options); }
+  LayerCache<Module> cache(const Options& options) { return cache_of(model_.info.name, options); }
   [[nodiscard]] Request request(std::int64_t tokens, std::uint64_t seed) const {
     return right_padded(model_.info, {tokens}, seed);
   }
@@ -190,7 +190,7 @@ TEST_F(Threshold, TheMostSimilarEntryIsTaken) {
 
 TEST_F(Threshold, APooledOutputIsTheEntrysWhateverItsLength) {
   Subject& pooled = subject("tiny-bert-pooled");
-  LayerCache<Module> one(load_model("tiny-bert-pooled"), any_entry());
+  LayerCache<Module> one = cache_of("tiny-bert-pooled", any_entry());
   const auto filled = right_padded(pooled.info, {11}, 1);
   const auto want = leaves(run_plain(pooled.plain, filled.inputs))[0];
   one.forward(filled.inputs);
@@ -348,7 +348,7 @@ TEST_F(Threshold, AttentionStatisticsArePartOfTheFingerprint) {
   options.threshold.fingerprint_layers = {0};
   EXPECT_THAT([&] { cache(options); }, ThrowsError(ErrorCode::kInvalidOptions, "attention"));
   options.threshold.fingerprint_layers = {1};
-  EXPECT_THAT([&] { LayerCache<Module> eager(load_model("tiny-bert-eager"), options); },
+  EXPECT_THAT([&] { LayerCache<Module> eager = cache_of("tiny-bert-eager", options); },
               ThrowsError(ErrorCode::kNotAvailable, "attention statistics"));
 }
 
@@ -440,7 +440,7 @@ TEST_F(Threshold, WhatCannotBePackedIsComputedAsIs) {
 }
 
 TEST_F(Threshold, StatesThatAreNotFiniteAreCountedAndNeverKept) {
-  LayerCache<Module> one(load_model("tiny-nan"), any_entry());
+  LayerCache<Module> one = cache_of("tiny-nan", any_entry());
   const auto a = right_padded(model_info("tiny-nan"), {9}, 1);
   const auto want = run_plain(subject("tiny-nan").plain, a.inputs);
   for (int i = 0; i < 2; ++i) {
@@ -493,7 +493,7 @@ TEST_F(Threshold, Polarity) {
   };
   auto options = at_least(0.85);  // inside the paper's "best" 0.82-0.88
   options.threshold.cache_layers = {5};
-  LayerCache<Module> one(load_model("minilm"), options);
+  LayerCache<Module> one = cache_of("minilm", options);
   const double similarity = cosine(one.pooled_state(inputs(enable))[0], one.pooled_state(inputs(disable))[0]);
   EXPECT_NEAR(similarity, 0.897, 0.001);
   const auto enabled = leaves(one.forward(inputs(enable)))[0].clone();
@@ -711,7 +711,7 @@ TEST_F(ThresholdAudit, TheShareOfCheckedHitsIsTheRate) {
 // --- refused ------------------------------------------------------------------------------------------
 
 TEST_F(Threshold, RequestOnACacheThatKeepsNoStates) {
-  LayerCache<Module> one(load_model("tiny-bert-sdpa"));
+  LayerCache<Module> one = cache_of("tiny-bert-sdpa");
   EXPECT_THAT([&] { one.forward(request(5, 1).inputs, {.fidelity = Fidelity::kThreshold}); },
               ThrowsError(ErrorCode::kInvalidOptions, "keeps no states"));
 }

@@ -141,7 +141,7 @@ TEST_F(Sources, ForWhichThereIsNoRoomAreLeft) {
 
 TEST(Segments, AreHeldAsTheyWereUnderTheirCalibration) {
   const ModelInfo info = model_info("tiny-llama-sdpa");
-  const LayerCache<Module> wrapped(load_model(info.name), Options{.capacity_bytes = 0});
+  const LayerCache<Module> wrapped = cache_of(info.name, Options{.capacity_bytes = 0});
   for (const auto format : {BankFormat::kAsComputed, BankFormat::kBFloat16, BankFormat::kInt8}) {
     SCOPED_TRACE(to_string(format));
     const TemporaryFolder folder;
@@ -228,7 +228,7 @@ TEST(PapersMode, IsServedAsItWas) {
     const TemporaryFolder folder;
     const fs::path file = folder / "cache.snapshot";
     const ModelInfo info = model_info(one.model);
-    LayerCache<Module> first(load_model(info.name), one.options);
+    LayerCache<Module> first = cache_of(info.name, one.options);
     for (const Request& request : variations(info, 40, 0)) first.forward(request.inputs);
     const SnapshotReport saved = first.save(file);
     auto second = first.with_options(one.options);
@@ -262,7 +262,7 @@ TEST(PapersMode, IsServedAsItWas) {
 class LayerStates : public ::testing::Test {
  protected:
   static constexpr const char* kEncoder = "tiny-bert-sdpa";
-  LayerStates() : first_(load_model(kEncoder), options_) {
+  LayerStates() : first_(cache_of(kEncoder, options_)) {
     for (const Request& request : requests_) first_.forward(request.inputs, {.tenant = "acme"});
     first_.save(file_);
   }
@@ -360,7 +360,7 @@ TEST_F(LayerStates, KeepWhatAuditsFound) {
 
 class ASmallFileOfLayerStates : public ::testing::Test {
  protected:
-  ASmallFileOfLayerStates() : cache_(load_model("tiny-bert-sdpa"), options_) {
+  ASmallFileOfLayerStates() : cache_(cache_of("tiny-bert-sdpa", options_)) {
     auto first = cache_.with_options(options_);
     first.forward(request_.inputs);
     first.save(file_);

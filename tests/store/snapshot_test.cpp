@@ -99,13 +99,13 @@ TEST_P(SnapshotOf, GoesOnWhereItWas) {
   const ModelInfo info = model_info(GetParam());
   Module plain = load_model(info.name);
   const auto asked = questions(info);
-  LayerCache<Module> first(load_model(info.name));
+  LayerCache<Module> first = cache_of(info.name);
   known_tokens(first, first_half(asked));
   const SnapshotReport saved = first.save(folder.file());
   EXPECT_EQ(saved.bytes, fs::file_size(folder.file()));
   EXPECT_GT(saved.entries(), 0U);
 
-  LayerCache<Module> second(load_model(info.name));
+  LayerCache<Module> second = cache_of(info.name);
   const SnapshotReport loaded = second.load(folder.file());
   EXPECT_EQ(loaded.refused, "");
   EXPECT_EQ(loaded.entries(), saved.entries());
@@ -119,7 +119,7 @@ TEST_P(SnapshotOf, GoesOnWhereItWas) {
   }
   EXPECT_EQ(second.stats().verification.mismatches, 0U);
 
-  LayerCache<Module> third(load_model(info.name));
+  LayerCache<Module> third = cache_of(info.name);
   third.load(folder.file());
   EXPECT_EQ(known_tokens(third, asked), known_tokens(first, asked));
   EXPECT_GT(third.stats().tokens_reused, 0U);
@@ -128,10 +128,10 @@ TEST_P(SnapshotOf, GoesOnWhereItWas) {
 TEST_P(SnapshotOf, IsTheSameWhenItIsSavedAgain) {
   const Folder folder;
   const ModelInfo info = model_info(GetParam());
-  LayerCache<Module> first(load_model(info.name));
+  LayerCache<Module> first = cache_of(info.name);
   known_tokens(first, questions(info));
   first.save(folder.file("one"));
-  LayerCache<Module> second(load_model(info.name));
+  LayerCache<Module> second = cache_of(info.name);
   second.load(folder.file("one"));
   second.save(folder.file("two"));
   EXPECT_EQ(bytes_of(folder.file("one")).size(), bytes_of(folder.file("two")).size());
@@ -156,12 +156,12 @@ TEST(Snapshot, TenantsStayApart) {
   const Folder folder;
   const ModelInfo info = model_info(kDecoder);
   const Request request = right_padded(info, {20}, 1);
-  LayerCache<Module> first(load_model(kDecoder));
+  LayerCache<Module> first = cache_of(kDecoder);
   for (const Output output : {Output::kAll, Output::kLastToken}) {
     first.forward(request.inputs, {.output = output, .tenant = "acme"});
   }
   first.save(folder.file());
-  LayerCache<Module> second(load_model(kDecoder));
+  LayerCache<Module> second = cache_of(kDecoder);
   ASSERT_EQ(second.load(folder.file()).refused, "");
   for (const Output output : {Output::kAll, Output::kLastToken}) {
     for (const char* other : {"", "acme2", "acm"}) {
@@ -178,7 +178,7 @@ TEST(Snapshot, TenantsStayApart) {
 TEST(Snapshot, LessRoomKeepsWhatWasUsedLast) {
   const Folder folder;
   const ModelInfo info = model_info(kDecoder);
-  LayerCache<Module> first(load_model(kDecoder));
+  LayerCache<Module> first = cache_of(kDecoder);
   std::vector<Request> requests;
   for (std::uint64_t seed = 1; seed <= 40; ++seed) {
     requests.push_back(right_padded(info, {30}, seed));
@@ -212,7 +212,7 @@ TEST(Snapshot, LessRoomKeepsWhatWasUsedLast) {
 TEST(Snapshot, WhatTheCacheDoesNotKeepIsLeft) {
   const Folder folder;
   const ModelInfo info = model_info(kDecoder);
-  LayerCache<Module> first(load_model(kDecoder));
+  LayerCache<Module> first = cache_of(kDecoder);
   known_tokens(first, questions(info));
   first.save(folder.file());
   LayerCache<Module> identical = first.with_options({.fidelity = Fidelity::kIdentical});
@@ -235,7 +235,7 @@ void load_in_another_process(const fs::path& folder) {
 TEST(Snapshot, HoldsInAnotherProcessAndForAModelAtAnotherPlace) {
   if (const char* const path = std::getenv("LLMCACHE_SNAPSHOT_CHILD")) return load_in_another_process(path);
   const Folder folder;
-  LayerCache<Module> cache(load_model(kDecoder));
+  LayerCache<Module> cache = cache_of(kDecoder);
   cache.forward(right_padded(model_info(kDecoder), {20}, 1).inputs, {.output = Output::kLastToken});
   cache.save(folder.file());
   fs::copy_file(fs::path(std::getenv("LLMCACHE_MODELS_DIR")) / (std::string(kDecoder) + ".pt"),
@@ -388,10 +388,10 @@ TEST(SnapshotIdentity, FollowsFromVersions) {
 TEST(SnapshotIdentity, FollowsFromTheKindOfAttention) {
   const Folder folder;
   const Request request = right_padded(model_info("tiny-llama-sdpa"), {12}, 1);
-  LayerCache<Module> first(load_model("tiny-llama-sdpa"));
+  LayerCache<Module> first = cache_of("tiny-llama-sdpa");
   first.forward(request.inputs);
   first.save(folder.file());
-  LayerCache<Module> second(load_model("tiny-llama-eager"));
+  LayerCache<Module> second = cache_of("tiny-llama-eager");
   EXPECT_THAT(second.load(folder.file()).refused, HasSubstr("another"));
   second.forward(request.inputs);
   EXPECT_EQ(second.stats().tokens_reused, 0U);
@@ -424,7 +424,7 @@ TEST(SnapshotIdentity, WeightsThatWereChangedAreNotSavedUnderAnothersName) {
 /// A small file, and a cache that may load it.
 class DamagedSnapshot : public ::testing::Test {
  protected:
-  DamagedSnapshot() : cache_(load_model(kDecoder)), plain_(load_model(kDecoder)) {
+  DamagedSnapshot() : cache_(cache_of(kDecoder)), plain_(load_model(kDecoder)) {
     LayerCache<Module> first = cache_.with_options({});
     first.forward(request_.inputs);
     first.forward(request_.inputs, {.output = Output::kLastToken});
@@ -506,14 +506,14 @@ TEST(SnapshotOptions, LoadAtTheStartAndSaveAtTheEnd) {
   std::vector<std::string> steps;
   options.progress = [&](const Progress& progress) { steps.push_back(progress.step); };
   {
-    LayerCache<Module> cache(load_model(kDecoder), options);
+    LayerCache<Module> cache = cache_of(kDecoder, options);
     EXPECT_THAT(cache.stats().snapshot.loaded.refused, HasSubstr("no such file"));
     cache.forward(request.inputs);
     EXPECT_FALSE(fs::exists(folder.file()));
   }
   EXPECT_THAT(steps, ::testing::Contains("loading the snapshot"));
   {
-    LayerCache<Module> cache(load_model(kDecoder), options);
+    LayerCache<Module> cache = cache_of(kDecoder, options);
     EXPECT_EQ(cache.stats().snapshot.loaded.refused, "");
     EXPECT_THAT(cache.stats().to_string(), HasSubstr("loaded:"));
     cache.forward(request.inputs);
@@ -522,7 +522,7 @@ TEST(SnapshotOptions, LoadAtTheStartAndSaveAtTheEnd) {
     EXPECT_EQ(moved.with_options(moved.options()).options().snapshot.path, "");
   }
   write(folder.file(), "no snapshot");
-  LayerCache<Module> cache(load_model(kDecoder), options);
+  LayerCache<Module> cache = cache_of(kDecoder, options);
   EXPECT_THAT(cache.stats().snapshot.loaded.refused, HasSubstr("damaged"));
   EXPECT_EQ(cache.stats().entries, 0U);
 }
@@ -531,7 +531,7 @@ TEST(SnapshotOptions, SaveNowAndThen) {
   const Folder folder;
   Options options;
   options.snapshot = {folder.file().string(), 0.02};
-  LayerCache<Module> cache(load_model(kDecoder), options);
+  LayerCache<Module> cache = cache_of(kDecoder, options);
   cache.forward(right_padded(model_info(kDecoder), {20}, 1).inputs);
   for (int waited = 0; cache.stats().snapshot.saves < 3 && waited < 1000; ++waited) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -558,7 +558,7 @@ TEST(Snapshot, AFileThatCannotBeWrittenSaysSo) {
   {
     Options options;
     options.snapshot.path = "/nowhere/at/all";
-    LayerCache<Module> cache(load_model(kDecoder), options);
+    LayerCache<Module> cache = cache_of(kDecoder, options);
     EXPECT_THAT([&] { cache.save("/nowhere/at/all"); },
                 ThrowsError(ErrorCode::kInvalidFile, "what was there before is there still"));
     EXPECT_EQ(cache.stats().snapshot.failed, 1U);
@@ -572,7 +572,7 @@ TEST(Snapshot, IsWholeWhileCallsAreRunning) {
   const ModelInfo info = model_info(kDecoder);
   Options options;
   options.capacity_bytes = std::size_t{1} << 20;  // so that entries come and go
-  LayerCache<Module> cache(load_model(kDecoder), options);
+  LayerCache<Module> cache = cache_of(kDecoder, options);
   std::atomic<bool> done{false};
   std::vector<std::thread> threads;
   for (std::uint64_t t = 0; t < 3; ++t) {
@@ -610,12 +610,12 @@ TEST(Snapshot, TokenStatesAreHeldAsTheyWereUnderTheirCalibration) {
     options.budget.early_exit = EarlyExit::kOff;
     options.budget.audit_rate = 0;
     options.budget.format = format;
-    LayerCache<Module> first(load_model(info.name), options);
+    LayerCache<Module> first = cache_of(info.name, options);
     const auto profile = first.calibrate(inputs_of(documents(info, 300, 100)));
     ASSERT_TRUE(profile.reuse) << profile.to_string();
     for (const Request& request : documents(info, 60, 9000)) first.forward(request.inputs);
     const SnapshotReport saved = first.save(folder.file());
-    LayerCache<Module> second(load_model(info.name), options);
+    LayerCache<Module> second = cache_of(info.name, options);
     const SnapshotReport loaded = second.load(folder.file());
     EXPECT_EQ(loaded.refused, "");
     EXPECT_EQ(loaded.entries(), saved.entries()) << loaded.summary();
@@ -632,7 +632,7 @@ TEST(Snapshot, TokenStatesAreHeldAsTheyWereUnderTheirCalibration) {
     EXPECT_TRUE(at::allclose(got, want, 1e-5, 1e-5));
     // Under another calibration they are of no use.
     options.budget.budget.epsilon = 0.2;
-    LayerCache<Module> third(load_model(info.name), options);
+    LayerCache<Module> third = cache_of(info.name, options);
     EXPECT_THAT(third.load(folder.file()).summary(), HasSubstr("calibration that they were kept under"));
   }
 }

@@ -102,6 +102,17 @@ Subject& subject(const std::string& name) {
   return *found;
 }
 
+LayerCache<Module> cache_of(const std::string& name, const Options& options) {
+  static std::map<std::pair<std::string, Weights>, LayerCache<Module>> wrapped;
+  const std::pair key(name, options.weights);
+  auto found = wrapped.find(key);
+  if (found == wrapped.end()) {
+    LayerCache<Module> cache(load_model(name), Options{.capacity_bytes = 0, .weights = options.weights});
+    found = wrapped.emplace(key, std::move(cache)).first;
+  }
+  return found->second.with_options(options);
+}
+
 std::vector<std::string> wrappable_names(const std::vector<std::string>& prefixes) {
   auto names = model_names(prefixes);
   std::erase_if(names, [](const std::string& name) {
@@ -394,5 +405,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   at::set_num_threads(1);
+  // Set by tests/CMakeLists.txt, which says where and why.
+  if (std::getenv("LLMCACHE_TESTS_WITHOUT_JIT_PASSES") != nullptr) torch::jit::setGraphExecutorOptimize(false);
   return llmcache::test::run_tests(argc, argv);
 }

@@ -65,6 +65,10 @@ struct Subject {
 /// Made at the first call and kept for the rest of the process: wrapping takes longer than most tests.
 Subject& subject(const std::string& name);
 
+/// A cache with nothing in its memory around load_model(name), wrapped once in a process for each format of weights
+/// (LayerCache::with_options()). What tests wrapping, or changes the module, makes a LayerCache of its own.
+LayerCache<Module> cache_of(const std::string& name, const Options& options = {});
+
 /// Those of model_names() that must not be refused for what they are; wrapping_test.cpp has the others.
 std::vector<std::string> wrappable_names(const std::vector<std::string>& prefixes);
 /// The decoders among them, but for zoo-qwen3moe, which runs whole layers only: tests say so by that name.

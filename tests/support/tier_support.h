@@ -2,7 +2,6 @@
 #pragma once
 
 #include <chrono>
-#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -27,14 +26,6 @@ inline Options above(std::shared_ptr<StateStore> store, std::int64_t block_token
   options.store.only_if_faster = false;
   options.store.write_deadline_ms = 30'000;
   return options;
-}
-
-/// A cache with nothing in its memory. A model is wrapped once in a process.
-inline LayerCache<Module> cache_of(const std::string& model, const Options& options) {
-  static std::map<std::string, LayerCache<Module>> wrapped;
-  const auto found = wrapped.find(model);
-  if (found != wrapped.end()) return found->second.with_options(options);
-  return wrapped.emplace(model, LayerCache<Module>(load_model(model))).first->second.with_options(options);
 }
 
 /// Waits until what the cache writes and fetches behind its answers is done.
