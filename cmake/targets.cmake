@@ -13,9 +13,6 @@ function(llmcache_own_code target)
     target_compile_options(${target} PRIVATE -fsanitize=${LLMCACHE_SANITIZE} -fno-sanitize=vptr
                                              -fno-sanitize-recover=all -fno-omit-frame-pointer)
     target_link_options(${target} PUBLIC -fsanitize=${LLMCACHE_SANITIZE})
-    if(LLMCACHE_FUZZ)  # the fuzz targets see which branches were taken
-      target_compile_options(${target} PRIVATE -fsanitize=fuzzer-no-link)
-    endif()
   endif()
 endfunction()
 

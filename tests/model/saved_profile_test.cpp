@@ -39,7 +39,8 @@ class SavedProfileTest : public ::testing::Test {
     return all.str();
   }
   void put(const std::string& bytes) const {
-    std::ofstream(path(), std::ios::binary | std::ios::trunc).write(bytes.data(), std::ssize(bytes));
+    std::filesystem::remove(path());  // see reader_support.h
+    std::ofstream(path(), std::ios::binary).write(bytes.data(), std::ssize(bytes));
   }
   /// Puts a changed copy of `saved` in the file, with a hash that is right.
   template <class Change>

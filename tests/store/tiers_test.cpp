@@ -184,6 +184,7 @@ TEST(Tiers, WhatFollowsFromASourceIsComputedByOneProcessAlone) {
   EXPECT_EQ(reused_of_source(third), (Ids{0, 0}));
   EXPECT_GE(third.stats().store.damaged, 2U);
   // Of another tenant neither.
+  wait_for_store(third);  // it writes anew what was damaged
   store->set({});
   first.forward(request.inputs, {.tenant = "acme"});
   wait_for_store(first);

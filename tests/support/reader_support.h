@@ -47,7 +47,8 @@ inline std::string bytes_of(const std::filesystem::path& path) {
 }
 
 inline void write(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+  std::filesystem::remove(path);  // ext4 flushes a file that replaces what it held, which takes long a thousand times
+  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 }  // namespace llmcache
