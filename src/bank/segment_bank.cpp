@@ -278,6 +278,12 @@ std::weak_ptr<const SegmentEntry> SegmentBank::restore(std::string_view partitio
   }
 }
 
+bool SegmentBank::lossless() const noexcept {
+  return std::ranges::all_of(settings_.specs, [this](const KeySpec& spec) {
+    return StoredStates::lossless(c10::typeMetaToScalarType(spec.options.dtype()), settings_.format);
+  });
+}
+
 void SegmentBank::use(const SegmentEntry& entry, double now_s) {
   const std::lock_guard lock(mutex_);
   if (const auto slot = slot_of(entry)) touch(*slot, now_s);

@@ -83,7 +83,7 @@ struct SegmentHit {
   std::shared_ptr<const SegmentEntry> donor;  ///< stays readable while this lives
   std::int64_t donor_begin = 0;               ///< first token of the donor
   std::int64_t tokens = 0;
-  bool exact = false;  ///< a prefix of both: the donor's states are the request's
+  bool exact = false;  ///< a prefix of both: the donor's states are the request's, but for the rounding of the format
 
   /// How far the donor's keys have to be turned.
   [[nodiscard]] std::int64_t move() const noexcept { return begin - donor_begin - donor->origin().position; }
@@ -163,6 +163,8 @@ class SegmentBank final : public CapacityBank {
   [[nodiscard]] std::optional<std::size_t> bytes_for(std::string_view partition,
                                                      std::span<const std::int64_t> tokens) const;
   [[nodiscard]] const Settings& settings() const noexcept { return settings_; }
+  /// True if states come back as they were computed: nothing of them is lost in its format.
+  [[nodiscard]] bool lossless() const noexcept;
 
   /// Tokens behind the first `known` ones that were known once as the beginning of a sequence, and had to go for room,
   /// as far as that is remembered.

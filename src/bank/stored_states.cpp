@@ -161,6 +161,10 @@ std::optional<StoredStates> StoredStates::of(at::IntArrayRef sizes, std::int64_t
   return stored;
 }
 
+bool StoredStates::lossless(at::ScalarType computed, BankFormat format) noexcept {
+  return stored_type(format, computed) == computed;
+}
+
 std::size_t StoredStates::bytes_for(at::IntArrayRef sizes, const at::TensorOptions& options, BankFormat format,
                                     std::int64_t group) {
   const auto values = static_cast<std::size_t>(c10::multiply_integers(sizes));

@@ -37,6 +37,8 @@ class StoredStates {
   static std::optional<StoredStates> of(at::IntArrayRef sizes, std::int64_t token_dim, const at::TensorOptions& options,
                                         BankFormat format, at::Tensor values, at::Tensor scales,
                                         std::int64_t group = kGroup);
+  /// True if nothing is lost of states that a model computes in this type.
+  static bool lossless(at::ScalarType computed, BankFormat format) noexcept;
   /// What bytes() of empty() will be, to be reserved before.
   static std::size_t bytes_for(at::IntArrayRef sizes, const at::TensorOptions& options, BankFormat format,
                                std::int64_t group = kGroup);

@@ -91,7 +91,8 @@ struct BudgetOptions {
   bool segment_reuse = true;
 
   /// How states of tokens are held for reuse: int8 takes 0.28 of float32's bytes. What it costs is part of what the
-  /// calibration measures. Default: as they were computed.
+  /// calibration measures. Where it rounds, nothing that is reused counts as exact, a known beginning of a decoder's
+  /// request neither (Source::kPartial). Default: as they were computed.
   BankFormat format = BankFormat::kAsComputed;
 
   /// Part of Options::capacity_bytes that calibrated banks may take, 0 to 1; the rest keeps whole outputs, and keys

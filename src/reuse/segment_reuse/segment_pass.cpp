@@ -60,8 +60,8 @@ std::vector<TokenRange> SegmentPass::choose(std::size_t sequence, const std::vec
   const auto& dims = level_.key_dims(choosing_, 0);
   at::Tensor deviation = at::zeros({count}, fresh[0].options().dtype(at::kFloat));
   for (std::size_t i = 0; i < fresh.size(); ++i) {
-    // What is active here stands behind the exact prefix, without gap.
-    const auto now = fresh[i].index_select(dims[i], reused - row.exact).to(at::kFloat);
+    // What is active here stands behind the known prefix, without gap.
+    const auto now = fresh[i].index_select(dims[i], reused - row.beginning).to(at::kFloat);
     const auto then = known(sequence, choosing_, 0, i, fresh[i], dims[i]).index_select(dims[i], reused).to(at::kFloat);
     const auto squares = [&](const at::Tensor& all) { return all.square().movedim(dims[i], 0).flatten(1).sum(1); };
     const auto scale = squares(now).mean().clamp_min(1e-12);

@@ -53,11 +53,16 @@ struct SegmentLayout {
 /// A sequence of the batch that runs.
 struct SegmentRow : RowKey {
   std::vector<SegmentHit> segments;
-  std::int64_t exact = 0;            ///< tokens of the exact prefix
+  std::int64_t beginning = 0;        ///< tokens of the known prefix, which runs through no layer
+  bool rounded = false;              ///< the bank has rounded that prefix's states: it is not exact
   std::vector<std::int32_t> last;    ///< by token: one past the last layer that computes it
-  std::vector<std::int64_t> reused;  ///< tokens that need not be computed, the exact prefix left out
+  std::vector<std::int64_t> reused;  ///< tokens that need not be computed, the known prefix left out
   SegmentBank::Room room;            ///< where what is to be kept goes
 
+  /// Tokens of which nothing was lost.
+  [[nodiscard]] std::int64_t exact() const noexcept { return rounded ? 0 : beginning; }
+  /// True if nothing is approximate: all is computed, or behind an exact prefix.
+  [[nodiscard]] bool is_exact() const noexcept { return reused.empty() && beginning == exact(); }
   [[nodiscard]] bool active(std::int64_t token, std::int32_t layer) const {
     return layer < last[static_cast<std::size_t>(token)];
   }

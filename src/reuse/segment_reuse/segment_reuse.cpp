@@ -153,15 +153,17 @@ void SegmentReuse::check(const SegmentSettings& settings) const {
 }
 
 /// Which tokens run how far, before any is chosen.
-void SegmentReuse::plan(SegmentRow& row, const SegmentSettings& settings) const {
+void SegmentReuse::plan(SegmentRow& row, const SegmentBank& bank, const SegmentSettings& settings) const {
   row.last.assign(static_cast<std::size_t>(row.span.tokens), layout_.layers);
   row.reused.clear();
-  row.exact = 0;
-  if (settings.recompute_share == 1) std::erase_if(row.segments, [](const SegmentHit& hit) { return !hit.exact; });
+  row.beginning = 0;
+  row.rounded = !bank.lossless();
+  if (settings.recompute_share == 1)
+    std::erase_if(row.segments, [&](const SegmentHit& hit) { return !hit.exact || row.rounded; });
   for (const SegmentHit& segment : row.segments) {
     const auto end = segment.begin + segment.tokens;
     if (segment.exact) {
-      row.exact = end;
+      row.beginning = end;
       std::fill(row.last.begin(), row.last.begin() + end, 0);
       continue;
     }
@@ -184,7 +186,7 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
     for (const SegmentHit& hit : row.segments) {
       hit.donor->each_tensor([this](const at::Tensor& tensor) { wrapped_.streams->uses(tensor); });
     }
-    plan(row, settings);
+    plan(row, bank, settings);
     double computed = 0;
     for (const std::int32_t layers : row.last) computed += layers;
     if (settings.chooses()) {
@@ -194,7 +196,7 @@ std::vector<std::optional<SegmentMatch>> SegmentReuse::find_in(SegmentBank& bank
           count;
     }
     const double all = static_cast<double>(row.span.tokens) * static_cast<double>(layout_.layers);
-    matches[static_cast<std::size_t>(row.row)] = SegmentMatch{std::move(row.segments), row.exact, computed / all};
+    matches[static_cast<std::size_t>(row.row)] = SegmentMatch{std::move(row.segments), row.exact(), computed / all};
   }
   wrapped_.streams->enter(model_.device());
   return matches;
@@ -214,7 +216,7 @@ Selection SegmentReuse::select(const Plan& plan, const std::vector<SegmentRow>& 
   }
   if (*output == Output::kAll || !wrapped_.profile.head_tokenwise) return select_all(plan);
   for (const SegmentRow& row : rows) {
-    const auto tokens = *output == Output::kLastToken ? 1 : row.span.tokens - row.exact;
+    const auto tokens = *output == Output::kLastToken ? 1 : row.span.tokens - row.exact();
     selection.spans.push_back({row.span.tokens - tokens, tokens, 0});
     selection.padded_length = std::max(selection.padded_length, tokens);
   }
@@ -235,10 +237,9 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
   for (SegmentRow& row : rows) {
     auto& match = matches[static_cast<std::size_t>(row.row)];
     if (match) row.segments = std::move(match->segments);
-    plan(row, settings);
+    plan(row, bank, settings);
     passed.sequences.push_back({row.row, row.span.first, row.span.tokens, -1, ranges_of(row)});
-    const bool exact = row.reused.empty() && row.span.first == 0;
-    if (settings.keep && exact) row.room = bank.reserve(row.partition, row.tokens);
+    if (settings.keep && row.is_exact() && row.span.first == 0) row.room = bank.reserve(row.partition, row.tokens);
   }
   report.lookup_ms += clock.lap();
   SegmentPass pass(*model_.token_level(), layout_, rows, settings);
@@ -247,13 +248,13 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
   const double model_ms = clock.lap();
 
   std::int64_t computed = 0;
-  for (const SegmentRow& row : rows) computed += row.span.tokens - row.exact;
+  for (const SegmentRow& row : rows) computed += row.span.tokens - row.beginning;
   for (const SegmentRow& row : rows) {
     SequenceReport& sequence = report.sequences[static_cast<std::size_t>(row.row)];
-    sequence.source = !row.reused.empty() ? Source::kPartial : row.exact > 0 ? Source::kPrefix : Source::kComputed;
-    sequence.reused_tokens = row.exact;
+    sequence.source = !row.is_exact() ? Source::kPartial : row.exact() > 0 ? Source::kPrefix : Source::kComputed;
+    sequence.reused_tokens = row.exact();
     // Where segments were found it is not known of how many of the others was.
-    if (row.reused.empty()) tell_evicted(sequence, bank.evicted_tokens(row.partition, row.tokens, row.exact));
+    if (row.reused.empty()) tell_evicted(sequence, bank.evicted_tokens(row.partition, row.tokens, row.beginning));
     if (sequence.source == Source::kPrefix) sequence.resumed_layer = 0;
   }
   const double token_ms = model_ms / static_cast<double>(std::max<std::int64_t>(computed, 1));

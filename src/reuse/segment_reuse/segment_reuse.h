@@ -29,15 +29,16 @@ struct SegmentOptions {
   /// which is nearer to what a new surrounding makes of them than the states of one. 0 or 1: none are.
   std::uint16_t most_averaged = 16;
   EvictionOptions eviction = {};
-  /// How states are held. But for kAsComputed an exact prefix is not lossless either.
+  /// How states are held. Where that rounds what the model computes nothing is exact, a known beginning neither.
   BankFormat format = BankFormat::kAsComputed;
 };
 
 /// What is known of a sequence.
 struct SegmentMatch {
-  /// Ascending, without overlap. The first one may be exact: a prefix, whose reuse is lossless.
+  /// Ascending, without overlap. The first one may be exact: a prefix, whose reuse is lossless where
+  /// keeps_exactly().
   std::vector<SegmentHit> segments;
-  std::int64_t exact_tokens = 0;
+  std::int64_t exact_tokens = 0;  ///< of a prefix whose reuse is lossless
   /// Of all token-layers, those that run() will compute at these settings.
   double computed_fraction = 1;
 };
@@ -61,12 +62,12 @@ class SegmentReuse {
                                                               const SegmentSettings& settings);
 
   /// Runs a batch that can be packed (check_packable) and has a real token. `matches`, one a row, are what find() gave
-  /// for it, or less: a row without match is computed in full, an exact segment alone is lossless. The last token is
-  /// always computed, unless it belongs to an exact prefix. Fills `report`, its sequences included (Source::kPartial:
-  /// something is not exact; reused_tokens: the exact prefix). The result covers the tokens that `output` names, where
-  /// kNewTokens are those behind the exact prefix; all of them where the head is not token-wise. None if these are no
-  /// tokens. Rows that were computed exactly are kept once `writes` are taken, unless what comes out is not finite;
-  /// until then they are the call's own.
+  /// for it, or less: a row without match is computed in full, an exact segment alone is lossless where
+  /// keeps_exactly(). The last token is always computed, unless it belongs to a known prefix. Fills `report`, its
+  /// sequences included (Source::kPartial: something is not exact; reused_tokens: the prefix, where its reuse is
+  /// lossless). The result covers the tokens that `output` names, where kNewTokens are those behind `reused_tokens`;
+  /// all of them where the head is not token-wise. None if these are no tokens. Rows that were computed exactly are
+  /// kept once `writes` are taken, unless what comes out is not finite; until then they are the call's own.
   c10::IValue run(const Batch& batch, const std::string& tenant, std::vector<std::optional<SegmentMatch>> matches,
                   const SegmentSettings& settings, Output output, ForwardReport& report, DeferredWrites& writes);
   /// The same, and commits. If it throws nothing of the call is kept.
@@ -81,6 +82,8 @@ class SegmentReuse {
   void clear() { bank_.clear(); }
   void each_bank(const BankVisitor& visit) { visit(bank_); }
   [[nodiscard]] SegmentBank::Counters counters() const { return bank_.counters(); }
+  /// True if the format rounds nothing that this model computes: then a known prefix is exact.
+  [[nodiscard]] bool keeps_exactly() const noexcept { return bank_.lossless(); }
   /// What a snapshot holds of the bank.
   [[nodiscard]] std::unique_ptr<SnapshotPart> snapshot_part();
 
@@ -96,7 +99,7 @@ class SegmentReuse {
                      std::vector<std::optional<SegmentMatch>> matches, const SegmentSettings& settings,
                      std::optional<Output> output, ForwardReport& report, DeferredWrites& writes) const;
   void check(const SegmentSettings& settings) const;
-  void plan(SegmentRow& row, const SegmentSettings& settings) const;
+  void plan(SegmentRow& row, const SegmentBank& bank, const SegmentSettings& settings) const;
   [[nodiscard]] Selection select(const Plan& plan, const std::vector<SegmentRow>& rows,
                                  std::optional<Output> output) const;
   void verify(const SegmentOptions& options);

@@ -15,7 +15,6 @@ SegmentStrategy::SegmentStrategy(const WrappedModel& wrapped, BankFormat format,
     : wrapped_(wrapped),
       format_(format),
       capacity_bytes_(capacity_bytes),
-      exact_prefixes_(format == BankFormat::kAsComputed),
       reuse_(wrapped, {.format = format}, capacity_bytes, total) {
   const bool selective = wrapped.token_level().self_contained();
   for (const double share : {0.0, 0.1, 0.2, 0.3, 0.5}) {
@@ -47,11 +46,8 @@ std::unique_ptr<TunableStrategy::Matches> SegmentStrategy::find(const Batch& bat
   found->rows = reuse_.find(batch, tenant, settings_[setting]);
   for (const auto& match : found->rows) {
     auto& distance = found->distance.emplace_back();
-    // An exact prefix alone is no approximation, as long as it is held as it was computed.
-    const bool approximate =
-        match && std::any_of(match->segments.begin(), match->segments.end(),
-                             [&](const SegmentHit& hit) { return !hit.exact || !exact_prefixes_; });
-    if (approximate) distance = match->computed_fraction;
+    if (match && std::ranges::any_of(match->segments, [&](const SegmentHit& hit) { return approximates(hit); }))
+      distance = match->computed_fraction;
   }
   return found;
 }
@@ -60,7 +56,7 @@ c10::IValue SegmentStrategy::run(const Run& run, ForwardReport& report) {
   auto rows = static_cast<const Found&>(run.matches).rows;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (run.reused[i] || !rows[i]) continue;
-    std::erase_if(rows[i]->segments, [&](const SegmentHit& hit) { return !hit.exact || !exact_prefixes_; });
+    std::erase_if(rows[i]->segments, [&](const SegmentHit& hit) { return approximates(hit); });
     if (rows[i]->segments.empty()) rows[i].reset();
   }
   SegmentSettings chosen = settings_[run.setting];

@@ -29,10 +29,14 @@ class SegmentStrategy final : public TunableStrategy {
 
  private:
   struct Found;
+  /// An exact prefix alone is no approximation, as long as its states are held as they were computed.
+  [[nodiscard]] bool approximates(const SegmentHit& hit) const noexcept {
+    return !hit.exact || !reuse_.keeps_exactly();
+  }
+
   const WrappedModel& wrapped_;
   const BankFormat format_;
   const std::size_t capacity_bytes_;
-  const bool exact_prefixes_;  ///< an exact prefix is lossless: it is held as it was computed
   std::vector<SegmentSettings> settings_;
   SegmentReuse reuse_;
 };
