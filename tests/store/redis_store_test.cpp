@@ -238,6 +238,19 @@ TEST_F(BehindAProxy, WhatIsSlowEndsAtTheDeadline) {
   works_again();
 }
 
+TEST_F(BehindAProxy, WhatAnswersTooLateForCallsIsNotBack) {
+  proxy.delay_ms = 200;  // the probe alone would wait for two seconds
+  proxy.manner = Manner::kSlow;
+  EXPECT_EQ(get(store, "a", store_deadline(50)).outcome, StoreOutcome::kTimeout);
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  while (std::chrono::steady_clock::now() < until) {
+    ASSERT_EQ(get(store, "a", store_deadline(50)).outcome, StoreOutcome::kRefused);
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  EXPECT_EQ(store.stats()[0].openings, 1U);
+  works_again();
+}
+
 TEST_F(BehindAProxy, WhatComesByteByByteEndsAtTheDeadline) {
   proxy.delay_ms = 5;
   proxy.manner = Manner::kDrip;

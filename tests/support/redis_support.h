@@ -3,7 +3,6 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
-#include <gtest/gtest.h>
 #include <llmcache/store/redis_store.h>
 #include <netinet/in.h>
 #include <poll.h>

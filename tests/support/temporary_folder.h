@@ -1,7 +1,6 @@
 // A folder of its own for a test.
 #pragma once
 
-#include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -14,7 +13,7 @@ class TemporaryFolder {
  public:
   TemporaryFolder() {
     static int number = 0;
-    path_ = std::filesystem::path(::testing::TempDir()) /
+    path_ = std::filesystem::temp_directory_path() /
             ("llmcache-" + std::to_string(::getpid()) + "-" + std::to_string(++number));
     std::filesystem::remove_all(path_);
     std::filesystem::create_directories(path_);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +42,8 @@ struct RedisStoreOptions {
   std::int64_t expire_s = 0;
   /// A larger value is neither written nor read. Default 256 MiB; the server takes 512 at most.
   std::uint64_t max_value_bytes = std::uint64_t{256} << 20;
-  /// How long the breaker's thread waits for an answer, milliseconds.
+  /// How long the breaker's thread waits for a connection, and for an answer, milliseconds; for the latter no longer
+  /// than the call waited that was not answered in time.
   double probe_ms = 100;
   CircuitBreaker::Pauses pauses = {};  ///< of the breaker
 };
@@ -56,7 +59,9 @@ class RedisStore final : public StateStore {
   /// Does not connect: a server that is not there yet is one that fails. Throws std::invalid_argument for a value out
   /// of range.
   explicit RedisStore(RedisStoreOptions options)
-      : options_(checked(std::move(options))), breaker_([this] { return probe(); }, options_.pauses) {}
+      : options_(checked(std::move(options))),
+        patience_ms_(options_.probe_ms),
+        breaker_([this] { return probe(); }, options_.pauses) {}
   ~RedisStore() override { breaker_.stop(); }
 
   [[nodiscard]] std::string name() const override {
@@ -167,6 +172,7 @@ class RedisStore final : public StateStore {
   static constexpr std::size_t kFewAhead = 1;
   static constexpr std::size_t kMostAhead = 64;
   static constexpr std::size_t kLargeBytes = std::size_t{256} << 10;
+  static constexpr double kLeastPatienceMs = 10;
 
   static RedisStoreOptions checked(RedisStoreOptions options) {
     constexpr int kMostPort = 65'535;
@@ -251,9 +257,10 @@ class RedisStore final : public StateStore {
       counter_.ended(StoreOutcome::kRefused, {});
       return StoreOutcome::kRefused;
     }
+    const double allowed_ms = ms_until(deadline);
     bool fresh = false;
     Connection connection;
-    Ended ended = borrow(deadline, connection, fresh);
+    Ended ended = borrow(deadline, allowed_ms, connection, fresh);
     if (connection) {
       try {
         ended = work_on(connection, fresh, deadline, work);
@@ -265,7 +272,7 @@ class RedisStore final : public StateStore {
       if (ended.outcome == StoreOutcome::kDone) {
         breaker_.succeeded();
       } else {
-        failed();
+        failed(ended.outcome, allowed_ms);
       }
     }
     counter_.ended(ended.outcome, ended.why);
@@ -291,7 +298,16 @@ class RedisStore final : public StateStore {
     return ended;
   }
 
-  void failed() {
+  static double ms_until(StoreDeadline deadline) {
+    return std::chrono::duration<double, std::milli>(deadline - std::chrono::steady_clock::now()).count();
+  }
+
+  /// `allowed_ms`: that the call had.
+  void failed(StoreOutcome outcome, double allowed_ms) {
+    // A server that answers too late for requests is not back: else each time that it is taken for that, one waits in
+    // vain. What had little of its deadline left says nothing about the server.
+    const bool late = outcome == StoreOutcome::kTimeout && allowed_ms >= kLeastPatienceMs;
+    if (!breaker_.open()) patience_ms_ = late ? std::min(allowed_ms, options_.probe_ms) : options_.probe_ms;
     breaker_.trip();
     const std::lock_guard lock(mutex_);
     idle_.clear();
@@ -304,7 +320,7 @@ class RedisStore final : public StateStore {
   }
 
   /// A connection that nobody uses: an idle one, or one more, as long as there are few enough. Null, and why.
-  Ended borrow(StoreDeadline deadline, Connection& connection, bool& fresh) {
+  Ended borrow(StoreDeadline deadline, double allowed_ms, Connection& connection, bool& fresh) {
     {
       std::unique_lock lock(mutex_);
       const auto free = [this] { return !idle_.empty() || in_use_ < options_.connections; };
@@ -322,7 +338,7 @@ class RedisStore final : public StateStore {
     Ended ended = connect(deadline, connection);
     if (!connection) {
       give_back(nullptr);
-      failed();
+      failed(ended.outcome, allowed_ms);
     }
     return ended;
   }
@@ -336,12 +352,12 @@ class RedisStore final : public StateStore {
     returned_.notify_one();
   }
 
-  /// By the breaker's thread: does the server answer?
+  /// By the breaker's thread: does the server answer in time?
   bool probe() {
     try {
-      const StoreDeadline deadline = store_deadline(options_.probe_ms);
       Connection connection;
-      if (connect(deadline, connection).outcome != StoreOutcome::kDone) return false;
+      if (connect(store_deadline(options_.probe_ms), connection).outcome != StoreOutcome::kDone) return false;
+      const StoreDeadline deadline = store_deadline(patience_ms_);
       std::string command;
       redis::append_command(command, {"PING"});
       std::unique_ptr<redis::Reply> reply;
@@ -357,9 +373,10 @@ class RedisStore final : public StateStore {
   TierCounter counter_;
   std::mutex mutex_;
   std::condition_variable returned_;
-  std::vector<Connection> idle_;  ///< guarded by mutex_
-  int in_use_ = 0;                ///< likewise
-  CircuitBreaker breaker_;        ///< last: its thread uses the above
+  std::vector<Connection> idle_;     ///< guarded by mutex_
+  int in_use_ = 0;                   ///< likewise
+  std::atomic<double> patience_ms_;  ///< how soon a server must answer that is taken for back
+  CircuitBreaker breaker_;           ///< last: its thread uses the above
 };
 
 }  // namespace llmcache
