@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <llmcache/llmcache.h>
 #include <llmcache/metrics/prometheus.h>
+#include <llmcache/store/directory_store.h>
 #include <prometheus/exposer.h>
 
 #include <CLI/CLI.hpp>
@@ -28,7 +29,7 @@ namespace {
 using namespace llmcache::examples;
 
 struct Settings {
-  std::string model, listen = "127.0.0.1:9464", name = "example";
+  std::string model, listen = "127.0.0.1:9464", name = "example", store;
   int threads = 2;
   double seconds = 60;
   std::int64_t tokens = 128, megabytes = 256, texts = 200;
@@ -61,7 +62,13 @@ class RandomTexts {
 
 void run(const Settings& settings) {
   at::set_num_threads(1);  // the threads are the parallelism
-  Cache cache = llmcache::load(settings.model, {.capacity_bytes = static_cast<std::size_t>(settings.megabytes) << 20});
+  llmcache::Options options{.capacity_bytes = static_cast<std::size_t>(settings.megabytes) << 20};
+  if (!settings.store.empty()) {
+    options.store.store =
+        std::make_shared<llmcache::DirectoryStore>(llmcache::DirectoryStoreOptions{.path = settings.store});
+    options.store.block_tokens = 16;  // texts may be short
+  }
+  Cache cache = llmcache::load(settings.model, options);
   auto metrics = std::make_shared<llmcache::CacheMetrics>();
   metrics->add(cache, settings.name);
   prometheus::Exposer exposer(settings.listen);
@@ -98,6 +105,7 @@ int main(int argc, char** argv) {
   app.add_option("--tokens", settings.tokens, "of the longest text")->check(CLI::PositiveNumber);
   app.add_option("--texts", settings.texts, "different ones")->check(CLI::PositiveNumber);
   app.add_option("--megabytes", settings.megabytes, "capacity of the cache")->check(CLI::NonNegativeNumber);
+  app.add_option("--store", settings.store, "folder for a store below the memory; default: none");
   CLI11_PARSE(app, argc, argv);
   try {
     run(settings);
