@@ -50,7 +50,7 @@ bool OutputBank::holds(std::string_view key, bool exact) {
 }
 
 void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
-                        const BatchSize& computed_in) {
+                        const BatchSize& computed_in, const std::vector<char>& own) {
   std::size_t bytes = 0;
   for (const at::Tensor& tensor : tensors) bytes += taken_bytes(tensor) + kTensorOverhead;
   std::optional<Reservation> reserved;
@@ -67,7 +67,10 @@ void OutputBank::insert(std::string_view key, const std::vector<at::Tensor>& ten
   // Copying is the long part: done without the lock, with its bytes already reserved.
   std::vector<at::Tensor> copies;
   try {
-    for (const at::Tensor& tensor : tensors) copies.push_back(tensor.clone(at::MemoryFormat::Preserve));
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const bool as_it_is = i < own.size() && own[i] != 0;
+      copies.push_back(as_it_is ? tensors[i].variable_data() : tensors[i].clone(at::MemoryFormat::Preserve));
+    }
   } catch (const std::exception&) {
     const std::lock_guard lock(mutex_);
     count_rejected(key);

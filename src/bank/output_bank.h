@@ -69,10 +69,11 @@ class OutputBank final : public CapacityBank {
   /// and the entry is not.
   std::shared_ptr<const OutputEntry> find(std::string_view key, bool exact);
 
-  /// Keeps copies of `tensors`. An entry of the same key stays, unless it is not exact and this one
-  /// is. Evicts for it. Never fails: what finds no room is counted as rejected.
+  /// Keeps copies of `tensors`; of those that `own` marks, nothing but the tensor itself: they were owns_memory(), and
+  /// nobody writes to them. An entry of the same key stays, unless it is not exact and this one is. Evicts for it.
+  /// Never fails: what finds no room is counted as rejected.
   void insert(std::string_view key, const std::vector<at::Tensor>& tensors, bool exact,
-              const BatchSize& computed_in = {});
+              const BatchSize& computed_in = {}, const std::vector<char>& own = {});
 
   /// Why the key has no entry any more, or none was kept, as far as that is remembered; empty: it has one, or had none.
   [[nodiscard]] std::optional<EvictedKeys::Cause> why_gone(std::string_view key) const;

@@ -23,4 +23,8 @@ inline std::size_t taken_bytes(std::size_t bytes, c10::Device device) {
 /// For the data of a tensor that has its storage to itself.
 inline std::size_t taken_bytes(const at::Tensor& tensor) { return taken_bytes(tensor.nbytes(), tensor.device()); }
 
+/// True if nobody but the caller holds the tensor or its memory, all of which is the tensor's: it may be kept as it is,
+/// and takes what a copy would.
+bool owns_memory(const at::Tensor& tensor);
+
 }  // namespace llmcache

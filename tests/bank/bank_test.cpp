@@ -8,6 +8,7 @@
 
 #include "bank/memory.h"
 #include "bank/output_bank.h"
+#include "bank/tensor_bytes.h"
 #include "model/packing.h"
 #include "support.h"
 
@@ -91,6 +92,44 @@ TEST_F(Bank, KeepsOnlyWhatAViewShows) {
   ASSERT_NE(bank.find(key_of(1), true), nullptr);
   EXPECT_LT(bank.counters().bytes, 2000U);
   EXPECT_EQ(bank.find(key_of(1), true)->tensors()[0].storage().nbytes(), 256U);
+}
+
+TEST_F(Bank, KeepsWhatNobodyElseHoldsAsItIs) {
+  OutputBank bank(1 << 20);
+  const auto value = value_of(1);
+  const auto copied = value_of(2);
+  bank.insert(key_of(1), {value, copied}, true, {}, {1, 0});
+  const auto entry = bank.find(key_of(1), true);
+  ASSERT_NE(entry, nullptr);
+  EXPECT_EQ(entry->tensors()[0].const_data_ptr(), value.const_data_ptr());
+  EXPECT_NE(entry->tensors()[1].const_data_ptr(), copied.const_data_ptr());
+  EXPECT_TRUE(at::equal(entry->tensors()[1], copied));
+  OutputBank other(1 << 20);
+  other.insert(key_of(1), {value, copied}, true);
+  EXPECT_EQ(bank.counters().bytes, other.counters().bytes);
+}
+
+TEST(TensorBytes, WhoOwnsItsMemory) {
+  const c10::NoGradGuard no_grad;
+  const auto fresh = [] { return at::ones({3, 4}); };
+  EXPECT_TRUE(owns_memory(fresh()));
+  // What they are views of is gone when they are asked.
+  const auto turned = [&] { return fresh().transpose(0, 1); };
+  const auto twice = [&] { return fresh().view({2, 6}).unflatten(1, {3, 2}); };
+  EXPECT_TRUE(owns_memory(turned()));
+  EXPECT_TRUE(owns_memory(twice()));
+  EXPECT_FALSE(owns_memory(at::Tensor()));
+  EXPECT_FALSE(owns_memory(fresh().narrow(0, 0, 2))) << "a part";
+  EXPECT_FALSE(owns_memory(fresh().narrow(0, 0, 1).expand({3, 4}))) << "of as many numbers, but not its own";
+  EXPECT_FALSE(owns_memory(at::ones({6, 8}).slice(0, 0, 6, 2).slice(1, 0, 8, 2)));
+  EXPECT_FALSE(owns_memory(fresh().to_sparse()));
+  const auto held = fresh();
+  const at::Tensor same = held;  // NOLINT(performance-unnecessary-copy-initialization)
+  EXPECT_FALSE(owns_memory(same)) << "held twice";
+  EXPECT_FALSE(owns_memory(held.transpose(0, 1)));
+  EXPECT_FALSE(owns_memory(held.detach()));
+  EXPECT_FALSE(owns_memory(held.variable_data()));
+  EXPECT_FALSE(owns_memory(held.unflatten(0, {3, 1}).flatten(0, 1)));
 }
 
 TEST_F(Bank, TheFirstOfAKeyStaysUnlessABetterOneComes) {

@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "bank/tensor_bytes.h"
 #include "execute/clock.h"
 #include "execute/engine.h"
 #include "execute/run_model.h"
@@ -113,16 +114,20 @@ void SourceReuse::compute(const Batch& batch, Found& found, DeferredWrites& writ
   }
   const SourceModel& model = *wrapped_.model->source();
   const auto values = run_model([&] { return model.run(inputs); });
+  // Of a single source what was made for it alone is kept as it is. Asked while the inputs are held, which may be it.
+  std::vector<char> own;
+  for (const at::Tensor& value : values) own.push_back(missing.size() == 1 && owns_memory(value) ? 1 : 0);
   for (std::size_t k = 0; k < missing.size(); ++k) {
     Distinct& source = *missing[k];
     source.computed_length = length;
     for (std::size_t v = 0; v < values.size(); ++v) {
-      const auto own = values[v].narrow(0, static_cast<std::int64_t>(k), 1);
+      const auto of_row = values[v].narrow(0, static_cast<std::int64_t>(k), 1);
       const int dim = model.token_dims()[v];
-      source.values.push_back(dim < 0 ? own : own.narrow(dim, 0, source.tokens));
+      source.values.push_back(dim < 0 ? of_row : of_row.narrow(dim, 0, source.tokens));
     }
     const BatchSize size{static_cast<std::int32_t>(missing.size()), static_cast<std::int32_t>(length)};
-    writes.add([this, key = source.key, tensors = source.values, size] { bank_.insert(key, tensors, false, size); });
+    writes.add(
+        [this, key = source.key, tensors = source.values, size, own] { bank_.insert(key, tensors, false, size, own); });
   }
   if (!as_model) return;
   found.as_model = values;
