@@ -106,7 +106,7 @@ c10::IValue LayerCacheBase::forward_plan(const Inputs& inputs, const Plan& plan,
   check_plan(plan, batch, model, profile, donors);
   ForwardReport report;
   thread_reports().prepare(impl_->identity);
-  auto result = run_model([&] { return execute_packed(model, batch.inputs, plan, donors, capture, report); });
+  auto result = run_model([&] { return execute_packed(model, batch, plan, donors, capture, report); });
   report.total_ms = clock.lap();
   thread_reports().set(impl_->identity, std::move(report));
   return result;

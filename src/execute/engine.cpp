@@ -104,18 +104,18 @@ at::Tensor join(std::vector<at::Tensor>& parts, std::int64_t dim, std::int64_t r
 
 class PackedExecution {
  public:
-  PackedExecution(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+  PackedExecution(const Model& model, const PassInputs& given, const Plan& plan, EngineHook& hook,
                   const Selection& selection, bool capture)
       : whole_(model),
         model_(*model.token_level()),
-        inputs_(inputs),
+        inputs_(given.inputs),
         plan_(plan),
         hook_(hook),
         selection_(selection),
         device_(model.device()),
         stopped_at_(plan.sequences.size(), plan.layers + 1) {
     hook_.begin(model_, plan_);
-    if (model_.head_chooses()) find_read_tokens();
+    if (model_.head_chooses()) find_read_tokens(given.batch);
     if (!capture) return;
     for (const SequencePlan& sequence : plan.sequences) {
       auto& state = captured_.emplace_back(std::make_shared<SequenceState>());
@@ -163,10 +163,13 @@ class PackedExecution {
   }
 
   /// Of a head that reads one token a row: which.
-  void find_read_tokens() {
-    const at::Tensor positions = whole_.read_positions(inputs_);
+  void find_read_tokens(const Batch* batch) {
+    const bool known = batch != nullptr && !batch->read_at.empty();
+    const at::Tensor positions = known ? at::Tensor() : whole_.read_positions(inputs_);
     for (const SequencePlan& sequence : plan_.sequences) {
-      const auto token = positions[sequence.row].item<std::int64_t>() - sequence.first;
+      const std::int64_t position = known ? batch->read_at.at(static_cast<std::size_t>(sequence.row))
+                                          : positions[sequence.row].item<std::int64_t>();
+      const std::int64_t token = position - sequence.first;
       TORCH_CHECK(token >= 0 && token < sequence.tokens, "the output of row ", sequence.row, " is read at its padding");
       read_.push_back(token);
     }
@@ -555,7 +558,7 @@ Selection select_all(const Plan& plan) {
 
 namespace {
 
-c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+c10::IValue execute(const Model& model, const PassInputs& inputs, const Plan& plan, EngineHook& hook,
                     const Selection& selection, Donors* capture, ForwardReport& report) {
   report.execution = Execution::kPacked;
   PackedExecution execution(model, inputs, plan, hook, selection, capture != nullptr);
@@ -574,7 +577,7 @@ c10::IValue execute(const Model& model, const Inputs& inputs, const Plan& plan, 
 
 }  // namespace
 
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
+c10::IValue execute_packed(const Model& model, const PassInputs& inputs, const Plan& plan, const Donors& donors,
                            Donors* capture, ForwardReport& report, EngineHook* watcher) {
   DonorStates states(donors);
   if (watcher == nullptr) return execute(model, inputs, plan, states, select_all(plan), capture, report);
@@ -582,7 +585,7 @@ c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan&
   return execute(model, inputs, plan, watched, select_all(plan), capture, report);
 }
 
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+c10::IValue execute_packed(const Model& model, const PassInputs& inputs, const Plan& plan, EngineHook& hook,
                            const Selection& selection, ForwardReport& report) {
   return execute(model, inputs, plan, hook, selection, nullptr, report);
 }

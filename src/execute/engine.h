@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "execute/batch.h"
 #include "execute/donor_states.h"
 #include "execute/engine_hook.h"
 #include "llmcache/execute/sequence_state.h"
@@ -16,6 +17,17 @@ namespace llmcache {
 /// Runs the model as it is: [batch, tokens, hidden], padding included. Fills execution and times of
 /// `report`, not its sequences.
 c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardReport& report);
+
+/// What a packed pass runs on: inputs as Model::embed() takes them, and of a checked batch what is known of it.
+struct PassInputs {
+  PassInputs(const Inputs& given) : inputs(given) {}  // NOLINT(google-explicit-constructor)
+  /// The batch must outlive it.
+  PassInputs(const Batch& batch)
+      : inputs(batch.model_inputs()), batch(&batch) {}  // NOLINT(google-explicit-constructor)
+
+  Inputs inputs;
+  const Batch* batch = nullptr;  ///< null: it is not known
+};
 
 /// Tokens whose results are wanted, and where these stand in the result.
 struct Selection {
@@ -44,12 +56,12 @@ Selection select_all(const Plan& plan);
 /// model has a token level, and at least one token is real. `hook` supplies what the plan does not compute, and may
 /// stop sequences: the result's entries for them are zero. Fills `report`. None if no token is selected, or all
 /// sequences stopped.
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, EngineHook& hook,
+c10::IValue execute_packed(const Model& model, const PassInputs& inputs, const Plan& plan, EngineHook& hook,
                            const Selection& selection, ForwardReport& report);
 
 /// The same for all tokens, with states from `donors`. `capture`, if given, gets one state a sequence. `watcher`, if
 /// given, watches the pass.
-c10::IValue execute_packed(const Model& model, const Inputs& inputs, const Plan& plan, const Donors& donors,
+c10::IValue execute_packed(const Model& model, const PassInputs& inputs, const Plan& plan, const Donors& donors,
                            Donors* capture, ForwardReport& report, EngineHook* watcher = nullptr);
 
 /// Counts of `plan` for a report.

@@ -41,7 +41,7 @@ std::vector<std::vector<float>> pooled_states(const Model& model, const Batch& b
   if (plan.sequences.empty()) return means;
   PoolAndStop observer(plan, layer);
   ForwardReport report;
-  execute_packed(model, batch.inputs, plan, {}, nullptr, report, &observer);
+  execute_packed(model, batch, plan, {}, nullptr, report, &observer);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     means[static_cast<std::size_t>(plan.sequences[i].row)] = observer.means()[i];
   }

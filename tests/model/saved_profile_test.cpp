@@ -1,7 +1,6 @@
 // What probing found, kept in a file: wrapping from it finds the same, runs next to nothing, and trusts no other file.
 #include "model/saved_profile.h"
 
-#include <ATen/record_function.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -63,21 +62,6 @@ std::string found(ModelProfile profile) {
   return text + profile.prefix_obstacle + profile.row_obstacle;
 }
 
-/// Embeddings that `run` looks up on this thread: one a pass, or one for each table.
-template <class Run>
-int embeddings_of(const Run& run) {
-  static thread_local int count;
-  count = 0;
-  const auto callback = at::addThreadLocalCallback(
-      at::RecordFunctionCallback([](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
-        if (std::string_view(function.name()) == "aten::embedding") ++count;
-        return nullptr;
-      }).scopes({at::RecordScope::FUNCTION}));
-  run();
-  at::removeCallback(callback);
-  return count;
-}
-
 TEST_P(SavedProfileOf, FindsTheSame) {
   const auto first = wrap(GetParam());
   EXPECT_FALSE(first.profile().from_file);
@@ -98,14 +82,14 @@ INSTANTIATE_TEST_SUITE_P(Exported, SavedProfileOf, ::testing::Values("tiny-llama
 
 TEST_F(SavedProfileTest, RunsThreePasses) {
   const auto module = load_model("tiny-gpt2-sdpa");
-  const int pass = embeddings_of([&] {
+  const int pass = calls_of("aten::embedding", [&] {
     auto copy = module;
     copy.forward(right_padded(model_info("tiny-gpt2-sdpa"), {4}, 1).inputs);
   });
   ASSERT_GT(pass, 0);
   (void)wrap(module);
   // One plain, one packed, and one by which the bank of prefixes sees what there is to keep.
-  EXPECT_LE(embeddings_of([&] { EXPECT_TRUE(wrap(module).profile().from_file); }), 3 * pass);
+  EXPECT_LE(calls_of("aten::embedding", [&] { EXPECT_TRUE(wrap(module).profile().from_file); }), 3 * pass);
 }
 
 TEST_F(SavedProfileTest, OtherWeightsAreProbedAndWritten) {

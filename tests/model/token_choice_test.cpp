@@ -273,15 +273,17 @@ TEST(ClassifierModels, TheExpectedOnesAreThere) {
 class ChoosingHead : public ::testing::Test {
  protected:
   /// `line` makes `at`; `result` is what the model returns.
-  void wrap(const std::string& line, const std::string& result) {
+  void wrap(const std::string& line, const std::string& result, bool causal = true) {
     script_ = {};
     script_.forward = Script::with(script_.forward, "    return torch.tanh(x)",
                                    "    rows = torch.arange(input_ids.size(0))\n    " + line +
                                        "\n    x = torch.tanh(x)\n" + "    return " + result);
-    script_.forward = Script::with(
-        script_.forward, "    bias = (1.0 - attention_mask.unsqueeze(1).to(x.dtype)) * -1.0e9",
-        "    later = (places.unsqueeze(0) > places.unsqueeze(1)).to(x.dtype)\n"
-        "    bias = torch.clamp(later + (1.0 - attention_mask.unsqueeze(1).to(x.dtype)), 0.0, 1.0) * -1.0e9");
+    if (causal) {
+      script_.forward = Script::with(
+          script_.forward, "    bias = (1.0 - attention_mask.unsqueeze(1).to(x.dtype)) * -1.0e9",
+          "    later = (places.unsqueeze(0) > places.unsqueeze(1)).to(x.dtype)\n"
+          "    bias = torch.clamp(later + (1.0 - attention_mask.unsqueeze(1).to(x.dtype)), 0.0, 1.0) * -1.0e9");
+    }
     plain_.emplace(make_module(script_));
     cache_ = std::make_unique<LayerCache<Module>>(make_module(script_));
   }
@@ -309,8 +311,19 @@ class ChoosingHead : public ::testing::Test {
           EXPECT_TRUE(close_on_real(cache_->forward(request.inputs), want, request, kClose))
               << ::testing::PrintToString(lengths) << (left ? ", left\n" : "\n") << cache_->last_report().to_string();
           EXPECT_FALSE(cache_->last_report().replaced);
+          expect_rows_right(request);
         }
       }
+    }
+  }
+
+  /// Each by itself, after the batch, so that what is known of one would answer the other.
+  void expect_rows_right(const Request& request) {
+    for (std::size_t row = 0; row < request.spans.size(); ++row) {
+      const auto alone = request.alone(row);
+      EXPECT_TRUE(close_on_real(cache_->forward(alone.inputs), run_plain(*plain_, alone.inputs), alone, kClose))
+          << row << "\n"
+          << cache_->last_report().to_string();
     }
   }
 
@@ -341,6 +354,31 @@ TEST_F(ChoosingHead, OfManyForms) {
     EXPECT_TRUE(profile().prefix_reuse) << profile().to_string();
     expect_right();
     EXPECT_GT(cache_->stats().tokens_reused, 0U);
+  }
+}
+
+/// Which on a GPU takes a copy to the host.
+TEST_F(ChoosingHead, ThePlaceIsReadOnceACall) {
+  wrap(kLastOther, "x[rows, at]");
+  LayerCache<Module> cache(make_module(script_), {.verify_rate = 0});
+  const auto request = right_padded(script_info(script_), {9, 4, 12}, 3);
+  (void)cache.forward(request.inputs);
+  cache.clear();
+  const int found = calls_of("aten::argmax", [&] { (void)cache.forward(request.inputs); });
+  EXPECT_EQ(cache.last_report().execution, Execution::kPacked);
+  EXPECT_EQ(found, 2) << "once to be read, and once among what is computed in front of the layers";
+}
+
+TEST_F(ChoosingHead, OfOneFixedPlace) {
+  for (const char* result :
+       {"x[:, 0]", "x[:, -1]", "x[:, 0:1].squeeze(1)", "torch.softmax(x[:, 0] + 0.5 * x[:, -1], -1)", "x[rows, 0]",
+        "x[:, x.size(1) - 1]", "x[:, input_ids.size(1) // 2]"}) {
+    SCOPED_TRACE(result);
+    for (const bool causal : {true, false}) {
+      SCOPED_TRACE(causal);
+      wrap("at = rows", result, causal);
+      expect_right();
+    }
   }
 }
 

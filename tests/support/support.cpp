@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -392,6 +393,21 @@ void choose_device(int& argc, char** argv) {
 }
 
 }  // namespace
+
+int calls_of(const std::string& name, const std::function<void()>& run) {
+  static thread_local std::string counted;
+  static thread_local int calls;
+  counted = name;
+  calls = 0;
+  const auto callback = at::addThreadLocalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+        if (function.name() == counted) ++calls;
+        return nullptr;
+      }).scopes({at::RecordScope::FUNCTION}));
+  run();
+  at::removeCallback(callback);
+  return calls;
+}
 
 }  // namespace llmcache::test
 

@@ -160,6 +160,9 @@ inline auto ThrowsError(ErrorCode code, const std::string& part = "") {
 /// The counters of `stats` that say whether a call left the cache as it was.
 std::string counters_of(const LayerCacheBase& cache);
 
+/// How often `run` calls an operator on this thread, such as "aten::embedding".
+int calls_of(const std::string& name, const std::function<void()>& run);
+
 // --- memory ----------------------------------------------------------------------------------------
 
 /// Bytes of tensors that this thread allocated and has not freed, from LibTorch's own count.

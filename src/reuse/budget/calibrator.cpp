@@ -105,8 +105,7 @@ double Calibrator::typical_distance() const {
     ForwardReport report;
     const auto plan = batch.full_plan(wrapped_.layers());
     if (plan.sequences.empty()) continue;
-    const auto result =
-        run_model([&] { return execute_packed(*wrapped_.model, batch.inputs, plan, {}, nullptr, report); });
+    const auto result = run_model([&] { return execute_packed(*wrapped_.model, batch, plan, {}, nullptr, report); });
     const auto output = first_output_(result, batch, plan.sequences[0].row);
     bytes += output.nbytes();
     if (bytes > most_remembered_ && outputs.size() > 1) break;

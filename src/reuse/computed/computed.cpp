@@ -93,8 +93,7 @@ void Packed::serve(const Call& /*call*/, Answers& answers) {
   const Batch& batch = answers.open();
   if (!pays(batch)) return;
   PassResult pass;
-  pass.value = execute_packed(*wrapped_.model, batch.model_inputs(), batch.full_plan(wrapped_.layers()), {}, nullptr,
-                              pass.report);
+  pass.value = execute_packed(*wrapped_.model, batch, batch.full_plan(wrapped_.layers()), {}, nullptr, pass.report);
   answers.put(std::move(pass));
 }
 
@@ -123,8 +122,8 @@ void Hooked::serve(const Call& call, Answers& answers) {
     selection.padded_length = 1;
     for (auto& span : selection.spans) span = {span.tokens - 1, 1, 0};
   }
-  pass.value = run_model(
-      [&] { return execute_packed(*wrapped_.model, call.batch.inputs, plan, hooks, selection, pass.report); });
+  pass.value =
+      run_model([&] { return execute_packed(*wrapped_.model, call.batch, plan, hooks, selection, pass.report); });
   if (pass.value.isNone()) pass.value = nothing(call.batch, selection.padded_length);
   answers.put(std::move(pass));
 }

@@ -99,7 +99,7 @@ PassResult ExitReuse::run(const std::shared_ptr<ExitPolicy>& policy, const Batch
   PassResult done;
   done.rows.resize(static_cast<std::size_t>(batch.rows));
   // If it throws nothing is served by reuse, and the gates are never told of the audits that they asked for.
-  done.value = execute_packed(*wrapped_.model, batch.inputs, plan, {}, nullptr, done.report, &pass);
+  done.value = execute_packed(*wrapped_.model, batch, plan, {}, nullptr, done.report, &pass);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const ExitPass::Sequence& sequence = pass.sequences()[i];
     const auto row = static_cast<std::size_t>(plan.sequences[i].row);
@@ -141,8 +141,7 @@ PassResult ExitReuse::run(const std::shared_ptr<ExitPolicy>& policy, const Batch
 at::Tensor ExitReuse::compute(const Batch& row) const {
   wrapped_.model->check_unchanged();
   ForwardReport report;
-  const auto result =
-      execute_packed(*wrapped_.model, row.inputs, row.full_plan(wrapped_.layers()), {}, nullptr, report);
+  const auto result = execute_packed(*wrapped_.model, row, row.full_plan(wrapped_.layers()), {}, nullptr, report);
   const RowSpan& span = row.spans[0];
   return row_of(result, wrapped_.output, 0, span.first, span.tokens, row.padded_length)[0];
 }

@@ -69,8 +69,8 @@ void ExitSampler::add(const Batch& batch) {
   const auto layers = static_cast<std::int32_t>(model_.layers());
   const auto pass = [&](const Batch& part, Recorder* recorder, std::vector<double>& layer_ms) {
     ForwardReport report;
-    auto result = run_model(
-        [&] { return execute_packed(model_, part.inputs, part.full_plan(layers), {}, nullptr, report, recorder); });
+    auto result =
+        run_model([&] { return execute_packed(model_, part, part.full_plan(layers), {}, nullptr, report, recorder); });
     for (std::size_t l = 0; l < layer_ms.size(); ++l) layer_ms[l] += report.layer_ms[l];
     return result;
   };

@@ -361,7 +361,7 @@ PassResult PrefixReuse::run(const Batch& batch, const std::string& tenant, Outpu
   const Plan passed = plan(batch, rows);
   report.lookup_ms += clock.lap();
   Pass pass(*this, rows);
-  done.value = execute_packed(model_, batch.model_inputs(), passed, pass, select(passed, rows, output), report);
+  done.value = execute_packed(model_, batch, passed, pass, select(passed, rows, output), report);
   const double model_ms = clock.lap();
 
   std::int64_t computed = 0;

@@ -244,7 +244,7 @@ c10::IValue SegmentReuse::run_in(SegmentBank& bank, const Batch& batch, const st
   report.lookup_ms += clock.lap();
   SegmentPass pass(*model_.token_level(), layout_, rows, settings);
   const Selection selection = select(passed, rows, output);
-  auto result = execute_packed(model_, batch.inputs, passed, pass, selection, report);
+  auto result = execute_packed(model_, batch, passed, pass, selection, report);
   const double model_ms = clock.lap();
 
   std::int64_t computed = 0;

@@ -318,7 +318,7 @@ void SimilarityReuse::serve(const Call& call, Answers& answers) {
   answer.verified = false;  // it is another one's answer, and is meant to be
   answer.storable = false;
   answer.rows.resize(static_cast<std::size_t>(batch.rows));
-  answer.value = execute_packed(model_, batch.inputs, plan, {}, nullptr, answer.report, &pass);
+  answer.value = execute_packed(model_, batch, plan, {}, nullptr, answer.report, &pass);
   const ForwardReport own = answer.report;
   for (const Hit& hit : pass.hits()) {
     wrapped_.streams->uses(hit.found.entry->hidden());
@@ -453,7 +453,7 @@ void SimilarityReuse::audit(const Call& call, const std::vector<std::int64_t>& o
   auto captures = start(part, full, call.first_number, numbers);
   Pass pass(*this, partition, captures, false, now_s);
   ForwardReport own;
-  const auto result = execute_packed(model_, part.inputs, full, {}, nullptr, own, &pass);
+  const auto result = execute_packed(model_, part, full, {}, nullptr, own, &pass);
   add_times(answer.report, own);
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const auto row = static_cast<std::size_t>(rows[i]);

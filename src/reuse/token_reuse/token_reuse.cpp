@@ -361,7 +361,7 @@ void TokenReuse::run_pass(const Batch& batch, const Matches& matches, const Toke
   };
   CorrectedStates corrected(*model_.token_level(), layers_, reused, model_.device(), monitor);
   Pass pass(*model_.token_level(), bank_->layout(), corrected, pending);
-  result.value = execute_packed(model_, batch.inputs, plan, pass, select_all(plan), report);
+  result.value = execute_packed(model_, batch, plan, pass, select_all(plan), report);
   const double ms = clock.lap();
 
   for (std::size_t k = 0; k < computed.size(); ++k) {
