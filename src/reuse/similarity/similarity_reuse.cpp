@@ -370,8 +370,8 @@ std::vector<SimilarityReuse::Served> SimilarityReuse::resume_all(const std::vect
   std::iota(waiting.begin(), waiting.end(), std::size_t{0});
   while (!waiting.empty()) {
     const auto& first = *hits[waiting[0]].found.entry;
-    // Without a mask only sequences of one length fit into a batch.
-    const bool masked = wrapped_.profile.mask_argument >= 0 &&
+    // Without a mask only sequences of one length fit into a batch, nor where padding may decide which token is read.
+    const bool masked = wrapped_.profile.mask_argument >= 0 && !wrapped_.profile.head_chooses &&
                         first.inputs()[static_cast<std::size_t>(wrapped_.profile.mask_argument)].defined();
     std::vector<std::size_t> group;
     std::int64_t padded_length = 0;
