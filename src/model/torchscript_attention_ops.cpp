@@ -406,10 +406,47 @@ void fix_constant_sizes(Analysis& analysis) {
   }
 }
 
+/// The same number once more, computed beside it.
+Value* twin_of(Analysis& analysis, Value* size) {
+  Node* maker = size->node();
+  const torch::jit::WithInsertPoint guard(maker->next());
+  Node* copy = analysis.flat.graph->createClone(maker, [](Value* value) { return value; });
+  analysis.flat.graph->insertNode(copy);
+  analysis.flat.part[copy] = analysis.flat.part.at(maker);
+  analysis.infos[copy->output()] = analysis.infos.at(size);
+  return copy->output();
+}
+
+/// A program of torch.export has one number of tokens, and shapes scores, queries by keys, by that alone. Where it is
+/// used twice, what comes second becomes a number of its own, so that there may be fewer queries than keys.
+void number_keys_apart(Analysis& analysis) {
+  std::unordered_map<Value*, Value*> twins;
+  for (Node* list : analysis.flat.graph->nodes()) {
+    if (list->kind() != prim::ListConstruct) continue;
+    const auto shapes_pairs = [&](const auto& use) {
+      return use.user->outputs().size() == 1 && pairs_tokens(analysis, use.user->output());
+    };
+    if (std::none_of(list->output()->uses().begin(), list->output()->uses().end(), shapes_pairs)) continue;
+    for (std::size_t i = 1; i < list->inputs().size(); ++i) {
+      Value* size = list->input(i);
+      const Label* label = integer_label(analysis, size);
+      const auto before = list->inputs().slice(0, i);
+      const bool twice = std::find(before.begin(), before.end(), size) != before.end();
+      const bool of_input = label != nullptr && label->kind == Kind::kTokens && !analysis.dependent.count(size) &&
+                            size->node()->kind() == aten::size && size->node()->outputs().size() == 1;
+      if (!twice || !of_input) continue;
+      const auto [known, fresh] = twins.try_emplace(size, nullptr);
+      if (fresh) known->second = twin_of(analysis, size);
+      list->replaceInput(i, known->second);
+    }
+  }
+}
+
 }  // namespace
 
 void detach_region_scalars(Analysis& analysis) {
   fix_constant_sizes(analysis);
+  number_keys_apart(analysis);
   for (std::int64_t part = 1; part <= analysis.flat.layers; ++part) {
     const auto nodes = hidden_nodes(analysis, part);
     std::vector<int> region_of;

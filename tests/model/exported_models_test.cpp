@@ -32,9 +32,7 @@ const std::map<std::string, Granularity> kExceptions{
     // TorchScript traces one operator for a whole layer of nn.TransformerEncoder, torch.export its parts.
     {"unusual-encoder-trace.pt2", Granularity::kTokens},
     // The list that the states are kept in is gone, and with it what tells that they are not returned.
-    {"unusual-states-back.pt2", Granularity::kPacked},
-    // Its scores are given a shape by one number, which stands for queries and for keys.
-    {"zoo-deberta-v2.pt2", Granularity::kPacked}};
+    {"unusual-states-back.pt2", Granularity::kPacked}};
 
 class ExportedModel : public ::testing::TestWithParam<std::string> {
  protected:
