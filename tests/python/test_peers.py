@@ -273,6 +273,21 @@ class BackendsTest(ToolTest):
         self.assertEqual(backend.ask(op="step", id=3), {"got": {"op": "step", "id": 3}})
         self.assertGreater(backend.memory()["resident"], 0)
 
+    def test_processor_time_is_that_of_the_work(self) -> None:
+        backend = self.backend(
+            self.READY + "read -r line; sleep 0.3; echo '{}'\n"
+            "read -r line; i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done; echo '{}'; read -r line\n",
+            timeout=60,
+        )
+        self.addCleanup(backend.close)
+        taken = []
+        for _ in range(2):
+            before = backend.processor_ms()
+            backend.ask(op="step")
+            taken.append(backend.processor_ms() - before)
+        self.assertLess(taken[0], 100)
+        self.assertGreater(taken[1], max(5, taken[0]))
+
     def test_errors_are_named(self) -> None:
         for script, message in {
             "exit 3": r"scripted: .*ended \(status 3\)",
