@@ -47,7 +47,9 @@ class ChoosingHeads : public ::testing::TestWithParam<std::string> {
       kept.exits += source == Source::kEarlyExit;
       kept.partial += source == Source::kPartial;
       const double error = (got[row] - want[row]).norm().item<double>() / typical;
-      if (source == Source::kComputed || source == Source::kPrefix) EXPECT_LT(error, kClose) << report.to_string();
+      if (source == Source::kComputed || source == Source::kPrefix) {
+        EXPECT_LT(error, kClose) << report.to_string();
+      }
       kept.error += std::min(1.0, error);
       ++kept.rows;
     }
@@ -101,8 +103,14 @@ TEST_P(ChoosingHeads, ReusePassagesWithinTheBudget) {
     serve(cache, request, std::max(profile.typical_distance, 1e-3), kept);
   }
   expect_within(kept, 0.4);
+  // Passages of Llama can be moved.
+  if (GetParam() == "classify-llama") {
+    EXPECT_TRUE(profile.reuse) << profile.to_string();
+  }
   EXPECT_EQ(kept.partial > 0, profile.reuses()) << profile.to_string();
-  if (!profile.reuses()) EXPECT_NE(profile.reason, "");
+  if (!profile.reuses()) {
+    EXPECT_NE(profile.reason, "");
+  }
   EXPECT_THAT(cache.stats().fallbacks, IsEmpty());
 }
 
