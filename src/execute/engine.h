@@ -22,8 +22,8 @@ c10::IValue execute_dense(const Model& model, const Inputs& inputs, ForwardRepor
 struct PassInputs {
   PassInputs(const Inputs& given) : inputs(given) {}  // NOLINT(google-explicit-constructor)
   /// The batch must outlive it.
-  PassInputs(const Batch& batch)
-      : inputs(batch.model_inputs()), batch(&batch) {}  // NOLINT(google-explicit-constructor)
+  PassInputs(const Batch& checked)
+      : inputs(checked.model_inputs()), batch(&checked) {}  // NOLINT(google-explicit-constructor)
 
   Inputs inputs;
   const Batch* batch = nullptr;  ///< null: it is not known
