@@ -219,11 +219,7 @@ class LayerCache : public LayerCacheBase {
   [[nodiscard]] LayerCache with_options(Options options) const { return LayerCache(*this, std::move(options)); }
 
  private:
-  friend struct ModelTraits<M>;
   LayerCache(const LayerCache& wrapped, Options options) : LayerCacheBase(wrapped, std::move(options)) {}
-  /// For traits that bring the model themselves.
-  LayerCache(const std::function<std::unique_ptr<Model>(const Options&)>& wrap, Options options)
-      : LayerCacheBase(wrap, std::move(options)) {}
 };
 
 }  // namespace llmcache

@@ -69,9 +69,9 @@ const char* to_string(Output output) noexcept;
 Output output_from_string(const std::string& text);
 
 /// How the weights of linear layers are held: aten::linear, aten::addmm as in GPT-2, and products with a weight. Packed
-/// ones are copies in the order in which a CPU reads them. In 16 and 8 bits tables of embeddings are held likewise.
-/// The library then lets go of what it no longer needs: memory is freed as soon as the caller drops the module (or
-/// hands it over: LayerCache(torch::jit::load(...), ...)). llmcache::load() frees each weight as soon as it is packed.
+/// ones are copies in the order in which a CPU reads them. The
+/// library then lets go of what it no longer needs: memory is freed as soon as the caller drops the module (or hands it
+/// over: LayerCache(torch::jit::load(...), ...)).
 enum class Weights {
   /// The module's own tensors. Bit-identical to the module.
   kAsLoaded,

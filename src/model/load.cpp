@@ -10,12 +10,16 @@
 #include "model/probe.h"
 
 namespace llmcache {
-namespace {
 
-torch::jit::Module read_module(const std::filesystem::path& path, at::Device device) {
-  if (exported::is_exported_archive(path)) return load_exported(path, device).module();
+TorchScriptCache load(const std::filesystem::path& path, Options options, at::Device device) {
+  options.validate();
+  check_is_file(path);
+  if (exported::is_exported_archive(path)) {
+    return TorchScriptCache(load_exported(path, device).module(), std::move(options));
+  }
+  torch::jit::Module module;
   try {
-    return torch::jit::load(path.string(), device);
+    module = torch::jit::load(path.string(), device);
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& failure) {
@@ -24,14 +28,7 @@ torch::jit::Module read_module(const std::filesystem::path& path, at::Device dev
                     "one), nor as an exported program (torch.export.save(program, path) does): {}",
                     path.string(), reason_of(failure)));
   }
-}
-
-}  // namespace
-
-TorchScriptCache load(const std::filesystem::path& path, Options options, at::Device device) {
-  options.validate();
-  check_is_file(path);
-  return ModelTraits<torch::jit::Module>::own([&] { return read_module(path, device); }, std::move(options));
+  return TorchScriptCache(std::move(module), std::move(options));
 }
 
 }  // namespace llmcache

@@ -10,18 +10,49 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
+#include <shared_mutex>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "execute/clock.h"
 #include "llmcache/error.h"
-#include "model/numbered.h"
 #include "model/weight_panels.h"
 
 namespace llmcache {
 namespace {
 
 constexpr double kLargestHalf = 65504;
+
+/// The packed weights that live, by number.
+class Registry {
+ public:
+  std::int64_t add(const PackedLinear* packed) {
+    const std::unique_lock lock(mutex_);
+    packed_.emplace(++last_, packed);
+    return last_;
+  }
+  void remove(std::int64_t number) {
+    const std::unique_lock lock(mutex_);
+    packed_.erase(number);
+  }
+  const PackedLinear* find(std::int64_t number) {
+    const std::shared_lock lock(mutex_);
+    const auto found = packed_.find(number);
+    return found == packed_.end() ? nullptr : found->second;
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::unordered_map<std::int64_t, const PackedLinear*> packed_;
+  std::int64_t last_ = 0;
+};
+
+Registry& registry() {
+  static auto* const made = new Registry;  // outlives every model, static ones included
+  return *made;
+}
 
 /// An operator of LibTorch, which not every build has.
 template <class Signature>
@@ -115,8 +146,6 @@ class PackedBFloat16 final : public PackedLinear {
   }
 
   std::size_t bytes() const override { return panels_ ? panels_->bytes() : matrix_->bytes(); }
-  bool has_rows() const noexcept override { return panels_.has_value(); }
-  at::Tensor rows(const at::Tensor& outputs) const override { return panels_->outputs(outputs); }
 
  private:
   static at::Tensor rounded(const at::Tensor& weight, const std::string& name) {
@@ -232,13 +261,6 @@ class PackedInt8 final : public PackedLinear {
   }
 
   std::size_t bytes() const override { return bytes_; }
-  bool has_rows() const noexcept override { return panels_.has_value(); }
-  at::Tensor rows(const at::Tensor& outputs) const override {
-    auto made = panels_->outputs(outputs).mul_(scales_.index_select(0, outputs).unsqueeze(1));
-    if (!factors_.defined()) return made;
-    made.mul_(factors_);
-    return outliers_.defined() ? made.index_copy_(1, outliers_, outlier_weights_.index_select(1, outputs).t()) : made;
-  }
 
  private:
   static constexpr double kSteps = 127;
@@ -334,8 +356,6 @@ class PackedFp16 final : public PackedLinear {
     const auto filled = [](std::int64_t size, std::int64_t block) { return (size + block - 1) / block * block; };
     return static_cast<std::size_t>(filled(inputs(), 512) * filled(outputs(), 32)) * sizeof(at::Half);
   }
-  bool has_rows() const noexcept override { return panels_.has_value(); }
-  at::Tensor rows(const at::Tensor& outputs) const override { return panels_->outputs(outputs); }
 
  private:
   static void check_range(const at::Tensor& weight, const std::string& name) {
@@ -381,19 +401,12 @@ std::string names_of(const std::vector<at::ScalarType>& types) {
 }  // namespace
 
 PackedLinear::PackedLinear(const at::Tensor& weight)
-    : in_(weight.size(1)),
-      out_(weight.size(0)),
-      number_(Numbered<PackedLinear>::all().add(this)),
-      type_(weight.scalar_type()) {}
+    : in_(weight.size(1)), out_(weight.size(0)), number_(registry().add(this)), type_(weight.scalar_type()) {}
 
-at::Tensor PackedLinear::rows(const at::Tensor& /*outputs*/) const {
-  throw Error(ErrorCode::kModelFailed, "the rows of this packed weight cannot be read");
-}
-
-PackedLinear::~PackedLinear() { Numbered<PackedLinear>::all().remove(number_); }
+PackedLinear::~PackedLinear() { registry().remove(number_); }
 
 const PackedLinear& PackedLinear::find(std::int64_t number) {
-  const PackedLinear* found = Numbered<PackedLinear>::all().find(number);
+  const PackedLinear* found = registry().find(number);
   if (found == nullptr) {
     throw Error(ErrorCode::kModelFailed, fmt::format("there is no packed weight of the number {}", number));
   }

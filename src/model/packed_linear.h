@@ -50,12 +50,6 @@ class PackedLinear {
   /// What the packed weight takes, with all that the engine adds.
   [[nodiscard]] virtual std::size_t bytes() const = 0;
 
-  /// True if rows() works: the engine's layout is our own.
-  [[nodiscard]] virtual bool has_rows() const noexcept { return false; }
-  /// Float32 or of the format's type, `[n, in]`: the weights of some outputs, int64 `[n]` and in range, as they are
-  /// after rounding.
-  [[nodiscard]] virtual at::Tensor rows(const at::Tensor& outputs) const;
-
  protected:
   explicit PackedLinear(const at::Tensor& weight);
   /// The same for a contiguous `[rows, in]` of at least one row, of the weight's type, float32 for half precision, and

@@ -58,9 +58,8 @@ std::string ModelProfile::to_string() const {
                         packed_weights == 0 ? ", shared with the caller's module" : " in the module");
   }
   if (packed_weights > 0) {
-    text +=
-        fmt::format("packed weights:    {}, {} linear layers, {} tables, {}; {} of the weights released\n", weights,
-                    packed_weights, packed_tables, size_text(packed_weight_bytes), size_text(released_weight_bytes));
+    text += fmt::format("packed weights:    {}, {} linear layers, {}; {} of the weights released\n", weights,
+                        packed_weights, size_text(packed_weight_bytes), size_text(released_weight_bytes));
   }
   if (!weights_reason.empty()) text += fmt::format("weights chosen:    {}, as {}\n", weights, weights_reason);
   text += fmt::format("digest:            {}\n", digest);

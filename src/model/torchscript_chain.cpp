@@ -325,22 +325,6 @@ FlatGraph flatten(const Module& module, const Chain& chain) {
   return flat;
 }
 
-void visit_nodes(torch::jit::Block* block, const std::function<void(Node*)>& visit) {
-  for (Node* node : block->nodes()) {
-    for (torch::jit::Block* inner : node->blocks()) visit_nodes(inner, visit);
-    visit(node);
-  }
-}
-
-bool transposes(const Node* node) {
-  static const auto kNumpyT = c10::Symbol::fromQualString("aten::numpy_T");
-  if (node->kind() == aten::t || node->kind() == kNumpyT) return true;
-  if (node->kind() != aten::transpose) return false;
-  const auto a = torch::jit::constant_as<std::int64_t>(node->input(1));
-  const auto b = torch::jit::constant_as<std::int64_t>(node->input(2));
-  return a && b && (*a - *b) % 2 != 0;  // of two dimensions, counted from either end
-}
-
 std::vector<const Value*> all_inputs(const Node* node) {
   std::vector<const Value*> inputs(node->inputs().begin(), node->inputs().end());
   std::function<void(const torch::jit::Block*, std::unordered_set<const Value*>)> collect =

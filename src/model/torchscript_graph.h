@@ -63,12 +63,6 @@ FlatGraph flatten(const Module& module, const Chain& chain);
 /// Inputs of a node, and everything that its blocks take from outside.
 std::vector<const Value*> all_inputs(const Node* node);
 
-/// All nodes, those of nested blocks before the node that has them.
-void visit_nodes(torch::jit::Block* block, const std::function<void(Node*)>& visit);
-
-/// Is it the transpose of a matrix?
-bool transposes(const Node* node);
-
 /// True for constants, attributes of the model and lists of such: cheap to make again where needed.
 bool is_rematerialised(const Value* value, const Value* self);
 

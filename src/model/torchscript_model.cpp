@@ -75,8 +75,6 @@ void take_ranges(const Module& module, InputSpec& spec) {
   }
 }
 
-}  // namespace
-
 InputSpec spec_of(const Analysis& analysis) {
   InputSpec spec;
   const auto& arguments = analysis.module.get_method("forward").function().getSchema().arguments();
@@ -93,14 +91,6 @@ InputSpec spec_of(const Analysis& analysis) {
   return spec;
 }
 
-namespace {
-
-/// Results on weights that are held otherwise are others: digests tell them apart.
-std::string held_as(Weights weights, const Int8Recipes& recipes) {
-  return fmt::format("{}{}{}", to_string(weights), PackedLinear::finishes(weights) ? ", tables too" : "",
-                     recipes.digest());
-}
-
 class TorchScriptModel final : public Model {
  public:
   TorchScriptModel(Analysis analysis, Weights weights, std::string reason, const Int8Recipes& recipes)
@@ -108,19 +98,19 @@ class TorchScriptModel final : public Model {
         weights_reason_(std::move(reason)),
         guard_(analysis.module, exempt_of(analysis)),
         spec_(spec_of(analysis)),
-        structure_(fmt::format("{} {} {} {}", analysis.findings->structure, analysis.path, analysis.flat.layers,
-                               held_as(weights, recipes))),
+        structure_(fmt::format("{} {} {} {}{}", analysis.findings->structure, analysis.path, analysis.flat.layers,
+                               to_string(weights), recipes.digest())),
         notes_(analysis.flat.writes.notes) {
     digest_ = guard_.digest(structure_);
-    structure_identity_ = fmt::format("{} {} {} {}", analysis.findings->structure_identity, analysis.path,
-                                      analysis.flat.layers, held_as(weights, recipes));
+    structure_identity_ = fmt::format("{} {} {} {}{}", analysis.findings->structure_identity, analysis.path,
+                                      analysis.flat.layers, to_string(weights), recipes.digest());
     if (weights != Weights::kAsLoaded) {
       identity_ = guard_.identity(structure_identity_);  // what it is made of is let go of
-      guard_.let_go();
       packed_ = pack_weights(analysis, weights, recipes);
-      if (packed_.layers.empty())
+      if (packed_.empty())
         notes_.push_back(fmt::format("no linear layer was found whose weights could be {}", to_string(weights)));
       own_guard_.emplace(analysis.module, exempt_of(analysis));
+      guard_.let_go();
     }
     analysis.source_part = find_source_part(analysis);
     if (!analysis.source_part.obstacle.empty()) {
@@ -257,9 +247,8 @@ class TorchScriptModel final : public Model {
     profile.weight_bytes = guard_.bytes();
     profile.weights = to_string(weights_);
     profile.weights_reason = weights_reason_;
-    profile.packed_weights = packed_.layers.size();
-    profile.packed_tables = packed_.tables.size();
-    profile.packed_weight_bytes = packed_.bytes();
+    profile.packed_weights = packed_.size();
+    for (const auto& packed : packed_) profile.packed_weight_bytes += packed->bytes();
     if (own_guard_) profile.released_weight_bytes = guard_.bytes() - own_guard_->bytes();
     profile.digest = digest_;
   }

@@ -33,9 +33,6 @@ std::unique_ptr<TokenLevelModel> make_token_level(const std::shared_ptr<const An
                                                   std::vector<AttentionOp>& attention_ops,
                                                   std::vector<std::string>& notes);
 
-/// What the model is given.
-InputSpec spec_of(const Analysis& analysis);
-
 /// `reason`: why the weights were chosen, if the caller left it open. Throws Error(kNotAvailable) as pack_weights().
 std::unique_ptr<Model> make_model(Analysis analysis, Weights weights, std::string reason, const Int8Recipes& recipes);
 

@@ -18,9 +18,7 @@
 #include "model/probe.h"
 #include "model/tensors_of.h"
 #include "model/torchscript_follow_up.h"
-#include "model/torchscript_packed_tables.h"
 #include "model/torchscript_source.h"
-#include "model/torchscript_weight_release.h"
 
 namespace llmcache::ts {
 namespace {
@@ -51,6 +49,13 @@ void register_operator() {
   });
 }
 
+void visit_nodes(torch::jit::Block* block, const std::function<void(Node*)>& visit) {
+  for (Node* node : block->nodes()) {
+    for (torch::jit::Block* inner : node->blocks()) visit_nodes(inner, visit);
+    visit(node);
+  }
+}
+
 /// An attribute, or its transpose, as it is multiplied with.
 struct Matrix {
   at::Tensor tensor;
@@ -59,7 +64,14 @@ struct Matrix {
 
 std::optional<Matrix> matrix_of(const Value* value, const Analysis& analysis) {
   const Node* node = value->node();
-  if (transposes(node)) {
+  static const auto kNumpyT = c10::Symbol::fromQualString("aten::numpy_T");
+  bool transposed = node->kind() == aten::t || node->kind() == kNumpyT;
+  if (node->kind() == aten::transpose) {
+    const auto a = torch::jit::constant_as<std::int64_t>(node->input(1));
+    const auto b = torch::jit::constant_as<std::int64_t>(node->input(2));
+    transposed = a && b && (*a - *b) % 2 != 0;  // of two dimensions, counted from either end
+  }
+  if (transposed) {
     auto inner = matrix_of(node->input(0), analysis);
     if (inner) inner->tensor = inner->tensor.t();
     return inner;
@@ -188,25 +200,11 @@ class Packer {
       : analysis_(analysis), kind_(kind), recipes_(recipes) {}
 
   PackedWeights run() {
-    std::vector<WeightRead> layers;
-    std::vector<WeightRead> tables;  // packed behind the layers, as some are tied to one
+    std::vector<Node*> found;
     visit_nodes(graph().block(), [&](Node* node) {
-      if (const auto linear = linear_of(node, analysis_)) {
-        layers.push_back({node, node->kind() == aten::addmm ? 2U : 1U, memory_of(linear->weight.tensor)});
-      } else if (const auto read = table_read_of(node, analysis_)) {
-        tables.push_back({node, 0, memory_of(read->table)});
-      }
+      if (linear_of(node, analysis_)) found.push_back(node);
     });
-    auto reads = layers;
-    reads.insert(reads.end(), tables.begin(), tables.end());
-    WeightRelease release(analysis_, reads);
-    for (const WeightRead& read : layers) {
-      replace(read.node, *linear_of(read.node, analysis_));  // its input may be another by now
-      release.replaced(read);
-    }
-    for (const WeightRead& read : tables) {
-      if (replace(read.node, *table_read_of(read.node, analysis_))) release.replaced(read);
-    }
+    for (Node* node : found) replace(node, *linear_of(node, analysis_));  // its input may be another by now
     return std::move(made_);
   }
 
@@ -217,43 +215,10 @@ class Packer {
   const PackedLinear& packed(const Matrix& weight) {
     auto& found = by_memory_[key_of(weight.tensor)];
     if (found == nullptr) {
-      found = PackedLinear::pack(kind_, weight.tensor, weight.name, recipes_.of(weight.tensor));
-      made_.layers.push_back(found);
+      made_.push_back(PackedLinear::pack(kind_, weight.tensor, weight.name, recipes_.of(weight.tensor)));
+      found = made_.back().get();
     }
     return *found;
-  }
-
-  /// Null: it stays as it is.
-  const PackedTable* packed(const TableRead& read) {
-    auto [found, fresh] = tables_.try_emplace(key_of(read.table));
-    if (fresh) {
-      const auto tied = by_memory_.find(found->first);
-      found->second = PackedTable::pack(kind_, read.table, tied != by_memory_.end() ? tied->second : nullptr);
-      if (found->second != nullptr) made_.tables.push_back(found->second);
-    }
-    return found->second.get();
-  }
-
-  bool replace(Node* node, const TableRead& read) {
-    const PackedTable* table = packed(read);
-    if (table == nullptr) return false;
-    const torch::jit::WithInsertPoint guard(node);
-    Value* number = in_part_of(node, graph().insertConstant(table->number())->node())->output();
-    Node* made = in_part_of(node, graph().insertNode(graph().create(packed_embedding_symbol(), {read.ids, number})));
-    take_place(made->output(), node->output());
-    std::replace(analysis_.hidden.begin(), analysis_.hidden.end(), node->output(), made->output());
-    node->output()->replaceAllUsesWith(made->output());
-    destroy(node);
-    return true;
-  }
-
-  /// What is known of `old` is known of the value that was made in its place.
-  void take_place(Value* made, const Value* old) {
-    made->setType(c10::TensorType::get());
-    if (const auto info = analysis_.infos.find(old); info != analysis_.infos.end()) {
-      auto copy = info->second;
-      analysis_.infos.emplace(made, std::move(copy));
-    }
   }
 
   /// Puts a node that was made in place of `old` into the part of that one.
@@ -284,7 +249,11 @@ class Packer {
     Value* residual = or_none(follow_up.residual);
     Node* made = in_part_of(node, graph().insertNode(graph().create(packed_linear_symbol(),
                                                                     {linear.x, number, bias, activation, residual})));
-    take_place(made->output(), node->output());
+    made->output()->setType(c10::TensorType::get());
+    if (const auto info = analysis_.infos.find(node->output()); info != analysis_.infos.end()) {
+      auto copy = info->second;
+      analysis_.infos.emplace(made->output(), std::move(copy));
+    }
     Value* result = made->output();
     for (Node* reshaping : follow_up.reshaping) {
       reshaping->moveBefore(last);
@@ -300,12 +269,11 @@ class Packer {
   Analysis& analysis_;
   Weights kind_;
   const Int8Recipes& recipes_;
-  std::map<Int8Recipes::Key, std::shared_ptr<const PackedLinear>> by_memory_;
-  std::map<Int8Recipes::Key, std::shared_ptr<const PackedTable>> tables_;
+  std::map<Int8Recipes::Key, const PackedLinear*> by_memory_;
   PackedWeights made_;
 };
 
-/// Lets the graph read its attributes from an object that has no others, and that nobody else has.
+/// Lets the graph read its attributes from an object that has no others.
 void move_attributes(Analysis& analysis) {
   auto& flat = analysis.flat;
   Graph& graph = *flat.graph;
@@ -370,13 +338,6 @@ double allowed_of(Weights weights) {
 
 }  // namespace
 
-std::size_t PackedWeights::bytes() const {
-  std::size_t sum = 0;
-  for (const auto& layer : layers) sum += layer->bytes();
-  for (const auto& table : tables) sum += table->bytes();
-  return sum;
-}
-
 const Int8Recipe* Int8Recipes::of(const at::Tensor& weight) const {
   const auto found = numbers.find(key_of(weight));
   return found == numbers.end() ? nullptr : &recipes[found->second];
@@ -411,11 +372,10 @@ Int8Recipes find_int8_recipes(const Analysis& analysis, const std::vector<std::v
 
 PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& recipes) {
   register_operator();
-  register_packed_embedding();
-  move_attributes(analysis);
-  remove_dead(analysis);  // the way to the attributes
   auto made = Packer(analysis, kind, recipes).run();
   remove_dead(analysis);  // transposed weights
+  move_attributes(analysis);
+  remove_dead(analysis);  // the way to the attributes
   return made;
 }
 
@@ -442,26 +402,19 @@ std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes
   return found;
 }
 
-TinyAnswers tiny_answers(const Module& module, const InputSpec& spec, at::Device device) {
-  TinyAnswers made;
+void check_packed(const Model& model, const Module& module, Weights weights, bool tuned) {
+  const double allowed = allowed_of(weights);
   auto original = module;
   for (const auto& shape : {std::pair<std::int64_t, std::int64_t>{2, 5}, {1, 1}, {1, 3}, {3, 8}}) {
-    auto inputs = llmcache::probe_inputs(spec, device, shape.first, shape.second);
+    const auto inputs = llmcache::probe_inputs(model.input_spec(), model.device(), shape.first, shape.second);
+    c10::IValue plain;
     try {
-      made.answers.push_back(tensors_of(original.forward(inputs)));
-      made.inputs.push_back(std::move(inputs));
+      plain = original.forward(inputs);
     } catch (const std::exception&) {
       continue;  // the module does not take this shape
     }
-  }
-  return made;
-}
-
-void check_packed(const Model& model, const TinyAnswers& plain, Weights weights, bool tuned) {
-  const double allowed = allowed_of(weights);
-  for (std::size_t shape = 0; shape < plain.inputs.size(); ++shape) {
-    const auto& want = plain.answers[shape];
-    const auto got = tensors_of(model.plain(plain.inputs[shape]));
+    const auto want = tensors_of(plain);
+    const auto got = tensors_of(model.plain(inputs));
     double worst = got.size() == want.size() ? 0 : std::numeric_limits<double>::infinity();
     for (std::size_t i = 0; i < want.size() && i < got.size(); ++i) {
       worst = std::max(worst, relative_difference(got[i], want[i]));

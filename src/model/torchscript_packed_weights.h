@@ -12,18 +12,12 @@
 #include "llmcache/options.h"
 #include "model/fastest_weights.h"
 #include "model/packed_linear.h"
-#include "model/packed_table.h"
 #include "model/torchscript_analysis.h"
 
 namespace llmcache::ts {
 
 /// The weights that pack_weights() made; must live as long as the graph that it changed.
-struct PackedWeights {
-  std::vector<std::shared_ptr<const PackedLinear>> layers;
-  std::vector<std::shared_ptr<const PackedTable>> tables;
-
-  [[nodiscard]] std::size_t bytes() const;
-};
+using PackedWeights = std::vector<std::shared_ptr<const PackedLinear>>;
 
 /// By the memory of a weight, which tells tied ones; recipes in the order of the graph.
 struct Int8Recipes {
@@ -43,11 +37,10 @@ Int8Recipes find_int8_recipes(const Analysis& analysis, const std::vector<std::v
 /// Replaces the linear layers of the flat graph, nodes of nested blocks included, by an operator on packed weights:
 /// aten::linear, aten::addmm (beta and alpha 1), aten::mm and aten::matmul whose weight is an attribute of the module,
 /// transposed or not. A weight that several of them use is packed once. Where the format takes it, what stands right
-/// behind a layer becomes a part of it: a bias, an activation, an addition (model/torchscript_follow_up.h). Look-ups in
-/// tables of embeddings become one on packed tables, where PackedTable::pack() makes such. The graph reads what is left
-/// of the attributes from an object of its own, which replaces Analysis::module: the caller's module stays as it was.
-/// Each weight is let go of once all that read it is replaced, so that it is freed then if nobody else holds it. Throws
-/// Error(kNotAvailable) as PackedLinear::pack().
+/// behind a layer becomes a part of it: a bias, an activation, an addition (model/torchscript_follow_up.h). The graph
+/// then reads what is left of the attributes from an object of its own, which replaces Analysis::module: the caller's
+/// module stays as it was, and what was packed is no longer held for it. Throws Error(kNotAvailable) as
+/// PackedLinear::pack().
 PackedWeights pack_weights(Analysis& analysis, Weights kind, const Int8Recipes& recipes = {});
 
 /// The number of the packed weight that the graph holds by `value`; nothing: it is none.
@@ -56,17 +49,8 @@ std::optional<std::int64_t> number_of_packed(const Value* value);
 /// The shapes of the layers that pack_weights() would pack, and how many layers have each. `recipes` outlive them.
 std::vector<LayerShape> layer_shapes(const Analysis& analysis, const Int8Recipes& recipes);
 
-/// What a module answers to tiny inputs.
-struct TinyAnswers {
-  std::vector<Inputs> inputs;
-  std::vector<std::vector<at::Tensor>> answers;
-};
-
-/// Of those shapes that the module takes.
-TinyAnswers tiny_answers(const Module& module, const InputSpec& spec, at::Device device);
-
-/// Compares `model`, made on packed weights, with what the module answered as it was given: no later check does.
+/// Compares `model`, made on packed weights, with `module` as it was given, on tiny inputs: no later check does.
 /// `tuned`: with recipes. Throws Error(kNotAvailable) if results move by more than what the format explains.
-void check_packed(const Model& model, const TinyAnswers& plain, Weights weights, bool tuned);
+void check_packed(const Model& model, const Module& module, Weights weights, bool tuned);
 
 }  // namespace llmcache::ts

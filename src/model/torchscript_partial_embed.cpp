@@ -8,7 +8,6 @@
 #include <map>
 
 #include "model/packing.h"
-#include "model/torchscript_packed_tables.h"
 #include "model/torchscript_source.h"
 
 namespace llmcache::ts {
@@ -129,8 +128,8 @@ class Builder {
     if (kind == aten::arange && node->inputs().size() == 5) {
       return info(value)->dtype == at::kLong ? positions_ : nullptr;
     }
-    if (kind == aten::embedding || kind == packed_embedding_symbol()) {
-      const Value* ids = node->input(kind == aten::embedding ? 1 : 0);
+    if (kind == aten::embedding) {
+      const Value* ids = node->input(1);
       return over_tokens(ids, dim) ? again(value, {{ids, cut(ids, dim)}}) : nullptr;
     }
     if (is_pointwise(node)) return pull_pointwise(value, dim, rank);

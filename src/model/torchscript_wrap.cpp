@@ -2,10 +2,6 @@
 #include <ATen/ATen.h>
 #include <fmt/core.h>
 
-#include <functional>
-#include <optional>
-#include <utility>
-
 #include "caller_failed.h"
 #include "llmcache/error.h"
 #include "llmcache/model/torchscript.h"
@@ -17,40 +13,15 @@
 namespace llmcache {
 namespace {
 
-/// The module, the caller's or one that is read, as often as it is needed.
-class ModuleSource {
- public:
-  explicit ModuleSource(const torch::jit::Module& module) : module_(module) {}
-  /// `first`: what it brought already, if it did.
-  ModuleSource(const std::function<torch::jit::Module()>& read, std::optional<torch::jit::Module> first)
-      : read_(&read), module_(std::move(first)) {}
-
-  const torch::jit::Module& module() {
-    if (!module_) module_ = (*read_)();
-    return *module_;
-  }
-  /// Holds a module that was read no longer, so that its weights can be freed.
-  void let_go() {
-    if (read_ != nullptr) module_.reset();
-  }
-
- private:
-  const std::function<torch::jit::Module()>* read_ = nullptr;  ///< null: it is the caller's
-  std::optional<torch::jit::Module> module_;
-};
-
-std::unique_ptr<Model> wrap_as(ModuleSource& source, const Options& options, ts::Analysis analysis,
+std::unique_ptr<Model> wrap_as(const torch::jit::Module& module, const Options& options, ts::Analysis analysis,
                                const RankedFormat& format, const ts::Int8Recipes& found) {
-  if (format.weights == Weights::kAsLoaded) {
-    return ts::make_model(std::move(analysis), format.weights, format.reason, {});
-  }
-  tell(options.progress, "packing weights");
+  const bool known = analysis.findings->known;
+  if (format.weights != Weights::kAsLoaded) tell(options.progress, "packing weights");
   const auto& recipes = format.weights == Weights::kPackedInt8 ? found : ts::Int8Recipes{};
-  ts::TinyAnswers plain;
-  if (!analysis.findings->known) plain = ts::tiny_answers(source.module(), ts::spec_of(analysis), analysis.device);
-  source.let_go();
   auto model = ts::make_model(std::move(analysis), format.weights, format.reason, recipes);
-  ts::check_packed(*model, plain, format.weights, !recipes.recipes.empty());
+  if (format.weights != Weights::kAsLoaded && !known) {
+    ts::check_packed(*model, module, format.weights, !recipes.recipes.empty());
+  }
   return model;
 }
 
@@ -60,22 +31,21 @@ ts::Int8Recipes recipes_for(const ts::Analysis& analysis, const Options& options
 }
 
 /// The fastest format that this model bears.
-std::unique_ptr<Model> wrap_fastest(ModuleSource& source, const Options& options, ts::Analysis analysis) {
+std::unique_ptr<Model> wrap_fastest(const torch::jit::Module& module, const Options& options, ts::Analysis analysis) {
   tell(options.progress, "timing formats of weights");
   RankedFormat chosen;
-  auto recipes = recipes_for(analysis, options, options.fastest_may_be_int8);
+  const auto recipes = recipes_for(analysis, options, options.fastest_may_be_int8);
   for (const RankedFormat& format : rank_formats(ts::layer_shapes(analysis, recipes), options.fastest_may_be_int8)) {
     chosen = format;
     if (format.weights == Weights::kAsLoaded) break;
     try {
-      return wrap_as(source, options, std::move(analysis), format, recipes);
+      return wrap_as(module, options, std::move(analysis), format, recipes);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotAvailable) throw;
-      analysis = ts::analyse(source.module(), options, std::make_shared<GraphFindings>());  // packing had changed it
-      recipes = recipes_for(analysis, options, options.fastest_may_be_int8);                // by where its weights lie
+      analysis = ts::analyse(module, options, std::make_shared<GraphFindings>());  // packing had changed it
     }
   }
-  return wrap_as(source, options, std::move(analysis), chosen, recipes);
+  return wrap_as(module, options, std::move(analysis), chosen, recipes);
 }
 
 ts::Analysis analysed(const torch::jit::Module& module, const Options& options,
@@ -92,11 +62,10 @@ ts::Analysis analysed(const torch::jit::Module& module, const Options& options,
 
 /// As it was found when the same module was wrapped before; null if it was not, or what is saved does not fit. Nothing
 /// is refused here: what cannot be wrapped says why when it is probed.
-std::unique_ptr<Model> model_as_saved(ModuleSource& source, const Options& options) {
+std::unique_ptr<Model> model_as_saved(const torch::jit::Module& module, const Options& options) {
   if (options.profile_path.empty()) return nullptr;
   try {
     SavedProfile saved = read_saved_profile(options.profile_path);
-    const auto& module = source.module();
     saved.check_conditions(options, ts::device_of(module));
     ts::Structure structure = ts::structure_of(module);
     if (!saved.graph || saved.graph->structure != structure.digest) return nullptr;
@@ -105,7 +74,7 @@ std::unique_ptr<Model> model_as_saved(ModuleSource& source, const Options& optio
     auto findings = std::make_shared<GraphFindings>(*std::move(saved.graph));
     auto analysis = analysed(module, options, std::move(findings));
     const auto recipes = recipes_for(analysis, options, saved.weights == Weights::kPackedInt8);
-    auto model = wrap_as(source, options, std::move(analysis), format, recipes);
+    auto model = wrap_as(module, options, std::move(analysis), format, recipes);
     const GraphFindings& used = *model->findings();
     return model->digest() == saved.digest && used.asked == used.answers.size() ? std::move(model) : nullptr;
   } catch (const CallerFailed&) {
@@ -115,28 +84,15 @@ std::unique_ptr<Model> model_as_saved(ModuleSource& source, const Options& optio
   }
 }
 
-std::unique_ptr<Model> wrap_from(ModuleSource source, const Options& options) {
-  const at::NoGradGuard no_grad;
-  if (auto model = model_as_saved(source, options)) return model;
-  auto analysis = analysed(source.module(), options, std::make_shared<GraphFindings>());
-  if (options.weights == Weights::kFastest) return wrap_fastest(source, options, std::move(analysis));
-  const auto recipes = recipes_for(analysis, options, options.weights == Weights::kPackedInt8);
-  return wrap_as(source, options, std::move(analysis), {options.weights, {}}, recipes);
-}
-
 }  // namespace
 
 std::unique_ptr<Model> wrap_torchscript(const torch::jit::Module& module, const Options& options) {
-  return wrap_from(ModuleSource(module), options);
-}
-
-LayerCache<torch::jit::Module> ModelTraits<torch::jit::Module>::own(const std::function<torch::jit::Module()>& read,
-                                                                    Options options) {
-  std::optional<torch::jit::Module> first = read();  // which is no part of wrapping it
-  return {[&](const Options& chosen) {
-            return wrap_from({read, std::exchange(first, std::nullopt)}, chosen);
-          },
-          std::move(options)};
+  const at::NoGradGuard no_grad;
+  if (auto model = model_as_saved(module, options)) return model;
+  auto analysis = analysed(module, options, std::make_shared<GraphFindings>());
+  if (options.weights == Weights::kFastest) return wrap_fastest(module, options, std::move(analysis));
+  const auto recipes = recipes_for(analysis, options, options.weights == Weights::kPackedInt8);
+  return wrap_as(module, options, std::move(analysis), {options.weights, {}}, recipes);
 }
 
 }  // namespace llmcache

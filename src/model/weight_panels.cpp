@@ -266,8 +266,7 @@ void multiply_panels(const at::Tensor& rows, const at::Tensor& panels, const flo
 
 }  // namespace
 
-WeightPanels::WeightPanels(const at::Tensor& weight)
-    : out_(weight.size(0)), given_in_(weight.size(1)), in_(weight.size(1)) {
+WeightPanels::WeightPanels(const at::Tensor& weight) : out_(weight.size(0)), in_(weight.size(1)) {
   const bool int8 = weight.scalar_type() == at::kChar;
   const bool half = weight.scalar_type() == at::kHalf;
   TORCH_INTERNAL_ASSERT(weight.device().is_cpu() && (int8 || half || weight.scalar_type() == at::kBFloat16));
@@ -293,18 +292,6 @@ bool WeightPanels::suit_the_cpu() noexcept {
 #else
   return false;
 #endif
-}
-
-at::Tensor WeightPanels::outputs(const at::Tensor& which) const {
-  const auto panel = at::floor_divide(which, kOutputs);
-  const auto place = at::remainder(which, kOutputs);
-  if (panels_.scalar_type() == at::kChar) {
-    const auto found = panels_.permute({0, 2, 1, 3}).index({panel, place});
-    return found.reshape({which.size(0), in_}).narrow(1, 0, given_in_).to(at::kFloat);
-  }
-  if (panels_.scalar_type() == at::kHalf) return panels_.permute({0, 2, 1}).index({panel, place});
-  const auto beside = at::floor_divide(place, kOutputs / 2);
-  return panels_.permute({0, 3, 2, 1}).index({panel, beside, at::remainder(place, kOutputs / 2)});
 }
 
 at::Tensor WeightPanels::multiply(const at::Tensor& rows, const at::Tensor& scales) const {

@@ -22,9 +22,6 @@ class WeightPanels {
   /// each output is multiplied at the end; undefined: none.
   [[nodiscard]] at::Tensor multiply(const at::Tensor& rows, const at::Tensor& scales = {}) const;
 
-  /// `[n, in]`: the weights of some outputs, int64 `[n]` and in range; float32, of a weight of 16 bits as it is.
-  [[nodiscard]] at::Tensor outputs(const at::Tensor& which) const;
-
   /// True if the CPU has AVX2 and nothing wider, so that nothing else multiplies faster by more than a little.
   static bool suit_the_cpu() noexcept;
 
@@ -33,7 +30,6 @@ class WeightPanels {
  private:
   at::Tensor panels_;
   std::int64_t out_;
-  std::int64_t given_in_;
   std::int64_t in_;  ///< with an int8 weight an even number: one more of zeros, if need be
 };
 

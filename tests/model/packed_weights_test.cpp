@@ -120,6 +120,23 @@ TEST(PackedWeightsModels, MemoryGoesWithTheCallersModule) {
   }
 }
 
+TEST(PackedWeightsModels, AnEmbeddingThatIsTiedStays) {
+  LayerCache<Module> cache(load_model("tiny-gpt2-sdpa"), {.weights = Weights::kPackedFp16});
+  auto module = load_model("tiny-gpt2-sdpa");
+  std::size_t table = 0;
+  std::size_t linear = 0;
+  for (const auto& parameter : module.named_parameters()) {
+    if (parameter.name.find("wte") != std::string::npos) table = parameter.value.nbytes();
+    const bool conv1d = parameter.name.find(".c_") != std::string::npos && parameter.value.dim() == 2;
+    if (conv1d) linear += parameter.value.nbytes();
+  }
+  ASSERT_GT(table, 0U);
+  ASSERT_GT(linear, 0U);
+  const auto& profile = cache.profile();
+  EXPECT_GE(profile.released_weight_bytes, linear);
+  EXPECT_LE(profile.released_weight_bytes, profile.weight_bytes - table);
+}
+
 TEST(PackedWeightsModels, TheCallersModuleStaysAsItWas) {
   for (const char* name : {"tiny-gpt2-sdpa", "tiny-scripted", "tiny-bert-eager"}) {
     for (const auto weights : packings()) {

@@ -65,8 +65,7 @@ struct ModelProfile {
   std::string weights;                    ///< how those of linear layers are held: a name of Weights, never "fastest"
   std::string weights_reason;             ///< why Weights::kFastest chose that, one sentence; empty: the caller did
   std::size_t packed_weights = 0;         ///< linear layers whose weights were packed
-  std::size_t packed_tables = 0;          ///< tables of embeddings that are read from a packed copy, or a packed layer
-  std::size_t packed_weight_bytes = 0;    ///< what packed weights and tables take, with all that they were filled up by
+  std::size_t packed_weight_bytes = 0;    ///< what the packed weights take
   std::size_t released_weight_bytes = 0;  ///< of `weight_bytes`, what the library no longer holds because of packing
   std::string digest;                     ///< of structure and weights, hexadecimal
   double wrap_ms = 0;                     ///< time that finding, probing and checking took

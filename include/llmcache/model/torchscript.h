@@ -4,7 +4,6 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <filesystem>
-#include <functional>
 #include <memory>
 
 #include "llmcache/layer_cache.h"
@@ -24,18 +23,12 @@ struct ModelTraits<torch::jit::Module> {
   static std::unique_ptr<Model> wrap(const torch::jit::Module& module, const Options& options) {
     return wrap_torchscript(module, options);
   }
-
- private:
-  friend LayerCache<torch::jit::Module> load(const std::filesystem::path& path, Options options, at::Device device);
-  /// A cache around what `read` brings: a module that nobody else has.
-  static LayerCache<torch::jit::Module> own(const std::function<torch::jit::Module()>& read, Options options);
 };
 
 using TorchScriptCache = LayerCache<torch::jit::Module>;
 
 /// Loads a file onto `device` and wraps what is in it: torch::jit::load(), or load_exported() of a program of
-/// torch.export, and the constructor in one. Which of the two it is, its content tells, not its name. With packed
-/// weights it takes less memory than the constructor: each is freed as soon as it is packed.
+/// torch.export, and the constructor in one. Which of the two it is, its content tells, not its name.
 /// Throws Error(kInvalidFile) if the file is missing or holds neither, and what load_exported() and the constructor
 /// throw.
 [[nodiscard]] TorchScriptCache load(const std::filesystem::path& path, Options options = {},
