@@ -320,6 +320,7 @@ void check_flat(const FlatGraph& flat) {
 Analysis flattened(const Module& module, const Chain& chain, const std::shared_ptr<GraphFindings>& findings) {
   Analysis analysis;
   analysis.module = module;
+  analysis.code = module._ivalue()->compilation_unit();
   analysis.findings = findings;
   analysis.device = device_of(module);
   analysis.flat = flatten(module, chain);

@@ -27,7 +27,8 @@ struct SourcePart {
 /// What analysis of the graph found; shared by whole-layer and token-level operation.
 struct Analysis {
   Module module;
-  std::shared_ptr<GraphFindings> findings;  ///< of runs of the graph
+  std::shared_ptr<torch::jit::CompilationUnit> code;  ///< of the module as it was given: what is raised names its parts
+  std::shared_ptr<GraphFindings> findings;            ///< of runs of the graph
   at::Device device = at::kCPU;
   FlatGraph flat;
   ValueInfos infos;

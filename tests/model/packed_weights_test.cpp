@@ -88,6 +88,25 @@ TEST(PackedWeightsModels, WhatIsPacked) {
   }
 }
 
+/// What is raised names methods of the module, which is gone.
+TEST(PackedWeightsModels, AModelThatRaisesSaysWhyWithoutItsModule) {
+  const auto request = right_padded(model_info("tiny-throws"), {5}, 1);
+  auto bad = right_padded(model_info("tiny-throws"), {5}, 1);
+  bad.ids()[0][2] = 7;
+  auto plain = load_model("tiny-throws");
+  const auto want = run_plain(plain, request.inputs);
+  for (const auto weights : packings()) {
+    SCOPED_TRACE(to_string(weights));
+    LayerCache<Module> cache(load_model("tiny-throws"), {.capacity_bytes = 0, .weights = weights});
+    for (const auto fidelity : {Fidelity::kIdentical, Fidelity::kLossless}) {
+      EXPECT_THAT([&] { cache.forward(bad.inputs, {.fidelity = fidelity}); },
+                  ThrowsError(ErrorCode::kModelFailed, "an input id was 7"));
+      EXPECT_TRUE(
+          close_on_real(cache.forward(request.inputs, {.fidelity = fidelity}), want, request, tolerance_of(weights)));
+    }
+  }
+}
+
 TEST(PackedWeightsModels, MemoryGoesWithTheCallersModule) {
   for (const char* name : {"minilm", "tiny-gpt2-sdpa"}) {
     for (const auto weights : packings()) {
