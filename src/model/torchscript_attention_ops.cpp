@@ -7,6 +7,8 @@
 #include <functional>
 #include <limits>
 
+#include "model/torchscript_subgraph.h"
+
 namespace llmcache::ts {
 namespace {
 
