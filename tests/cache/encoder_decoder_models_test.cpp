@@ -222,7 +222,7 @@ TEST(EncoderDecoderModels, TheSameNumbersInAnotherInputAreAnotherSource) {
   }
 }
 
-class WrongModel : public Model {
+class WrongModel : public TwoLayers {
  public:
   class Sources final : public SourceModel {
    public:
@@ -244,24 +244,7 @@ class WrongModel : public Model {
         inputs.size() > 2 ? inputs[2].toTensorVector().at(0) : at::embedding(table_, inputs.at(0).toTensor()).cumsum(1);
     return {at::embedding(table_, inputs.at(1).toTensor()) + states.mean(1, /*keepdim=*/true), nullptr};
   }
-  std::int64_t layers() const override { return 2; }
-  void layer(std::int64_t /*i*/, Activations& activations) const override {
-    activations.hidden = activations.hidden.tanh();
-  }
-  c10::IValue head(Activations& activations) const override { return activations.hidden; }
-  at::Device device() const override { return at::kCPU; }
-  at::ScalarType dtype() const override { return at::kFloat; }
   std::string digest() const override { return "wrong on long sources"; }
-  InputSpec input_spec() const override {
-    InputSpec spec{{"source_ids", "target_ids"}, {false, false}, {300, 300}};
-    spec.source = {true, false};
-    return spec;
-  }
-  void describe(ModelProfile& profile) const override {
-    Model::describe(profile);
-    profile.ids_argument = 1;
-    profile.source_arguments = {0};
-  }
   const SourceModel* source() const override { return &sources_; }
 
  private:

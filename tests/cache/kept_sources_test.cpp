@@ -54,7 +54,7 @@ class SourcesOfAllKinds final : public SourceModel {
   std::vector<int> dims_{2, 1, 1};
 };
 
-class ModelWithPlaces final : public Model {
+class ModelWithPlaces final : public TwoLayers {
  public:
   explicit ModelWithPlaces(std::shared_ptr<Places> places) : places_(std::move(places)) {}
 
@@ -64,24 +64,7 @@ class ModelWithPlaces final : public Model {
     const auto of_source = values[0].transpose(1, 2).add(values[1]).add(values[2].unsqueeze(2).mul(0.01));
     return {at::embedding(table_, inputs.at(1).toTensor()) + of_source.mean(1, /*keepdim=*/true), nullptr};
   }
-  std::int64_t layers() const override { return 2; }
-  void layer(std::int64_t /*i*/, Activations& activations) const override {
-    activations.hidden = activations.hidden.tanh();
-  }
-  c10::IValue head(Activations& activations) const override { return activations.hidden; }
-  at::Device device() const override { return at::kCPU; }
-  at::ScalarType dtype() const override { return at::kFloat; }
   std::string digest() const override { return "sources of all kinds"; }
-  InputSpec input_spec() const override {
-    InputSpec spec{{"source_ids", "target_ids"}, {false, false}, {300, 300}};
-    spec.source = {true, false};
-    return spec;
-  }
-  void describe(ModelProfile& profile) const override {
-    Model::describe(profile);
-    profile.ids_argument = 1;
-    profile.source_arguments = {0};
-  }
   const SourceModel* source() const override { return &sources_; }
 
  private:

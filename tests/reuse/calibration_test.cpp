@@ -18,15 +18,6 @@ using ::testing::HasSubstr;
 
 constexpr const char* kEncoder = "tiny-bert-sdpa";
 
-/// Token states alone, which a calibration chooses without looking at the clock.
-Options token_options() {
-  Options options{.fidelity = Fidelity::kBudget};
-  options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
-  options.budget.early_exit = EarlyExit::kOff;
-  options.budget.audit_rate = 0;
-  return options;
-}
-
 std::vector<Inputs> sample_of(std::uint64_t seed, int requests = 300) {
   return inputs_of(documents(model_info(kEncoder), requests, seed));
 }

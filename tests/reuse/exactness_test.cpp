@@ -101,14 +101,6 @@ Requests translations(const Subject& model) {
 
 // --- strategies -------------------------------------------------------------------------------------------
 
-Options token_budget() {
-  Options options{.fidelity = Fidelity::kBudget};
-  options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
-  options.budget.early_exit = EarlyExit::kOff;
-  options.budget.audit_rate = 0.1;
-  return options;
-}
-
 Options exit_budget() {
   Options options{.fidelity = Fidelity::kBudget};
   options.budget.budget = {BudgetMetric::kDecision, 0.15, 0.1};
@@ -141,7 +133,7 @@ std::vector<Strategy> strategies() {
   for (const char* name : {"tiny-bert-sdpa", "tiny-bert-cls"}) {
     all.push_back({std::string("token_states_") + name,
                    name,
-                   token_budget(),
+                   token_options(/*audit_rate=*/0.1),
                    sample_of_texts,
                    texts,
                    {kIdentical, kPartial, kComputed}});

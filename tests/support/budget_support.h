@@ -52,6 +52,15 @@ inline at::Tensor classes(const at::Tensor& outputs) {
   return at::mm(outputs, weights.to(outputs.device()));
 }
 
+/// Token states alone, which a calibration chooses without looking at the clock.
+inline Options token_options(double audit_rate = 0) {
+  Options options{.fidelity = Fidelity::kBudget};
+  options.budget.budget = {BudgetMetric::kRelativeError, 0.3, 0.1};
+  options.budget.early_exit = EarlyExit::kOff;
+  options.budget.audit_rate = audit_rate;
+  return options;
+}
+
 /// Documents of 40 tokens of which one is changed from request to request, now and then a new one.
 inline std::vector<Request> documents(const ModelInfo& info, int requests, std::uint64_t seed) {
   std::vector<Request> all;

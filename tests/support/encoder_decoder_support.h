@@ -17,6 +17,28 @@ struct Row {
   Ids source, target;
 };
 
+/// Two layers over what a model of its own makes of source and target ids, both below 300.
+class TwoLayers : public Model {
+ public:
+  std::int64_t layers() const override { return 2; }
+  void layer(std::int64_t /*i*/, Activations& activations) const override {
+    activations.hidden = activations.hidden.tanh();
+  }
+  c10::IValue head(Activations& activations) const override { return activations.hidden; }
+  at::Device device() const override { return at::kCPU; }
+  at::ScalarType dtype() const override { return at::kFloat; }
+  InputSpec input_spec() const override {
+    InputSpec spec{{"source_ids", "target_ids"}, {false, false}, {300, 300}};
+    spec.source = {true, false};
+    return spec;
+  }
+  void describe(ModelProfile& profile) const override {
+    Model::describe(profile);
+    profile.ids_argument = 1;
+    profile.source_arguments = {0};
+  }
+};
+
 inline Ids random_ids(std::mt19937& random, std::size_t tokens) {
   std::uniform_int_distribution<std::int64_t> id(10, 299);  // the first ids are special
   Ids ids(tokens);
